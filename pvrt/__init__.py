@@ -1,0 +1,39 @@
+"""pvrt: two-bit language models by PV-Tuning, decoded by its own kernels, served by vLLM.
+
+Importing pvrt is cheap (no torch) and makes transformers able to load AQLM checkpoints:
+`import pvrt; AutoModelForCausalLM.from_pretrained(path)`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from pvrt._import_hook import when_imported
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def _register_with_transformers() -> None:
+    from pvrt.transformers_backend import register
+
+    register()
+
+
+# The quantizer table is complete only once modeling_utils is: its imports go round in a circle.
+when_imported("transformers.modeling_utils", _register_with_transformers)
+
+
+def load(path: "str | Path", *, dense: bool = False, **kwargs: Any) -> "PreTrainedModel":
+    """Load a checkpoint folder (AQLM or dense) as a transformers causal language model.
+
+    With dense=True quantised layers are decoded once into ordinary linear layers: the fastest
+    choice where no kernel for the device exists, at the memory of the original model. kwargs go to
+    `AutoModelForCausalLM.from_pretrained`. Raises CheckpointError for a folder that is not sound.
+    """
+    from pvrt.transformers_backend import load_model
+
+    return load_model(path, dense=dense, **kwargs)

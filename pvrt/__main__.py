@@ -1,0 +1,5 @@
+"""`python -m pvrt` is `pvrt`."""
+
+from pvrt.cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""Schemes of additive codebooks, and all arithmetic on their shapes and bits.
+
+"2x8g8" is 2 codebooks of 8-bit codes over groups of 8 input weights. The optional suffix "o4"
+makes groups span 4 output rows (no published checkpoint does).
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+_PATTERN = re.compile(r"(\d+)x(\d+)g(\d+)(?:o(\d+))?")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A quantisation scheme (arXiv 2401.06118, section 3). Raises ValueError when impossible."""
+
+    num_codebooks: int
+    nbits_per_codebook: int
+    in_group_size: int
+    out_group_size: int = 1
+
+    def __post_init__(self) -> None:
+        limits = {
+            "num_codebooks": (self.num_codebooks, 1, 64),
+            "nbits_per_codebook": (self.nbits_per_codebook, 1, 16),
+            "in_group_size": (self.in_group_size, 1, 1024),
+            "out_group_size": (self.out_group_size, 1, 1024),
+        }
+        for name, (value, low, high) in limits.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """Parse "2x8g8". Raises ValueError with an example when the text is malformed."""
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(
+                f"{text!r} is not a scheme; write codebooks x bits g group, for example 2x8g8"
+            )
+        return cls(*(int(part) for part in match.groups() if part is not None))
+
+    def __str__(self) -> str:
+        suffix = "" if self.out_group_size == 1 else f"o{self.out_group_size}"
+        return f"{self.num_codebooks}x{self.nbits_per_codebook}g{self.in_group_size}{suffix}"
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries per codebook, 2^B."""
+        return 1 << self.nbits_per_codebook
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Type of codes on disk: two's-complement wrap of an unsigned index."""
+        return torch.int8 if self.nbits_per_codebook <= 8 else torch.int16
+
+    def divides(self, out_features: int, in_features: int) -> bool:
+        """Whether a linear layer of this shape can be quantised."""
+        return out_features % self.out_group_size == 0 and in_features % self.in_group_size == 0
+
+    def codes_shape(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+        """Shape of `codes`; the layer must satisfy `divides`."""
+        return (
+            out_features // self.out_group_size,
+            in_features // self.in_group_size,
+            self.num_codebooks,
+        )
+
+    @property
+    def codebooks_shape(self) -> tuple[int, int, int, int]:
+        """Shape of `codebooks` (one set per linear layer)."""
+        return (self.num_codebooks, self.codebook_size, self.out_group_size, self.in_group_size)
+
+    def scales_shape(self, out_features: int) -> tuple[int, int, int, int]:
+        """Shape of `scales`: one per group of output rows."""
+        return (out_features // self.out_group_size, 1, 1, 1)
+
+    def layer_bits(self, out_features: int, in_features: int, float_bits: int = 16) -> int:
+        """Bits of one quantised layer, codebooks and scales included, bias not.
+
+        Codes count B bits each, as the paper does (AQLM eq. 10 with its factor M); a scheme with
+        B other than 8 or 16 takes more on disk.
+        """
+        rows, groups, books = self.codes_shape(out_features, in_features)
+        codes = rows * groups * books * self.nbits_per_codebook
+        entries = books * self.codebook_size * self.out_group_size * self.in_group_size
+        return codes + (entries + rows) * float_bits
+
+    def bits_per_weight(self, out_features: int, in_features: int, float_bits: int = 16) -> float:
+        """True bits per weight of one layer, codebooks and scales included."""
+        return self.layer_bits(out_features, in_features, float_bits) / (out_features * in_features)

@@ -1,0 +1,152 @@
+"""AQLM checkpoints in transformers: `AutoModelForCausalLM.from_pretrained(path)`.
+
+transformers 5 has an AQLM quantizer of its own that needs the `aqlm` package and matches the skip
+list of published checkpoints ("lm_head.weight", a tensor name) against module names, so that
+lm_head is silently replaced by random weights. Ours takes its place and needs no list: a layer is
+quantised exactly when the checkpoint holds its codes.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import AqlmConfig
+
+from pvrt.checkpoint import (
+    Checkpoint,
+    LayerInfo,
+    TensorInfo,
+    check_codes,
+    find_layers,
+    parse_quantization_config,
+    read_config,
+    read_headers,
+)
+from pvrt.errors import CheckpointError
+from pvrt.linear import AQLMLinear, decode_once, quantized_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """Loads pre-quantised AQLM checkpoints into `AQLMLinear` layers."""
+
+    requires_calibration = True
+    quantization_config: AqlmConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """pvrt needs nothing beside itself."""
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        where = str(getattr(model.config, "_name_or_path", "") or "checkpoint")
+        block = {**self.quantization_config.to_dict(), "quant_method": "aqlm"}  # it has an enum
+        scheme = parse_quantization_config(block, where)
+        files = [Path(file) for file in checkpoint_files or []]
+        foreign = [file for file in files if file.suffix != ".safetensors"]
+        if foreign or not files:
+            named = foreign[0] if foreign else where
+            raise CheckpointError(f"{named}: pvrt reads AQLM weights from safetensors files only")
+        tensors = read_headers(files)
+        layers = find_layers(tensors, scheme)
+        with torch.device("meta"):
+            for layer in layers.values():
+                name = _module_name(model, layer.name)
+                linear = _target(model, name, layer, tensors)
+                module = AQLMLinear(
+                    linear.in_features, linear.out_features, scheme, layer.has_bias
+                )
+                model.set_submodule(name, module.requires_grad_(False))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        for name, module in quantized_linears(model).items():
+            check_codes(module.codes, module.scheme, f"{name}.codes")
+            for part in (module.codebooks, module.scales):
+                if not bool(torch.isfinite(part).all()):
+                    raise CheckpointError(f"{name} holds codebooks or scales that are not finite")
+
+    def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
+        decode_once(model)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` writes the same layout back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codebooks, scales and everything dense train; codes do not."""
+        return True
+
+
+def _module_name(model: nn.Module, layer: str) -> str:
+    """Name of a checkpoint's layer in a model, whose base-model prefix may be there or not."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for name in (layer, layer.removeprefix(f"{prefix}."), f"{prefix}.{layer}"):
+        try:
+            model.get_submodule(name)
+        except AttributeError:
+            continue
+        return name
+    raise CheckpointError(
+        f"the checkpoint quantises {layer}, which {type(model).__name__} does not have; "
+        "config.json and the weights belong to different models"
+    )
+
+
+def _target(
+    model: nn.Module, name: str, layer: LayerInfo, tensors: dict[str, TensorInfo]
+) -> nn.Linear:
+    """The dense layer to replace, its shape checked against the codes."""
+    linear = model.get_submodule(name)
+    file = tensors[f"{layer.name}.codes"].file
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"{file}: {name} is a {type(linear).__name__}, not a linear layer")
+    found = (layer.out_features, layer.in_features)
+    wanted = (linear.out_features, linear.in_features)
+    if found != wanted:
+        raise CheckpointError(
+            f"{file}: {layer.name}.codes decode to {found[0]} x {found[1]}, config.json "
+            f"describes {wanted[0]} x {wanted[1]}"
+        )
+    return linear
+
+
+def register() -> None:
+    """Put pvrt's quantizer in transformers' table; harmless when repeated."""
+    AUTO_QUANTIZER_MAPPING["aqlm"] = PvrtHfQuantizer
+
+
+def load_model(path: str | Path, *, dense: bool = False, **kwargs: Any) -> "PreTrainedModel":
+    """See `pvrt.load`."""
+    # Not at the top: this module is imported while transformers itself is half imported.
+    from transformers import AutoModelForCausalLM
+
+    register()
+    folder = Path(path)
+    config = read_config(folder)
+    quantised = config.get("quantization_config", {}).get("quant_method") == "aqlm"
+    if quantised:
+        Checkpoint.open(folder)  # its errors name file and tensor
+    kwargs.setdefault("dtype", "auto")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, **kwargs
+    )
+    problems = {
+        "missing": report["missing_keys"],
+        "of another shape": report["mismatched_keys"],
+        "unknown to the model": report["unexpected_keys"],
+    }
+    for what, names in problems.items():
+        if names:
+            first = sorted(str(name) for name in names)[0]
+            raise CheckpointError(f"{folder}: {len(names)} tensors are {what}, first {first}")
+    if dense and quantised:
+        decode_once(model)
+        model.hf_quantizer.remove_quantization_config(model)
+    return model.eval()
