@@ -1,0 +1,1 @@
+"""From a dense model to a PV-tuned AQLM checkpoint."""
