@@ -194,8 +194,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: not a model folder, or not written to its end")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file} is missing: not a model folder, or not written to its end"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):

@@ -42,6 +42,7 @@ class Kernel:
     linear: LinearFn
 
 
+FEW_TOKENS = 64
 REFERENCE = Kernel("reference", lambda problem: True, reference.linear)
 _kernels: list[Kernel] = []
 _warned: set[tuple[str, int, int, int]] = set()
@@ -64,7 +65,8 @@ def select(problem: Problem) -> Kernel:
     for kernel in _kernels:
         if kernel.supports(problem):
             return kernel
-    _warn_reference(problem)
+    if problem.tokens <= FEW_TOKENS:  # with more, decoding the weight once is a fair price
+        _warn_reference(problem)
     return REFERENCE
 
 
@@ -79,9 +81,7 @@ def has_fast_kernel(
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
     return any(
         kernel.supports(
-            Problem(
-                device_type, dtype, num_codebooks, 1 << nbits, out_group_size, in_group_size, 1
-            )
+            Problem(device_type, dtype, num_codebooks, 1 << nbits, out_group_size, in_group_size, 1)
         )
         for kernel in _kernels
         for dtype in dtypes

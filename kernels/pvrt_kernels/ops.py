@@ -171,7 +171,8 @@ def aqlm_dequantize(
     """
     codebooks, sizes = _partitioned(codes, codebooks, partition_sizes)
     _check(codes, codebooks, scales, sizes)
-    return _dequantize_op(codes, codebooks, scales, sizes)
+    weight: Tensor = _dequantize_op(codes, codebooks, scales, sizes)
+    return weight
 
 
 def aqlm_linear(
@@ -191,7 +192,8 @@ def aqlm_linear(
     in_features = codes.shape[1] * codebooks.shape[4]
     if x.shape[-1] != in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {in_features}")
-    return _linear_op(x, codes, codebooks, scales, bias, sizes)
+    y: Tensor = _linear_op(x, codes, codebooks, scales, bias, sizes)
+    return y
 
 
 def _partitioned(

@@ -8,6 +8,8 @@ keeps its own codebooks, so `codebooks` has a leading partition dimension P and 
 says how many output rows belong to each.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ def code_rows(partition_sizes: list[int], out_group: int) -> list[slice]:
     ends = [0]
     for size in partition_sizes:
         ends.append(ends[-1] + size // out_group)
-    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def decode_unscaled(codes: Tensor, codebooks: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class AdditiveFit:
     # ---- start ----
 
     def start(self) -> None:
-        """Residual k-means on the scaled rows, every coordinate weighted by its share of diag(H)."""
+        """Residual k-means on the scaled rows, each coordinate weighted by its diag(H)."""
         points = (self.weight / self.scales).reshape(-1, self.g)
         importance = self.moment.diagonal().clamp_min(0).reshape(1, self.groups, self.g)
         importance = importance + 1e-6 * importance.mean()
@@ -324,7 +324,7 @@ def _lowest(features: Tensor, entries: Tensor, offset: Tensor | None = None) -> 
     """
     columns = entries.T.contiguous()
     parts = []
-    for part in features.split(max(64, (1 << 18) // len(entries))):  # about 1 MiB of scores
+    for part in torch.split(features, max(64, (1 << 18) // len(entries))):  # about 1 MiB of scores
         scores = part @ columns if offset is None else torch.addmm(offset, part, columns)
         parts.append(scores.min(1).indices)  # twice as fast as argmin on CPU
     return torch.cat(parts)

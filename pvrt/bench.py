@@ -1,0 +1,57 @@
+"""Tokens per second of one request at a time: prefill and decode, medians of repeats."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+
+class Generator(Protocol):
+    """What is measured: yields one item per generated token, `count` in all."""
+
+    def __call__(self, prompt_ids: Sequence[int], count: int) -> Iterator[object]: ...
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over `repeats` runs. ttft_seconds is the time to the first token."""
+
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    ttft_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    decode_spread: tuple[float, float]
+
+
+def measure(
+    generate: Generator,
+    prompt_ids: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Speed:
+    """Time `repeats` runs after one warm-up. Decode counts the tokens after the first one."""
+    if new_tokens < 2 or repeats < 1:
+        raise ValueError("a measurement needs at least 2 new tokens and 1 repeat")
+    first, rates = [], []
+    for run in range(repeats + 1):
+        started = clock()
+        stamps = [clock() for _ in generate(prompt_ids, new_tokens)]
+        if len(stamps) < 2:
+            raise RuntimeError("the engine generated fewer than 2 tokens")
+        if run:
+            first.append(stamps[0] - started)
+            rates.append((len(stamps) - 1) / (stamps[-1] - stamps[0]))
+    ttft = median(first)
+    return Speed(
+        prompt_tokens=len(prompt_ids),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        ttft_seconds=ttft,
+        prefill_tokens_per_second=len(prompt_ids) / ttft,
+        decode_tokens_per_second=median(rates),
+        decode_spread=(min(rates), max(rates)),
+    )

@@ -1,0 +1,345 @@
+"""The command line. The only module that looks up; every import is made when it is needed."""
+
+import json
+import signal
+import sys
+from dataclasses import asdict, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import pvrt
+from pvrt.errors import PvrtError, RunError
+
+if TYPE_CHECKING:
+    from pvrt_tune.pipeline import Recipe
+
+app = typer.Typer(
+    name="pvrt",
+    help="Compress language models to two bits per weight, measure them and serve them.\n\n"
+    "Start with: pvrt tune MODEL -o OUT, then pvrt serve OUT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+EXIT_PROBLEM = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Effort(StrEnum):
+    """Presets of `pvrt tune`."""
+
+    fast = "fast"
+    normal = "normal"
+    best = "best"
+
+
+class EngineChoice(StrEnum):
+    """Engines of `pvrt serve`."""
+
+    auto = "auto"
+    vllm = "vllm"
+    local = "local"
+
+
+class Dtype(StrEnum):
+    """Floating types to compute in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"pvrt {pvrt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a .gguf file, or a hub id like org/name.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoint.")],
+    scheme: Annotated[
+        str, typer.Option(help="Codebooks x bits g group: 2x8g8 is 2 bits, 3x8g8 is 3.")
+    ] = "2x8g8",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: a .txt/.jsonl file, a folder, or a Hugging Face dataset "
+            "(name or name:split). Without it the model writes its own."
+        ),
+    ] = None,
+    effort: Annotated[Effort, typer.Option(help="Time against quality.")] = Effort.normal,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration windows (from --effort).")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens per window (from --effort).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in OUT; fail if there is none.")
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard the run in OUT and start again.")
+    ] = False,
+) -> None:
+    """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
+    from pvrt_tune.pipeline import EFFORTS, TuneJob
+    from pvrt_tune.pipeline import tune as run
+
+    if resume and restart:
+        raise RunError("--resume and --restart exclude each other; give one of them")
+    recipe = _recipe(EFFORTS[effort.value], scheme, samples, length, seed)
+    job = TuneJob(model, out, recipe, data, _device(device), resume, restart)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        checkpoint = run(job, _say)
+    except KeyboardInterrupt:
+        _say(f"stopped; finished blocks are in {out}. The same command goes on from there.")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    from pvrt.report import as_text, describe
+
+    print(as_text(describe(checkpoint), shown=3))
+    print(f"next: pvrt serve {out}")
+
+
+def _recipe(
+    base: "Recipe", scheme: str, samples: int | None, length: int | None, seed: int
+) -> "Recipe":
+    from pvrt.scheme import Scheme
+
+    try:
+        Scheme.parse(scheme)
+    except ValueError as error:
+        raise RunError(f"--scheme: {error}") from error
+    return replace(
+        base,
+        scheme=scheme,
+        samples=samples or base.samples,
+        length=length or base.length,
+        seed=seed,
+    )
+
+
+def _device(choice: str) -> str:
+    import torch
+
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=choice)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise RunError(f"--device {choice} cannot be used: {reason}") from error
+    return choice
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, or any model tune takes.")],
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A text file. Without it: the language reference of this Python."),
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="At most this many windows (default: all).")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity on held-out text (non-overlapping windows)."""
+    from pvrt import evaluate as ev
+
+    place = _device(device)
+    loaded, tokenizer = _load_any(model, dtype, place)
+    name = str(text) if text is not None else "the Python language reference"
+    body = ev.read_text(text) if text is not None else ev.default_text()
+
+    def progress(done: int, total: int, value: float) -> None:
+        if sys.stderr.isatty() or done == total:
+            end = "\n" if done == total else ""
+            print(f"\rwindow {done}/{total}  {value:.3f}", end=end, file=sys.stderr, flush=True)
+
+    tokens = ev.windows(body, tokenizer, context, windows)
+    result = ev.perplexity(loaded, tokens, name, progress)
+    if as_json:
+        print(json.dumps({"model": model, **asdict(result)}))
+    else:
+        print(
+            f"perplexity {result.value:.4f} @ {result.context} tokens, {result.windows} windows "
+            f"of {result.text}"
+        )
+
+
+def _load_any(model: str, dtype: Dtype, device: str) -> tuple[Any, Any]:
+    """A dense model or a checkpoint, decoded once, with its tokenizer."""
+    import torch
+
+    from pvrt.checkpoint import read_config
+
+    path = Path(model)
+    chosen = dtype.value
+    if dtype is Dtype.auto:
+        chosen = "float32" if device == "cpu" else "auto"
+    if path.is_dir() and read_config(path).get("quantization_config"):
+        from transformers import AutoTokenizer
+
+        loaded = pvrt.load(path, dense=True, dtype=chosen)
+        return loaded.to(device), AutoTokenizer.from_pretrained(path)
+    from pvrt_tune.source import load_source
+
+    source = load_source(model)
+    wanted = source.model if chosen == "auto" else source.model.to(getattr(torch, chosen))
+    return wanted.to(device), source.tokenizer
+
+
+@app.command()
+def inspect(
+    path: Checkpoint,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also read and check every tensor.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Scheme, layers, true bits per weight, and which bytes are not quantised."""
+    from pvrt import checkpoint
+    from pvrt.report import as_text, describe
+
+    opened = checkpoint.Checkpoint.open(path)
+    if verify:
+        opened.verify()
+    report = describe(opened)
+    print(json.dumps(report) if as_json else as_text(report))
+
+
+@app.command()
+def bench(
+    path: Checkpoint,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs after one warm-up.")] = 5,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = Dtype.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Tokens per second of the embedded engine, one request at a time (medians)."""
+    from pvrt.bench import measure
+    from pvrt_server.engine import Engine
+    from pvrt_server.loading import EngineOptions
+    from pvrt_server.sampling import SamplingParams
+
+    with Engine.load(path, EngineOptions(dtype=dtype.value)) as engine:
+        prompt = [1 + i % 200 for i in range(prompt_tokens)]
+
+        def generate(prompt_ids: Any, count: int) -> Any:
+            return engine.generate(
+                prompt_ids, SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+            )
+
+        speed = measure(generate, prompt, new_tokens, repeats)
+    if as_json:
+        print(json.dumps({"model": str(path), **asdict(speed)}))
+        return
+    low, high = speed.decode_spread
+    print(
+        f"{path}: prefill {speed.prefill_tokens_per_second:.1f} tokens/s (first token after "
+        f"{speed.ttft_seconds * 1000:.0f} ms for {prompt_tokens}), decode "
+        f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
+        f"{repeats} runs of {new_tokens})"
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def serve(
+    context: typer.Context,
+    path: Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    engine: Annotated[
+        EngineChoice, typer.Option(help="auto is vLLM where it is installed.")
+    ] = EngineChoice.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = Dtype.auto,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens.")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name in the API (default: the folder's).")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key that clients must send.")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Serve a checkpoint over the OpenAI API. Flags after -- go to vLLM as they are."""
+    from pvrt_server.launch import serve as run
+
+    code = run(
+        path,
+        host=host,
+        port=port,
+        engine=engine.value,
+        dtype=dtype.value,
+        max_model_len=max_model_len,
+        served_model_name=served_model_name,
+        api_key=api_key,
+        log_level=log_level,
+        extra=list(context.args),
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Name what is missing or mismatched here, each with the command that mends it."""
+    from pvrt.doctor import examine
+
+    findings = list(examine())
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.level:8} {finding.name:14} {finding.text}")
+            if finding.remedy and finding.level != "ok":
+                print(f"{'':23} -> {finding.remedy}")
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(EXIT_PROBLEM)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> NoReturn:
+    """Run the command line; user errors are one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except PvrtError as error:
+        print(f"pvrt: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(0)

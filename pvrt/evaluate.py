@@ -1,0 +1,88 @@
+"""Perplexity on fixed windows of held-out text."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pvrt.errors import DataError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean next-token loss over windows, with the context length it was taken at."""
+
+    value: float
+    context: int
+    windows: int
+    text: str
+
+
+def default_text() -> str:
+    """Python's language reference as the standard library ships it: text that every machine has."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. WikiText files (.raw) are joined by blank lines, as the usual protocol
+    does. Raises DataError when unreadable.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    if path.suffix != ".raw":
+        return text
+    rows = text.split("\n")
+    rows = rows[:-1] if rows and rows[-1] == "" else rows
+    return "\n\n".join(f"{row}\n" if row.strip() else "" for row in rows)
+
+
+def windows(text: str, tokenizer: Any, context: int, limit: int | None = None) -> Tensor:
+    """Non-overlapping windows [n, context] of a text's tokens, the last partial one dropped.
+
+    A tokenizer that begins sequences with a special token begins every window with it.
+    Raises DataError when the text has less than one window.
+    """
+    start = tokenizer("", verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    fresh = context - len(start)
+    count = len(ids) // fresh
+    if count == 0:
+        raise DataError(
+            f"the text has {len(ids)} tokens, one window needs {fresh}; give more text or a "
+            "smaller --context"
+        )
+    count = min(count, limit or count)
+    body = torch.tensor(ids[: count * fresh]).view(count, fresh)
+    return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), body], 1)
+
+
+def perplexity(
+    model: Any,
+    tokens: Tensor,
+    text: str = "",
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Perplexity:
+    """Perplexity of a causal language model over windows [n, context].
+
+    Every window is scored alone, all its tokens but the first, in float32 losses. `text` names the
+    source in the result; `progress(done, total, perplexity so far)` is called after every window.
+    """
+    total = 0.0
+    with torch.inference_mode():
+        for number, window in enumerate(tokens, 1):
+            ids = window.unsqueeze(0).to(model.device)
+            logits = model(ids, use_cache=False).logits[0, :-1]
+            total += float(F.cross_entropy(logits.float(), ids[0, 1:]))
+            if progress is not None:
+                progress(number, len(tokens), math.exp(total / number))
+    count, context = tokens.shape
+    return Perplexity(math.exp(total / count), context, count, text)

@@ -1,0 +1,47 @@
+"""What `pvrt inspect` says about a checkpoint, as data and as text."""
+
+from typing import Any
+
+from pvrt.checkpoint import Checkpoint
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Scheme, layers, true bits per weight, and which bytes are not quantised."""
+    dense = checkpoint.dense_bytes()
+    total = checkpoint.file_bytes()
+    return {
+        "path": str(checkpoint.path),
+        "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
+        "scheme": str(checkpoint.scheme),
+        "quantized_layers": len(checkpoint.layers),
+        "bits_per_weight_linears": checkpoint.linear_bits_per_weight(),
+        "bits_per_weight_file": checkpoint.file_bits_per_weight(),
+        "file_bytes": total,
+        "dense_bytes": sum(dense.values()),
+        "dense_tensors": dense,
+    }
+
+
+def as_text(report: dict[str, Any], shown: int = 8) -> str:
+    """The report for a terminal; the largest `shown` dense tensors are named."""
+    dense: dict[str, int] = report["dense_tensors"]
+    share = report["dense_bytes"] / report["file_bytes"]
+    lines = [
+        f"{report['path']}  ({report['architecture']})",
+        f"scheme            {report['scheme']}, {report['quantized_layers']} quantised layers",
+        f"bits per weight   {report['bits_per_weight_linears']:.3f} in the quantised linears, "
+        "codebooks and scales included",
+        f"                  {report['bits_per_weight_file']:.3f} over the whole file",
+        f"size              {_megabytes(report['file_bytes'])}, of which "
+        f"{_megabytes(report['dense_bytes'])} ({share:.0%}) are not quantised:",
+    ]
+    for name, size in list(dense.items())[:shown]:
+        lines.append(f"  {_megabytes(size):>12}  {name}")
+    if len(dense) > shown:
+        rest = sum(list(dense.values())[shown:])
+        lines.append(f"  {_megabytes(rest):>12}  {len(dense) - shown} smaller tensors")
+    return "\n".join(lines)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,91 @@
+"""Block fine-tuning: codebooks, scales, norms and biases against the dense block's outputs.
+
+Codes stay fixed (arXiv 2401.06118, section 3, phase 3).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvrt_tune.blocks import run_block
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Adam on one block. `learning_rate` is relative: a step moves a tensor by about this share of
+    its own root mean square. `held_out` is the share of batches that only decides when to stop.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 2e-3
+    held_out: float = 0.125
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """Held-out mean squared error over the target's mean square, before and after."""
+
+    before: float
+    after: float
+
+
+def finetune_block(
+    block: nn.Module,
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    arguments: dict[str, Any],
+    settings: FinetuneSettings,
+    generator: torch.Generator,
+) -> FinetuneReport:
+    """Train a block's floating parameters in place; the best state on held-out batches is kept.
+
+    inputs and targets: one [batch, length, width] float32 tensor per batch.
+    """
+    count = max(1, round(settings.held_out * len(inputs)))
+    train = list(range(len(inputs) - count)) or [0]
+    held_out = list(range(len(inputs) - count, len(inputs)))
+    parameters = [p for p in block.parameters() if p.is_floating_point()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    groups = [
+        {"params": [p], "lr": settings.learning_rate * float(p.detach().square().mean().sqrt())}
+        for p in parameters
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    steps = settings.epochs * len(train)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1)))
+    )
+
+    def held_out_error() -> float:
+        with torch.no_grad():
+            errors = [
+                float((run_block(block, inputs[i], arguments) - targets[i]).square().mean())
+                for i in held_out
+            ]
+        return sum(errors) / len(errors)
+
+    power = sum(float(targets[i].square().mean()) for i in held_out) / len(held_out)
+    first = best = held_out_error()
+    best_state = [p.detach().clone() for p in parameters]
+    for _ in range(settings.epochs):
+        for i in torch.randperm(len(train), generator=generator).tolist():
+            output = run_block(block, inputs[train[i]], arguments)
+            loss = (output - targets[train[i]]).square().mean() / power
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        error = held_out_error()
+        if not error < best:
+            break
+        best = error
+        best_state = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best_state, strict=True):
+            parameter.copy_(value)
+            parameter.requires_grad_(False)
+    return FinetuneReport(first / power, best / power)
