@@ -1,0 +1,158 @@
+"""AQLM checkpoints through `AutoModelForCausalLM.from_pretrained`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import pvrt
+from pvrt.errors import CheckpointError
+from pvrt.linear import AQLMLinear, quantized_linears
+from tests.fixtures.toy import ARCHITECTURES, write_toy
+
+pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for cpu")
+PROMPT = torch.tensor([[72, 101, 108, 108, 111, 32, 119]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        result: torch.Tensor = model(PROMPT).logits
+    return result
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["ours", "published"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_equal_those_of_the_dense_model(
+    tmp_path: Path, architecture: str, published: bool
+) -> None:
+    dense = write_toy(tmp_path, architecture, published=published)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert quantized_linears(model)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["1x16g8", "2x12g8", "1x8g4", "2x8g8o4"])
+def test_every_scheme_loads(tmp_path: Path, scheme: str) -> None:
+    dense = write_toy(tmp_path, "llama", scheme)
+    model = pvrt.load(tmp_path)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+def test_the_published_layout_keeps_its_lm_head(tmp_path: Path) -> None:
+    """transformers 5 alone replaces lm_head by random weights: its list holds "lm_head.weight"."""
+    dense = write_toy(tmp_path, "llama", published=True)
+    skip = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert "lm_head.weight" in skip["linear_weights_not_to_quantize"]
+    assert "lm_head" not in skip["linear_weights_not_to_quantize"]
+    model = pvrt.load(tmp_path, dtype=torch.float32)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
+
+
+def test_import_alone_teaches_transformers_and_stays_light(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama", published=True)
+    script = (
+        "import sys, pvrt; assert 'torch' not in sys.modules, 'import pvrt is heavy'\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "AQLMLinear", run.stderr
+
+
+def test_importing_after_transformers_works_too(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama", published=True)
+    script = (
+        "from transformers import AutoModelForCausalLM; import pvrt\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "print(type(model.model.layers[0].mlp.up_proj).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "AQLMLinear", run.stderr
+
+
+def test_dense_loading_leaves_an_ordinary_model(tmp_path: Path) -> None:
+    dense = write_toy(tmp_path, "qwen2")
+    model = pvrt.load(tmp_path, dense=True)
+    assert not quantized_linears(model)
+    assert not hasattr(model.config, "quantization_config")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "dense")
+    again = pvrt.load(tmp_path / "dense")
+    torch.testing.assert_close(logits(again), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_model_saves_the_same_layout(tmp_path: Path) -> None:
+    write_toy(tmp_path / "a", "qwen2")
+    model = pvrt.load(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    before = load_file(tmp_path / "a" / "model.safetensors")
+    after = load_file(tmp_path / "b" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    torch.testing.assert_close(logits(pvrt.load(tmp_path / "b")), logits(model))
+
+
+def test_codebooks_train_through_a_loaded_model(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama")
+    model = pvrt.load(tmp_path)
+    layer = model.model.layers[0].mlp.up_proj
+    assert isinstance(layer, AQLMLinear)
+    layer.codebooks.requires_grad_(True)
+    model(PROMPT, labels=PROMPT).loss.backward()
+    assert layer.codebooks.grad is not None
+    assert layer.codebooks.grad.abs().sum() > 0
+    assert layer.codes.grad is None
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_a_config_of_another_width_is_refused(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama")
+    wide = 2 * json.loads((tmp_path / "config.json").read_text())["intermediate_size"]
+    edit(tmp_path, intermediate_size=wide)
+    with pytest.raises(CheckpointError, match=r"codes decode to .* config.json describes"):
+        pvrt.load(tmp_path)
+
+
+def test_a_config_of_fewer_layers_is_refused(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama")
+    edit(tmp_path, num_hidden_layers=1)
+    with pytest.raises(CheckpointError, match=r"model.layers.1.*does not have"):
+        pvrt.load(tmp_path)
+
+
+def test_a_missing_dense_tensor_is_refused_and_not_invented(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"missing, first model.norm.weight"):
+        pvrt.load(tmp_path)
+
+
+def test_codes_out_of_range_are_refused_while_loading(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama", "2x12g8")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.codes"][0, 0, 0] = 4096
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"up_proj.codes holds code 4096"):
+        pvrt.load(tmp_path)
+
+
+def test_a_linear_refuses_groups_that_do_not_divide() -> None:
+    from pvrt.scheme import Scheme
+
+    with pytest.raises(ValueError, match="does not divide a linear layer of 8 x 12"):
+        AQLMLinear(12, 8, Scheme.parse("2x8g8"))

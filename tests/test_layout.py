@@ -1,0 +1,88 @@
+"""The house: which way imports point, what is installed, and what must stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "pvrt_kernels": ROOT / "kernels" / "pvrt_kernels",
+    "pvrt": ROOT / "pvrt",
+    "pvrt_tune": ROOT / "tune" / "pvrt_tune",
+    "pvrt_server": ROOT / "server" / "pvrt_server",
+}
+MAY_IMPORT = {
+    "pvrt_kernels": set(),
+    "pvrt": {"pvrt_kernels"},
+    "pvrt_tune": {"pvrt_kernels", "pvrt"},
+    "pvrt_server": {"pvrt_kernels", "pvrt"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Top-level names that a module imports anywhere, typing blocks included."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    for file in PACKAGES[package].rglob("*.py"):
+        ours = imports(file) & PACKAGES.keys()
+        if file == ROOT / "pvrt" / "cli.py":  # the only file that looks up, lazily
+            continue
+        assert ours <= allowed, f"{file} imports {ours - allowed}"
+
+
+@pytest.mark.parametrize("folder", ["kernels", "tune", "server"])
+def test_source_roots_are_not_packages(folder: str) -> None:
+    """`kernels/__init__.py` would shadow the PyPI package that transformers imports."""
+    assert not (ROOT / folder / "__init__.py").exists()
+
+
+def run(*command: str) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_transformers_imports_from_the_repository_root() -> None:
+    run("-c", "import transformers; from transformers import LlamaForCausalLM")
+
+
+def test_help_loads_no_torch() -> None:
+    script = (
+        "import sys; sys.argv = ['pvrt', {args}]\n"
+        "from pvrt.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "heavy = {{'torch', 'transformers', 'vllm', 'fastapi'}} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for args in ("'--help'", "'tune', '--help'", "'serve', '--help'", "'--version'"):
+        run("-c", script.format(args=args))
+
+
+def test_the_wheel_installs_our_four_names_only(tmp_path: Path) -> None:
+    from setuptools import find_packages
+
+    names = set()
+    for where in (".", "tune", "server", "kernels"):
+        include = ["pvrt", "pvrt.*", "pvrt_tune*", "pvrt_server*", "pvrt_kernels*"]
+        names |= {name.split(".")[0] for name in find_packages(str(ROOT / where), include=include)}
+    assert names == set(PACKAGES)
+
+
+def test_no_module_is_long() -> None:
+    for root in PACKAGES.values():
+        for file in root.rglob("*.py"):
+            assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, file
