@@ -1,0 +1,151 @@
+"""From a checkpoint folder to what sequences run on: the model on its device, and its tokenizer."""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+import pvrt
+from pvrt.checkpoint import parse_quantization_config, read_config, weight_files
+from pvrt.errors import ServeError
+from pvrt.scheme import Scheme
+from pvrt_kernels import has_fast_kernel
+from pvrt_server.sampling import SamplingParams
+from pvrt_server.sequence import CausalModel, Runtime
+from pvrt_server.text import TextCodec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger("pvrt_server")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to load and run. Raises ServeError for a value out of range.
+
+    dtype auto is the checkpoint's own on a GPU, float32 on CPU (its bfloat16 reads prompts five
+    times slower). max_model_len (tokens of prompt and answer) None is what the model was made for.
+    queue_size bounds the requests that wait; longer prompts than prefill_chunk tokens are read in
+    pieces, which bounds memory and lets them be cancelled.
+    """
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    queue_size: int = 64
+    prefill_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ServeError(f"dtype is {self.dtype!r}; choose auto, {', '.join(DTYPES)}")
+        for name in ("max_model_len", "queue_size", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ServeError(f"{name} is {value}; it must be at least 1")
+
+
+def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
+    """Load model and tokenizer. Raises CheckpointError and ServeError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scheme = _scheme(folder)
+    dense = scheme is not None and not has_fast_kernel(
+        device.type,
+        scheme.num_codebooks,
+        scheme.nbits_per_codebook,
+        scheme.in_group_size,
+        scheme.out_group_size,
+    )
+    dtype: torch.dtype | str = DTYPES.get(options.dtype, "auto")
+    if dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32
+    max_model_len = _context_length(folder, options.max_model_len)
+    codec = TextCodec(_load_tokenizer(folder))
+    model: Any = pvrt.load(folder, dense=dense, dtype=dtype).to(device)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    if dense:
+        stored = sum(file.stat().st_size for file in weight_files(folder))
+        _log.warning(
+            "no %s kernel for %s: the weights are decoded once and take %.0f MB in place of %.0f",
+            scheme,
+            device.type,
+            size / 1e6,
+            stored / 1e6,
+        )
+    runtime = Runtime(
+        model=cast(CausalModel, model),
+        codec=codec,
+        eos_ids=_eos_ids(model, codec),
+        vocabulary=model.config.get_text_config().vocab_size,
+        max_model_len=max_model_len,
+        prefill_chunk=options.prefill_chunk,
+    )
+    _log.info(
+        "loaded %s: %s, %s on %s, %.0f MB, context %d tokens",
+        folder,
+        scheme or "dense",
+        str(model.dtype).removeprefix("torch."),
+        device.type,
+        size / 1e6,
+        runtime.max_model_len,
+    )
+    return runtime
+
+
+def sampling_defaults(model: CausalModel) -> SamplingParams:
+    """What a request gets that says nothing: the model's generation_config, as in vLLM."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    values = {name: getattr(model.generation_config, name, None) for name in names}
+    return replace(
+        SamplingParams(), **{name: value for name, value in values.items() if value is not None}
+    )
+
+
+def _scheme(folder: Path) -> Scheme | None:
+    quantization = read_config(folder).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "aqlm":
+        return None
+    return parse_quantization_config(quantization, str(folder))
+
+
+def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ServeError(
+            f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]}); copy "
+            "tokenizer.json and tokenizer_config.json of the original model into it"
+        ) from error
+
+
+def _eos_ids(model: Any, codec: TextCodec) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(token for token in [*listed, codec.eos_id] if token is not None)
+
+
+def _context_length(folder: Path, wanted: int | None) -> int:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    made_for: int | None = getattr(config, "max_position_embeddings", None)
+    if made_for is None:
+        if wanted is None:
+            raise ServeError(
+                f"{folder}/config.json has no max_position_embeddings; say --max-model-len"
+            )
+        return wanted
+    if wanted is not None and wanted > made_for:
+        raise ServeError(
+            f"max_model_len is {wanted}, but the model was made for {made_for} tokens; give "
+            f"--max-model-len {made_for} or less"
+        )
+    return wanted or made_for

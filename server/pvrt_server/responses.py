@@ -1,0 +1,278 @@
+"""What the server answers: OpenAI's bodies, chunks and errors, built from engine events.
+
+Whole bodies carry the nulls that the specification requires; deltas leave them out.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pvrt_server.sampling import TokenLogprob
+from pvrt_server.sequence import FinishReason, PromptEvent, TokenEvent
+from pvrt_server.text import TextCodec
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token to report. `offset` is where it starts in the text, in characters.
+
+    `score` is None for the first token of a prompt, which nothing predicts.
+    """
+
+    token_id: int
+    offset: int
+    score: TokenLogprob | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of one choice: some text, the tokens behind it if asked for, and whether it ends."""
+
+    index: int
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Usage:
+    """Token counts of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    def body(self) -> dict[str, int]:
+        """The `usage` object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+@dataclass
+class Header:
+    """The fields that all bodies of one answer share."""
+
+    model: str
+    id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """A body or chunk of type `kind`."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "system_fingerprint": None,
+            **more,
+        }
+
+
+def new_header(model: str, prefix: str) -> Header:
+    """A header with a fresh id."""
+    return Header(model, f"{prefix}-{uuid.uuid4().hex}")
+
+
+class Form(Protocol):
+    """How one endpoint writes pieces."""
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+    prompt_field: str
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The first choice of a stream, before any piece; None where there is no such thing."""
+
+    def pieces(self, event: PromptEvent | TokenEvent) -> Iterable[Piece]:
+        """What an event adds to the answer."""
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """A choice of a streamed chunk."""
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        """A choice of a whole body; the piece holds all of it."""
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt to repeat before the answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+class CompletionForm:
+    """/v1/completions. `echoes` has one entry per choice, None where nothing is repeated."""
+
+    prefix = "cmpl"
+    kind = chunk_kind = "text_completion"
+    prompt_field = "prompt"
+
+    def __init__(self, codec: TextCodec, echoes: Sequence[Echo | None], logprobs: bool) -> None:
+        self._codec = codec
+        self._echoes = echoes
+        self._logprobs = logprobs
+
+    def opening(self, index: int) -> None:
+        """See Form."""
+
+    def pieces(self, event: PromptEvent | TokenEvent) -> Iterable[Piece]:
+        """See Form."""
+        echo = self._echoes[event.index]
+        if isinstance(event, PromptEvent):
+            if echo is not None:
+                tokens = _prompt_tokens(self._codec, echo, event.logprobs)
+                yield Piece(event.index, echo.text, tokens, event.finish_reason)
+            return
+        shift = len(echo.text) if echo else 0
+        yield _token_piece(event, shift)
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """See Form."""
+        return {
+            "index": piece.index,
+            "text": piece.text,
+            "logprobs": self._scores(piece.tokens) if self._logprobs else None,
+            "finish_reason": piece.finish_reason,
+        }
+
+    choice = chunk
+
+    def _scores(self, tokens: Sequence[ScoredToken]) -> dict[str, Any]:
+        tops: list[dict[str, float] | None] = []
+        for token in tokens:
+            top: dict[str, float] = {}
+            if token.score is not None:
+                # Chosen last: the legacy form lists it even when it is not among the likeliest.
+                pairs = [*token.score.top, (token.token_id, token.score.logprob)]
+                for token_id, logprob in pairs:
+                    top.setdefault(self._name(token_id), logprob)
+            tops.append(top if token.score is not None else None)
+        return {
+            "tokens": [self._name(token.token_id) for token in tokens],
+            "token_logprobs": [token.score and token.score.logprob for token in tokens],
+            "top_logprobs": tops,
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def _name(self, token_id: int) -> str:
+        """A token as a key: parts of characters by their bytes, so that they stay apart."""
+        raw = self._codec.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class ChatForm:
+    """/v1/chat/completions."""
+
+    prefix = "chatcmpl"
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    prompt_field = "messages"
+
+    def __init__(self, codec: TextCodec, logprobs: bool) -> None:
+        self._codec = codec
+        self._logprobs = logprobs
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """See Form; says who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def pieces(self, event: PromptEvent | TokenEvent) -> Iterable[Piece]:
+        """See Form."""
+        if isinstance(event, TokenEvent):
+            yield _token_piece(event, 0)
+
+    def chunk(self, piece: Piece) -> dict[str, Any]:
+        """See Form."""
+        return {
+            "index": piece.index,
+            "delta": {"content": piece.text} if piece.text else {},
+            "logprobs": self._scores(piece.tokens),
+            "finish_reason": piece.finish_reason,
+        }
+
+    def choice(self, piece: Piece) -> dict[str, Any]:
+        """See Form."""
+        return {
+            "index": piece.index,
+            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "logprobs": self._scores(piece.tokens),
+            "finish_reason": piece.finish_reason,
+        }
+
+    def _scores(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
+        if not self._logprobs:
+            return None
+        content = [
+            {
+                **self._entry(token.token_id, token.score.logprob),
+                "top_logprobs": [self._entry(*pair) for pair in token.score.top],
+            }
+            for token in tokens
+            if token.score is not None
+        ]
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": self._codec.token_text(token_id),
+            "bytes": list(self._codec.token_bytes(token_id)),
+            "logprob": logprob,
+        }
+
+
+def merge(pieces: Sequence[Piece]) -> Piece:
+    """The pieces of one choice, in order, as one."""
+    return Piece(
+        pieces[0].index,
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        pieces[-1].finish_reason,
+    )
+
+
+def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    """OpenAI's error envelope."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def sse(body: dict[str, Any]) -> bytes:
+    """One server-sent event.
+
+    ASCII only: some clients also split lines at U+2028 and its like.
+    """
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+def _token_piece(event: TokenEvent, shift: int) -> Piece:
+    tokens: tuple[ScoredToken, ...] = ()
+    if event.logprob is not None:
+        tokens = (ScoredToken(event.token_id, event.offset + shift, event.logprob),)
+    return Piece(event.index, event.text, tokens, event.finish_reason)
+
+
+def _prompt_tokens(
+    codec: TextCodec, echo: Echo, scores: Sequence[TokenLogprob | None]
+) -> tuple[ScoredToken, ...]:
+    if not scores:
+        return ()
+    stream = codec.stream()
+    tokens = []
+    for token_id, score in zip(echo.token_ids, scores, strict=True):
+        tokens.append(ScoredToken(token_id, stream.length, score))
+        stream.push(token_id)
+    return tuple(tokens)

@@ -1,0 +1,264 @@
+"""What clients send, and what becomes of it.
+
+Every field may be null, which means its default. What the engine cannot do is refused by name:
+a field is ignored only where ignoring it cannot change an answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict
+
+from pvrt_server.errors import RequestError
+from pvrt_server.sampling import MAX_LOGPROBS, SamplingParams
+
+MAX_CHOICES = 128
+_COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+
+# Bookkeeping of clients and of OpenAI's own service; none of it can change an answer.
+_HARMLESS = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_retention"),
+        *("chat_id", "session_id", "id", "title", "background_tasks"),
+    }
+)
+# Fields that go to SamplingParams as they are.
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
+# Fields that we know and do not offer, with the values that ask for nothing.
+_NOTHING: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none",),
+    "function_call": ("none",),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "min_tokens": (0,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_tokens_as_token_ids": (False,),
+}
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # pads chunks on OpenAI's own service
+
+
+class GenerateRequest(BaseModel):
+    """The fields that completions and chat completions share."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    best_of: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+
+    def refuse_unsupported(self) -> None:
+        """Raise RequestError naming the first field that asks for something not offered."""
+        for name, value in (self.model_extra or {}).items():
+            if value is None or name in _HARMLESS or value in _NOTHING.get(name, ()):
+                continue
+            if name in _NOTHING:
+                raise RequestError(
+                    f"{name} is not supported by this engine", name, "unsupported_parameter"
+                )
+            raise RequestError(f"unrecognized request argument: {name}", name, "unknown_parameter")
+        if self.best_of is not None and self.best_of != self.choices:
+            raise RequestError(
+                f"best_of is {self.best_of}; only the value of n ({self.choices}) is supported",
+                "best_of",
+                "unsupported_parameter",
+            )
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream: true", "stream_options")
+
+    @property
+    def choices(self) -> int:
+        """How many answers per prompt. Raises RequestError out of range."""
+        number = 1 if self.n is None else self.n
+        if not 1 <= number <= MAX_CHOICES:
+            raise RequestError(f"n is {number}; it must be between 1 and {MAX_CHOICES}", "n")
+        return number
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """Parameters of the first choice. Raises RequestError for a value out of range."""
+        given = {name: getattr(self, name) for name in _SAMPLING}
+        given = {name: value for name, value in given.items() if value is not None}
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return replace(defaults, **given, stop=stop, logit_bias=_token_keys(self.logit_bias))
+
+
+class CompletionRequest(GenerateRequest):
+    """The body of POST /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    def prompts(self) -> Sequence[str | list[int]]:
+        """All prompts, as text or token ids. Raises RequestError when there is none."""
+        if self.prompt == []:
+            raise RequestError("prompt is an empty list", "prompt")
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast(Sequence[str | list[int]], [self.prompt] if one else self.prompt)
+
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """See GenerateRequest."""
+        max_tokens = _COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        if max_tokens < (0 if self.echo else 1):
+            raise RequestError(
+                f"max_tokens is {max_tokens}; it must be at least 1, or 0 with echo", "max_tokens"
+            )
+        return replace(
+            super().sampling(defaults),
+            max_tokens=max_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+        )
+
+
+class Message(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+
+    def for_template(self, where: str) -> dict[str, Any]:
+        """The message as chat templates expect it: text content, no developer role.
+
+        `where` names the message in errors. Raises RequestError for tools, images and the like.
+        """
+        if self.role in ("tool", "function"):
+            raise RequestError(
+                f"{where} has role {self.role}; this engine does not support tools",
+                f"{where}.role",
+                "unsupported_parameter",
+            )
+        kept = {}
+        for name, value in (self.model_extra or {}).items():
+            if value is None or value == [] or name in ("refusal", "annotations"):
+                continue
+            if name not in ("name", "reasoning_content"):
+                raise RequestError(
+                    f"{where}.{name} is not supported by this engine",
+                    f"{where}.{name}",
+                    "unsupported_parameter",
+                )
+            kept[name] = value
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self._text(f"{where}.content"), **kept}
+
+    def _text(self, where: str) -> str:
+        if self.content is None:
+            raise RequestError(f"{where} is missing; every message needs text", where)
+        if isinstance(self.content, str):
+            return self.content
+        texts = []
+        for part in self.content:
+            if part.get("type") != "text":
+                raise RequestError(
+                    f"{where} has a part of type {part.get('type')!r}; only text is supported",
+                    where,
+                    "unsupported_parameter",
+                )
+            if not isinstance(part.get("text"), str):
+                raise RequestError(f"{where} has a text part without a text", where)
+            texts.append(part["text"])
+        return "\n".join(texts)
+
+
+class ChatRequest(GenerateRequest):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def sampling(self, defaults: SamplingParams) -> SamplingParams:
+        """See GenerateRequest."""
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise RequestError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens is "
+                f"{self.max_completion_tokens}; send one of them",
+                "max_completion_tokens",
+            )
+        max_tokens = next(iter(limits), None)
+        if max_tokens is not None and max_tokens < 1:
+            name = "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
+            raise RequestError(f"{name} is {max_tokens}; it must be at least 1", name)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            raise RequestError(
+                f"top_logprobs is {self.top_logprobs}; it must be between 0 and {MAX_LOGPROBS}",
+                "top_logprobs",
+            )
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return replace(super().sampling(defaults), max_tokens=max_tokens, logprobs=logprobs)
+
+
+class TokenizeRequest(BaseModel):
+    """The body of POST /tokenize: a prompt, or messages for the chat template (as in vLLM)."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages for a chat template. Raises RequestError naming the message at fault."""
+    if not messages:
+        raise RequestError("messages is an empty list", "messages")
+    return [message.for_template(f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _token_keys(bias: Mapping[str, float] | None) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in (bias or {}).items()}
+    except ValueError as error:
+        raise RequestError("logit_bias maps token ids to numbers", "logit_bias") from error

@@ -1,0 +1,212 @@
+"""Text to tokens and back: prompts, chat templates, and text that arrives token by token."""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from pvrt_server.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders print for bytes that are no character
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Enough tokens to decode the next one in context (words of a sentencepiece model lose their space
+# at the start of a text), few enough that decoding them again for every token costs microseconds.
+_CONTEXT = 8
+_WINDOW = 32
+# A character has at most 4 bytes, so what is still broken after these many tokens stays so.
+_PATIENCE = 12
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level vocabularies write the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + number): byte for number, byte in enumerate(rest)}
+
+
+class TextCodec:
+    """A tokenizer as the server needs it."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._tokenizer: Any = tokenizer
+        self._alphabet = _byte_alphabet()
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._eos_id: int | None = tokenizer.eos_token_id
+        # A request may set variables of the template, not choose another one or its own output.
+        self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+
+    @property
+    def eos_id(self) -> int | None:
+        """The tokenizer's own end-of-text token."""
+        return self._eos_id
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text; special=True adds what the tokenizer puts around one (BOS).
+
+        Raises RequestError for a string that is no text, which JSON can write.
+        """
+        return self._encode(text, special, "prompt")
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template.
+
+        template_kwargs are variables that the template knows (enable_thinking and the like).
+        Raises RequestError when there is no template or it refuses the messages.
+        """
+        variables = template_kwargs or {}
+        if reserved := sorted(self._reserved & variables.keys()):
+            raise RequestError(
+                f"chat_template_kwargs must not set {reserved[0]}", "chat_template_kwargs"
+            )
+        if not self._tokenizer.chat_template:
+            raise RequestError(
+                "this checkpoint has no chat template: send a prompt to /v1/completions, or put "
+                "the chat_template.jinja of the original model into its folder",
+                "messages",
+            )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}", "messages"
+            ) from error
+        return self._encode(text, False, "messages")  # a template writes its own special tokens
+
+    def _encode(self, text: str, special: bool, field: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{field} holds half a surrogate pair: {error}", field) from error
+        ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def token_text(self, token_id: int) -> str:
+        """One token as text, special ones by name; bytes that are no text as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, also when they are part of a character only."""
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
+        if piece is None:  # models round their vocabulary up: these have no text
+            return b""
+        if token_id in self._special:
+            return piece.encode()
+        if match := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        if "\N{LOWER ONE EIGHTH BLOCK}" in piece:  # a sentencepiece word with its space
+            return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        text = self.decode([token_id])
+        if _BROKEN in text and all(char in self._alphabet for char in piece):
+            return bytes(self._alphabet[char] for char in piece)
+        return text.encode()
+
+    def stream(self, prompt_ids: Sequence[int] = ()) -> "TextStream":
+        """A stream of text that follows a prompt."""
+        return TextStream(self, prompt_ids)
+
+
+class TextStream:
+    """Token ids in, text out, never half a character.
+
+    Decodes a short window of last tokens and hands out what is new. Text that ends in a broken
+    character waits, for at most 12 tokens: later bytes can only repair the end.
+    """
+
+    def __init__(self, codec: TextCodec, prompt_ids: Sequence[int] = ()) -> None:
+        self._codec = codec
+        self._window, text = self._context(list(prompt_ids[-_CONTEXT:]))
+        # A prompt may end inside a character: those bytes are no context, they wait for the rest.
+        self._sent = text.rstrip(_BROKEN)
+        self._waiting = 0
+        self.length = 0  # characters handed out
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes, often one word, sometimes none."""
+        self._window.append(token_id)
+        text = self._codec.decode(self._window)
+        self._waiting += 1
+        stable = text if self._waiting > _PATIENCE else text.rstrip(_BROKEN)
+        new = stable[len(self._sent) :]
+        if new or stable == text:
+            self._waiting = 0
+            self._sent = stable
+        if len(self._window) >= _WINDOW:
+            self._shorten(complete=stable == text)
+        self.length += len(new)
+        return new
+
+    def _shorten(self, complete: bool) -> None:
+        context, text = self._context(self._window[-_CONTEXT:])
+        if _BROKEN not in text or len(self._window) > 4 * _WINDOW:
+            self._window = context
+            self._sent = text if complete else text.rstrip(_BROKEN)
+
+    def _context(self, tokens: list[int]) -> tuple[list[int], str]:
+        """Tokens to decode the next one with, and their text.
+
+        They start with a whole character where possible: a decoder of single-byte tokens takes a
+        whole run of them for broken when its first is.
+        """
+        for start in range(min(4, len(tokens))):
+            text = self._codec.decode(tokens[start:])
+            if _BROKEN not in text:
+                return tokens[start:], text
+        return tokens, self._codec.decode(tokens)
+
+
+class StopFilter:
+    """Lets text through up to the first stop string, which may span any number of pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string was found behind it)."""
+        if not self._stops or not text:
+            return text, False
+        text = self._held + text
+        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep], False
+
+    def flush(self) -> str:
+        """The text held back, once no more can follow."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,38 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from pvrt_server.engine import Engine
+from tests.fixtures.toy import write_toy
+from tests.server.running import Server, scripted_engine, serving
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy AQLM checkpoint, float32."""
+    folder = tmp_path_factory.mktemp("serve") / "toy-2bit"
+    write_toy(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(toy: Path) -> Iterator[Server]:
+    """The toy checkpoint, served."""
+    with serving(Engine.load(toy)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> openai.OpenAI:
+    """The official client of `server`."""
+    return server.client()
+
+
+@pytest.fixture(scope="session")
+def says(toy: Path) -> Iterator[Server]:
+    """A server that answers every prompt with "one two three 😀 four"."""
+    engine, _ = scripted_engine(toy, "one two three 😀 four")
+    with serving(engine) as running:
+        yield running

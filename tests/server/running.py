@@ -1,0 +1,107 @@
+"""Servers for tests: on a free port, in a thread, over the toy model or over a script."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import openai
+import torch
+import uvicorn
+from transformers import AutoConfig, AutoTokenizer
+
+from pvrt_server.app import create_app
+from pvrt_server.engine import Engine
+from pvrt_server.sampling import SamplingParams
+from pvrt_server.sequence import Runtime
+from pvrt_server.text import TextCodec
+
+
+class ScriptedModel:
+    """Answers every prompt (of at least two tokens) with the same tokens, then end-of-text.
+
+    While `gate` is clear, the forward passes that write the answer wait for it; a script that
+    holds an exception raises it there.
+    """
+
+    def __init__(self, folder: Path, script: Sequence[int | Exception]) -> None:
+        self.config = AutoConfig.from_pretrained(folder)
+        self.generation_config = SimpleNamespace(eos_token_id=self.config.eos_token_id)
+        self.device = torch.device("cpu")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.script = script
+        self.forwards = 0
+
+    def __call__(self, **inputs: Any) -> Any:
+        assert self.gate.wait(20)
+        self.forwards += 1
+        cache, new = inputs["past_key_values"], inputs["input_ids"].shape[1]
+        at = cache.at = 0 if new > 1 else cache.at + 1
+        token = self.script[at] if at < len(self.script) else self.config.eos_token_id
+        if isinstance(token, Exception):
+            raise token
+        logits = torch.zeros(1, inputs["logits_to_keep"], self.config.vocab_size)
+        logits[..., token] = 20.0
+        return SimpleNamespace(logits=logits)
+
+
+def scripted_engine(
+    folder: Path, script: str | Sequence[int | Exception], queue_size: int = 64
+) -> tuple[Engine, ScriptedModel]:
+    """An engine that answers everything with a text or with tokens."""
+    codec = TextCodec(AutoTokenizer.from_pretrained(folder))
+    tokens = codec.encode(script) if isinstance(script, str) else script
+    model = ScriptedModel(folder, tokens)
+    runtime = Runtime(
+        model=model,
+        codec=codec,
+        eos_ids=frozenset({model.config.eos_token_id}),
+        vocabulary=model.config.vocab_size,
+        max_model_len=model.config.max_position_embeddings,
+        prefill_chunk=512,
+    )
+    greedy = SamplingParams(temperature=0)
+    return Engine(runtime, greedy, folder=folder, queue_size=queue_size), model
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    engine: Engine
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """The official client; it retries nothing, so that tests see the first answer."""
+        options = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+
+    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
+        """POST a JSON body as it is."""
+        return httpx.post(f"{self.url}{path}", json=body, timeout=20, **options)
+
+
+@contextmanager
+def serving(engine: Engine, **options: Any) -> Iterator[Server]:
+    """Serve an engine as "toy" while the block runs."""
+    app = create_app(engine, "toy", **options)
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Server(f"http://127.0.0.1:{port}", engine)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

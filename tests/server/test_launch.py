@@ -1,0 +1,205 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from pvrt.errors import CheckpointError, ServeError
+from pvrt_server.launch import Plan, serve, vllm_command, vllm_environment
+from tests.fixtures.toy import write_toy
+
+RUN = "import sys; from pathlib import Path; from pvrt_server.launch import serve; sys.exit(serve("
+
+FAKE_VLLM = """
+import http.server, json, pathlib, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+flags = sys.argv[1:]
+pathlib.Path(FLAGS_FILE).write_text(json.dumps(flags))
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+port = int(flags[flags.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Health).serve_forever()
+"""
+
+
+@contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        yield holder.getsockname()[1]
+
+
+def plan(**changes: Any) -> Plan:
+    values = {
+        "model": Path("/models/m"),
+        "name": "m",
+        "host": "127.0.0.1",
+        "port": 8123,
+        "dtype": "auto",
+        "max_model_len": None,
+        "api_key": None,
+        "log_level": "info",
+    }
+    return Plan(**{**values, **changes})
+
+
+def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(toy: Path) -> None:
+    with taken_port() as port, pytest.raises(ServeError) as caught:
+        serve(toy, port=port, engine="local")
+    assert f"port {port} (Address already in use)" in str(caught.value)
+    assert f"--port {port + 1}" in str(caught.value)
+
+
+def test_a_folder_that_is_not_sound_is_refused_first(tmp_path: Path) -> None:
+    with taken_port() as port:
+        with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+            serve(tmp_path, port=port)
+        write_toy(tmp_path)
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+        with pytest.raises(CheckpointError, match="damaged or cut short"):
+            serve(tmp_path, port=port)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "local", "extra": ["--enforce-eager"]}, "no option --enforce-eager"),
+        ({"engine": "local", "host": "no.such.host.invalid"}, "no address of this machine"),
+        ({"engine": "local", "host": "192.0.2.1"}, "cannot listen on 192.0.2.1"),
+        ({"engine": "local", "dtype": "int4", "port": 0}, "dtype is 'int4'"),
+        ({"engine": "local", "max_model_len": 4096, "port": 0}, "made for 512 tokens"),
+        ({"engine": "local", "log_level": "loud"}, "log level 'loud'"),
+    ],
+)
+def test_options_that_cannot_be_met_are_one_sentence(
+    toy: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ServeError, match=message):
+        serve(toy, **options)
+
+
+def test_vllm_is_asked_for_by_name_only_where_it_is_installed(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ServeError, match=r"pip install 'pvrt\[vllm\]', or use --engine local"):
+        serve(toy, engine="vllm")
+    with pytest.raises(ServeError, match="no option --x"):  # auto is the embedded engine then
+        serve(toy, extra=["--x"])
+
+
+def test_a_missing_chat_template_and_an_open_door_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_toy(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ServeError):
+        serve(tmp_path, engine="local", host="0.0.0.0", port=0, dtype="int4")
+    said = [record.message for record in caplog.records]
+    assert any("no chat template" in line and "chat_template.jinja" in line for line in said)
+    assert any("there is no --api-key" in line for line in said)
+
+
+def test_vllm_gets_our_defaults_and_the_users_flags_last() -> None:
+    command = vllm_command(plan(max_model_len=2048), ["--dtype", "float16"])
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    joined = " ".join(command)
+    assert "--model /models/m --served-model-name m /models/m" in joined
+    assert "--host 127.0.0.1 --port 8123" in joined
+    assert "--max-model-len 2048" in joined
+    assert command[-2:] == ["--dtype", "float16"]
+
+
+def test_vllm_gets_the_key_unseen_and_our_plugin_always() -> None:
+    guarded = plan(api_key="secret")
+    assert "secret" not in " ".join(vllm_command(guarded, [])) + repr(guarded)
+    assert vllm_environment(guarded, {})["VLLM_API_KEY"] == "secret"
+    for given, expected in {"": "pvrt", "other": "other,pvrt", "a,pvrt": "a,pvrt"}.items():
+        environment = vllm_environment(plan(), {"VLLM_PLUGINS": given})
+        assert environment["VLLM_PLUGINS"] == expected
+    assert "VLLM_PLUGINS" not in vllm_environment(plan(), {})
+
+
+def test_signals_reach_vllm_and_its_exit_code_comes_back(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    flags = tmp_path / "flags.json"
+    (package / "api_server.py").write_text(f"FLAGS_FILE = {str(flags)!r}\n{FAKE_VLLM}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said: list[str] = []
+
+    def terminate_when_ready() -> None:
+        for _ in range(200):
+            said.append(capfd.readouterr().out)
+            if "is served at" in "".join(said):
+                break
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate_when_ready)
+    thread.start()
+    code = serve(toy, engine="vllm", port=0, served_model_name="toy", extra=["--enforce-eager"])
+    thread.join()
+    assert code == 7
+    given = json.loads(flags.read_text())
+    assert given[-1] == "--enforce-eager"
+    port = given[given.index("--port") + 1]
+    assert f"toy is served at http://127.0.0.1:{port}/v1" in "".join(said)
+
+
+def test_the_embedded_engine_serves_and_ends_cleanly_when_told_to(toy: Path) -> None:
+    code = f"{RUN}Path({str(toy)!r}), engine='local', port=0, api_key='k'))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        url = announced_url(process)
+        client = openai.OpenAI(base_url=url, api_key="k", max_retries=0, timeout=30)
+        stream = client.completions.create(
+            model=toy.name,
+            prompt="ab",
+            stream=True,
+            max_tokens=300,
+            extra_body={"ignore_eos": True},
+        )
+        first = next(iter(stream))
+        process.send_signal(signal.SIGTERM)
+        chunks = [first, *stream]
+        # What runs may finish; nothing new is taken.
+        assert chunks[-1].choices[0].finish_reason == "length"
+        stream.close()
+        client.close()
+        assert process.wait(20) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def announced_url(process: "subprocess.Popen[str]") -> str:
+    """The URL from the first snippet, which is printed when the server is ready."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "is served at" in line:
+            return line.split()[-1]
+    raise AssertionError("the server ended before it was ready")

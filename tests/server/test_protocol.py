@@ -1,0 +1,330 @@
+"""What goes wrong, and what surrounds answers: errors, limits, keys, leaving clients."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+import pvrt
+from pvrt_server.engine import Engine
+from tests.server.running import Server, scripted_engine, serving
+
+HELLO: Any = [{"role": "user", "content": "Hello"}]
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": -1}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -4}, "max_tokens"),
+        ({"max_tokens": 2.5}, "max_tokens"),
+        ({"max_tokens": 600}, "messages"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"n": True}, "n"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"stop": ["", "a"]}, "stop"),
+        ({"stop": 7}, "stop"),
+        ({"logit_bias": {"many": 1}}, "logit_bias"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"best_of": 2}, "best_of"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"temprature": 0.5}, "temprature"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages[1].role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+        ),
+    ],
+)
+def test_a_chat_request_is_refused_by_the_name_of_its_field(
+    says: Server, extra: dict[str, Any], param: str
+) -> None:
+    error = refused(says.post(CHAT, {"model": "toy", "messages": HELLO, **extra}))
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert param.rpartition(".")[2] in error["message"] or param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [["a"]]}, "prompt"),
+        ({"prompt": [1, 99999]}, "prompt"),
+        ({"prompt": [1, -1], "echo": True}, "prompt"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "logprobs": 50}, "logprobs"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+    ],
+)
+def test_a_completion_request_is_refused_by_the_name_of_its_field(
+    says: Server, body: dict[str, Any], param: str
+) -> None:
+    assert refused(says.post(COMPLETIONS, body))["param"] == param
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"user": "ann", "metadata": {"a": "b"}, "store": False},
+        {"tools": None, "response_format": {"type": "text"}, "tool_choice": "none"},
+        {"max_tokens": 4, "max_completion_tokens": 4},
+        {"n": 1, "best_of": 1, "top_k": -1, "min_p": 0, "logit_bias": {}},
+        {"some_new_field": None},
+    ],
+)
+def test_harmless_fields_are_accepted(says: Server, extra: dict[str, Any]) -> None:
+    assert says.post(CHAT, {"messages": HELLO, **extra}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"prompt": "a"', b"[1]", b'"text"', b"null", b"\xff\xfe", b"[" * 100_000],
+    ids=["empty", "brace", "cut", "list", "string", "null", "no-utf8", "deep"],
+)
+def test_a_body_that_is_no_json_object_is_a_400_and_the_server_lives(
+    says: Server, content: bytes
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{says.url}{COMPLETIONS}", content=content, headers=headers)
+    assert refused(response)["message"]
+    assert says.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        (b'{"prompt": "a", "temperature": NaN}', "temperature"),
+        (b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+        (b'{"prompt": "a", "seed": 99999999999999999999999}', "seed"),
+        (b'{"prompt": "half of \\ud83d"}', "prompt"),
+    ],
+)
+def test_values_that_json_lets_through_are_refused(
+    says: Server, content: bytes, param: str
+) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{says.url}{COMPLETIONS}", content=content, headers=headers)
+    assert refused(response)["param"] == param
+
+
+def test_a_full_context_is_refused_with_both_numbers(says: Server) -> None:
+    error = refused(says.post(COMPLETIONS, {"prompt": "a" * 500, "max_tokens": 13}))
+    assert error["code"] == "context_length_exceeded"
+    for number in ("512", "500", "13"):
+        assert number in error["message"]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_a_413(toy: Path, chunked: bool) -> None:
+    engine, _ = scripted_engine(toy, "ok")
+    content = json.dumps({"prompt": "a" * 5000}).encode()
+    with serving(engine, max_body_bytes=1000) as server:
+        response = httpx.post(
+            f"{server.url}{COMPLETIONS}",
+            content=iter([content[:2500], content[2500:]]) if chunked else content,
+            headers={"Content-Type": "application/json"},
+        )
+        assert refused(response, 413)["code"] == "too_large"
+        assert server.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
+
+
+def test_an_unknown_route_lists_those_that_exist(says: Server) -> None:
+    error = refused(says.post("/v1/v1/chat/completions", {}), 404)
+    assert "POST /v1/chat/completions" in error["message"]
+    error = refused(httpx.get(f"{says.url}{CHAT}"), 405)
+    assert error["code"] == "method_not_allowed"
+
+
+def test_models_go_by_name_and_folder_and_no_other(says: Server, toy: Path) -> None:
+    client = says.client()
+    (card,) = client.models.list().data
+    assert (card.id, card.object, card.owned_by) == ("toy", "model", "pvrt")
+    assert card.model_dump()["max_model_len"] == 512
+    assert client.models.retrieve("toy").id == "toy"
+    for name in ("toy", toy.name, str(toy)):
+        assert client.completions.create(model=name, prompt="ab").model == "toy"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.completions.create(model="gpt-4", prompt="ab")
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    assert "'toy'" in caught.value.message
+
+
+def test_the_official_client_reads_our_errors(says: Server) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        says.client().chat.completions.create(model="toy", messages=HELLO, temperature=9)
+    assert caught.value.param == "temperature"
+    assert "between 0 and 2" in caught.value.message
+
+
+def test_a_key_guards_everything_but_health_and_version(toy: Path) -> None:
+    engine, _ = scripted_engine(toy, "ok")
+    with serving(engine, api_key="secret") as server:
+        assert server.client(api_key="secret").models.list().data
+        with pytest.raises(openai.AuthenticationError) as caught:
+            server.client(api_key="wrong").completions.create(model="toy", prompt="ab")
+        assert caught.value.code == "invalid_api_key"
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        assert httpx.get(f"{server.url}/nothing").status_code == 401
+        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+        assert httpx.get(f"{server.url}/version").json() == {"version": pvrt.__version__}
+
+
+def test_a_full_queue_is_a_429_that_says_when_to_return(toy: Path) -> None:
+    engine, model = scripted_engine(toy, "ok", queue_size=1)
+    model.gate.clear()
+    with serving(engine) as server:
+        threads = [
+            threading.Thread(target=server.post, args=(COMPLETIONS, {"prompt": "ab"}))
+            for _ in range(2)
+        ]
+        threads[0].start()
+        wait_until(lambda: engine._running_job is not None)
+        threads[1].start()
+        wait_until(lambda: len(engine._waiting) == 1)
+        response = server.post(COMPLETIONS, {"prompt": "ab"})
+        assert refused(response, 429)["type"] == "rate_limit_error"
+        assert int(response.headers["Retry-After"]) >= 1
+        model.gate.set()
+        for thread in threads:
+            thread.join(10)
+        assert server.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_stops_its_generation(toy: Path, stream: bool) -> None:
+    engine, model = scripted_engine(toy, "x" * 500)
+    model.gate.clear()
+    with serving(engine) as server:
+        body = {"prompt": "ab", "max_tokens": 500, "stream": stream}
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}{COMPLETIONS}", json=body, timeout=0.3)
+        wait_until(lambda: engine._running_job is None or engine._running_job.cancelled)
+        model.gate.set()
+        wait_until(lambda: engine._running_job is None)
+        assert model.forwards <= 2
+
+
+def test_a_waiting_client_that_leaves_gives_up_its_place(toy: Path) -> None:
+    engine, model = scripted_engine(toy, "ok")
+    model.gate.clear()
+    with serving(engine) as server:
+        thread = threading.Thread(target=server.post, args=(COMPLETIONS, {"prompt": "ab"}))
+        thread.start()
+        wait_until(lambda: engine._running_job is not None)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": "ab"}, timeout=0.3)
+        wait_until(lambda: not engine._waiting)
+        model.gate.set()
+        thread.join(10)
+
+
+def test_a_silent_stream_is_kept_alive_with_comments(toy: Path) -> None:
+    engine, model = scripted_engine(toy, "ok")
+    model.gate.clear()
+    with serving(engine, keep_alive_seconds=0.05) as server:
+        threading.Timer(0.3, model.gate.set).start()
+        response = server.post(COMPLETIONS, {"prompt": "ab", "stream": True})
+    assert response.text.startswith(": keep-alive\n\n")
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("device lost"), MemoryError("no room")])
+def test_a_stream_that_breaks_ends_with_an_error_event(toy: Path, error: Exception) -> None:
+    engine, _ = scripted_engine(toy, [65, 66, error])
+    with serving(engine) as server:
+        stream = server.client().completions.create(model="toy", prompt="ab", stream=True)
+        with pytest.raises(openai.APIError, match=str(error)):
+            list(stream)
+
+
+def test_a_stream_that_breaks_still_says_done(toy: Path) -> None:
+    engine, _ = scripted_engine(toy, [65, MemoryError("no room")])
+    with serving(engine) as server:
+        text = server.post(COMPLETIONS, {"prompt": "ab", "stream": True}).text
+        assert '"error"' in text.split("\n\n")[-3]
+        assert text.endswith("data: [DONE]\n\n")
+        # One answer lacked memory; the next may not.
+        error = refused(server.post(COMPLETIONS, {"prompt": "ab"}), 500)
+        assert error["type"] == "server_error"
+        assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_broken_engine_is_unhealthy_and_says_so(toy: Path) -> None:
+    engine, _ = scripted_engine(toy, [65, RuntimeError("device lost")])
+    with serving(engine) as server:
+        assert "device lost" in refused(server.post(COMPLETIONS, {"prompt": "ab"}), 503)["message"]
+        assert "device lost" in refused(httpx.get(f"{server.url}/health"), 503)["message"]
+        refused(server.post(COMPLETIONS, {"prompt": "ab"}), 503)
+
+
+def test_a_bug_of_ours_is_an_envelope_too(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = scripted_engine(toy, "ok")
+
+    def broken(*args: Any) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(Engine, "check", broken)
+    with serving(engine) as server:
+        assert refused(server.post(COMPLETIONS, {"prompt": "ab"}), 500)["type"] == "server_error"
+
+
+def test_a_checkpoint_without_a_template_names_the_file(toy: Path) -> None:
+    engine, _ = scripted_engine(toy, "ok")
+    engine.codec._tokenizer.chat_template = None
+    with serving(engine) as server:
+        error = refused(server.post(CHAT, {"messages": HELLO}))
+        assert "chat_template.jinja" in error["message"]
+        assert server.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
