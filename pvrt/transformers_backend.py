@@ -58,9 +58,7 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
             for layer in layers.values():
                 name = _module_name(model, layer.name)
                 linear = _target(model, name, layer, tensors)
-                module = AQLMLinear(
-                    linear.in_features, linear.out_features, scheme, layer.has_bias
-                )
+                module = AQLMLinear(linear.in_features, linear.out_features, scheme, layer.has_bias)
                 model.set_submodule(name, module.requires_grad_(False))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
@@ -134,9 +132,7 @@ def load_model(path: str | Path, *, dense: bool = False, **kwargs: Any) -> "PreT
     if quantised:
         Checkpoint.open(folder)  # its errors name file and tensor
     kwargs.setdefault("dtype", "auto")
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, output_loading_info=True, **kwargs
-    )
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     problems = {
         "missing": report["missing_keys"],
         "of another shape": report["mismatched_keys"],

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -72,13 +73,15 @@ def test_help_loads_no_torch() -> None:
         run("-c", script.format(args=args))
 
 
-def test_the_wheel_installs_our_four_names_only(tmp_path: Path) -> None:
-    from setuptools import find_packages
+def test_the_wheel_installs_our_four_names_only() -> None:
+    from setuptools import find_packages  # type: ignore[import-untyped]
 
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    find = project["tool"]["setuptools"]["packages"]["find"]
     names = set()
-    for where in (".", "tune", "server", "kernels"):
-        include = ["pvrt", "pvrt.*", "pvrt_tune*", "pvrt_server*", "pvrt_kernels*"]
-        names |= {name.split(".")[0] for name in find_packages(str(ROOT / where), include=include)}
+    for where in find["where"]:
+        found = find_packages(str(ROOT / where), include=find["include"])
+        names |= {name.split(".")[0] for name in found}
     assert names == set(PACKAGES)
 
 

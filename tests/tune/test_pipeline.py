@@ -1,0 +1,322 @@
+"""Tuning end to end on toy models of real architectures: quality, resume, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pvrt
+from pvrt.checkpoint import Checkpoint
+from pvrt.errors import CheckpointError, DataError, RunError, SourceError
+from pvrt.linear import quantized_linears
+from pvrt_tune import calibration
+from pvrt_tune.additive import FitSettings
+from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.pipeline import Recipe, TuneJob, tune
+from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
+
+QUICK = Recipe(
+    scheme="2x8g8",
+    samples=4,
+    length=32,
+    fit=FitSettings(rounds=1, kmeans_iterations=4, cg_iterations=4),
+    finetune=FinetuneSettings(epochs=1),
+)
+
+
+def dense_folder(path: Path, architecture: str, dtype: torch.dtype = torch.float32) -> Any:
+    model = toy_model(architecture).to(dtype)
+    model.save_pretrained(path)
+    toy_tokenizer().save_pretrained(path)
+    return model
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_is_tuned_by_discovery(tmp_path: Path, architecture: str) -> None:
+    dense = dense_folder(tmp_path / "dense", architecture)
+    out = tmp_path / "out"
+    recipe = replace(QUICK, scheme="2x8g4")  # random weights compress badly: four bits here
+    checkpoint = tune(TuneJob(str(tmp_path / "dense"), out, recipe), silent)
+    checkpoint.verify()
+    blocks = [name for name, m in dense.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert set(checkpoint.layers) == {name for name in blocks if ".layers." in name}
+    assert ("lm_head.weight" in checkpoint.tensors) is not dense.config.tie_word_embeddings
+    model = pvrt.load(out, dense=True)
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        original, tuned = dense(tokens).logits, model(tokens).logits
+    agreement = torch.nn.functional.cosine_similarity(original, tuned, dim=-1).mean()
+    assert agreement > 0.9  # unrelated models agree to about 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_models_own_precision_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    dense_folder(tmp_path / "dense", "qwen2", dtype)
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
+    checkpoint = Checkpoint.open(tmp_path / "out")
+    name = next(iter(checkpoint.layers))
+    assert checkpoint.read_layer(name).codebooks.dtype is dtype
+    assert checkpoint.read("model.norm.weight").dtype is dtype
+    assert pvrt.load(tmp_path / "out").dtype is dtype
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    for name in ("a", "b"):
+        tune(TuneJob(str(tmp_path / "dense"), tmp_path / name, QUICK), silent)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_block_finetuning_lowers_the_held_out_error(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    recipe = replace(QUICK, scheme="1x4g8", samples=16, finetune=FinetuneSettings(epochs=4))
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), silent)
+    manifest = json.loads((tmp_path / "out" / "pvrt.json").read_text())
+    for block in manifest["blocks"]:
+        error = block["output_error"]
+        assert error["after"] < error["before_finetune"]
+
+
+KILL_SCRIPT = """
+import sys; sys.path[:0] = {paths!r}
+from pathlib import Path
+from tests.tune.test_pipeline import QUICK
+from pvrt_tune.pipeline import TuneJob, tune
+tune(TuneJob({model!r}, Path({out!r}), QUICK), lambda line: print(line, flush=True))
+"""
+
+
+def start(model: Path, out: Path) -> subprocess.Popen[str]:
+    script = KILL_SCRIPT.format(paths=sys.path, model=str(model), out=str(out))
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "gemma3_text")  # six blocks
+    out = tmp_path / "killed"
+    process = start(tmp_path / "dense", out)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("block 2/"):
+            break
+    time.sleep(0.1)  # somewhere inside the next block
+    process.kill()
+    process.wait()
+    assert not (out / "config.json").exists()
+    lines: list[str] = []
+    job = TuneJob(str(tmp_path / "dense"), out, QUICK, resume=True)
+    tune(job, lines.append)
+    assert not any(line.startswith("block 1/") for line in lines)
+    assert any(line.startswith("block 6/") for line in lines)
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "whole", QUICK), silent)
+    files = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")]
+    assert files[0] == files[1]
+
+
+def test_a_damaged_block_file_is_made_again(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK)
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_first(line: str) -> None:
+        if line.startswith("block 1/"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        tune(job, stop_after_first)
+    block = tmp_path / "out" / ".run" / "blocks" / "00000.safetensors"
+    os.truncate(block, block.stat().st_size - 7)
+    journal = tmp_path / "out" / ".run" / "journal.jsonl"
+    journal.write_text(journal.read_text() + '{"event": "blo')  # and half a line
+    lines: list[str] = []
+    tune(job, lines.append)
+    assert any(line.startswith("block 1/") for line in lines)
+    tune(TuneJob(job.model, tmp_path / "whole", QUICK), silent)
+    files = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("out", "whole")]
+    assert files[0] == files[1]
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "gemma3_text")
+    command = [sys.executable, "-m", "pvrt", "tune", str(tmp_path / "dense"), "--samples", "4"]
+    command += ["--length", "32", "--effort", "fast", "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("block 1/"):
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait() == 130, rest
+    assert "The same command goes on" in rest
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "block 1/" not in again.stdout
+    assert "next: pvrt serve" in again.stdout
+
+
+def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    out = tmp_path / "out"
+    tune(TuneJob(str(tmp_path / "dense"), out, QUICK), silent)
+    (tmp_path / "text.txt").write_text("other text " * 100)
+    job = TuneJob(str(tmp_path / "dense"), out, QUICK, data=str(tmp_path / "text.txt"))
+    with pytest.raises(RunError, match=r"data was '[0-9a-f]+', now"):
+        tune(job, silent)
+    with pytest.raises(RunError, match=r"recipe.scheme was '2x8g8', now '1x8g8'"):
+        tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8")), silent)
+    lines: list[str] = []
+    tune(TuneJob(job.model, out, QUICK), lines.append)
+    assert any("already complete" in line for line in lines)
+    tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8"), restart=True), silent)
+    assert str(Checkpoint.open(out).scheme) == "1x8g8"
+
+
+def test_resume_needs_a_run_and_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "none", QUICK, resume=True)
+    with pytest.raises(RunError, match="holds no run to resume"):
+        tune(job, silent)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        tune(TuneJob(job.model, tmp_path / "mine", QUICK), silent)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, scheme="2x8g48"))
+    with pytest.raises(SourceError, match=r"layers.0.self_attn.q_proj has .* groups of 48"):
+        tune(job, silent)
+    assert not (tmp_path / "out").exists()
+
+
+def refuse_source(name: str, sentence: str, error: type[Exception] = SourceError) -> None:
+    with pytest.raises(error, match=sentence):
+        tune(TuneJob(name, Path("never"), QUICK), silent)
+    assert not Path("never").exists()
+
+
+def test_models_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    refuse_source(str(tmp_path / "nowhere"), "does not exist")
+    (tmp_path / "empty").mkdir()
+    refuse_source(str(tmp_path / "empty"), "config.json is missing", CheckpointError)
+    refuse_source(str(tmp_path / "model.gguf"), "does not exist")
+    (tmp_path / "fake.gguf").write_bytes(b"PK\x03\x04 not a model")
+    refuse_source(str(tmp_path / "fake.gguf"), "is not a GGUF file")
+
+
+def test_a_truncated_model_is_named_before_it_is_loaded(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    os.truncate(tmp_path / "dense" / "model.safetensors", 10_000)
+    refuse_source(str(tmp_path / "dense"), "is damaged or cut short", CheckpointError)
+
+
+def test_an_already_quantised_model_is_refused(tmp_path: Path) -> None:
+    from tests.fixtures.toy import write_toy
+
+    write_toy(tmp_path / "aqlm")
+    refuse_source(str(tmp_path / "aqlm"), r"already quantised \(aqlm\)")
+
+
+def test_gguf_of_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    file = tmp_path / "odd.gguf"
+    writer = GGUFWriter(file, "an-architecture-nobody-knows")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refuse_source(str(file), "cannot load .*odd.gguf")
+
+
+# ---- calibration text ----
+
+
+def test_text_comes_from_files_folders_and_jsonl(tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    (tmp_path / "a.txt").write_text("abcdefgh" * 40)
+    (tmp_path / "b.jsonl").write_text('{"text": "0123456789"}\n' * 40)
+    for spec in (tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path):
+        data = calibration.from_text(str(spec), tokenizer, 4, 16, seed=0)
+        assert data.tokens.shape == (4, 16)
+    again = calibration.from_text(str(tmp_path), tokenizer, 4, 16, seed=0)
+    assert again.digest == data.digest
+    other = calibration.from_text(str(tmp_path), tokenizer, 4, 16, seed=1)
+    assert other.digest != data.digest
+
+
+def test_a_dataset_is_read_through_the_datasets_library(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "0123456789"}\n' * 40)
+    data = calibration.from_text(f"hf:{tmp_path}", toy_tokenizer(), 2, 16, seed=0)
+    assert data.tokens.shape == (2, 16)
+    (tmp_path / "train.jsonl").write_text('{"body": "0123456789"}\n')
+    with pytest.raises(DataError, match='no "text" column'):
+        calibration.from_text(f"hf:{tmp_path}", toy_tokenizer(), 2, 16, seed=0)
+
+
+def test_too_little_text_names_both_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * 40)
+    with pytest.raises(DataError, match=r"holds 40 tokens, 4 windows of 16 need 64.*--samples 2"):
+        calibration.from_text(str(tmp_path / "a.txt"), toy_tokenizer(), 4, 16, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b'{"text": "good"}\n{"txet": 1}\n', r"a.jsonl:2 is not a JSON object"),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1 is not"),
+        ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
+    ],
+)
+def test_bad_text_files_are_named(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
+        calibration.from_text(str(tmp_path / name), toy_tokenizer(), 1, 2, seed=0)
+
+
+def test_missing_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        calibration.from_text(str(tmp_path / "a.txt"), toy_tokenizer(), 1, 2, seed=0)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="holds no text files"):
+        calibration.from_text(str(tmp_path / "folder"), toy_tokenizer(), 1, 2, seed=0)
+
+
+def test_text_sampled_from_the_model_is_repeatable_and_follows_it() -> None:
+    model = toy_model("llama")
+    first = calibration.from_model(model, 8, 24, seed=0)
+    assert first.tokens.shape == (8, 24)
+    assert torch.equal(first.tokens, calibration.from_model(model, 8, 24, seed=0).tokens)
+    assert not torch.equal(first.tokens, calibration.from_model(model, 8, 24, seed=1).tokens)
+    uniform = torch.randint(0, model.config.vocab_size, (8, 24))
+    with torch.inference_mode():
+        losses = [float(model(ids, labels=ids).loss) for ids in (first.tokens, uniform)]
+    assert losses[0] < losses[1]
+
+
+def test_a_quantised_model_has_no_dense_linear_in_its_blocks(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "phi3")
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
+    model = pvrt.load(tmp_path / "out")
+    assert len(quantized_linears(model)) == 4 * model.config.num_hidden_layers
