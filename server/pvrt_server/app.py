@@ -68,8 +68,14 @@ def create_app(
         yield
         await asyncio.to_thread(engine.close)
 
-    # No /docs: its page loads scripts from elsewhere, and this server works offline.
-    app = FastAPI(title="pvrt", version=pvrt.__version__, lifespan=lifespan, docs_url=None)
+    # No /docs or /redoc: their pages load scripts from elsewhere, and this server works offline.
+    app = FastAPI(
+        title="pvrt",
+        version=pvrt.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
     api = _Api(engine, served_model_name, keep_alive_seconds)
     app.add_api_route("/health", api.health, methods=["GET"])
     app.add_api_route("/version", api.version, methods=["GET"])
@@ -90,6 +96,7 @@ class _Api:
         self._keep_alive_seconds = keep_alive_seconds
         # What people type: the name, the folder they served, its last part.
         self._names = {name, str(engine.folder), engine.folder.name}
+        self._created = int((engine.folder / "config.json").stat().st_mtime)
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card()]}
@@ -228,11 +235,10 @@ class _Api:
         yield DONE
 
     def _card(self) -> dict[str, Any]:
-        config = self._engine.folder / "config.json"
         return {
             "id": self._name,
             "object": "model",
-            "created": int(config.stat().st_mtime),
+            "created": self._created,
             "owned_by": "pvrt",
             "max_model_len": self._engine.max_model_len,
         }

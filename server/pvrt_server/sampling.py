@@ -16,6 +16,7 @@ from pvrt_server.errors import RequestError
 MAX_LOGPROBS = 20
 # JSON has no infinity; this is what OpenAI and vLLM send in its place.
 LOWEST_LOGPROB = -9999.0
+_FEW = 256
 _SEED_LIMIT = 1 << 63
 
 
@@ -159,16 +160,32 @@ class Sampler:
         ids: Tensor | None = None
         if 0 < params.top_k < logits.shape[0]:
             logits, ids = logits.topk(params.top_k)
-        elif params.top_p < 1:
-            logits, ids = logits.sort(descending=True)
         probabilities = logits.softmax(-1)
         if params.min_p > 0:
             floor = params.min_p * probabilities.max()
             probabilities = probabilities.masked_fill(probabilities < floor, 0)
             probabilities = probabilities / probabilities.sum()
         if params.top_p < 1:
+            if ids is None:
+                probabilities, ids = _likeliest(probabilities, params.top_p)
             before = probabilities.cumsum(-1) - probabilities
             # Not 0, so that the likeliest token stays when top_p is 0.
             probabilities = probabilities.masked_fill(before >= max(params.top_p, 1e-9), 0)
-        pick = torch.multinomial(probabilities, 1, generator=self._generator)
+        # Not torch.multinomial, which draws a random number per token of the vocabulary: 1.3 ms
+        # per choice from 49152 on one core, this 0.2.
+        total = probabilities.cumsum(-1, dtype=torch.float64)
+        random = torch.rand(1, generator=self._generator, device=logits.device, dtype=torch.float64)
+        # From (0, 1], so that rounding cannot lead past the end or to a token of probability 0.
+        pick = torch.searchsorted(total, (1 - random) * total[-1])
         return int(pick if ids is None else ids[pick])
+
+
+def _likeliest(probabilities: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens, best first, at least as many as make up `mass`; and their ids.
+
+    Few do, nearly always, and finding them is ten times faster than sorting the vocabulary.
+    """
+    few, ids = probabilities.topk(min(_FEW, probabilities.shape[0]))
+    if float(few.sum()) >= mass:
+        return few, ids
+    return probabilities.sort(descending=True)

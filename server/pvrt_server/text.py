@@ -37,6 +37,7 @@ class TextCodec:
         self._tokenizer: Any = tokenizer
         self._alphabet = _byte_alphabet()
         self._special = frozenset(tokenizer.all_special_ids)
+        self._bytes: dict[int, bytes] = {}
         self._eos_id: int | None = tokenizer.eos_token_id
         # A request may set variables of the template, not choose another one or its own output.
         self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
@@ -110,6 +111,12 @@ class TextCodec:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, also when they are part of a character only."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._find_bytes(token_id)
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
         piece: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
         if piece is None:  # models round their vocabulary up: these have no text
             return b""

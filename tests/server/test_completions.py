@@ -7,8 +7,9 @@ import httpx
 import openai
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+import pvrt
 from tests.server.running import Server
 
 PROMPT = "Once upon a time"
@@ -16,13 +17,12 @@ PROMPT = "Once upon a time"
 
 def transformers_answer(toy: Path, number: int) -> str:
     tokenizer = AutoTokenizer.from_pretrained(toy)
-    model = AutoModelForCausalLM.from_pretrained(toy)
+    model = pvrt.load(toy, dense=True)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     answer = model.generate(ids, max_new_tokens=number, do_sample=False)[0, ids.shape[1] :]
     return str(tokenizer.decode(answer, skip_special_tokens=True))
 
 
-@pytest.mark.filterwarnings("ignore:no 2x8g8 kernel")
 def test_greedy_text_is_that_of_transformers(client: openai.OpenAI, toy: Path) -> None:
     answer = client.completions.create(model="toy", prompt=PROMPT, temperature=0, max_tokens=40)
     expected = transformers_answer(toy, 40)
@@ -95,6 +95,11 @@ def test_a_seed_repeats_and_choices_differ(client: openai.OpenAI) -> None:
     assert texts(7) == texts(7)
     assert texts(7) != texts(8)
     assert len(set(texts(7))) == 3
+
+
+def test_greedy_choices_are_all_the_same(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="toy", prompt=PROMPT, n=2, temperature=0)
+    assert answer.choices[0].text == answer.choices[1].text
 
 
 def test_n_multiplies_answers_but_not_the_prompt(client: openai.OpenAI) -> None:
@@ -180,7 +185,7 @@ def test_echo_with_scores_serves_lm_eval(client: openai.OpenAI, toy: Path) -> No
     assert scores.token_logprobs is not None and scores.top_logprobs is not None
     assert scores.text_offset == list(range(len(PROMPT) + 1))
     assert scores.token_logprobs[0] is None and scores.top_logprobs[0] is None
-    model = AutoModelForCausalLM.from_pretrained(toy)
+    model = pvrt.load(toy, dense=True)
     expected = model(torch.tensor([tokens])).logits[0].log_softmax(-1).detach()
     for place, value in enumerate(scores.token_logprobs[1:-1]):
         assert value == pytest.approx(float(expected[place, tokens[place + 1]]), abs=1e-4)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+import pvrt
 from pvrt.errors import CheckpointError, ServeError
 from pvrt_server.engine import Engine, Event, FailureEvent
 from pvrt_server.errors import (
@@ -32,13 +32,12 @@ def tokens(engine: Engine, prompt: list[int], params: SamplingParams = GREEDY) -
 
 
 def transformers_answer(folder: Path, prompt: list[int], number: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = pvrt.load(folder, dense=True)
     answer = model.generate(torch.tensor([prompt]), max_new_tokens=number, do_sample=False)
     ids: list[int] = answer[0, len(prompt) :].tolist()
     return ids
 
 
-@pytest.mark.filterwarnings("ignore:no 2x8g8 kernel")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("chunk", [512, 7])
 def test_greedy_answers_are_those_of_transformers(
@@ -87,7 +86,7 @@ def test_prompt_scores_predict_each_token_from_those_before(toy: Path) -> None:
         (event,) = engine.generate(prompt, params)
     assert isinstance(event, PromptEvent)
     assert event.finish_reason == "length"
-    model = AutoModelForCausalLM.from_pretrained(toy)
+    model = pvrt.load(toy, dense=True)
     expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1).detach()
     assert event.logprobs[0] is None
     for place, entry in enumerate(event.logprobs[1:]):
