@@ -54,8 +54,8 @@ class Recipe:
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
 EFFORTS: dict[str, Recipe] = {
     "fast": Recipe(
-        samples=32,
-        fit=FitSettings(rounds=4, kmeans_iterations=16),
+        samples=24,
+        fit=FitSettings(rounds=3, kmeans_iterations=12),
         finetune=FinetuneSettings(epochs=2),
     ),
     "normal": Recipe(),
