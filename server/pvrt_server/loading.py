@@ -32,9 +32,10 @@ class EngineOptions:
     """How to load and run. Raises ServeError for a value out of range.
 
     dtype auto is the checkpoint's own on a GPU and float32 on CPU, where bfloat16 reads prompts
-    four times slower and writes 1.7 times faster (SmolLM2-135M, 2 cores, AVX2). max_model_len (tokens of prompt and answer) None is what the model was made for.
-    queue_size bounds the requests that wait; longer prompts than prefill_chunk tokens are read in
-    pieces, which bounds memory and lets them be cancelled.
+    four times slower and writes 1.7 times faster (SmolLM2-135M, 2 cores, AVX2). max_model_len
+    (tokens of prompt and answer) None is what the model was made for. queue_size bounds the
+    requests that wait; longer prompts than prefill_chunk tokens are read in pieces, which bounds
+    memory and lets them be cancelled.
     """
 
     dtype: str = "auto"
