@@ -4,7 +4,6 @@ With --check nothing is written and the exit code says whether the README is up 
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,10 @@ def render(text: str) -> str:
         file = RESULTS / f"{name}.json"
         if file.is_file():
             body = table(json.loads(file.read_text(encoding="utf-8")))
-            pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
-            text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.S)
+            begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+            before, _, rest = text.partition(begin)
+            _, _, after = rest.partition(end)
+            text = f"{before}{begin}{body}\n{end}{after}"
     return text
 
 

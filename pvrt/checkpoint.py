@@ -372,10 +372,10 @@ def check_codes(codes: Tensor, scheme: Scheme, where: str) -> Tensor:
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How to write: bytes per shard, and extra text files (name -> content) beside the weights."""
+    """How to write: bytes per shard, other files beside the weights, and what pvrt.json says."""
 
     max_shard_bytes: int = 4 << 30
-    text_files: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -400,15 +400,12 @@ def write_checkpoint(
         staging.mkdir(parents=True)
         shards, hashes = _stage_shards(staging, tensors, options.max_shard_bytes)
         manifest = {"format_version": FORMAT_VERSION, **options.manifest, "tensor_sha256": hashes}
-        texts = {
-            **options.text_files,
-            MANIFEST_FILE: json.dumps(manifest, indent=1) + "\n",
-            CONFIG_FILE: json.dumps(dict(config), indent=2) + "\n",
-        }
+        documents = {MANIFEST_FILE: manifest, CONFIG_FILE: dict(config)}
         if len(shards) > 1:
-            texts[INDEX_FILE] = json.dumps(_index(shards, staging), indent=1) + "\n"
-        for name, text in texts.items():
-            write_synced(staging / name, text.encode())
+            documents[INDEX_FILE] = _index(shards, staging)
+        files = {name: as_json(value) for name, value in documents.items()}
+        for name, content in {**options.files, **files}.items():
+            write_synced(staging / name, content)
         _commit(staging, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -481,6 +478,11 @@ def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a CPU tensor's bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
+
+
+def as_json(value: Any) -> bytes:
+    """A JSON file's content."""
+    return (json.dumps(value, indent=1) + "\n").encode()
 
 
 def write_synced(file: Path, content: bytes) -> None:

@@ -254,14 +254,15 @@ def bench(
     from pvrt_server.engine import Engine
     from pvrt_server.loading import EngineOptions
     from pvrt_server.sampling import SamplingParams
+    from pvrt_server.sequence import TokenEvent
 
     with Engine.load(path, EngineOptions(dtype=dtype.value)) as engine:
         prompt = [1 + i % 200 for i in range(prompt_tokens)]
 
         def generate(prompt_ids: Any, count: int) -> Any:
-            return engine.generate(
-                prompt_ids, SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-            )
+            params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+            events = engine.generate(prompt_ids, params)
+            return (event for event in events if isinstance(event, TokenEvent))
 
         speed = measure(generate, prompt, new_tokens, repeats)
     if as_json:

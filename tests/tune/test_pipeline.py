@@ -320,3 +320,35 @@ def test_a_quantised_model_has_no_dense_linear_in_its_blocks(tmp_path: Path) -> 
     tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
     model = pvrt.load(tmp_path / "out")
     assert len(quantized_linears(model)) == 4 * model.config.num_hidden_layers
+
+
+FULL_DISK = """
+import resource, signal, sys; sys.path[:0] = {paths!r}
+from pathlib import Path
+from pvrt.errors import RunError
+from tests.tune.test_pipeline import QUICK
+from pvrt_tune.pipeline import TuneJob, tune
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def fill(line):
+    if line.startswith("block 1/"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    tune(TuneJob({model!r}, Path({out!r}), QUICK), fill)
+except RunError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_disk_that_fills_up_keeps_finished_blocks_only(tmp_path: Path) -> None:
+    """The kernel refuses to write past a size limit, as it does on a full disk."""
+    dense_folder(tmp_path / "dense", "llama")
+    out = tmp_path / "out"
+    script = FULL_DISK.format(paths=sys.path, model=str(tmp_path / "dense"), out=str(out))
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "refused: cannot save block 1" in run.stdout, run.stderr
+    assert [file.name for file in (out / ".run" / "blocks").iterdir()] == ["00000.safetensors"]
+    assert not (out / "config.json").exists()
+    lines: list[str] = []
+    tune(TuneJob(str(tmp_path / "dense"), out, QUICK), lines.append)
+    assert not any(line.startswith("block 1/") for line in lines)
+    Checkpoint.open(out).verify()

@@ -112,6 +112,8 @@ def record_inputs(model: Any, blocks: BlockList, tokens: Tensor, batch: int) -> 
     `batch` must divide the number of samples: blocks then see equal shapes, and one copy of their
     masks and rotary tables serves all batches.
     """
+    # From float32 embeddings on, rotary tables and masks are float32 too.
+    widen = model.get_input_embeddings().register_forward_hook(lambda m, args, out: out.float())
     originals = list(blocks.blocks)
     recorders = [_Recorder(block) for block in originals[:-1]] + [_LastRecorder(originals[-1])]
     hidden: list[Tensor] = []
@@ -127,19 +129,19 @@ def record_inputs(model: Any, blocks: BlockList, tokens: Tensor, batch: int) -> 
                     model(input_ids=part.to(model.device), use_cache=False)
             except _LastBlockReached:
                 pass
-            hidden.append(recorders[0].calls[0][0].float().cpu().clone())
+            hidden.append(recorders[0].calls[0][0].cpu().clone())
             arguments = arguments or [_detached(recorder.calls[0][1]) for recorder in recorders]
     finally:
+        widen.remove()
         for index, block in enumerate(originals):
             blocks.blocks[index] = block
     return BlockInputs(hidden, arguments)
 
 
 def _detached(value: Any) -> Any:
-    """A copy outside inference mode, floats in float32 as the walk computes in."""
+    """A copy of all tensors outside inference mode, so that training may use them."""
     if isinstance(value, Tensor):
-        value = value.clone()
-        return value.float() if value.is_floating_point() else value
+        return value.clone()
     if isinstance(value, dict):
         return {key: _detached(item) for key, item in value.items()}
     if isinstance(value, tuple | list):

@@ -1,11 +1,12 @@
 """The order of stages: load, calibrate block by block, write the checkpoint."""
 
-import json
+import hashlib
 import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from pvrt.checkpoint import (
     Checkpoint,
     QuantizedLayer,
     WriteOptions,
+    as_json,
     quantization_config,
     write_checkpoint,
 )
+from pvrt.errors import RunError
 from pvrt.linear import AQLMLinear, quantized_linears
 from pvrt.scheme import Scheme
 from pvrt_tune import calibration
@@ -193,6 +196,11 @@ def _quantize_block(
     dtype = _float_dtype(blocks.blocks[index])
     errors = {}
     for name, linear in list(linears(block)):
+        if name not in moments:
+            raise RunError(
+                f"no calibration token reached {blocks.prefix(index)}{name}; raise --samples or "
+                "give other text with --data"
+            )
         generator = _generator(job, f"{blocks.prefix(index)}{name}")
         fit = fit_layer(linear.weight, moments[name], scheme, recipe.fit, generator, dtype)
         block.set_submodule(name, _as_module(linear, fit.layer, scheme))
@@ -209,11 +217,8 @@ def _quantize_block(
 
 def _generator(job: TuneJob, name: str) -> torch.Generator:
     """Randomness of one step: depends on seed and name only, so a resumed run repeats it."""
-    seed = torch.tensor([job.recipe.seed, *name.encode()], dtype=torch.int64)
-    mixed = 0
-    for value in seed.tolist():
-        mixed = (mixed * 1_000_003 + value) % (1 << 63)
-    return torch.Generator(job.device).manual_seed(mixed)
+    digest = hashlib.sha256(f"{job.recipe.seed} {name}".encode()).digest()
+    return torch.Generator(job.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def _as_module(linear: nn.Linear, layer: QuantizedLayer, scheme: Scheme) -> AQLMLinear:
@@ -297,13 +302,18 @@ def _write(
         "recipe": asdict(job.recipe),
         "blocks": reports,
     }
-    texts = {}
+    files = _tokenizer_files(source.tokenizer)
     if model.generation_config is not None:
-        texts["generation_config.json"] = json.dumps(model.generation_config.to_dict(), indent=2)
-    source.tokenizer.save_pretrained(job.out)
+        files["generation_config.json"] = as_json(model.generation_config.to_dict())
     tied = set(model.all_tied_weights_keys)
     tensors = ((name, t) for name, t in model.state_dict().items() if name not in tied)
-    write_checkpoint(job.out, config, tensors, WriteOptions(text_files=texts, manifest=manifest))
+    write_checkpoint(job.out, config, tensors, WriteOptions(files=files, manifest=manifest))
+
+
+def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
 # ---- progress ----

