@@ -1,0 +1,81 @@
+"""Times both README commands and measures WikiText-2: writes results/first_run.json.
+
+    .venv/bin/python benchmarks/first_run.py                      # all, about an hour on 2 cores
+    .venv/bin/python benchmarks/first_run.py --only perplexity    # renew one part
+
+Run after `make quickstart` and `make test` have installed their packages, so that times are those
+of the work. Perplexity is taken over the whole WikiText-2 test split in windows of 2048 tokens
+and is only reported: nothing was chosen by it.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import machine
+import quickstart
+
+ROOT = machine.ROOT
+RESULT = ROOT / "benchmarks" / "results" / "first_run.json"
+TUNED = ROOT / "runs" / "quickstart"
+
+
+def measure_quickstart() -> dict[str, Any]:
+    """Seconds of `make quickstart`, and what it found."""
+    started = time.monotonic()
+    subprocess.run(["make", "quickstart"], cwd=ROOT, check=True)
+    seconds = time.monotonic() - started
+    found = json.loads(TUNED.with_suffix(".json").read_text())
+    manifest = json.loads((TUNED / "pvrt.json").read_text())
+    return {"quickstart_seconds": seconds, "scheme": manifest["scheme"], **found}
+
+
+def measure_tests() -> dict[str, Any]:
+    """Seconds of `make test`, and how many passed."""
+    started = time.monotonic()
+    done = subprocess.run(["make", "test"], cwd=ROOT, capture_output=True, text=True)
+    seconds = time.monotonic() - started
+    passed = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode or passed is None:
+        sys.exit(f"make test failed:\n{done.stdout[-3000:]}")
+    return {"test_seconds": seconds, "tests_passed": int(passed[1])}
+
+
+def measure_perplexity() -> dict[str, Any]:
+    """WikiText-2 test perplexity of the original and of the tuned model, float32."""
+    figures: dict[str, Any] = {}
+    models = {"original": str(quickstart.smollm2()), "2bit": str(TUNED)}
+    for name, model in models.items():
+        options = ["--text", str(quickstart.WIKITEXT), "--context", "2048", "--json"]
+        result = json.loads(quickstart.pvrt("eval", model, *options, capture=True))
+        figures[f"wikitext2_ppl_{name}"] = result["value"]
+        figures["wikitext2_windows"] = result["windows"]
+    return figures
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "quickstart": measure_quickstart,
+    "tests": measure_tests,
+    "perplexity": measure_perplexity,
+}
+
+
+def main() -> None:
+    """Measure the chosen parts and merge them into the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    for part in parser.parse_args().only:
+        figures = PARTS[part]()
+        stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(json.dumps({**stored, **figures, **machine.describe()}, indent=1) + "\n")
+        print(f"{part}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
