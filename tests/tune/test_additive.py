@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pvrt.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize
-from pvrt_tune.additive import AdditiveFit, FitSettings, fit_layer
+from pvrt_tune.additive import AdditiveFit, FitSettings, _argmin_rows, fit_layer
 
 QUICK = FitSettings(rounds=2, kmeans_iterations=6)
 
@@ -170,3 +170,14 @@ def test_a_group_size_that_does_not_divide_is_refused() -> None:
             torch.Generator(),
             torch.float32,
         )
+
+
+@pytest.mark.parametrize("columns", [1, 7, 256, 300])
+def test_the_fast_argmin_is_the_plain_one_up_to_near_ties(columns: int) -> None:
+    scores = torch.randn(500, columns, generator=torch.Generator().manual_seed(0))
+    scores[::7] *= 1e-20
+    exact = scores.min(1).values
+    chosen = _argmin_rows(scores.clone())
+    assert chosen.dtype is torch.int64
+    picked = scores.gather(1, chosen[:, None])[:, 0]
+    assert bool(((picked - exact) <= 2**-14 * exact.abs()).all())

@@ -326,8 +326,23 @@ def _lowest(features: Tensor, entries: Tensor, offset: Tensor | None = None) -> 
     parts = []
     for part in torch.split(features, max(64, (1 << 18) // len(entries))):  # about 1 MiB of scores
         scores = part @ columns if offset is None else torch.addmm(offset, part, columns)
-        parts.append(scores.min(1).indices)  # twice as fast as argmin on CPU
+        parts.append(_argmin_rows(scores))
     return torch.cat(parts)
+
+
+def _argmin_rows(scores: Tensor) -> Tensor:
+    """argmin of every row of float32 scores [n, K], which it overwrites.
+
+    torch's min with indices is scalar code on CPU, its amin is vectorised. So up to 256 columns
+    put their number into the low 8 bits of the mantissa and come out with the minimum: twice as
+    fast with the product included. Scores closer than 2^-15 of their size count as equal.
+    """
+    columns = scores.shape[1]
+    if columns > 256 or scores.device.type != "cpu":
+        return scores.min(1).indices
+    bits = scores.view(torch.int32)
+    bits.bitwise_and_(-256).bitwise_or_(torch.arange(columns, dtype=torch.int32))
+    return scores.amin(1).view(torch.int32).bitwise_and_(255).long()
 
 
 def _summing_matrix(index: Tensor, size: int) -> Tensor:
