@@ -121,9 +121,9 @@ def main() -> None:
     out: Path = arguments.out
     model = str(smollm2())
     calibration, held_out = split_reference(out.with_name(out.name + "-text"))
-    texts = {"python_reference": (held_out, 512, 24)}
+    texts = {"python_reference": (held_out, 512, 16)}
     if WIKITEXT.is_file():
-        texts["wikitext2_first_windows"] = (WIKITEXT, 2048, 4)
+        texts["wikitext2_first_windows"] = (WIKITEXT, 2048, 2)
     figures: dict[str, Any] = {
         name: {"original": perplexity(model, *how)} for name, how in texts.items()
     }
