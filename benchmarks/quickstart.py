@@ -2,8 +2,8 @@
 
 Takes SmolLM2-135M-Instruct (a GGUF inside a PyPI package), measures it, tunes it to 2 bits,
 measures it again, serves it on the embedded engine and asks it a question through the official
-OpenAI client. Calibration text is one half of the language reference that comes with Python, the
-held-out text is the other half; WikiText-2 is measured too where it is at hand, never tuned on.
+OpenAI client. The model writes its own calibration text; it is measured on the language reference
+that comes with Python, and on WikiText-2 where that is at hand.
 """
 
 import argparse
@@ -31,18 +31,6 @@ def smollm2() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def split_reference(folder: Path) -> tuple[Path, Path]:
-    """Python's language reference in two files: every other topic to calibrate on, the rest."""
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = folder / "calibration.txt", folder / "held_out.txt"
-    for file, chosen in zip(files, (names[::2], names[1::2]), strict=True):
-        file.write_text("\n\n".join(topics[name] for name in chosen), encoding="utf-8")
-    return files
-
-
 def pvrt(*arguments: str, capture: bool = False) -> str:
     """Run a pvrt command, shown as a user would type it."""
     print(f"\n$ pvrt {' '.join(arguments)}", flush=True)
@@ -53,10 +41,11 @@ def pvrt(*arguments: str, capture: bool = False) -> str:
     return done.stdout or ""
 
 
-def perplexity(model: str, text: Path, context: int, windows: int) -> float:
-    """Perplexity through `pvrt eval`."""
-    limits = ["--context", str(context), "--windows", str(windows)]
-    result = json.loads(pvrt("eval", model, "--text", str(text), *limits, "--json", capture=True))
+def perplexity(model: str, text: Path | None, context: int, windows: int) -> float:
+    """Perplexity through `pvrt eval`, of a file or of its default text."""
+    options = ["--context", str(context), "--windows", str(windows), "--json"]
+    options += [] if text is None else ["--text", str(text)]
+    result = json.loads(pvrt("eval", model, *options, capture=True))
     print(f"perplexity {result['value']:.2f} @ {context}, {result['windows']} windows")
     return float(result["value"])
 
@@ -120,14 +109,13 @@ def main() -> None:
     started = time.monotonic()
     out: Path = arguments.out
     model = str(smollm2())
-    calibration, held_out = split_reference(out.with_name(out.name + "-text"))
-    texts = {"python_reference": (held_out, 512, 16)}
+    texts: dict[str, tuple[Path | None, int, int]] = {"python_reference": (None, 512, 16)}
     if WIKITEXT.is_file():
         texts["wikitext2_first_windows"] = (WIKITEXT, 2048, 2)
     figures: dict[str, Any] = {
         name: {"original": perplexity(model, *how)} for name, how in texts.items()
     }
-    pvrt("tune", model, "-o", str(out), "--effort", "fast", "--data", str(calibration), "--restart")
+    pvrt("tune", model, "-o", str(out), "--effort", "fast", "--restart")
     for name, how in texts.items():
         figures[name]["tuned"] = perplexity(str(out), *how)
     bits = json.loads(pvrt("inspect", str(out), "--json", capture=True))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -183,10 +184,15 @@ def evaluate(
     name = str(text) if text is not None else "the Python language reference"
     body = ev.read_text(text) if text is not None else ev.default_text()
 
+    started = last = time.monotonic()
+
     def progress(done: int, total: int, value: float) -> None:
-        if sys.stderr.isatty() or done == total:
-            end = "\n" if done == total else ""
-            print(f"\rwindow {done}/{total}  {value:.3f}", end=end, file=sys.stderr, flush=True)
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 10 or done == total:
+            left = (now - started) / done * (total - done)
+            print(f"window {done}/{total}  {value:.3f}  {left:.0f} s left", file=sys.stderr)
+            last = now
 
     tokens = ev.windows(body, tokenizer, context, windows)
     result = ev.perplexity(loaded, tokens, name, progress)

@@ -122,6 +122,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     job = TuneJob(str(tmp_path / "dense"), out, QUICK, resume=True)
     tune(job, lines.append)
     assert not any(line.startswith("block 1/") for line in lines)
+    assert not any("sampling" in line for line in lines)
     assert any(line.startswith("block 6/") for line in lines)
     tune(TuneJob(str(tmp_path / "dense"), tmp_path / "whole", QUICK), silent)
     files = [(folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "whole")]
@@ -141,7 +142,7 @@ def test_a_damaged_block_file_is_made_again(tmp_path: Path) -> None:
 
     with pytest.raises(Stop):
         tune(job, stop_after_first)
-    block = tmp_path / "out" / ".run" / "blocks" / "00000.safetensors"
+    block = tmp_path / "out" / ".run" / "pieces" / "block-00000.safetensors"
     os.truncate(block, block.stat().st_size - 7)
     journal = tmp_path / "out" / ".run" / "journal.jsonl"
     journal.write_text(journal.read_text() + '{"event": "blo')  # and half a line
@@ -178,7 +179,7 @@ def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> No
     tune(TuneJob(str(tmp_path / "dense"), out, QUICK), silent)
     (tmp_path / "text.txt").write_text("other text " * 100)
     job = TuneJob(str(tmp_path / "dense"), out, QUICK, data=str(tmp_path / "text.txt"))
-    with pytest.raises(RunError, match=r"data was '[0-9a-f]+', now"):
+    with pytest.raises(RunError, match=r"data was 'sampled from the model', now"):
         tune(job, silent)
     with pytest.raises(RunError, match=r"recipe.scheme was '2x8g8', now '1x8g8'"):
         tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8")), silent)
@@ -196,8 +197,11 @@ def test_resume_needs_a_run_and_a_foreign_folder_is_left_alone(tmp_path: Path) -
         tune(job, silent)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    with pytest.raises(RunError, match="is not empty and holds no run"):
-        tune(TuneJob(job.model, tmp_path / "mine", QUICK), silent)
+    for restart in (False, True):
+        with pytest.raises(RunError, match="is not empty and holds no run"):
+            tune(TuneJob(job.model, tmp_path / "mine", QUICK, restart=restart), silent)
+    with pytest.raises(RunError, match=r"thesis.txt is a file"):
+        tune(TuneJob(job.model, tmp_path / "mine" / "thesis.txt", QUICK), silent)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
@@ -345,8 +349,9 @@ def test_a_disk_that_fills_up_keeps_finished_blocks_only(tmp_path: Path) -> None
     out = tmp_path / "out"
     script = FULL_DISK.format(paths=sys.path, model=str(tmp_path / "dense"), out=str(out))
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "refused: cannot save block 1" in run.stdout, run.stderr
-    assert [file.name for file in (out / ".run" / "blocks").iterdir()] == ["00000.safetensors"]
+    assert "refused: cannot save block-00001" in run.stdout, run.stderr
+    pieces = {file.name for file in (out / ".run" / "pieces").iterdir()}
+    assert pieces == {"calibration.safetensors", "block-00000.safetensors"}
     assert not (out / "config.json").exists()
     lines: list[str] = []
     tune(TuneJob(str(tmp_path / "dense"), out, QUICK), lines.append)

@@ -57,7 +57,8 @@ class Recipe:
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
 EFFORTS: dict[str, Recipe] = {
     "fast": Recipe(
-        samples=24,
+        samples=48,
+        length=256,
         fit=FitSettings(rounds=3, kmeans_iterations=12),
         finetune=FinetuneSettings(epochs=2),
     ),
@@ -97,29 +98,29 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
     blocks = find_blocks(source.model)
     scheme = Scheme.parse(job.recipe.scheme)
     check_divisible(blocks, scheme)
-    source.model.to(job.device)
-    data = _calibration_data(job, source, report)
-    state = open_run(
-        job.out,
-        _fingerprint(job, source, data),
-        resume=job.resume,
-        restart=job.restart,
-    )
+    text = None
+    if job.data is not None:
+        size = (job.recipe.samples, job.recipe.length)
+        text = calibration.from_text(job.data, source.tokenizer, *size, job.recipe.seed)
+    fingerprint = _fingerprint(job, source, text)
+    state = open_run(job.out, fingerprint, resume=job.resume, restart=job.restart)
     if state.finished:
         report(f"{job.out} is already complete; --restart tunes it again")
         return Checkpoint.open(job.out)
+    source.model.to(job.device)
+    data = text or _sampled(job, source, state, report)
     reports = _walk(job, source, blocks, data, state, report)
     _write(job, source, blocks, data, reports)
     state.finish({"blocks": len(blocks.blocks)})
     return Checkpoint.open(job.out)
 
 
-def _calibration_data(job: TuneJob, source: Source, report: Report) -> CalibrationData:
+def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> CalibrationData:
+    """The model's own text, kept with the run: resuming must not depend on repeating it."""
+    saved = state.load("calibration")
+    if saved is not None:
+        return CalibrationData(saved.tensors["tokens"], saved.report["origin"])
     recipe = job.recipe
-    if job.data is not None:
-        return calibration.from_text(
-            job.data, source.tokenizer, recipe.samples, recipe.length, recipe.seed
-        )
     clock = _Clock(recipe.length)
 
     def progress(done: int, total: int) -> None:
@@ -128,15 +129,17 @@ def _calibration_data(job: TuneJob, source: Source, report: Report) -> Calibrati
             report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
     report(f"no --data given: sampling {recipe.samples} x {recipe.length} tokens from the model")
-    return calibration.from_model(
+    data = calibration.from_model(
         source.model, recipe.samples, recipe.length, recipe.seed, progress
     )
+    state.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
+    return data
 
 
-def _fingerprint(job: TuneJob, source: Source, data: CalibrationData) -> dict[str, Any]:
+def _fingerprint(job: TuneJob, source: Source, text: CalibrationData | None) -> dict[str, Any]:
     return {
         "model": source.digest,
-        "data": data.digest,
+        "data": "sampled from the model" if text is None else text.digest,
         "recipe": asdict(job.recipe),
         "versions": {"pvrt": pvrt.__version__, "torch": torch.__version__},
     }
@@ -161,14 +164,15 @@ def _walk(
     clock = _Clock(count)
     reports = []
     for index in range(count):
-        saved = state.load_block(index)
+        name = f"block-{index:05d}"
+        saved = state.load(name)
         if saved is not None:
-            tensors, block_report = saved
-            block = _rebuild(blocks.blocks[index], tensors, scheme)
+            block = _rebuild(blocks.blocks[index], saved.tensors, scheme)
+            block_report = saved.report
             clock.total -= 1
         else:
             block, block_report = _quantize_block(job, blocks, index, inputs)
-            state.save_block(index, dict(block.state_dict()), block_report)
+            state.save(name, block.state_dict(), block_report)
             clock.done += 1
             report(_block_line(index, count, block_report, clock))
         reports.append(block_report)

@@ -1,11 +1,11 @@
 """A tuning run on disk: what was finished, and whether a resumed run is the same run.
 
     OUT/.run/fingerprint.json   model, data, recipe and versions; resume refuses anything else
-    OUT/.run/journal.jsonl      one line per finished block, with the SHA-256 of its file
-    OUT/.run/blocks/00007.safetensors
+    OUT/.run/journal.jsonl      one line per finished piece, with the SHA-256 of its file
+    OUT/.run/pieces/block-00007.safetensors
 
-Files are written to a temporary name, synced and renamed; a block counts only when the journal
-names it and its file has the journal's hash. A kill at any moment costs the block at work.
+Files are written to a temporary name, synced and renamed; a piece counts only when the journal
+names it and its file has the journal's hash. A kill at any moment costs the piece at work.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from pvrt.checkpoint import as_json, write_synced
 from pvrt.errors import RunError
 
 RUN_FOLDER = ".run"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A finished part of a run: its tensors, and what was reported about it."""
+
+    tensors: dict[str, Tensor]
+    report: dict[str, Any]
 
 
 class RunState:
@@ -38,19 +47,17 @@ class RunState:
         """Whether the checkpoint of this run was written."""
         return any(event["event"] == "checkpoint" for event in self.events)
 
-    def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and report of a finished block, or None when it is not (soundly) there."""
-        event = next(
-            (e for e in self.events if e["event"] == "block" and e["index"] == index), None
-        )
-        file = self._block_file(index)
-        if event is None or not file.is_file() or _sha256(file) != event["sha256"]:
+    def load(self, name: str) -> Piece | None:
+        """A finished piece, or None when it is not (soundly) there."""
+        events = [e for e in self.events if e["event"] == "piece" and e["name"] == name]
+        file = self._file(name)
+        if not events or not file.is_file() or _sha256(file) != events[-1]["sha256"]:
             return None
-        return load_file(file), event["report"]
+        return Piece(load_file(file), events[-1]["report"])
 
-    def save_block(self, index: int, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
-        """Store a finished block atomically. Raises RunError when the disk refuses."""
-        file = self._block_file(index)
+    def save(self, name: str, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
+        """Store a finished piece atomically. Raises RunError when the disk refuses."""
+        file = self._file(name)
         temporary = file.with_suffix(".partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -59,22 +66,22 @@ class RunState:
                 os.fsync(handle.fileno())
             os.replace(temporary, file)
             self._append(
-                {"event": "block", "index": index, "sha256": _sha256(file), "report": report}
+                {"event": "piece", "name": name, "sha256": _sha256(file), "report": report}
             )
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
             raise RunError(
-                f"cannot save block {index} to {file.parent} ({error}); free some space and run "
-                "the same command again: finished blocks are kept"
+                f"cannot save {name} to {file.parent} ({error}); free some space and run the same "
+                "command again: what is finished is kept"
             ) from error
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Note that the checkpoint is written, and drop the block files that it now contains."""
+        """Note that the checkpoint is written, and drop the pieces that it now contains."""
         self._append({"event": "checkpoint", "report": report})
-        shutil.rmtree(self.folder / "blocks", ignore_errors=True)
+        shutil.rmtree(self.folder / "pieces", ignore_errors=True)
 
-    def _block_file(self, index: int) -> Path:
-        return self.folder / "blocks" / f"{index:05d}.safetensors"
+    def _file(self, name: str) -> Path:
+        return self.folder / "pieces" / f"{name}.safetensors"
 
     def _append(self, event: dict[str, Any]) -> None:
         with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as handle:
@@ -93,6 +100,9 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart
     """
     folder = out / RUN_FOLDER
     file = folder / "fingerprint.json"
+    ours = folder.is_dir()
+    if out.is_file():
+        raise RunError(f"{out} is a file; give a folder for the checkpoint")
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
     if file.is_file():
@@ -106,7 +116,7 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart
         return RunState(folder)
     if resume:
         raise RunError(f"{out} holds no run to resume; leave --resume out to start one")
-    if out.exists() and not restart and any(out.iterdir()):
+    if not ours and out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty and holds no run of pvrt; give another output folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
