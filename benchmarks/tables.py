@@ -5,6 +5,7 @@ With --check nothing is written and the exit code says whether the README is up 
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,30 @@ def first_run(result: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows])
 
 
+def calibration_layers(rows: list[dict[str, Any]]) -> str:
+    """One line per layer: the reference, then every effort, as error and CPU seconds."""
+    efforts = list(dict.fromkeys(row["effort"] for row in rows))
+    lines = [f"| SmolLM2-135M, {rows[0]['scheme']} | reference | {' | '.join(efforts)} |"]
+    lines.append("|---" * (2 + len(efforts)) + "|")
+    for layer in dict.fromkeys(row["layer"] for row in rows):
+        own = {row["effort"]: row for row in rows if row["layer"] == layer}
+        first = own[efforts[0]]
+        reference = (first["reference_relative_error"], first["reference_cpu_seconds"])
+        pairs = [reference, *((own[e]["relative_error"], own[e]["cpu_seconds"]) for e in efforts)]
+        cells = " | ".join(f"{error:.4f}, {seconds:.1f} s" for error, seconds in pairs)
+        lines.append(f"| {layer.removeprefix('model.layers.')} | {cells} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "first_run": first_run,
+    "calibration_layers": calibration_layers,
+}
+
+
 def render(text: str) -> str:
     """README text with every table between its markers renewed from its result file."""
-    for name, table in {"first_run": first_run}.items():
+    for name, table in TABLES.items():
         file = RESULTS / f"{name}.json"
         if file.is_file():
             body = table(json.loads(file.read_text(encoding="utf-8")))
