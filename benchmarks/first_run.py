@@ -19,6 +19,7 @@ from typing import Any
 
 import machine
 import quickstart
+import tables
 
 ROOT = machine.ROOT
 RESULT = ROOT / "benchmarks" / "results" / "first_run.json"
@@ -74,6 +75,7 @@ def main() -> None:
         stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         RESULT.write_text(json.dumps({**stored, **figures, **machine.describe()}, indent=1) + "\n")
+        tables.renew()
         print(f"{part}: {figures}", flush=True)
 
 
