@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pvrt.durable import as_json, sync, write_synced
 from pvrt.errors import CheckpointError
 from pvrt.scheme import Scheme
 
@@ -203,6 +204,12 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object, found {type(value).__name__}")
     return value
+
+
+def is_aqlm(config: Mapping[str, Any]) -> bool:
+    """Whether a model's config.json says that it is an AQLM checkpoint."""
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "aqlm"
 
 
 def parse_quantization_config(quantization: Mapping[str, Any], where: str) -> Scheme:
@@ -428,7 +435,7 @@ def _stage_shards(
     def flush() -> None:
         file = staging / f"shard-{len(shards):05d}"
         save_file(pending, file, metadata={"format": "pt"})
-        _sync(file)
+        sync(file)
         shards.append(list(pending))
         pending.clear()
 
@@ -471,29 +478,10 @@ def _commit(staging: Path, folder: Path) -> None:
     files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
     for file in files:
         os.replace(file, folder / file.name)
-    _sync(folder)
+    sync(folder)
 
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of a CPU tensor's bytes."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(flat.numpy().data).hexdigest()
-
-
-def as_json(value: Any) -> bytes:
-    """A JSON file's content."""
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def write_synced(file: Path, content: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    file.write_bytes(content)
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

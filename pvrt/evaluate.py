@@ -30,14 +30,19 @@ def default_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def read_utf8(path: Path) -> str:
+    """A text file as it stands. Raises DataError when it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 text file. WikiText files (.raw) are joined by blank lines, as the usual protocol
     does. Raises DataError when unreadable.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    text = read_utf8(path)
     if path.suffix != ".raw":
         return text
     rows = text.split("\n")

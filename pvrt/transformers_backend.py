@@ -21,6 +21,7 @@ from pvrt.checkpoint import (
     TensorInfo,
     check_codes,
     find_layers,
+    is_aqlm,
     parse_quantization_config,
     read_config,
     read_headers,
@@ -127,8 +128,7 @@ def load_model(path: str | Path, *, dense: bool = False, **kwargs: Any) -> "PreT
 
     register()
     folder = Path(path)
-    config = read_config(folder)
-    quantised = config.get("quantization_config", {}).get("quant_method") == "aqlm"
+    quantised = is_aqlm(read_config(folder))
     if quantised:
         Checkpoint.open(folder)  # its errors name file and tensor
     kwargs.setdefault("dtype", "auto")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from pvrt.checkpoint import Checkpoint, read_config
+from pvrt.checkpoint import Checkpoint, is_aqlm, read_config
 from pvrt.errors import ServeError
 
 EngineName = Literal["auto", "vllm", "local"]
@@ -92,8 +92,7 @@ def serve(
 
 
 def _check_folder(model: Path) -> None:
-    config = read_config(model)
-    if config.get("quantization_config", {}).get("quant_method") == "aqlm":
+    if is_aqlm(read_config(model)):
         Checkpoint.open(model)
     templates = ("chat_template.jinja", "chat_template.json")
     tokenizer = model / "tokenizer_config.json"

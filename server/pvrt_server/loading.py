@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 import pvrt
-from pvrt.checkpoint import parse_quantization_config, read_config, weight_files
+from pvrt.checkpoint import is_aqlm, parse_quantization_config, read_config, weight_files
 from pvrt.errors import ServeError
 from pvrt.scheme import Scheme
 from pvrt_kernels import has_fast_kernel
@@ -109,10 +109,10 @@ def sampling_defaults(model: CausalModel) -> SamplingParams:
 
 
 def _scheme(folder: Path) -> Scheme | None:
-    quantization = read_config(folder).get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "aqlm":
+    config = read_config(folder)
+    if not is_aqlm(config):
         return None
-    return parse_quantization_config(quantization, str(folder))
+    return parse_quantization_config(config["quantization_config"], str(folder))
 
 
 def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -172,9 +172,8 @@ def observe(
                 outputs.append(run_block(block, hidden, arguments))
             _accumulate(moments, seen)
             tokens += hidden.shape[0] * hidden.shape[1]
-    scaled: dict[int, Tensor] = {}
-    for name, moment in moments.items():
-        moments[name] = scaled.setdefault(id(moment), moment / tokens)
+    for moment in {id(moment): moment for moment in moments.values()}.values():
+        moment /= tokens
     return outputs, moments
 
 

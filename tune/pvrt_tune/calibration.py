@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvrt.errors import DataError
+from pvrt.evaluate import read_utf8
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".jsonl"}
 
@@ -77,10 +78,7 @@ def documents(spec: str) -> Iterator[str]:
 
 
 def _file_documents(file: Path) -> Iterator[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    text = read_utf8(file)
     if file.suffix != ".jsonl":
         yield text
         return

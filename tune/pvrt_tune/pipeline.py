@@ -17,12 +17,12 @@ from pvrt.checkpoint import (
     Checkpoint,
     QuantizedLayer,
     WriteOptions,
-    as_json,
     quantization_config,
     write_checkpoint,
 )
+from pvrt.durable import as_json
 from pvrt.errors import RunError
-from pvrt.linear import AQLMLinear, quantized_linears
+from pvrt.linear import AQLMLinear, decode_once, quantized_linears
 from pvrt.scheme import Scheme
 from pvrt_tune import calibration
 from pvrt_tune.additive import FitSettings, fit_layer
@@ -271,8 +271,7 @@ def _rebuild(dense: nn.Module, tensors: dict[str, Tensor], scheme: Scheme) -> nn
 def _advance(block: nn.Module, inputs: BlockInputs, index: int, device: str) -> None:
     """Replace the hidden states by the quantised block's outputs, computed in float32."""
     exact = deepcopy(block).float().to(device)
-    for module_name, module in quantized_linears(exact).items():
-        exact.set_submodule(module_name, module.to_dense())
+    decode_once(exact)
     with torch.no_grad():
         for number, hidden in enumerate(inputs.hidden):
             output = run_block(exact, hidden.to(device), inputs.arguments[index])

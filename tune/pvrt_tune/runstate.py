@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pvrt.checkpoint import as_json, write_synced
+from pvrt.durable import as_json, write_synced
 from pvrt.errors import RunError
 
 RUN_FOLDER = ".run"
