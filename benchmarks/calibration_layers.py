@@ -20,7 +20,7 @@ import torch
 from pvrt.evaluate import read_text, windows
 from pvrt.scheme import Scheme
 from pvrt_tune.additive import fit_layer
-from pvrt_tune.pipeline import EFFORTS
+from pvrt_tune.recipe import EFFORTS
 from pvrt_tune.source import load_source
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_layers.json"

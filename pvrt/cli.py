@@ -16,7 +16,7 @@ import pvrt
 from pvrt.errors import PvrtError, RunError
 
 if TYPE_CHECKING:
-    from pvrt_tune.pipeline import Recipe
+    from pvrt_tune.recipe import Recipe
 
 app = typer.Typer(
     name="pvrt",
@@ -111,8 +111,8 @@ def tune(
     ] = False,
 ) -> None:
     """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
-    from pvrt_tune.pipeline import EFFORTS, TuneJob
     from pvrt_tune.pipeline import tune as run
+    from pvrt_tune.recipe import EFFORTS, TuneJob
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")

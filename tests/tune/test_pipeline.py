@@ -20,7 +20,8 @@ from pvrt.linear import quantized_linears
 from pvrt_tune import calibration
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
-from pvrt_tune.pipeline import Recipe, TuneJob, tune
+from pvrt_tune.pipeline import tune
+from pvrt_tune.recipe import Recipe, TuneJob
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -94,7 +95,8 @@ KILL_SCRIPT = """
 import sys; sys.path[:0] = {paths!r}
 from pathlib import Path
 from tests.tune.test_pipeline import QUICK
-from pvrt_tune.pipeline import TuneJob, tune
+from pvrt_tune.pipeline import tune
+from pvrt_tune.recipe import TuneJob
 tune(TuneJob({model!r}, Path({out!r}), QUICK), lambda line: print(line, flush=True))
 """
 
@@ -338,7 +340,8 @@ import resource, signal, sys; sys.path[:0] = {paths!r}
 from pathlib import Path
 from pvrt.errors import RunError
 from tests.tune.test_pipeline import QUICK
-from pvrt_tune.pipeline import TuneJob, tune
+from pvrt_tune.pipeline import tune
+from pvrt_tune.recipe import TuneJob
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def fill(line):
     if line.startswith("block 1/"):

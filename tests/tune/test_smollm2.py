@@ -19,7 +19,8 @@ from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import TokenEvent
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
-from pvrt_tune.pipeline import Recipe, TuneJob, tune
+from pvrt_tune.pipeline import tune
+from pvrt_tune.recipe import Recipe, TuneJob
 from pvrt_tune.source import load_source
 from tests.fixtures.vllm_generate import vllm_greedy
 

@@ -1,0 +1,50 @@
+"""What a tuning run is asked to do: the recipe, its presets by effort, and the job."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pvrt_tune.additive import FitSettings
+from pvrt_tune.finetune import FinetuneSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result besides model and text. Stored with the run."""
+
+    scheme: str = "2x8g8"
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+    fit: FitSettings = field(default_factory=FitSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+
+
+#: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
+EFFORTS: dict[str, Recipe] = {
+    "fast": Recipe(
+        samples=48,
+        length=256,
+        fit=FitSettings(rounds=3, kmeans_iterations=12),
+        finetune=FinetuneSettings(epochs=2),
+    ),
+    "normal": Recipe(),
+    "best": Recipe(
+        samples=256,
+        length=1024,
+        fit=FitSettings(rounds=16, kmeans_iterations=60, kmeans_momentum=0.88),
+        finetune=FinetuneSettings(epochs=8),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """One call of `tune`: what to compress, with what text, to where, and how to start."""
+
+    model: str
+    out: Path
+    recipe: Recipe
+    data: str | None = None
+    device: str = "cpu"
+    resume: bool = False
+    restart: bool = False
