@@ -91,6 +91,27 @@ def test_block_finetuning_lowers_the_held_out_error(tmp_path: Path) -> None:
         assert error["after"] < error["before_finetune"]
 
 
+def test_targets_from_the_original_model_mend_what_earlier_blocks_broke(tmp_path: Path) -> None:
+    """Measured on the calibration text itself, whose windows are kept with the run."""
+    dense = dense_folder(tmp_path / "dense", "llama")
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(4096)))
+    recipe = replace(QUICK, scheme="1x4g8", samples=32, finetune=FinetuneSettings(epochs=12))
+    recipe = replace(recipe, finetune=replace(recipe.finetune, learning_rate=1e-2))
+    text = str(tmp_path / "text.txt")
+    tokens = calibration.from_text(text, toy_tokenizer(), 32, 32, seed=0).tokens
+    distance = {}
+    for targets in ("quantised", "original"):
+        out = tmp_path / targets
+        tune(TuneJob(str(tmp_path / "dense"), out, replace(recipe, targets=targets), text), silent)
+        with torch.inference_mode():
+            states = [
+                model(tokens, output_hidden_states=True).hidden_states[-1]
+                for model in (dense, pvrt.load(out, dense=True))
+            ]
+        distance[targets] = float((states[0] - states[1]).square().mean())
+    assert distance["original"] < distance["quantised"]
+
+
 KILL_SCRIPT = """
 import sys; sys.path[:0] = {paths!r}
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
@@ -9,7 +10,13 @@ from pvrt_tune.finetune import FinetuneSettings
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the result besides model and text. Stored with the run."""
+    """Everything that decides the result besides model and text. Stored with the run.
+
+    targets: what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
+    outputs of the quantised blocks before it. "original": the original model's own activations
+    after that block, so that a block also mends what earlier ones broke (a second set of hidden
+    states is kept for it).
+    """
 
     scheme: str = "2x8g8"
     samples: int = 64
@@ -17,6 +24,7 @@ class Recipe:
     seed: int = 0
     fit: FitSettings = field(default_factory=FitSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    targets: Literal["quantised", "original"] = "quantised"
 
 
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.

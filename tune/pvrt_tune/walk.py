@@ -3,6 +3,7 @@
 import hashlib
 import time
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,18 +32,23 @@ def walk(
     """Quantise all blocks in order, each on the outputs of the quantised ones before it."""
     batch = _batch_size(len(data.tokens))
     inputs = record_inputs(source.model, blocks, data.tokens, batch)
+    # The original model's hidden states, where they are the targets; else nothing.
+    original = replace(inputs, hidden=list(inputs.hidden))
+    if job.recipe.targets == "quantised":
+        original.hidden.clear()
     count = len(blocks.blocks)
     clock = Clock(count)
     reports = []
     for index in range(count):
         name = f"block-{index:05d}"
+        _advance(blocks.blocks[index], original, index, job.device)
         saved = state.load(name)
         if saved is not None:
             block = _rebuild(blocks.blocks[index], saved.tensors, job.recipe)
             block_report = saved.report
             clock.total -= 1
         else:
-            block, block_report = _quantize_block(job, blocks, index, inputs)
+            block, block_report = _quantize_block(job, blocks, index, inputs, original.hidden)
             state.save(name, block.state_dict(), block_report)
             clock.done += 1
             report(_block_line(index, count, block_report, clock))
@@ -59,14 +65,20 @@ def _batch_size(samples: int) -> int:
 
 
 def _quantize_block(
-    job: TuneJob, blocks: BlockList, index: int, inputs: BlockInputs
+    job: TuneJob, blocks: BlockList, index: int, inputs: BlockInputs, original: list[Tensor]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Quantise one block. Returns it, rounded to the model's own precision, and its report."""
+    """Quantise one block. Returns it, rounded to the model's own precision, and its report.
+
+    original: the original model's outputs of this block, the targets of fine-tuning; empty for
+    the dense block's outputs on the same inputs.
+    """
     started = time.monotonic()
     recipe, arguments = job.recipe, inputs.arguments[index]
     block = deepcopy(blocks.blocks[index]).float().to(job.device)
     hidden = [part.to(job.device) for part in inputs.hidden]
     targets, moments = observe(block, hidden, arguments)
+    if original:
+        targets = [part.to(job.device) for part in original]
     dtype = _float_dtype(blocks.blocks[index])
     errors = {}
     for name, linear in list(linears(block)):
@@ -119,7 +131,7 @@ def _rebuild(dense: nn.Module, tensors: dict[str, Tensor], recipe: Recipe) -> nn
 
 
 def _advance(block: nn.Module, inputs: BlockInputs, index: int, device: str) -> None:
-    """Replace the hidden states by the quantised block's outputs, computed in float32."""
+    """Replace the hidden states by the block's outputs, computed in float32."""
     exact = deepcopy(block).float().to(device)
     decode_once(exact)
     with torch.no_grad():
