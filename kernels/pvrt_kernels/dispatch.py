@@ -15,6 +15,10 @@ from torch import Tensor
 from pvrt_kernels import reference
 
 LinearFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[int]], Tensor]
+PackFn = Callable[[Tensor, Tensor, Tensor, list[int]], list[Tensor]]
+UnpackFn = Callable[[list[Tensor], int], tuple[Tensor, Tensor, Tensor]]
+PackedLinearFn = Callable[[Tensor, list[Tensor], Tensor | None, list[int]], Tensor]
+PackedDequantizeFn = Callable[[list[Tensor], list[int], int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,31 @@ class Kernel:
     linear: LinearFn
 
 
+@dataclass(frozen=True)
+class PackedKernel:
+    """A kernel that wants the weight in a layout of its own, made once at load (`packed.py`).
+
+    `supports` is asked at load, with tokens=1, and answers for every number of tokens.
+    `pack(codes, codebooks, scales, partition_sizes)` takes the shapes of `pvrt::aqlm_linear` and
+    returns all that the kernel needs, nothing of it shared with its arguments' codes, which are
+    dropped. `unpack(packed, in_features)` gives (codes, codebooks, scales) back exactly.
+    `linear(x, packed, bias, partition_sizes)` takes any number of tokens;
+    `dequantize(packed, partition_sizes, in_features)` decodes to the codebooks' dtype (None: by
+    way of `unpack`).
+    """
+
+    name: str
+    supports: Callable[[Problem], bool]
+    pack: PackFn
+    unpack: UnpackFn
+    linear: PackedLinearFn
+    dequantize: PackedDequantizeFn | None = None
+
+
 FEW_TOKENS = 64
 REFERENCE = Kernel("reference", lambda problem: True, reference.linear)
 _kernels: list[Kernel] = []
+_packed_kernels: dict[str, PackedKernel] = {}
 _warned: set[tuple[str, int, int, int]] = set()
 
 
@@ -58,6 +84,23 @@ def register(kernel: Kernel) -> None:
 def unregister(name: str) -> None:
     """Remove a kernel by name."""
     _kernels[:] = [kernel for kernel in _kernels if kernel.name != name]
+
+
+def register_packed(kernel: PackedKernel) -> None:
+    """Append a kernel with a layout of its own. Raises ValueError if the name is taken."""
+    if kernel.name in _packed_kernels:
+        raise ValueError(f"a packed kernel named {kernel.name!r} is already registered")
+    _packed_kernels[kernel.name] = kernel
+
+
+def packed_kernel(name: str) -> PackedKernel:
+    """The packed kernel of a name. Raises KeyError when there is none."""
+    return _packed_kernels[name]
+
+
+def select_packed(problem: Problem) -> PackedKernel | None:
+    """The first packed kernel that takes a problem, in order of registration."""
+    return next((k for k in _packed_kernels.values() if k.supports(problem)), None)
 
 
 def select(problem: Problem) -> Kernel:
@@ -78,13 +121,13 @@ def has_fast_kernel(
     Backends ask this once, at load: without one it is better to decode the weights once than at
     every call.
     """
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    problems = [
+        Problem(device_type, dtype, num_codebooks, 1 << nbits, out_group_size, in_group_size, 1)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    ]
     return any(
-        kernel.supports(
-            Problem(device_type, dtype, num_codebooks, 1 << nbits, out_group_size, in_group_size, 1)
-        )
-        for kernel in _kernels
-        for dtype in dtypes
+        select_packed(problem) is not None or any(k.supports(problem) for k in _kernels)
+        for problem in problems
     )
 
 

@@ -1,0 +1,121 @@
+"""Weights in a kernel's own layout: packed once at load, multiplied by `pvrt::aqlm_packed_linear`.
+
+Training and checkpoints keep codes, codebooks and scales; a model that only runs calls `aqlm_pack`
+for each layer and drops them. The op is functional and makes fresh outputs; its gradient is that
+of x alone (codebooks and scales train in the checkpoint's layout).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvrt_kernels import dispatch, reference
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [sum(partition_sizes), in_features] in the layout of one kernel, on its device."""
+
+    kernel: str
+    tensors: list[Tensor]
+    partition_sizes: list[int]
+    in_features: int
+
+    def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes, codebooks, scales) as they were given to `aqlm_pack`, codebooks with P."""
+        return dispatch.packed_kernel(self.kernel).unpack(self.tensors, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """The weight [out, in] in the dtype of the codebooks."""
+        return _dequantize(self.tensors, self.partition_sizes, self.in_features, self.kernel)
+
+
+def aqlm_pack(
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+    partition_sizes: list[int] | None = None,
+) -> PackedWeight | None:
+    """Lay a weight out for the kernel of its device; None where no kernel wants that.
+
+    Arguments as in `aqlm_linear`; `dtype` is that of the activations to come. The result does not
+    alias `codes`: drop them, and a model packed layer by layer never holds its codes twice.
+    """
+    if partition_sizes is None:
+        codebooks, partition_sizes = codebooks.unsqueeze(0), [codes.shape[0] * codebooks.shape[2]]
+    _, num_codebooks, size, out_group, g = codebooks.shape
+    kernel = dispatch.select_packed(
+        dispatch.Problem(codes.device.type, dtype, num_codebooks, size, out_group, g, 1)
+    )
+    if kernel is None:
+        return None
+    with torch.no_grad():
+        tensors = kernel.pack(codes, codebooks, scales, partition_sizes)
+    return PackedWeight(kernel.name, tensors, partition_sizes, codes.shape[1] * g)
+
+
+def aqlm_packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias; x [..., in] floating -> [..., out] in the dtype of x.
+
+    Raises ValueError when x does not have as many features as the weight takes.
+    """
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
+    y: Tensor = torch.ops.pvrt.aqlm_packed_linear(
+        x, weight.tensors, bias, weight.partition_sizes, weight.kernel
+    )
+    return y
+
+
+def _linear(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int], kernel: str
+) -> Tensor:
+    return dispatch.packed_kernel(kernel).linear(x, packed, bias, partition_sizes)
+
+
+def _dequantize(
+    packed: list[Tensor], partition_sizes: list[int], in_features: int, kernel: str
+) -> Tensor:
+    chosen = dispatch.packed_kernel(kernel)
+    if chosen.dequantize is not None:
+        return chosen.dequantize(packed, partition_sizes, in_features)
+    return reference.dequantize(*chosen.unpack(packed, in_features), partition_sizes)
+
+
+def _linear_fake(
+    x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int], kernel: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(partition_sizes))
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, bias, ctx.partition_sizes, ctx.kernel = inputs
+    ctx.in_features, ctx.bias_dtype = x.shape[-1], None if bias is None else bias.dtype
+    ctx.packed = packed  # not differentiated, so they need no save_for_backward
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs_x, _, needs_bias, _, _ = ctx.needs_input_grad
+    grad_x = grad_bias = None
+    if needs_x:
+        weight = _dequantize(ctx.packed, ctx.partition_sizes, ctx.in_features, ctx.kernel)
+        grad_x = grad @ weight.to(grad.dtype)
+    if needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
+    return grad_x, [None] * len(ctx.packed), grad_bias, None, None
+
+
+# Library.define and impl instead of custom_op: the latter's Python costs more than a small layer.
+_library = torch.library.Library("pvrt", "FRAGMENT")
+_library.define(
+    "aqlm_packed_linear"
+    "(Tensor x, Tensor[] packed, Tensor? bias, SymInt[] partition_sizes, str kernel) -> Tensor"
+)
+_library.impl("aqlm_packed_linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("pvrt::aqlm_packed_linear", _linear_fake, lib=_library)
+torch.library.register_autograd(
+    "pvrt::aqlm_packed_linear", _linear_backward, setup_context=_linear_setup, lib=_library
+)
