@@ -39,7 +39,7 @@ REFERENCE = ((0.01026, 131), (0.01548, 105), (0.04021, 482), (0.05170, 249))
 def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(W, H) of every layer."""
     source = load_source(str(quickstart.smollm2()))
-    model = source.model.float()
+    model = source.dense(torch.float32)
     tokens = windows(read_text(VALIDATION), source.tokenizer, 1024, 32)
     sums: dict[str, torch.Tensor] = {}
 

@@ -48,6 +48,14 @@ class EngineChoice(StrEnum):
     local = "local"
 
 
+class Activations(StrEnum):
+    """Where `pvrt tune` keeps hidden states."""
+
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+
+
 class Dtype(StrEnum):
     """Floating types to compute in."""
 
@@ -103,6 +111,10 @@ def tune(
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
     ] = "auto",
+    activations: Annotated[
+        Activations,
+        typer.Option(help="Where hidden states are kept; auto takes memory if they fit."),
+    ] = Activations.auto,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in OUT; fail if there is none.")
     ] = False,
@@ -117,7 +129,7 @@ def tune(
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
     recipe = _recipe(EFFORTS[effort.value], scheme, samples, length, seed)
-    job = TuneJob(model, out, recipe, data, _device(device), resume, restart)
+    job = TuneJob(model, out, recipe, data, _device(device), activations.value, resume, restart)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         checkpoint = run(job, _say)
@@ -223,8 +235,8 @@ def _load_any(model: str, dtype: Dtype, device: str) -> tuple[Any, Any]:
     from pvrt_tune.source import load_source
 
     source = load_source(model)
-    wanted = source.model if chosen == "auto" else source.model.to(getattr(torch, chosen))
-    return wanted.to(device), source.tokenizer
+    wanted = None if chosen == "auto" else getattr(torch, chosen)
+    return source.dense(wanted, device), source.tokenizer
 
 
 @app.command()

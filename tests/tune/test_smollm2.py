@@ -83,7 +83,7 @@ def test_the_checkpoint_is_complete_and_about_two_bits(tuned: Path) -> None:
 def test_perplexity_stays_on_the_models_side_of_gibberish(tuned: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tuned)
     tokens = windows(default_text()[-60_000:], tokenizer, 512, 6)
-    dense = load_source(str(gguf())).model.float()
+    dense = load_source(str(gguf())).dense(torch.float32)
     original = perplexity(dense, tokens).value
     value = perplexity(pvrt.load(tuned, dense=True, dtype=torch.float32), tokens).value
     assert original < value < 6 * original  # a wrong layer or code order is in the thousands

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pvrt.errors import SourceError
 from pvrt.scheme import Scheme
+from pvrt_tune.activations import Activations
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,6 @@ class BlockList:
     def prefix(self, index: int) -> str:
         """Dotted name of one block, with a trailing dot."""
         return f"{self.name}.{index}."
-
-
-@dataclass(frozen=True)
-class BlockInputs:
-    """What enters the blocks: hidden states of every batch, and each block's other arguments.
-
-    hidden: list of [batch, length, width] float32 on the CPU; arguments[i] are the keyword
-    arguments of block i (rotary tables, masks), the same for every batch of equal shape.
-    """
-
-    hidden: list[Tensor]
-    arguments: list[dict[str, Any]]
 
 
 class _Recorder(nn.Module):
@@ -106,46 +95,58 @@ def check_divisible(blocks: BlockList, scheme: Scheme) -> None:
                 )
 
 
-def record_inputs(model: Any, blocks: BlockList, tokens: Tensor, batch: int) -> BlockInputs:
+def record_inputs(
+    model: Any, blocks: BlockList, tokens: Tensor, batch: int, hidden: Activations
+) -> list[dict[str, Any]]:
     """Run the embeddings on all tokens [samples, length] and record what the blocks would get.
 
+    Hidden states go to `hidden`. Returns each block's keyword arguments (rotary tables, masks).
     `batch` must divide the number of samples: blocks then see equal shapes, and one copy of their
-    masks and rotary tables serves all batches.
+    masks and rotary tables serves all batches. The blocks and the output head of `model` are not
+    run and may be on the meta device.
     """
+    embeddings = model.get_input_embeddings()
     # From float32 embeddings on, rotary tables and masks are float32 too.
-    widen = model.get_input_embeddings().register_forward_hook(lambda m, args, out: out.float())
-    originals = list(blocks.blocks)
+    widen = embeddings.register_forward_hook(lambda m, args, out: out.float())
+    modules = model.get_submodule(blocks.name)
+    originals = list(modules)
     recorders = [_Recorder(block) for block in originals[:-1]] + [_LastRecorder(originals[-1])]
-    hidden: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
     try:
         for index, recorder in enumerate(recorders):
-            blocks.blocks[index] = recorder
-        for part in torch.split(tokens, batch):
+            modules[index] = recorder
+        for number, part in enumerate(torch.split(tokens, batch)):
             for recorder in recorders:
                 recorder.calls.clear()
             try:
                 with torch.inference_mode():
-                    model(input_ids=part.to(model.device), use_cache=False)
+                    model(input_ids=part.to(embeddings.weight.device), use_cache=False)
             except _LastBlockReached:
                 pass
-            hidden.append(recorders[0].calls[0][0].cpu().clone())
-            arguments = arguments or [_detached(recorder.calls[0][1]) for recorder in recorders]
+            hidden[number] = recorders[0].calls[0][0]
+            if not arguments:
+                copies: dict[int, Tensor] = {}
+                arguments = [_detached(recorder.calls[0][1], copies) for recorder in recorders]
     finally:
         widen.remove()
         for index, block in enumerate(originals):
-            blocks.blocks[index] = block
-    return BlockInputs(hidden, arguments)
+            modules[index] = block
+    return arguments
 
 
-def _detached(value: Any) -> Any:
-    """A copy of all tensors outside inference mode, so that training may use them."""
+def _detached(value: Any, copies: dict[int, Tensor]) -> Any:
+    """A copy of all tensors outside inference mode, so that training may use them.
+
+    What blocks share (`copies`, by identity of the original) stays shared.
+    """
     if isinstance(value, Tensor):
-        return value.clone()
+        if id(value) not in copies:
+            copies[id(value)] = value.clone()
+        return copies[id(value)]
     if isinstance(value, dict):
-        return {key: _detached(item) for key, item in value.items()}
+        return {key: _detached(item, copies) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_detached(item) for item in value)
+        return type(value)(_detached(item, copies) for item in value)
     return value
 
 
@@ -156,25 +157,29 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Te
 
 
 def observe(
-    block: nn.Module, inputs: list[Tensor], arguments: dict[str, Any]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """One pass over all batches: the block's outputs, and the input second moment of each linear.
+    block: nn.Module,
+    inputs: Activations,
+    arguments: dict[str, Any],
+    outputs: Activations | None = None,
+) -> dict[str, Tensor]:
+    """One pass over all batches: the input second moment of each linear.
 
-    Returns outputs (one per batch) and H = mean over tokens of x x^T, [in, in] float32, by layer
-    name. Layers that share their input (q, k, v) share one tensor.
+    Returns H = mean over tokens of x x^T, [in, in] float32, by layer name. Layers that share their
+    input (q, k, v) share one tensor. The block's outputs go to `outputs`, where it is given.
     """
     moments: dict[str, Tensor] = {}
-    outputs = []
     tokens = 0
     with torch.no_grad():
-        for hidden in inputs:
+        for number, hidden in enumerate(inputs):
             with _linear_inputs(block) as seen:
-                outputs.append(run_block(block, hidden, arguments))
+                output = run_block(block, hidden, arguments)
+            if outputs is not None:
+                outputs[number] = output
             _accumulate(moments, seen)
             tokens += hidden.shape[0] * hidden.shape[1]
     for moment in {id(moment): moment for moment in moments.values()}.values():
         moment /= tokens
-    return outputs, moments
+    return moments
 
 
 @contextmanager
@@ -197,16 +202,15 @@ def _linear_inputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def _accumulate(moments: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
     """Add x^T x of one batch; inputs that are the same tensor are multiplied once."""
-    products: dict[int, Tensor] = {}
-    added: set[int] = set()
+    # By input: the first layer that read it, whose moment the others share.
+    first: dict[int, str] = {}
     for name, x in seen.items():
+        if id(x) in first:
+            moments.setdefault(name, moments[first[id(x)]])
+            continue
+        first[id(x)] = name
         flat = x.reshape(-1, x.shape[-1]).float()
-        if id(x) not in products:
-            products[id(x)] = flat.T @ flat
-        product = products[id(x)]
-        if name not in moments:
-            moments[name] = product  # shared between the layers of one input
-            added.add(id(product))
-        elif id(moments[name]) not in added:
-            moments[name].add_(product)
-            added.add(id(moments[name]))
+        if name in moments:
+            moments[name].addmm_(flat.T, flat)
+        else:
+            moments[name] = flat.T @ flat

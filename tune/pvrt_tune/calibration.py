@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +129,6 @@ def from_model(
     per window. Deterministic for one seed on one machine.
     """
     generator = torch.Generator().manual_seed(seed)
-    if model.device.type == "cpu":  # most CPUs only emulate 16-bit products
-        model = deepcopy(model).float()
     config = model.config.get_text_config()
     vocabulary = config.vocab_size
     tokens = torch.randint(vocabulary, (samples, 1), generator=generator)

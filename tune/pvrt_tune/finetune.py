@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from pvrt_tune.activations import Activations
 from pvrt_tune.blocks import run_block
 
 
@@ -34,15 +35,15 @@ class FinetuneReport:
 
 def finetune_block(
     block: nn.Module,
-    inputs: list[Tensor],
-    targets: list[Tensor],
+    inputs: Activations,
+    targets: Activations,
     arguments: dict[str, Any],
     settings: FinetuneSettings,
     generator: torch.Generator,
 ) -> FinetuneReport:
     """Train a block's floating parameters in place; the best state on held-out batches is kept.
 
-    inputs and targets: one [batch, length, width] float32 tensor per batch.
+    inputs, targets: hidden states before and after the block.
     """
     count = max(1, round(settings.held_out * len(inputs)))
     train = list(range(len(inputs) - count)) or [0]
@@ -76,7 +77,7 @@ def finetune_block(
             output = run_block(block, inputs[train[i]], arguments)
             loss = (output - targets[train[i]]).square().mean() / power
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
         error = held_out_error()

@@ -1,34 +1,46 @@
 """The checkpoint of a finished run: config, tensors, tokenizer and manifest."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import pvrt
 from pvrt.checkpoint import WriteOptions, quantization_config, write_checkpoint
 from pvrt.durable import as_json
-from pvrt.linear import quantized_linears
 from pvrt.scheme import Scheme
-from pvrt_tune.blocks import linears
+from pvrt_tune.blocks import BlockList, linears
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.recipe import TuneJob
+from pvrt_tune.runstate import RunState
 from pvrt_tune.source import Source
+from pvrt_tune.walk import finished_blocks
 
 
 def write(
     job: TuneJob,
     source: Source,
+    blocks: BlockList,
     data: CalibrationData,
+    state: RunState,
     reports: list[dict[str, Any]],
 ) -> None:
-    """Write `source.model`, its blocks quantised by now, to the job's folder."""
-    model = source.model.to("cpu")
+    """Write the finished blocks of `state`, and all else from the source, to the job's folder.
+
+    `reports` are the blocks' own; the layers whose errors they hold are the quantised ones.
+    """
+    model = source.model
     scheme = Scheme.parse(job.recipe.scheme)
-    quantised = list(quantized_linears(model))
-    dense = [name for name, _ in linears(model)]
+    quantised = [
+        f"{blocks.prefix(index)}{name}"
+        for index, report in enumerate(reports)
+        for name in report["errors"]
+    ]
+    dense = [name for name, _ in linears(model) if name not in set(quantised)]
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config["architectures"] = [type(model).__name__]
@@ -45,9 +57,17 @@ def write(
     files = _tokenizer_files(source.tokenizer)
     if model.generation_config is not None:
         files["generation_config.json"] = as_json(model.generation_config.to_dict())
-    tied = set(model.all_tied_weights_keys)
-    tensors = ((name, t) for name, t in model.state_dict().items() if name not in tied)
+    tensors = _tensors(source, blocks, state)
     write_checkpoint(job.out, config, tensors, WriteOptions(files=files, manifest=manifest))
+
+
+def _tensors(source: Source, blocks: BlockList, state: RunState) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the checkpoint, one in memory at a time; tied ones once."""
+    for name in source.outside(blocks.name):
+        yield from source.read([name]).items()
+    for prefix, piece in finished_blocks(blocks, state):
+        for name, tensor in piece.tensors.items():
+            yield f"{prefix}{name}", tensor
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""The order of stages: load, calibrate block by block, write the checkpoint."""
+"""The order of stages: open the model, calibrate block by block, write the checkpoint."""
 
 from dataclasses import asdict
 from typing import Any
@@ -38,10 +38,9 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
     if state.finished:
         report(f"{job.out} is already complete; --restart tunes it again")
         return Checkpoint.open(job.out)
-    source.model.to(job.device)
     data = text or _sampled(job, source, state, report)
     reports = walk(job, source, blocks, data, state, report)
-    write(job, source, data, reports)
+    write(job, source, blocks, data, state, reports)
     state.finish({"blocks": len(blocks.blocks)})
     return Checkpoint.open(job.out)
 
@@ -60,9 +59,10 @@ def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> C
             report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
     report(f"no --data given: sampling {recipe.samples} x {recipe.length} tokens from the model")
-    data = calibration.from_model(
-        source.model, recipe.samples, recipe.length, recipe.seed, progress
-    )
+    # Most CPUs only emulate 16-bit products.
+    dtype = torch.float32 if job.device == "cpu" else None
+    model = source.dense(dtype, job.device)
+    data = calibration.from_model(model, recipe.samples, recipe.length, recipe.seed, progress)
     state.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
     return data
 

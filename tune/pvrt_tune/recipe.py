@@ -47,12 +47,16 @@ EFFORTS: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class TuneJob:
-    """One call of `tune`: what to compress, with what text, to where, and how to start."""
+    """One call of `tune`: what to compress, with what text, to where, and how to start.
+
+    activations: where hidden states are kept, "memory" or "disk" ("auto": memory if they fit).
+    """
 
     model: str
     out: Path
     recipe: Recipe
     data: str | None = None
     device: str = "cpu"
+    activations: Literal["auto", "memory", "disk"] = "auto"
     resume: bool = False
     restart: bool = False

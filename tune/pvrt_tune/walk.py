@@ -1,9 +1,14 @@
-"""The walk over blocks: each is quantised on the outputs of the quantised ones before it."""
+"""The walk over blocks: each is quantised on the outputs of the quantised ones before it.
+
+One block at a time is in memory. Its dense weights come from the source when its turn comes, its
+quantised ones go to the run folder, and only hidden states stay.
+"""
 
 import hashlib
 import time
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +16,29 @@ from torch import Tensor, nn
 
 from pvrt.errors import RunError
 from pvrt.linear import decode_once
-from pvrt_tune.blocks import BlockInputs, BlockList, linears, observe, record_inputs, run_block
+from pvrt_tune.activations import Activations, in_memory, on_disk
+from pvrt_tune.blocks import BlockList, linears, observe, record_inputs, run_block
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.finetune import finetune_block
 from pvrt_tune.layerwise import empty_like, quantize_linear
 from pvrt_tune.progress import Clock, Report
-from pvrt_tune.recipe import Recipe, TuneJob
-from pvrt_tune.runstate import RunState
-from pvrt_tune.source import Source
+from pvrt_tune.recipe import TuneJob
+from pvrt_tune.runstate import Piece, RunState
+from pvrt_tune.source import Source, fill
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What flows through the blocks.
+
+    hidden: outputs of the quantised blocks so far. targets: outputs of the dense block at hand
+    (on `hidden`, or in the original model; see `Recipe.targets`). arguments[i]: the other keyword
+    arguments of block i (rotary tables, masks), the same for every batch.
+    """
+
+    hidden: Activations
+    targets: Activations
+    arguments: list[dict[str, Any]]
 
 
 def walk(
@@ -29,56 +49,97 @@ def walk(
     state: RunState,
     report: Report,
 ) -> list[dict[str, Any]]:
-    """Quantise all blocks in order, each on the outputs of the quantised ones before it."""
-    batch = _batch_size(len(data.tokens))
-    inputs = record_inputs(source.model, blocks, data.tokens, batch)
-    # The original model's hidden states, where they are the targets; else nothing.
-    original = replace(inputs, hidden=list(inputs.hidden))
-    if job.recipe.targets == "quantised":
-        original.hidden.clear()
+    """Quantise all blocks in order and leave them as pieces of `state`. Returns their reports."""
+    stream = _start(job, source, blocks, data, state)
     count = len(blocks.blocks)
-    clock = Clock(count)
+    clock, again = Clock(count), Clock(count)
     reports = []
     for index in range(count):
-        name = f"block-{index:05d}"
-        _advance(blocks.blocks[index], original, index, job.device)
+        name = piece_name(index)
+        dense = None
+        if job.recipe.targets == "original":
+            dense = _dense(job, source, blocks, index)
+            _advance(dense, stream.targets, stream.arguments[index])
         saved = state.load(name)
         if saved is not None:
-            block = _rebuild(blocks.blocks[index], saved.tensors, job.recipe)
+            block = _rebuild(blocks.blocks[index], saved.tensors, job)
             block_report = saved.report
             clock.total -= 1
+            again.done += 1
+            if again.due():
+                report(f"block {index + 1}/{count} is finished: its outputs are computed again")
         else:
-            block, block_report = _quantize_block(job, blocks, index, inputs, original.hidden)
+            dense = dense or _dense(job, source, blocks, index)
+            block, block_report = _quantize_block(job, blocks, index, dense, stream)
             state.save(name, block.state_dict(), block_report)
             clock.done += 1
             report(_block_line(index, count, block_report, clock))
         reports.append(block_report)
         if index + 1 < count:
-            _advance(block, inputs, index, job.device)
-        # Later stages read the block from here; the dense one is no longer needed.
-        blocks.blocks[index] = block.to("cpu")
+            decode_once(block.float())
+            _advance(block, stream.hidden, stream.arguments[index])
     return reports
 
 
-def _batch_size(samples: int) -> int:
-    return next(size for size in (4, 2, 1) if samples % size == 0)
+def piece_name(index: int) -> str:
+    """Name of a finished block among the pieces of a run."""
+    return f"block-{index:05d}"
+
+
+def finished_blocks(blocks: BlockList, state: RunState) -> Iterator[tuple[str, Piece]]:
+    """(dotted prefix, piece) of all blocks in order; the walk must be through.
+
+    Raises RunError when a piece has been damaged since.
+    """
+    for index in range(len(blocks.blocks)):
+        piece = state.load(piece_name(index))
+        if piece is None:
+            raise RunError(
+                f"{piece_name(index)} in {state.folder} was damaged or removed during the run; "
+                "the same command makes it again"
+            )
+        yield blocks.prefix(index), piece
+
+
+def _start(
+    job: TuneJob, source: Source, blocks: BlockList, data: CalibrationData, state: RunState
+) -> Stream:
+    """Embed all windows: what enters the first block."""
+    samples, length = data.tokens.shape
+    shape = (samples, length, source.model.config.get_text_config().hidden_size)
+    batch = next(size for size in (4, 2, 1) if samples % size == 0)
+
+    def store() -> Activations:
+        kept = on_disk(shape, state.folder) if job.activations == "disk" else in_memory(shape)
+        return Activations(kept, batch, job.device)
+
+    hidden, targets = store(), store()
+    head = source.model.get_output_embeddings()
+    unused = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head else set()
+    everything = source.model.state_dict(keep_vars=True)
+    names = [name for name in source.outside(blocks.name) if id(everything[name]) not in unused]
+    model = source.partial(names, job.device)
+    arguments = record_inputs(model, blocks, data.tokens, batch, hidden)
+    if job.recipe.targets == "original":
+        targets.copy_(hidden)
+    return Stream(hidden, targets, arguments)
+
+
+def _dense(job: TuneJob, source: Source, blocks: BlockList, index: int) -> nn.Module:
+    """One block of the original model in float32, on the device."""
+    return source.load(f"{blocks.name}.{index}", job.device, torch.float32)
 
 
 def _quantize_block(
-    job: TuneJob, blocks: BlockList, index: int, inputs: BlockInputs, original: list[Tensor]
+    job: TuneJob, blocks: BlockList, index: int, block: nn.Module, stream: Stream
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Quantise one block. Returns it, rounded to the model's own precision, and its report.
-
-    original: the original model's outputs of this block, the targets of fine-tuning; empty for
-    the dense block's outputs on the same inputs.
+    """Quantise a dense block in place. Returns it, rounded to the model's own precision, and its
+    report.
     """
     started = time.monotonic()
-    recipe, arguments = job.recipe, inputs.arguments[index]
-    block = deepcopy(blocks.blocks[index]).float().to(job.device)
-    hidden = [part.to(job.device) for part in inputs.hidden]
-    targets, moments = observe(block, hidden, arguments)
-    if original:
-        targets = [part.to(job.device) for part in original]
+    recipe, arguments = job.recipe, stream.arguments[index]
+    own_targets = stream.targets if recipe.targets == "quantised" else None
+    moments = observe(block, stream.hidden, arguments, own_targets)
     dtype = _float_dtype(blocks.blocks[index])
     errors = {}
     for name, linear in list(linears(block)):
@@ -88,11 +149,13 @@ def _quantize_block(
                 "give other text with --data"
             )
         generator = _generator(job, f"{blocks.prefix(index)}{name}")
-        quantised = quantize_linear(linear, moments[name], recipe, generator, dtype)
+        quantised = quantize_linear(linear, moments.pop(name), recipe, generator, dtype)
         block.set_submodule(name, quantised.module)
         errors[name] = quantised.relative_error
     generator = _generator(job, f"{blocks.prefix(index)}finetune")
-    tuned = finetune_block(block, hidden, targets, arguments, recipe.finetune, generator)
+    tuned = finetune_block(
+        block, stream.hidden, stream.targets, arguments, recipe.finetune, generator
+    )
     report = {
         "errors": errors,
         "output_error": {"before_finetune": tuned.before, "after": tuned.after},
@@ -119,25 +182,22 @@ def _rounded(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     return block
 
 
-def _rebuild(dense: nn.Module, tensors: dict[str, Tensor], recipe: Recipe) -> nn.Module:
-    """A quantised block from its saved tensors; `dense` says what its layers looked like."""
-    block = deepcopy(dense)
-    dtype = _float_dtype(dense)
+def _rebuild(skeleton: nn.Module, tensors: dict[str, Tensor], job: TuneJob) -> nn.Module:
+    """A quantised block from its saved tensors; the skeleton says what its layers looked like."""
+    block = deepcopy(skeleton)
+    dtype = _float_dtype(skeleton)
     for name, linear in list(linears(block)):
         if f"{name}.weight" not in tensors:
-            block.set_submodule(name, empty_like(linear, recipe, dtype))
-    block.load_state_dict(tensors)
+            block.set_submodule(name, empty_like(linear, job.recipe, dtype))
+    fill(block, {name: tensor.to(job.device) for name, tensor in tensors.items()}, job.device)
     return block
 
 
-def _advance(block: nn.Module, inputs: BlockInputs, index: int, device: str) -> None:
-    """Replace the hidden states by the block's outputs, computed in float32."""
-    exact = deepcopy(block).float().to(device)
-    decode_once(exact)
+def _advance(block: nn.Module, states: Activations, arguments: dict[str, Any]) -> None:
+    """Replace the hidden states by the block's outputs."""
     with torch.no_grad():
-        for number, hidden in enumerate(inputs.hidden):
-            output = run_block(exact, hidden.to(device), inputs.arguments[index])
-            inputs.hidden[number] = output.cpu()
+        for number, hidden in enumerate(states):
+            states[number] = run_block(block, hidden, arguments)
 
 
 def _block_line(index: int, count: int, report: dict[str, Any], clock: Clock) -> str:
