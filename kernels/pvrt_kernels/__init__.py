@@ -1,10 +1,10 @@
 """Decoding of additive-codebook (AQLM) weights: tensors in, tensors out.
 
-Knows nothing of models, files or servers. `aqlm_linear` and `aqlm_dequantize` are the whole
-interface; `dispatch` is where a kernel for a device or scheme plugs in.
+Knows nothing of models, files or servers. `aqlm_linear` and `aqlm_dequantize` (and
+`aqlm_parameter_grads` for training loops) are the whole interface; `dispatch` is where a kernel for a device or scheme plugs in.
 """
 
 from pvrt_kernels.dispatch import has_fast_kernel
-from pvrt_kernels.ops import aqlm_dequantize, aqlm_linear
+from pvrt_kernels.ops import aqlm_dequantize, aqlm_linear, aqlm_parameter_grads
 
-__all__ = ["aqlm_dequantize", "aqlm_linear", "has_fast_kernel"]
+__all__ = ["aqlm_dequantize", "aqlm_linear", "aqlm_parameter_grads", "has_fast_kernel"]

@@ -175,6 +175,20 @@ def aqlm_dequantize(
     return weight
 
 
+def aqlm_parameter_grads(
+    grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Chain rule through `aqlm_dequantize`: dL/dW [out, in] -> dL/dcodebooks and dL/dscales.
+
+    For training loops that hold dL/dW anyway: nothing is decoded into a graph. Shapes as in
+    `aqlm_dequantize`; the gradients have the shapes and dtypes of codebooks and scales.
+    """
+    sets, sizes = _partitioned(codes, codebooks, None)
+    _check(codes, sets, scales, sizes)
+    book_grads, scale_grads = _parameter_grads(grad_weight, codes, sets, scales, sizes)
+    return book_grads[0], scale_grads
+
+
 def aqlm_linear(
     x: Tensor,
     codes: Tensor,

@@ -75,6 +75,15 @@ class RunState:
                 "command again: what is finished is kept"
             ) from error
 
+    def names(self, prefix: str) -> list[str]:
+        """Pieces that were saved and not discarded, by name."""
+        saved = {e["name"] for e in self.events if e["event"] == "piece"}
+        return sorted(n for n in saved if n.startswith(prefix) and self._file(n).is_file())
+
+    def discard(self, name: str) -> None:
+        """Drop a piece that a newer one replaces."""
+        self._file(name).unlink(missing_ok=True)
+
     def finish(self, report: dict[str, Any]) -> None:
         """Note that the checkpoint is written, and drop the pieces that it now contains."""
         self._append({"event": "checkpoint", "report": report})

@@ -1,0 +1,299 @@
+"""PV-Tuning: representations, the loss, every strategy, resumed and sharded runs."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+import pvrt
+from pvrt.linear import AQLMLinear
+from pvrt.scheme import Scheme
+from pvrt_kernels import aqlm_dequantize
+from pvrt_tune import distill
+from pvrt_tune.calibration import from_model
+from pvrt_tune.distill import Head, Teacher, kl_loss
+from pvrt_tune.pipeline import tune
+from pvrt_tune.pv import STRATEGIES, PVSettings
+from pvrt_tune.recipe import TuneJob
+from pvrt_tune.representation import AdditiveRepresentation, represent
+from pvrt_tune.runstate import RunState
+from pvrt_tune.training import Student, Trainer, TrainSettings
+from tests.fixtures.toy import toy_model, toy_tokenizer
+from tests.tune.test_pipeline import QUICK
+
+
+def layer_of(scheme: str = "2x4g8", rows: int = 24, width: int = 32) -> AQLMLinear:
+    generator = torch.Generator().manual_seed(0)
+    layer = AQLMLinear(width, rows, Scheme.parse(scheme))
+    with torch.no_grad():
+        size = layer.scheme.codebook_size
+        codes = torch.randint(size, layer.codes.shape, generator=generator)
+        layer.codes.copy_(codes.to(layer.codes.dtype))
+        layer.codebooks.copy_(torch.randn(layer.codebooks.shape, generator=generator))
+        layer.scales.copy_(torch.rand(layer.scales.shape, generator=generator) + 0.5)
+    return layer
+
+
+def groups_of(representation: AdditiveRepresentation) -> Tensor:
+    return representation.decode().view(-1, representation.group_size)
+
+
+# ---- representations ----
+
+
+@pytest.mark.parametrize("scheme", ["2x4g8", "1x8g8", "2x8g4", "1x10g8"])
+def test_pulling_back_is_the_chain_rule_of_decoding(scheme: str) -> None:
+    layer = layer_of(scheme)
+    representation = represent(layer)
+    grad = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    pulled = representation.pull_back(grad)
+    aqlm_dequantize(layer.codes, layer.codebooks, layer.scales).backward(grad)
+    torch.testing.assert_close(pulled["codebooks"], layer.codebooks.grad)
+    torch.testing.assert_close(pulled["scales"], layer.scales.grad)
+    torch.testing.assert_close(representation.decode(), layer.dequantize().detach())
+
+
+def test_one_codebook_finds_the_nearest_entry_of_all() -> None:
+    representation = AdditiveRepresentation(layer_of("1x6g8"))
+    generator = torch.Generator().manual_seed(2)
+    chosen = torch.randperm(96, generator=generator)[:40]
+    target = torch.randn(40, 8, generator=generator)
+    proposal = representation.nearest(target, chosen, generator)
+    book = representation.codebooks.squeeze()
+    scale = representation.scales.view(-1)[chosen // 4]
+    every = scale[:, None, None] * book
+    best = (every - target[:, None]).square().sum(2).min(1)
+    torch.testing.assert_close((proposal.values - target).square().sum(1), best.values)
+    representation.assign(chosen, proposal.codes)
+    torch.testing.assert_close(groups_of(representation)[chosen], proposal.values)
+
+
+@pytest.mark.parametrize("scheme", ["2x4g8", "3x8g8", "2x8g4"])
+def test_a_proposal_is_never_further_away_and_means_what_it_says(scheme: str) -> None:
+    representation = AdditiveRepresentation(layer_of(scheme))
+    generator = torch.Generator().manual_seed(3)
+    before = groups_of(representation).clone()
+    chosen = torch.arange(0, len(before), 2)
+    noise = 0.7 * torch.randn(before.shape, generator=generator)
+    target = (before + noise)[chosen]
+    proposal = representation.nearest(target, chosen, generator)
+    old = (before[chosen] - target).square().sum(1)
+    new = (proposal.values - target).square().sum(1)
+    assert (new <= old + 1e-5).all() and (new < old - 1e-3).any()
+    representation.assign(chosen, proposal.codes)
+    after = groups_of(representation)
+    torch.testing.assert_close(after[chosen], proposal.values)
+    torch.testing.assert_close(after[1::2], before[1::2])
+
+
+def test_at_the_weight_itself_nothing_moves() -> None:
+    representation = AdditiveRepresentation(layer_of())
+    codes = representation.codes.clone()
+    everything = torch.arange(96)
+    same = representation.nearest(groups_of(representation), everything, torch.Generator())
+    representation.assign(everything, same.codes)
+    assert torch.equal(codes, representation.codes)
+
+
+def test_stochastic_rounding_is_unbiased_between_two_entries() -> None:
+    layer = AQLMLinear(1, 4000, Scheme(1, 1, 1))
+    with torch.no_grad():
+        layer.codebooks.copy_(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
+        layer.scales.fill_(1)
+    representation = AdditiveRepresentation(layer)
+    target = torch.full((4000, 1), 0.3)
+    generator = torch.Generator().manual_seed(4)
+    proposal = representation.nearest(target, torch.arange(4000), generator, stochastic=True)
+    assert abs(float(proposal.values.mean()) - 0.3) < 0.03
+
+
+def test_rows_of_a_rank_are_a_slice_of_the_whole() -> None:
+    layer = layer_of()
+    part = AdditiveRepresentation(layer, slice(8, 16))
+    torch.testing.assert_close(part.decode(), layer.dequantize().detach()[8:16])
+
+
+# ---- the loss ----
+
+
+@pytest.mark.parametrize("multiplier, cap, bias", [(1.0, None, False), (0.3, 5.0, True)])
+def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits(
+    monkeypatch: pytest.MonkeyPatch, multiplier: float, cap: float | None, bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    vocabulary, width, count = 50, 12, 17
+    weight = torch.randn(vocabulary, width, generator=generator).requires_grad_(True)
+    offset = torch.randn(vocabulary, generator=generator) if bias else None
+    hidden = torch.randn(count, width, generator=generator).requires_grad_(True)
+    target = torch.randn(count, 7, generator=generator)
+    teacher = Head(torch.randn(vocabulary, 7, generator=generator), None, 1.0, None)
+    head = Head(weight, offset, multiplier, cap)
+    wanted = F.log_softmax(teacher.logits(target), -1)
+    whole = F.kl_div(
+        F.log_softmax(head.logits(hidden), -1), wanted, log_target=True, reduction="batchmean"
+    )
+    expected = torch.autograd.grad(whole, (hidden, weight))
+    monkeypatch.setattr(distill, "_CHUNK_BYTES", 4 * vocabulary * 5)  # chunks of 5, 5, 5, 2
+    loss = kl_loss(hidden, head, target, teacher)
+    torch.testing.assert_close(loss, whole)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+# ---- strategies ----
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A toy teacher, a folder with its 2-bit student, and tokens that the teacher likes."""
+
+    folder: Path
+    tokens: Tensor
+
+    def trainer(self, settings: TrainSettings) -> Trainer:
+        teacher = AutoModelForCausalLM.from_pretrained(self.folder / "dense", dtype=torch.float32)
+        student = Student.of(pvrt.load(self.folder / "out", dtype="float32"))
+        states = Teacher(teacher, self.tokens, 4, lambda number: None, lambda number, kept: None)
+        held_out = settings.held_out
+        windows = self.tokens[:-held_out], self.tokens[-held_out:]
+        return Trainer(student, states, *windows, settings, seed=0)
+
+
+SETTINGS = TrainSettings(
+    steps=24,
+    batch=4,
+    microbatch=2,
+    held_out=8,
+    evaluate_every=12,
+    pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.03, fraction=0.02),
+)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    folder = tmp_path_factory.mktemp("pv")
+    model = toy_model("llama")
+    with torch.no_grad():  # logits worth learning: a random model is close to uniform
+        model.get_output_embeddings().weight.mul_(8)
+    model.save_pretrained(folder / "dense")
+    toy_tokenizer().save_pretrained(folder / "dense")
+    recipe = replace(QUICK, samples=16)
+    tune(TuneJob(str(folder / "dense"), folder / "out", recipe), lambda line: None)
+    tokens = from_model(model, samples=40, length=24, seed=1).tokens
+    return Problem(folder, tokens)
+
+
+def codes_of(trainer: Trainer) -> dict[str, Tensor]:
+    representations = trainer.student.representations
+    return {name: r.tensors()["codes"].clone() for name, r in representations.items()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_learns_and_moves_what_it_should(
+    problem: Problem, tmp_path: Path, strategy: str
+) -> None:
+    pv = replace(SETTINGS.pv, strategy=strategy)
+    if strategy == "stochastic":  # every rounded group is noise: it needs smaller steps
+        pv = replace(pv, code_learning_rate=0.002)
+    trainer = problem.trainer(replace(SETTINGS, pv=pv))
+    before = codes_of(trainer)
+    outcome = trainer.run(RunState(tmp_path), lambda line: None)
+    assert outcome.best < 0.9 * outcome.before
+    after = codes_of(trainer)
+    moved = any(not torch.equal(before[name], after[name]) for name in before)
+    if strategy != "linearized":  # which rounds back to where it was, but for the largest steps
+        assert moved is (strategy != "continuous")
+    for name, weight in trainer.student.weights().items():
+        decoded = trainer.student.representations[name].decode()
+        torch.testing.assert_close(weight.detach(), decoded)
+
+
+def settings_with(**changes: Any) -> TrainSettings:
+    return replace(SETTINGS, pv=replace(SETTINGS.pv, **changes))
+
+
+def changes_of_one_step(problem: Problem, settings: TrainSettings) -> tuple[Trainer, float]:
+    """A trainer warmed up until codes move, and the share of groups that its next step moves."""
+    trainer = problem.trainer(settings)
+    for _ in range(6):
+        figures = trainer.train_step()
+    return trainer, figures["changed"]
+
+
+def test_a_subspace_bounds_how_many_groups_move(problem: Problem) -> None:
+    fast = settings_with(strategy="straight-through", code_learning_rate=0.1)
+    bound = settings_with(code_learning_rate=0.1, fraction=0.002)
+    _, free = changes_of_one_step(problem, fast)
+    _, bounded = changes_of_one_step(problem, bound)
+    assert free > 0.01
+    assert 0 < bounded <= 0.002 + 1 / 2048  # rounded up to whole groups in every layer
+
+
+def test_choosing_by_gain_spends_the_budget_on_groups_that_move(problem: Problem) -> None:
+    """By distance alone, groups that cannot move yet take part of the budget."""
+    _, published = changes_of_one_step(problem, settings_with(fraction=0.005))
+    _, by_gain = changes_of_one_step(problem, settings_with(fraction=0.005, gain_pool=4))
+    assert by_gain > published
+
+
+def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:
+    trainer = problem.trainer(settings_with(strategy="straight-through", trust_ratio=0.01))
+    for _ in range(8):
+        trainer.train_step()
+    name, layer = next(iter(trainer.optimizer.layers.items()))
+    before = layer.representation.tensors()["codes"].clone()
+    decoded = layer.representation.decode()
+    target = decoded + 0.3 * decoded.std() * torch.randn(decoded.shape)
+    updated = decoded.clone()
+    moved = layer._move_codes(updated, target, torch.Generator())
+    assert 0 < moved < layer.groups / 2
+    assert not torch.equal(before, layer.representation.tensors()["codes"]), name
+    assert (updated - decoded).norm() <= 0.01 * decoded.norm()
+
+
+def test_the_latent_follows_codebooks_when_asked(problem: Problem) -> None:
+    """With codes that cannot move, what separates B from the weight is B's own steps alone."""
+    trainer = problem.trainer(settings_with(follow_codebooks=True, code_learning_rate=0.0))
+    for _ in range(3):
+        trainer.train_step()
+    for layer in trainer.optimizer.layers.values():
+        assert layer.latent is not None
+        torch.testing.assert_close(layer.latent, layer.weight.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_microbatches_and_recomputed_activations_change_nothing(problem: Problem) -> None:
+    figures = [
+        problem.trainer(replace(SETTINGS, **changes)).train_step()
+        for changes in ({}, {"microbatch": 4}, {"recompute_activations": True})
+    ]
+    for other in figures[1:]:
+        assert other["train_kl"] == pytest.approx(figures[0]["train_kl"], rel=1e-4)
+        assert other["gradient_norm"] == pytest.approx(figures[0]["gradient_norm"], rel=1e-3)
+
+
+def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        if line.startswith("PV step 16/"):
+            raise Stop
+
+    settings = replace(SETTINGS, evaluate_every=4)
+    whole = problem.trainer(settings)
+    whole.run(RunState(tmp_path / "whole"), lambda line: None)
+    with pytest.raises(Stop):
+        problem.trainer(settings).run(RunState(tmp_path / "stopped"), stop)
+    resumed = problem.trainer(settings)
+    lines: list[str] = []
+    resumed.run(RunState(tmp_path / "stopped"), lines.append)
+    assert lines[0].startswith("PV step 16/")
+    ours, theirs = resumed.optimizer.tensors(), whole.optimizer.tensors()
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert torch.equal(ours[name], theirs[name]), name

@@ -1,0 +1,171 @@
+"""Distillation to the original model's logits, without ever holding them whole.
+
+The loss is KL(original || student) over the full vocabulary, mean over tokens (arXiv 2405.14852,
+section 4). Logits of one token are vocabulary wide; the hidden state that they come from is tiny.
+So the original's final hidden states are what is kept (exact, and smaller than any useful top-k of
+logits), and both models' logits exist for one chunk of tokens at a time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pvrt.errors import RunError
+
+_CHUNK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head: logits = cap * tanh(multiplier * (h W^T + b) / cap), where there is a cap.
+
+    weight [vocabulary, width], bias [vocabulary] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    multiplier: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, model: Any) -> "Head":
+        """The head of a causal language model, as its config describes it."""
+        linear, config = model.get_output_embeddings(), model.config.get_text_config()
+        multiplier = getattr(config, "logit_scale", None) or 1.0
+        multiplier /= getattr(config, "logits_scaling", None) or 1.0
+        cap = getattr(config, "final_logit_softcapping", None)
+        return cls(linear.weight, linear.bias, float(multiplier), cap)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, width] -> [n, vocabulary] in float32."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        raw = F.linear(hidden, self.weight.to(hidden.dtype), bias).float()
+        raw = raw if self.multiplier == 1.0 else raw * self.multiplier
+        return raw if self.cap is None else torch.tanh(raw / self.cap) * self.cap
+
+    def pull_back(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Gradient by logits -> gradient by h W^T + b, in place."""
+        if self.cap is not None:
+            grad.mul_(1 - (logits / self.cap).square())
+        return grad if self.multiplier == 1.0 else grad.mul_(self.multiplier)
+
+
+def final_hidden(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """What enters the output head: [batch, length, width] for tokens [batch, length].
+
+    `positions` [batch, length] that start again at 0 keep packed documents from seeing each other.
+    """
+    hidden: Tensor = model.base_model(
+        input_ids=tokens, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return hidden
+
+
+def check_head(model: Any, tokens: Tensor) -> None:
+    """Raise RunError unless `Head` and `final_hidden` reproduce the model's logits on tokens."""
+    with torch.no_grad():
+        ours = Head.of(model).logits(final_hidden(model, tokens))
+        theirs = model(tokens, use_cache=False).logits.float()
+    spread = float((ours - theirs).abs().max() / theirs.std().clamp_min(1e-30))
+    if not spread < 0.1:
+        raise RunError(
+            f"{type(model).__name__} computes its logits in a way that distillation cannot follow; "
+            "leave PV-Tuning out with --no-pv"
+        )
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """Mean KL with gradients taken chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, target: Tensor, target_head: Head
+    ) -> Tensor:
+        """hidden, target [n, width]; `weight` is the student head's, for its gradient."""
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        total = hidden.new_zeros((), dtype=torch.float64)
+        rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            wanted = F.log_softmax(target_head.logits(target[part]), -1)
+            logits = head.logits(hidden[part])
+            given = F.log_softmax(logits, -1)
+            chance = wanted.exp()
+            total += (chance * wanted.sub_(given)).sum(dtype=torch.float64)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = head.pull_back(given.exp_().sub_(chance).div_(len(hidden)), logits)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight.to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T.to(weight.dtype), hidden[part].to(weight.dtype))
+        ctx.grads = grad_hidden, grad_weight
+        return (total / len(hidden)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale what the forward pass kept."""
+        scaled = (None if kept is None else kept * grads[0] for kept in ctx.grads)
+        return (*scaled, None, None, None)
+
+
+def kl_loss(hidden: Tensor, head: Head, target: Tensor, target_head: Head) -> Tensor:
+    """KL(original || student) in nats, mean over tokens; differentiable by hidden and head weight.
+
+    hidden [n, width] and `head` of the student; target [n, width'] and `target_head` of the
+    original, used in the dtype of hidden. Memory: a few chunks of at most 64 MiB of logits.
+    """
+    target = target.to(hidden.dtype)
+    loss: Tensor = _ChunkedKL.apply(hidden, head.weight, head, target, target_head)
+    return loss
+
+
+class Teacher:
+    """Final hidden states of the original model, computed once per window and kept.
+
+    Windows are handled in chunks of `chunk`: `load(chunk number)` may return what an earlier run
+    kept, `save(chunk number, states)` keeps it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        chunk: int,
+        load: Callable[[int], Tensor | None],
+        save: Callable[[int, Tensor], None],
+    ) -> None:
+        self.model, self.windows, self.chunk = model, windows, chunk
+        self.load, self.save = load, save
+        self.chunks: dict[int, Tensor] = {}
+        self.head = Head.of(model)
+
+    def hidden(self, numbers: list[int]) -> Tensor:
+        """States [n, length, width] of windows by number."""
+        return torch.stack([self._chunk(n // self.chunk)[n % self.chunk] for n in numbers])
+
+    def _chunk(self, number: int) -> Tensor:
+        if number not in self.chunks:
+            states = self.load(number)
+            if states is None:
+                part = self.windows[number * self.chunk : (number + 1) * self.chunk]
+                states = self._compute(part)
+                self.save(number, states)
+            self.chunks[number] = states
+        return self.chunks[number]
+
+    def _compute(self, windows: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        parts = []
+        with torch.no_grad():
+            for window in windows.split(4):
+                states = final_hidden(self.model, window.to(device))
+                parts.append(states.to(torch.bfloat16).cpu())
+        return torch.cat(parts)

@@ -1,0 +1,72 @@
+"""Sums and choices over the ranks of a sharded run; in a run of one process they cost nothing."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def world() -> int:
+    """Number of processes that tune together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def total(tensor: Tensor) -> Tensor:
+    """Sum over all ranks of tensors of equal shape."""
+    if world() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def rows_of(count: int, index: int | None = None) -> slice:
+    """Rows of a sharded matrix that a rank holds: FSDP2 cuts the first dimension like chunk()."""
+    size = -(-count // world())
+    start = min(size * (rank() if index is None else index), count)
+    return slice(start, min(start + size, count))
+
+
+def gather_rows(local: Tensor, count: int) -> Tensor:
+    """All rows [count, ...] of a tensor that is cut by `rows_of`, on every rank."""
+    if world() == 1:
+        return local
+    size = -(-count // world())
+    padded = local.new_zeros(size, *local.shape[1:])
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in range(world())]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)[:count]
+
+
+def top_share(scores: Tensor, count: int) -> Tensor:
+    """Indices here of the `count` largest positive scores over all ranks, largest first."""
+    best = scores.topk(min(count, len(scores)))
+    values, indices = best.values, best.indices
+    if world() > 1:
+        padded = values.new_full((count,), -1.0)
+        padded[: len(values)] = values
+        parts = [torch.empty_like(padded) for _ in range(world())]
+        dist.all_gather(parts, padded)
+        least = torch.cat(parts).topk(count).values[-1]
+        indices, values = indices[values >= least], values[values >= least]
+    return indices[values > 0]
+
+
+def shard(blocks: Iterable[nn.Module], device: str) -> None:
+    """Cut the parameters of every block over all ranks (FSDP2), in place; alone this does nothing.
+
+    Embeddings and output head stay whole: the loss reads the head outside any module's forward.
+    """
+    if world() == 1:
+        return
+    mesh = init_device_mesh(torch.device(device).type, (world(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)

@@ -1,0 +1,347 @@
+"""PV-Tuning (arXiv 2405.14852): one optimizer step of continuous parameters and codes.
+
+The student computes with decoded weights. After a backward pass every quantised layer has dL/dW and
+
+    P step   pulls it back to codebooks and scales, which Adam moves (with all dense parameters)
+    latent   a copy B of the weight takes a LAMB step along dL/dW (section 3.3, straight-through)
+    V step   the groups where B is furthest from the weight get the codes nearest to B
+
+All strategies that the paper compares share this loop; they differ in whether B outlives the step,
+in the share of groups that may move, and in the rounding. A sharded run holds a slice of every
+layer's rows per rank: rows have their own codes and scales, and only codebook gradients, norms and
+the choice of groups are summed over ranks.
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pvrt_tune import parallel
+from pvrt_tune.representation import Representation
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What the V step does. accumulates: B is kept between steps (straight-through estimation),
+    otherwise it starts from the weight each time. subspace: only the share `fraction` of a layer's
+    groups may move in a step. stochastic: rounding is drawn instead of nearest.
+    """
+
+    moves_codes: bool = True
+    accumulates: bool = False
+    subspace: bool = False
+    stochastic: bool = False
+
+
+#: The paper's table 1, by name.
+STRATEGIES = {
+    "continuous": Strategy(moves_codes=False),
+    "linearized": Strategy(),
+    "stochastic": Strategy(stochastic=True),
+    "straight-through": Strategy(accumulates=True),
+    "subspace": Strategy(subspace=True),
+    "subspace-straight-through": Strategy(accumulates=True, subspace=True),
+}
+
+
+@dataclass(frozen=True)
+class PVSettings:
+    """Hyperparameters of a step.
+
+    learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
+    square. code_learning_rate: share of its norm that B moves per step (LAMB). fraction: share of a
+    layer's groups that may change per step in the subspace strategies. trust_ratio: bound on a
+    layer's change by codes in one step, relative to its norm. gain_pool: choose groups by the
+    distance that new codes would win, among this many times as many candidates; 1 chooses by
+    distance alone, as published. follow_codebooks: B moves along when the P step moves the weight
+    under it.
+    """
+
+    strategy: str = "subspace-straight-through"
+    learning_rate: float = 2e-3
+    code_learning_rate: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.95)
+    code_beta: float = 0.95
+    fraction: float = 0.01
+    trust_ratio: float | None = None
+    gain_pool: int = 1
+    follow_codebooks: bool = False
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Gradient norm of the continuous parameters, share of groups whose codes changed, and seconds
+    of the V step (latents, choice, search, decoding).
+    """
+
+    gradient_norm: float
+    changed: float
+    v_seconds: float
+
+
+class PVLayer:
+    """One quantised weight in training: its representation, the student's parameter and B.
+
+    `weight` is the parameter [rows, in] that the student computes with (of a sharded run: the local
+    rows); it always holds the decoded representation.
+    """
+
+    def __init__(self, representation: Representation, weight: Tensor, settings: PVSettings):
+        self.representation, self.weight, self.settings = representation, weight, settings
+        self.strategy = STRATEGIES[settings.strategy]
+        self.groups = weight.numel() // representation.group_size
+        self.latent = weight.detach().float().clone() if self.strategy.accumulates else None
+        moves = self.strategy.moves_codes
+        self.second_moment = torch.zeros_like(weight, dtype=torch.float32) if moves else None
+
+    def pull_back(self, grad: Tensor) -> dict[str, Tensor]:
+        """Gradients of the continuous parameters, those of shared ones summed over ranks."""
+        grads = self.representation.pull_back(grad)
+        shared = self.representation.shared()
+        return {k: parallel.total(g) if k in shared else g for k, g in grads.items()}
+
+    def step(self, grad: Tensor, number: int, factor: float, generator: torch.Generator) -> int:
+        """V step number `number` (from 1) after the continuous parameters have moved.
+
+        grad: dL/dW [rows, in] float32. factor: of the learning rate's schedule. Returns how many
+        groups here changed their codes, and renews `weight`.
+        """
+        decoded = self.representation.decode()
+        changed = 0
+        if self.second_moment is not None:
+            target = self._target(decoded, grad, number, factor)
+            changed = self._move_codes(decoded, target, generator)
+        with torch.no_grad():
+            self.weight.copy_(decoded)
+        return changed
+
+    def _target(self, decoded: Tensor, grad: Tensor, number: int, factor: float) -> Tensor:
+        """B after its LAMB step."""
+        settings, moment = self.settings, self.second_moment
+        assert moment is not None
+        if self.latent is None:
+            latent = decoded.clone()
+        else:
+            latent = self.latent
+            if settings.follow_codebooks:
+                latent += decoded - self.weight.detach().float()
+        moment.mul_(settings.code_beta).addcmul_(grad, grad, value=1 - settings.code_beta)
+        debias = 1 - settings.code_beta**number
+        direction = grad / (moment / debias).sqrt_().add_(1e-12)
+        norms = torch.stack([latent.square().sum(), direction.square().sum()])
+        size, length = parallel.total(norms).sqrt().tolist()
+        rate = settings.code_learning_rate * factor
+        return latent.sub_(direction, alpha=rate * size / max(length, 1e-30))
+
+    def _move_codes(self, decoded: Tensor, target: Tensor, generator: torch.Generator) -> int:
+        """Give groups the codes nearest to the target; `decoded` is brought up to date."""
+        g = self.representation.group_size
+        new, old = target.view(-1, g), decoded.view(-1, g)
+        distance = (new - old).square_().sum(1)
+        if self.strategy.subspace:
+            allowed = self._allowed()
+            candidates = parallel.top_share(distance, allowed * self.settings.gain_pool)
+        else:
+            allowed = len(distance)
+            candidates = torch.arange(allowed, device=distance.device)
+        proposal = self.representation.nearest(
+            new[candidates], candidates, generator, self.strategy.stochastic
+        )
+        change = (proposal.values - old[candidates]).square().sum(1)
+        kept = change > 0
+        if self.strategy.subspace and self.settings.gain_pool > 1:
+            left = (new[candidates] - proposal.values).square().sum(1)
+            gain = torch.where(kept, distance[candidates] - left, 0)
+            order = parallel.top_share(gain, allowed)
+            kept = torch.zeros_like(kept)
+            kept[order] = True
+        if self.settings.trust_ratio is not None:
+            # Candidates come largest distance first: keep them until the change gets too large.
+            bound = self.settings.trust_ratio**2 * float(parallel.total(decoded.square().sum()))
+            spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
+            kept &= (spent <= bound) | (spent <= change)
+        moved = candidates[kept]
+        self.representation.assign(moved, proposal.codes[kept])
+        old[moved] = proposal.values[kept]
+        return len(moved)
+
+    def _allowed(self) -> int:
+        total = parallel.total(torch.tensor(float(self.groups)))
+        return math.ceil(self.settings.fraction * float(total))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs besides the representation."""
+        state = {"latent": self.latent, "second_moment": self.second_moment}
+        return {name: tensor for name, tensor in state.items() if tensor is not None}
+
+
+class PVOptimizer:
+    """All quantised layers and all dense parameters of a student.
+
+    `weights` are the parameters [out, in] that the student computes with, by layer name, holding
+    the decoded representations; `dense` its other trainable parameters. Both collect gradients.
+    """
+
+    def __init__(
+        self,
+        representations: Mapping[str, Representation],
+        weights: Mapping[str, nn.Parameter],
+        dense: Mapping[str, nn.Parameter],
+        settings: PVSettings,
+    ) -> None:
+        self.weights, self.settings, self.number = weights, settings, 0
+        self.layers = {
+            name: PVLayer(representation, _local(weights[name]), settings)
+            for name, representation in representations.items()
+        }
+        self.continuous: dict[str, Tensor] = dict(dense)
+        # Held whole by every rank: shared codebooks, and what FSDP does not cut.
+        self.replicated = {name for name, p in dense.items() if not isinstance(p, DTensor)}
+        self.whole_dense = sorted(self.replicated)
+        for name, layer in self.layers.items():
+            for part, tensor in layer.representation.continuous().items():
+                self.continuous[f"{name}.{part}"] = tensor
+                if part in layer.representation.shared():
+                    self.replicated.add(f"{name}.{part}")
+        squares = self._squares(self.continuous)
+        counts = self._sums({k: torch.tensor(float(v.numel())) for k, v in self._locals().items()})
+        self.rates = {
+            name: settings.learning_rate * math.sqrt(squares[name] / max(counts[name], 1.0))
+            for name in self.continuous
+        }
+        groups = [{"params": [p], "lr": self.rates[n]} for n, p in self.continuous.items()]
+        self.adam = torch.optim.Adam(groups, betas=settings.betas)
+
+    def step(self, factor: float, generator: torch.Generator) -> StepReport:
+        """One PV step from the student's gradients; `factor` scales both learning rates.
+
+        The V step's random draws come from `generator`, a different one for every step and equal
+        on all ranks.
+        """
+        self.number += 1
+        grads = {}
+        for name, layer in self.layers.items():
+            grad = self.weights[name].grad
+            if grad is None:
+                raise ValueError(f"{name} took no part in the backward pass")
+            grads[name] = _local(grad).float()
+            for part, value in layer.pull_back(grads[name]).items():
+                self.continuous[f"{name}.{part}"].grad = value
+        for name in self.whole_dense if parallel.world() > 1 else ():
+            kept = self.continuous[name].grad
+            if kept is not None:
+                kept.copy_(parallel.total(kept) / parallel.world())
+        norm = self._clip()
+        for group, rate in zip(self.adam.param_groups, self.rates.values(), strict=True):
+            group["lr"] = rate * factor
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        changed = groups = 0
+        started = time.perf_counter()
+        for name, layer in self.layers.items():
+            changed += layer.step(grads[name], self.number, factor, generator)
+            groups += layer.groups
+            self.weights[name].grad = None
+        seconds = time.perf_counter() - started
+        counts = parallel.total(torch.tensor([float(changed), float(groups)]))
+        return StepReport(norm, float(counts[0] / counts[1]), seconds)
+
+    def _locals(self) -> dict[str, Tensor]:
+        return {name: _local(tensor) for name, tensor in self.continuous.items()}
+
+    def _squares(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        """Sum of squares of every tensor, over all ranks."""
+        return self._sums(
+            {name: _local(t).detach().float().square().sum() for name, t in tensors.items()}
+        )
+
+    def _sums(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scalars summed over ranks, but for tensors that every rank holds whole."""
+        share = {n: 1 / parallel.world() if n in self.replicated else 1.0 for n in scalars}
+        stacked = torch.stack([value.cpu() * share[name] for name, value in scalars.items()])
+        return dict(zip(scalars, parallel.total(stacked).tolist(), strict=True))
+
+    def _clip(self) -> float:
+        """Scale the continuous gradients to at most `clip_norm` in all; returns their norm."""
+        grads = {n: t.grad for n, t in self.continuous.items() if t.grad is not None}
+        norm = math.sqrt(sum(self._squares(grads).values()))
+        if norm > self.settings.clip_norm:
+            for grad in grads.values():
+                _local(grad).mul_(self.settings.clip_norm / norm)
+        return norm
+
+    # ---- state ----
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, whole (rows of all ranks), by name."""
+        state = {}
+        for name, layer in self.layers.items():
+            rows = self.weights[name].shape[0]
+            shared = layer.representation.shared()
+            for part, tensor in layer.representation.tensors().items():
+                whole = tensor if part in shared else parallel.gather_rows(tensor, rows)
+                state[f"{name}.{part}"] = whole
+            for part, tensor in layer.tensors().items():
+                state[f"{name}.{part}"] = parallel.gather_rows(tensor, rows)
+        for name, tensor in self.continuous.items():
+            rows = self._rows(name)
+            if name not in state:
+                state[name] = self._whole(name, _local(tensor).detach(), rows)
+            for part, value in self.adam.state.get(tensor, {}).items():
+                if part != "step":
+                    state[f"{name}.{part}"] = self._whole(name, _local(value), rows)
+        return state
+
+    def load(self, state: Mapping[str, Tensor], number: int) -> None:
+        """Go on from `tensors()` after step `number`. Raises KeyError for a missing tensor."""
+        self.number = number
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                rows = parallel.rows_of(self.weights[name].shape[0])
+                shared = layer.representation.shared()
+                for part, tensor in layer.representation.tensors().items():
+                    whole = state[f"{name}.{part}"]
+                    tensor.copy_(whole if part in shared else whole[rows])
+                for part, tensor in layer.tensors().items():
+                    tensor.copy_(state[f"{name}.{part}"][rows])
+                layer.weight.copy_(layer.representation.decode())
+            for name, tensor in self.continuous.items():
+                _local(tensor).copy_(self._part(name, state[name]))
+                if number:
+                    self.adam.state[tensor] = {"step": torch.tensor(float(number))} | {
+                        part: _like(tensor, self._part(name, state[f"{name}.{part}"]))
+                        for part in ("exp_avg", "exp_avg_sq")
+                    }
+
+    def _rows(self, name: str) -> int:
+        layer, _, part = name.rpartition(".")
+        if layer in self.layers and part in self.layers[layer].representation.continuous():
+            return self.weights[layer].shape[0]
+        return self.continuous[name].shape[0]
+
+    def _whole(self, name: str, local: Tensor, rows: int) -> Tensor:
+        return local if name in self.replicated else parallel.gather_rows(local, rows)
+
+    def _part(self, name: str, whole: Tensor) -> Tensor:
+        return whole if name in self.replicated else whole[parallel.rows_of(len(whole))]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor that this rank holds; an ordinary tensor as it is."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(tensor: Tensor, local: Tensor) -> Tensor:
+    """A tensor sharded like another from its local rows (a copy)."""
+    value = local.clone()
+    if isinstance(tensor, DTensor):
+        return DTensor.from_local(
+            value, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+        )
+    return value

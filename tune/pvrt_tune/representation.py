@@ -1,0 +1,162 @@
+"""What PV-Tuning needs to know of a quantised weight, whatever its format.
+
+PV-Tuning (arXiv 2405.14852, section 3) asks four things of a representation: decode the weight;
+name its continuous parameters and pull a gradient back to them (P step); cut the weight into groups
+that have codes of their own; move chosen groups to the admissible value nearest a target (V step).
+
+A representation may hold a slice of the weight's rows, as a rank of a sharded run does.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pvrt.linear import AQLMLinear
+from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New codes for some groups, in the representation's own layout, and the weights they mean.
+
+    values: [n, group_size] float32.
+    """
+
+    codes: Tensor
+    values: Tensor
+
+
+class Representation(ABC):
+    """A quantised weight [rows, in]; groups are runs of `group_size` inputs, row by row."""
+
+    group_size: int
+
+    @abstractmethod
+    def continuous(self) -> dict[str, Tensor]:
+        """Parameters that the P step moves, by name; leaf tensors in float32."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by checkpoint name; those not shared have the rows first."""
+
+    @abstractmethod
+    def shared(self) -> set[str]:
+        """Continuous parameters that all rows share (sharded runs sum their gradients)."""
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """The weight [rows, in] in float32, outside any graph."""
+
+    @abstractmethod
+    def pull_back(self, grad_weight: Tensor) -> dict[str, Tensor]:
+        """dL/dW [rows, in] -> gradients of the continuous parameters."""
+
+    @abstractmethod
+    def nearest(
+        self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
+    ) -> Proposal:
+        """Admissible values nearest to targets [n, group_size] of the groups with numbers [n].
+
+        The search never proposes a value further away than the present one. With `stochastic` the
+        runner-up is drawn with the chance that makes rounding unbiased along the line between the
+        two best candidates (the usual stochastic rounding where the grid is scalar).
+        """
+
+    @abstractmethod
+    def assign(self, groups: Tensor, codes: Tensor) -> None:
+        """Give groups [n] the codes of a proposal."""
+
+
+class AdditiveRepresentation(Representation):
+    """Additive codebooks (AQLM; with one codebook, plain vector quantisation) of one layer.
+
+    `rows` is the slice of output rows held here. The layer's tensors are copied to float32.
+    """
+
+    def __init__(self, layer: AQLMLinear, rows: slice = slice(None)) -> None:
+        if layer.scheme.out_group_size != 1:
+            raise ValueError(f"scheme {layer.scheme} spans output rows, which tuning cannot move")
+        self.group_size = layer.scheme.in_group_size
+        self.codes = layer.codes.detach()[rows].clone()
+        self.codebooks = layer.codebooks.detach().float().clone()
+        self.scales = layer.scales.detach()[rows].float().clone()
+        self._flat_codes = self.codes.view(-1, self.codes.shape[2])
+        self._groups_per_row = self.codes.shape[1]
+        self._mask = layer.scheme.codebook_size - 1
+
+    def continuous(self) -> dict[str, Tensor]:
+        return {"codebooks": self.codebooks, "scales": self.scales}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"codes": self.codes, "codebooks": self.codebooks, "scales": self.scales}
+
+    def shared(self) -> set[str]:
+        return {"codebooks"}
+
+    def decode(self) -> Tensor:
+        with torch.no_grad():
+            return aqlm_dequantize(self.codes, self.codebooks, self.scales)
+
+    def pull_back(self, grad_weight: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            books, scales = aqlm_parameter_grads(
+                grad_weight, self.codes, self.codebooks, self.scales
+            )
+        return {"codebooks": books, "scales": scales}
+
+    def nearest(
+        self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
+    ) -> Proposal:
+        books = self.codebooks.detach().squeeze(2)  # [M, K, g]
+        scale = self.scales.detach().reshape(-1)[groups // self._groups_per_row].unsqueeze(1)
+        # A scale of zero says nothing about codes: leave such groups where they are.
+        wanted = torch.where(scale == 0, 0, target / scale)
+        index = self._flat_codes[groups].long() & self._mask
+        values = [book[index[:, m]] for m, book in enumerate(books)]
+        order = torch.randperm(len(books), generator=generator).tolist()
+        # Coordinate descent over the codebooks; with one codebook a single pass is exact.
+        for m in order if len(books) == 1 else [*order, *order]:
+            others = sum((v for k, v in enumerate(values) if k != m), torch.zeros_like(wanted))
+            draw = stochastic and m == order[-1]
+            index[:, m] = _closest(wanted - others, books[m], index[:, m], generator, draw)
+            values[m] = books[m][index[:, m]]
+        return Proposal(index.to(self.codes.dtype), torch.stack(values).sum(0) * scale)
+
+    def assign(self, groups: Tensor, codes: Tensor) -> None:
+        self._flat_codes[groups] = codes
+
+
+def _closest(
+    wanted: Tensor, book: Tensor, present: Tensor, generator: torch.Generator, draw: bool
+) -> Tensor:
+    """Entries [n] of a codebook [K, g] nearest to [n, g]; ties keep the present entry.
+
+    With `draw` one of the two nearest, unbiased along the line between them.
+    """
+    offset = book.square().sum(1)
+    parts = []
+    step = max(1, (1 << 22) // len(book))  # 16 MiB of scores at once
+    for part, old in zip(wanted.split(step), present.split(step), strict=True):
+        scores = torch.addmm(offset, part, book.T, alpha=-2)
+        if not draw:
+            best = scores.min(1)
+            kept = scores.gather(1, old.unsqueeze(1)).squeeze(1) <= best.values
+            parts.append(torch.where(kept, old, best.indices))
+            continue
+        two = scores.topk(min(2, len(book)), largest=False).indices
+        first, last = book[two[:, 0]], book[two[:, -1]]
+        between = last - first
+        along = ((part - first) * between).sum(1)
+        chance = along / between.square().sum(1).clamp_min(1e-30)
+        second = torch.rand(len(part), generator=generator).to(part.device) < chance
+        parts.append(two.gather(1, second.long().unsqueeze(1)).squeeze(1))
+    return torch.cat(parts) if parts else present
+
+
+def represent(layer: nn.Module, rows: slice = slice(None)) -> Representation:
+    """The representation of a quantised module; ValueError when PV-Tuning knows none."""
+    if isinstance(layer, AQLMLinear):
+        return AdditiveRepresentation(layer, rows)
+    raise ValueError(f"{type(layer).__name__} is not a quantised layer that can be PV-tuned")

@@ -1,0 +1,279 @@
+"""The training loop of PV-Tuning: a student, its teacher, held-out text, and states on disk."""
+
+import hashlib
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvrt.linear import quantized_linears
+from pvrt_tune import parallel
+from pvrt_tune.blocks import find_blocks
+from pvrt_tune.distill import Head, Teacher, final_hidden, kl_loss
+from pvrt_tune.progress import Report
+from pvrt_tune.pv import PVOptimizer, PVSettings
+from pvrt_tune.representation import Representation, represent
+from pvrt_tune.runstate import RunState
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The loop around the PV step.
+
+    steps: optimizer steps; batch: windows per step, computed `microbatch` at a time. held_out:
+    windows that only choose the best state, looked at every `evaluate_every` steps; training ends
+    after `patience` looks without a new best. warmup: share of the steps in which the learning
+    rates rise; they fall to zero at the end. freeze_embeddings keeps embeddings and output head.
+    """
+
+    steps: int = 400
+    batch: int = 4
+    microbatch: int = 4
+    held_out: int = 8
+    evaluate_every: int = 20
+    patience: int = 6
+    warmup: float = 0.05
+    freeze_embeddings: bool = True
+    recompute_activations: bool = False
+    pv: PVSettings = field(default_factory=PVSettings)
+
+    def factor(self, step: int) -> float:
+        """Learning-rate factor of step `step` (from 0): linear up, then linear down to zero."""
+        warm = max(1, round(self.warmup * self.steps))
+        return min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm), 1.0)
+
+
+@dataclass
+class Student:
+    """A model that computes with decoded weights, and the representations behind them."""
+
+    model: Any
+    representations: dict[str, Representation]
+
+    @classmethod
+    def of(cls, model: Any) -> "Student":
+        """Decode every quantised layer of a model into a trainable weight, in place.
+
+        In a run of several ranks, blocks are sharded and every rank represents its own rows.
+        """
+        representations = {}
+        for name, module in quantized_linears(model).items():
+            dense = module.to_dense()
+            dense.weight = nn.Parameter(represent(module).decode())
+            model.set_submodule(name, dense)
+            representations[name] = represent(module, parallel.rows_of(dense.out_features))
+        parallel.shard(find_blocks(model).blocks, next(model.parameters()).device.type)
+        return cls(model, representations)
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The decoded weights by layer name."""
+        return {name: self.model.get_parameter(f"{name}.weight") for name in self.representations}
+
+    def dense(self, freeze_embeddings: bool) -> dict[str, nn.Parameter]:
+        """All other parameters that are trained, by name."""
+        decoded = {id(weight) for weight in self.weights().values()}
+        if freeze_embeddings:
+            ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            decoded |= {id(p) for end in ends if end is not None for p in end.parameters()}
+        return {n: p for n, p in self.model.named_parameters() if id(p) not in decoded}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training reached: held-out KL before and at the best step, and the curves."""
+
+    before: float
+    best: float
+    best_step: int
+    steps: int
+    curves: list[dict[str, float]]
+
+
+class Trainer:
+    """Runs PV steps; every state that matters goes to the run folder, so that it can be resumed.
+
+    windows: training tokens [n, length]; held_out: other tokens [m, length]. The teacher is asked
+    for windows 0..n-1, then for the held-out ones as n..n+m-1.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        windows: Tensor,
+        held_out: Tensor,
+        settings: TrainSettings,
+        seed: int,
+    ) -> None:
+        self.student, self.teacher, self.settings, self.seed = student, teacher, settings, seed
+        self.windows, self.held_out = windows, held_out
+        model = student.model
+        model.requires_grad_(False)
+        weights = student.weights()
+        dense = student.dense(settings.freeze_embeddings)
+        for parameter in (*weights.values(), *dense.values()):
+            parameter.requires_grad_(True)
+        if settings.recompute_activations:
+            _recompute_activations(model)
+        self.head = Head.of(model)
+        self.device = next(model.parameters()).device
+        self.optimizer = PVOptimizer(student.representations, weights, dense, settings.pv)
+        self.step = 0
+        self.curves: list[dict[str, float]] = []
+
+    def run(self, state: RunState, report: Report, deadline: float | None = None) -> Outcome:
+        """Train to the last step, the deadline (time.monotonic) or the end of patience.
+
+        Goes on from the newest state of the run folder. The best state is kept there as `pv-best`.
+        """
+        self._resume(state)
+        if not self.curves:
+            self._evaluate(state, report)
+        started, begun = time.monotonic(), self.step
+        while self.step < self.settings.steps and not self._stale():
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            figures = self.train_step()
+            if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
+                pace = (time.monotonic() - started) / (self.step - begun)
+                left = pace * (self.settings.steps - self.step)
+                self._evaluate(state, report, {**figures, "left": left})
+                self._save(state)
+        best = min(self.curves, key=lambda row: row["held_out_kl"])
+        return Outcome(
+            self.curves[0]["held_out_kl"],
+            best["held_out_kl"],
+            int(best["step"]),
+            self.step,
+            self.curves,
+        )
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step on the next batch; returns its figures."""
+        started = time.perf_counter()
+        batch = self._batch(self.step)
+        loss = 0.0
+        parts = [batch[i : i + self.settings.microbatch] for i in _starts(batch, self.settings)]
+        for numbers in parts:
+            part = self._loss(self.windows[numbers], self.teacher.hidden(numbers))
+            share = len(numbers) / len(batch)
+            (part * share).backward()  # type: ignore[no-untyped-call]
+            loss += part.item() * share
+        generator = _generator(self.seed, f"V step {self.step}")
+        outcome = self.optimizer.step(self.settings.factor(self.step), generator)
+        self.step += 1
+        return {
+            "train_kl": float(parallel.total(torch.tensor(loss))) / parallel.world(),
+            "gradient_norm": outcome.gradient_norm,
+            "changed": outcome.changed,
+            "seconds": time.perf_counter() - started,
+            "v_seconds": outcome.v_seconds,
+        }
+
+    def held_out_kl(self) -> float:
+        """Mean KL over the held-out windows."""
+        numbers = list(range(len(self.held_out)))[parallel.rank() :: parallel.world()]
+        sums = torch.zeros(2)
+        with torch.no_grad():
+            for number in numbers:
+                target = self.teacher.hidden([len(self.windows) + number])
+                sums[0] += float(self._loss(self.held_out[number : number + 1], target))
+                sums[1] += 1
+        sums = parallel.total(sums)
+        return float(sums[0] / sums[1])
+
+    def _loss(self, tokens: Tensor, target: Tensor) -> Tensor:
+        hidden = final_hidden(self.student.model, tokens.to(self.device))
+        target = target.to(self.device).flatten(0, 1)
+        return kl_loss(hidden.flatten(0, 1), self.head, target, self.teacher.head)
+
+    def _batch(self, step: int) -> list[int]:
+        """Windows of a step for this rank: in order at first, in a new random order every epoch."""
+        size, count = self.settings.batch, len(self.windows)
+        first = step * size
+        numbers = []
+        for position in range(first, first + size):
+            epoch, offset = divmod(position, count)
+            numbers.append(offset if epoch == 0 else self._order(epoch)[offset])
+        return numbers[parallel.rank() :: parallel.world()]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = _generator(self.seed, f"epoch {epoch}")
+        order: list[int] = torch.randperm(len(self.windows), generator=generator).tolist()
+        return order
+
+    def _stale(self) -> bool:
+        kls = [row["held_out_kl"] for row in self.curves]
+        return len(kls) - 1 - kls.index(min(kls)) >= self.settings.patience
+
+    # ---- states ----
+
+    def _evaluate(
+        self, state: RunState, report: Report, figures: dict[str, float] | None = None
+    ) -> None:
+        row = {"step": float(self.step), "held_out_kl": self.held_out_kl(), **(figures or {})}
+        left = row.pop("left", None)
+        self.curves.append(row)
+        is_best = row["held_out_kl"] <= min(r["held_out_kl"] for r in self.curves)
+        if is_best:
+            state.save("pv-best", self.tensors(), {"step": self.step})
+        report(_line(row, self.settings.steps, left, is_best))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The student as it stands: every representation's tensors and the dense parameters."""
+        state = self.optimizer.tensors()
+        suffixes = (".latent", ".second_moment", ".exp_avg", ".exp_avg_sq")
+        return {name: t.contiguous() for name, t in state.items() if not name.endswith(suffixes)}
+
+    def _save(self, state: RunState) -> None:
+        tensors = {name: t.contiguous() for name, t in self.optimizer.tensors().items()}
+        state.save(f"pv-state-{self.step:07d}", tensors, {"curves": self.curves})
+        for name in state.names("pv-state-")[:-1]:
+            state.discard(name)
+
+    def _resume(self, state: RunState) -> None:
+        for name in reversed(state.names("pv-state-")):
+            saved = state.load(name)
+            if saved is not None:
+                self.step = int(name.rpartition("-")[2])
+                self.curves = list(saved.report["curves"])
+                self.optimizer.load(saved.tensors, self.step)
+                return
+
+
+def _starts(batch: list[int], settings: TrainSettings) -> range:
+    return range(0, len(batch), settings.microbatch)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """Randomness that depends on seed and name only, so a resumed run repeats it."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def _recompute_activations(model: Any) -> None:
+    """Keep only block inputs for the backward pass; nothing random may happen in training mode."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+
+def _line(row: dict[str, float], steps: int, left: float | None, is_best: bool) -> str:
+    text = f"PV step {row['step']:.0f}/{steps}  held-out KL {row['held_out_kl']:.4f}"
+    if is_best:
+        text += " (best)"
+    if "train_kl" in row:
+        text += (
+            f"  train {row['train_kl']:.4f}  codes changed {row['changed']:.4%}"
+            f"  {row['seconds']:.1f} s/step, V step {row['v_seconds'] / row['seconds']:.0%}"
+        )
+    if left is not None and math.isfinite(left):
+        text += f"  ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+    return text
