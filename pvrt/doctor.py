@@ -28,6 +28,7 @@ def examine() -> Iterator[Finding]:
     yield _package("transformers", (5, 12), "pip install 'transformers>=5.12'")
     yield _shadowed("pvrt_kernels")
     yield _kernels_package()
+    yield _cpu_kernels()
     yield _triton()
     yield from _vllm()
     yield _compiler()
@@ -146,6 +147,19 @@ def _kernels_package() -> Finding:
             f"rename the folder {Path(spec.origin).parent}",
         )
     return Finding("kernels", "ok", "name not shadowed")
+
+
+def _cpu_kernels() -> Finding:
+    from pvrt_kernels import cpu
+
+    try:
+        name = cpu.instruction_set()
+    except (OSError, ValueError) as error:
+        return Finding("cpu kernels", "problem", f"cannot be used: {error}", cpu.REMEDY)
+    if name is None:
+        text = "not built; on the CPU quantised weights run many times slower"
+        return Finding("cpu kernels", "problem", text, cpu.REMEDY)
+    return Finding("cpu kernels", "ok", name)
 
 
 def _triton() -> Finding:

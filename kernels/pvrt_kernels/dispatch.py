@@ -72,6 +72,8 @@ REFERENCE = Kernel("reference", lambda problem: True, reference.linear)
 _kernels: list[Kernel] = []
 _packed_kernels: dict[str, PackedKernel] = {}
 _warned: set[tuple[str, int, int, int]] = set()
+# By device: what would give it kernels that it lacks; ends the warning about the reference.
+remedies: dict[str, str] = {}
 
 
 def register(kernel: Kernel) -> None:
@@ -138,9 +140,11 @@ def _warn_reference(problem: Problem) -> None:
         return
     _warned.add(key)
     scheme = f"{problem.num_codebooks}x{size.bit_length() - 1}g{problem.in_group_size}"
+    remedy = remedies.get(problem.device_type, "")
+    instead = f" Or {remedy}." if remedy else ""
     warnings.warn(
         f"no {scheme} kernel for {problem.device_type}: using the reference, which decodes the "
         "whole weight at every call (many times slower than a dense layer). "
-        "Decode once with pvrt.load(path, dense=True) where memory allows.",
+        f"Decode once with pvrt.load(path, dense=True) where memory allows.{instead}",
         stacklevel=2,
     )

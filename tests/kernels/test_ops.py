@@ -164,7 +164,7 @@ def test_wrong_shapes_are_refused_in_words(change: dict[str, Tensor], sentence: 
 
 
 def test_the_dispatch_table_prefers_a_registered_kernel() -> None:
-    layer = random_layer(Scheme.parse("2x8g8"), 16, 32)
+    layer = random_layer(Scheme.parse("2x8g8o4"), 16, 32)  # a scheme that no other kernel takes
 
     def marker(x: Tensor, *rest: Any) -> Tensor:
         return torch.full((*x.shape[:-1], 16), 7.0)
@@ -173,7 +173,7 @@ def test_the_dispatch_table_prefers_a_registered_kernel() -> None:
         dispatch.Kernel("marker", lambda p: p.device_type == "cpu" and p.tokens == 1, marker)
     )
     try:
-        assert dispatch.has_fast_kernel("cpu", 2, 8, 8)
+        assert dispatch.has_fast_kernel("cpu", 2, 8, 8, 4)
         y = aqlm_linear(torch.zeros(1, 32), layer.codes, layer.codebooks, layer.scales)
         assert bool((y == 7).all())
         y = aqlm_linear(torch.zeros(2, 32), layer.codes, layer.codebooks, layer.scales)
@@ -186,7 +186,7 @@ def test_the_dispatch_table_prefers_a_registered_kernel() -> None:
 
 @pytest.mark.filterwarnings("always:no .* kernel for cpu")
 def test_falling_back_for_few_tokens_warns_once_and_names_the_cost() -> None:
-    layer = random_layer(Scheme.parse("3x7g8"), 16, 32)
+    layer = random_layer(Scheme.parse("3x7g8o2"), 16, 32)
     arguments = (layer.codes, layer.codebooks, layer.scales)
     with pytest.warns(UserWarning, match="no 3x7g8 kernel for cpu.*many times slower"):
         aqlm_linear(torch.zeros(1, 32), *arguments)

@@ -1,0 +1,329 @@
+/* Entry points for ctypes: choice of instruction set, threads, packing, linear layers.
+ *
+ * Threads are borrowed from the OpenMP runtime that torch has loaded (`pvrt_use_threads`), so that
+ * there is one pool of them. Work is cut into parts over output rows (or tokens), never over
+ * inputs; a part is taken by one thread and writes its own outputs, hence no races.
+ */
+#include "cpu.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const isa *kernels = &isa_portable;
+
+#ifdef PVRT_X86
+static const isa *const all[] = {&isa_vbmi, &isa_avx512, &isa_avx2, &isa_portable};
+static int available(const isa *set) {
+#ifdef PVRT_MODEL_AVX512
+    (void)set;
+    return 1;
+#endif
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (set == &isa_vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi");
+    if (set == &isa_avx512) return avx512;
+    return set == &isa_portable || avx2;
+}
+#else
+static const isa *const all[] = {&isa_portable};
+static int available(const isa *set) { return set == &isa_portable; }
+#endif
+
+/* Use the instruction set of a name, or the best one for "". Returns its name, NULL if it cannot
+ * run here. */
+const char *pvrt_use_isa(const char *name) {
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+        if (available(all[i]) && (!*name || !strcmp(name, all[i]->name))) {
+            kernels = all[i];
+            return kernels->name;
+        }
+    return NULL;
+}
+
+/* GOMP_parallel of any OpenMP runtime, or the like: calls work(data) from up to `threads` threads
+ * at once and waits for all. Without one, everything runs on the caller. */
+typedef void (*parallel_fn)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+static parallel_fn parallel;
+
+void pvrt_use_threads(parallel_fn runner) { parallel = runner; }
+
+typedef struct job {
+    void (*part)(const struct job *job, int64_t index);
+    int64_t parts;
+    atomic_llong next;
+    const tiled_weight *tiled;
+    const plain_weight *plain;
+    const float *x, *bias;
+    void *y;
+    const void *matrix;
+    int64_t tokens, splits, in, out, dtype;
+} job;
+
+static void take_parts(void *data) {
+    job *work = data;
+    for (long long i; (i = atomic_fetch_add_explicit(&work->next, 1, memory_order_relaxed)) <
+                      work->parts;)
+        work->part(work, i);
+}
+
+static void run(job *work, int64_t threads) {
+    atomic_init(&work->next, 0);
+    if (parallel && threads > 1 && work->parts > 1)
+        parallel(take_parts, work, (unsigned)(threads < work->parts ? threads : work->parts), 0);
+    else
+        take_parts(work);
+}
+
+/* Scratch that a thread keeps for its next call. NULL is never returned: out of memory ends here,
+ * as a kernel has nobody to tell. */
+static float *scratch(size_t bytes) {
+    static _Thread_local void *kept;
+    static _Thread_local size_t size;
+    if (bytes > size) {
+        free(kept);
+        size = (bytes + 4095) / 4096 * 4096;
+        kept = aligned_alloc(4096, size);
+        if (!kept) abort();
+    }
+    return kept;
+}
+
+static size_t round64(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int64_t count_tiles(const int64_t *rows, int64_t parts) {
+    int64_t tiles = 0;
+    for (int64_t p = 0; p < parts; p++) tiles += (rows[p] + TILE - 1) / TILE;
+    return tiles;
+}
+
+/* Where tiled codes hold the code of a row in a tile, an input group and the first book; the other
+ * books follow at steps of TILE. */
+static size_t tiled_at(int64_t tiles, int64_t tile, int64_t row, int64_t group, int64_t groups,
+                       int64_t books) {
+    const int64_t whole = block_groups(books), start = group / whole * whole;
+    const int64_t in_block = groups - start < whole ? groups - start : whole;
+    return (size_t)(start * books * TILE * tiles +
+                    (tile * in_block + (group - start)) * books * TILE + row);
+}
+
+/* Tiles [first, last) of one token or of eight: visits every partition that has tiles there. */
+static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token) {
+    const tiled_weight *w = work->tiled;
+    const int lanes = work->tokens - token >= 2 ? LANES : 1;
+    const int64_t live = work->tokens - token < lanes ? work->tokens - token : lanes;
+    const int whole = block_groups(w->books);
+    /* Tables of 8 tokens are 8 times as large, so a block is cut into pieces. */
+    const int piece = lanes == 1 ? whole : (w->books >= 4 ? 1 : 4 / (int)w->books);
+    const size_t table = lanes == 1 ? kernels->table_bytes : ENTRIES * LANES * sizeof(float);
+    const size_t tables = round64(table * piece * w->books + kernels->extra_bytes);
+    const size_t inputs = round64(sizeof(float) * w->groups * w->group * (lanes == 1 ? 0 : lanes));
+    char *room = (char *)scratch(tables + inputs + sizeof(float) * TILE * lanes * (last - first));
+    float *x8 = (float *)(room + tables), *acc = (float *)(room + tables + inputs);
+    const float *x = work->x + token * work->in;
+    const int64_t tiles = count_tiles(w->rows, w->parts);
+    if (lanes > 1)
+        for (int64_t k = 0; k < work->in; k++)
+            for (int l = 0; l < LANES; l++) x8[k * LANES + l] = l < live ? x[l * work->in + k] : 0;
+    memset(acc, 0, sizeof(float) * TILE * lanes * (last - first));
+    int64_t tile = 0, row = 0;
+    for (int64_t p = 0; p < w->parts; row += w->rows[p], p++) {
+        const int64_t begin = tile, end = tile + (w->rows[p] + TILE - 1) / TILE;
+        const int64_t from = first > begin ? first : begin, to = last < end ? last : end;
+        const float *books = w->tables + p * w->books * w->group * ENTRIES;
+        tile = end;
+        if (from >= to) continue;
+        for (int64_t j = 0; j < w->groups; j += whole) {
+            const int groups = w->groups - j < whole ? (int)(w->groups - j) : whole;
+            const int64_t bytes = groups * w->books * TILE; /* of one tile in this block */
+            const uint8_t *codes = w->codes + tiled_at(tiles, 0, 0, j, w->groups, w->books);
+            for (int done = 0; done < groups; done += piece) {
+                const int now = groups - done < piece ? groups - done : piece;
+                const int lookups = now * (int)w->books;
+                const uint8_t *c = codes + from * bytes + done * w->books * TILE;
+                if (lanes == 1)
+                    kernels->build(books, x + (j + done) * w->group, now, (int)w->group,
+                                   (int)w->books, room);
+                else
+                    kernels->build8(books, x8 + (j + done) * w->group * LANES, now, (int)w->group,
+                                    (int)w->books, (float *)room);
+                for (int64_t t = from; t < to; t++, c += bytes) {
+                    const uint8_t *next = t + 1 < to ? c + bytes : c;
+                    float *sums = acc + (t - first) * TILE * lanes;
+                    if (lanes == 1) kernels->lookup(c, next, room, lookups, sums);
+                    else kernels->lookup8(c, next, (const float *)room, lookups, sums);
+                }
+            }
+        }
+        for (int64_t t = from; t < to; t++) {
+            const float *sums = acc + (t - first) * TILE * lanes;
+            const int64_t at = row + (t - begin) * TILE;
+            const int64_t n = w->rows[p] - (t - begin) * TILE < TILE
+                                  ? w->rows[p] - (t - begin) * TILE : TILE;
+            for (int64_t l = 0; l < live; l++) {
+                float *y = (float *)work->y + (token + l) * work->out + at;
+                for (int64_t r = 0; r < n; r++)
+                    y[r] = sums[r * lanes + l] * w->scales[at + r] +
+                           (work->bias ? work->bias[at + r] : 0);
+            }
+        }
+    }
+}
+
+static void tiled_part(const job *work, int64_t index) {
+    const int64_t chunk = index / work->splits, split = index % work->splits;
+    const int64_t tiles = count_tiles(work->tiled->rows, work->tiled->parts);
+    tiles_of(work, tiles * split / work->splits, tiles * (split + 1) / work->splits, chunk * LANES);
+}
+
+/* y [tokens, out] = x [tokens, in] W^T (+ bias), all fp32. Tokens go in eights: one table lookup
+ * serves eight; threads share tokens where there are enough, else output rows. */
+void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *bias, float *y,
+                       int64_t tokens, int64_t threads) {
+    job work = {.part = tiled_part, .tiled = w, .x = x, .bias = bias, .y = y, .tokens = tokens};
+    const int64_t chunks = (tokens + LANES - 1) / LANES, tiles = count_tiles(w->rows, w->parts);
+    work.splits = chunks >= 2 * threads ? 1 : threads < tiles ? threads : tiles;
+    work.parts = chunks * work.splits;
+    work.in = w->groups * w->group;
+    for (int64_t p = 0; p < w->parts; p++) work.out += w->rows[p];
+    run(&work, threads);
+}
+
+static void plain_part(const job *work, int64_t index) {
+    const plain_weight *w = work->plain;
+    plain_weight local = *w;
+    const size_t width = w->dtype == F32 ? 4 : 2;
+    const int64_t entries = w->books * w->size * w->group;
+    int64_t row = 0;
+    for (int64_t p = 0; p < w->parts; row += w->rows[p], p++) {
+        const int64_t from = work->out * index / work->parts > row ? work->out * index / work->parts
+                                                                   : row;
+        const int64_t stop = work->out * (index + 1) / work->parts, end = row + w->rows[p];
+        const int64_t count = (stop < end ? stop : end) - from;
+        const void *books = (const char *)w->codebooks + p * entries * width;
+        if (count <= 0) continue;
+        if (w->code_bytes == 1 && w->dtype != F32) { /* small books are worth converting */
+            float *copy = scratch(sizeof(float) * entries);
+            for (int64_t i = 0; i < entries; i++) copy[i] = load_float(books, i, w->dtype);
+            books = copy, local.dtype = F32;
+        }
+        for (int64_t t = 0; t < work->tokens; t++) {
+            float *y = (float *)work->y + t * work->out + from;
+            kernels->direct(&local, books, work->x + t * work->in, from, count, y);
+            for (int64_t r = 0; r < count; r++)
+                y[r] = y[r] * w->scales[from + r] + (work->bias ? work->bias[from + r] : 0);
+        }
+    }
+}
+
+/* The same from the checkpoint's layout, decoding entry by entry: for few tokens. */
+void pvrt_plain_linear(const plain_weight *w, const float *x, const float *bias, float *y,
+                       int64_t tokens, int64_t threads) {
+    job work = {.part = plain_part, .plain = w, .x = x, .bias = bias, .y = y, .tokens = tokens};
+    work.in = w->groups * w->group;
+    for (int64_t p = 0; p < w->parts; p++) work.out += w->rows[p];
+    work.parts = threads < work.out ? threads : work.out;
+    run(&work, threads);
+}
+
+static void decode_part(const job *work, int64_t index) {
+    const plain_weight *w = work->plain;
+    const size_t width = w->dtype == F32 ? 4 : 2;
+    const int64_t entries = w->books * w->size * w->group, per_row = w->groups * w->books;
+    const int convert = w->dtype != F32 && w->code_bytes == 1; /* small books are worth it */
+    const int64_t from = work->splits + work->out * index / work->parts;
+    const int64_t to = work->splits + work->out * (index + 1) / work->parts;
+    const int64_t tiles = count_tiles(w->rows, w->parts);
+    float *fp32 = scratch(sizeof(float) * entries * convert + (size_t)per_row);
+    uint8_t *gathered = (uint8_t *)(fp32 + entries * convert);
+    plain_weight local = *w;
+    if (convert) local.dtype = F32;
+    int64_t row = 0, tile = 0;
+    for (int64_t p = 0; p < w->parts; p++) {
+        const int64_t end = row + w->rows[p];
+        const char *books = (const char *)w->codebooks + p * entries * width;
+        if (convert && from < end && to > row)
+            for (int64_t i = 0; i < entries; i++) fp32[i] = load_float(books, i, w->dtype);
+        for (int64_t i = from > row ? from : row; i < (to < end ? to : end); i++) {
+            float *y = (float *)work->y + (i - work->splits) * work->in;
+            const uint8_t *bytes = (const uint8_t *)w->codes + i * per_row;
+            const uint16_t *words = (const uint16_t *)w->codes + i * per_row;
+            if (w->tiled) {
+                for (int64_t j = 0; j < w->groups; j++)
+                    for (int64_t m = 0; m < w->books; m++)
+                        gathered[j * w->books + m] = ((const uint8_t *)w->codes)[
+                            tiled_at(tiles, tile + (i - row) / TILE, (i - row) % TILE, j, w->groups,
+                                     w->books) + m * TILE];
+                bytes = gathered;
+            }
+            local.codes = w->code_bytes == 1 ? (const void *)bytes : (const void *)words;
+            kernels->decode(&local, convert ? (const void *)fp32 : books, w->scales[i], y);
+        }
+        row = end, tile += (w->rows[p] + TILE - 1) / TILE;
+    }
+}
+
+/* Rows [first, first + count) of a weight, decoded and scaled, fp32 [count, in]. */
+void pvrt_decode_rows(const plain_weight *w, int64_t first, int64_t count, float *y,
+                      int64_t threads) {
+    job work = {.part = decode_part, .plain = w, .y = y, .splits = first, .out = count};
+    work.in = w->groups * w->group;
+    work.parts = threads < count ? threads : count;
+    run(&work, threads);
+}
+
+/* Checkpoint layout [out][groups][books] to tiles, or back; padding rows get code 0. */
+void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, int64_t parts,
+                     int64_t groups, int64_t books, int64_t back) {
+    const int64_t tiles = count_tiles(rows, parts);
+    int64_t tile = 0;
+    for (int64_t p = 0; p < parts; tile += (rows[p] + TILE - 1) / TILE, p++)
+        for (int64_t r = 0; r < (rows[p] + TILE - 1) / TILE * TILE; r++) {
+            for (int64_t j = 0; j < groups; j++) {
+                uint8_t *to = tiled + tiled_at(tiles, tile + r / TILE, r % TILE, j, groups, books);
+                for (int64_t m = 0; m < books; m++)
+                    if (r >= rows[p]) to[m * TILE] = 0;
+                    else if (back) plain[j * books + m] = to[m * TILE];
+                    else to[m * TILE] = plain[j * books + m];
+            }
+            if (r < rows[p]) plain += groups * books;
+        }
+}
+
+static void matrix_part(const job *work, int64_t index) {
+    const int64_t from = work->out * index / work->parts, to = work->out * (index + 1) / work->parts;
+    const size_t width = work->dtype == F32 ? 4 : 2;
+    for (int64_t t = 0; t < work->tokens; t++)
+        for (int64_t i = from; i < to; i++)
+            ((float *)work->y)[t * work->out + i] =
+                kernels->dot(work->x + t * work->in, (const char *)work->matrix + i * work->in * width,
+                             work->in, work->dtype);
+}
+
+/* y [tokens, out] = x W^T for a dense W [out, in] of any of the three types, summed in fp32. */
+void pvrt_dense_linear(const void *w, const float *x, float *y, int64_t tokens, int64_t out,
+                       int64_t in, int64_t dtype, int64_t threads) {
+    job work = {.part = matrix_part, .matrix = w, .x = x, .y = y, .tokens = tokens, .out = out,
+                .in = in, .dtype = dtype};
+    work.parts = out < 64 ? 1 : threads * 4;
+    run(&work, threads);
+}
+
+static void read_part(const job *work, int64_t index) {
+    const uint64_t *p = (const uint64_t *)work->matrix + work->in * index;
+    uint64_t a = 0, b = 0, c = 0, d = 0;
+    for (int64_t i = 0; i + 32 <= work->in; i += 32)
+        for (int k = 0; k < 32; k += 4) a += p[i + k], b += p[i + k + 1], c += p[i + k + 2],
+                                        d += p[i + k + 3];
+    ((uint64_t *)work->y)[index * 8] = a + b + c + d;
+}
+
+/* Read `bytes` once, one contiguous part per thread; sums [threads][8]: what memory can deliver. */
+void pvrt_read_memory(const void *memory, int64_t bytes, uint64_t *sums, int64_t threads) {
+    job work = {.part = read_part, .matrix = memory, .y = sums, .parts = threads};
+    work.in = bytes / 8 / threads;
+    run(&work, threads);
+}

@@ -1,0 +1,94 @@
+/* Decoding of additive-codebook weights on CPUs: what the source files share.
+ *
+ * Packed codes ("tiles"): output rows in tiles of 64, every partition (source layer of a fused
+ * one) padded to whole tiles; groups of inputs in blocks of J = max(1, 16 / books).
+ *     codes[block][tile][group in block][book][row in tile]     one byte each
+ * A lookup table holds, for one input group and one book, x_group . entry for the 256 entries of
+ * the book; a row's product is the sum of one table entry per group and book. The tables of one
+ * block fit the first-level cache and serve all tiles of a thread, so they are never shared.
+ */
+#ifndef PVRT_CPU_H
+#define PVRT_CPU_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define TILE 64
+#define ENTRIES 256
+#define LANES 8 /* tokens that one vector table serves */
+
+enum { F32 = 0, F16 = 1, BF16 = 2 };
+
+/* A packed weight. tables: fp32 books transposed [parts][books][group][ENTRIES]; scales [out]. */
+typedef struct {
+    const uint8_t *codes;
+    const float *tables;
+    const float *scales;
+    const int64_t *rows; /* output rows of every partition */
+    int64_t parts, books, group, groups;
+} tiled_weight;
+
+/* A weight in the checkpoint's layout: codes [out][groups][books], books [parts][books][size][group]. */
+typedef struct {
+    const void *codes;
+    const void *codebooks;
+    const float *scales;
+    const int64_t *rows;
+    int64_t parts, books, group, groups, size, code_bytes, dtype;
+    int64_t tiled; /* codes are in tiles after all: for pvrt_decode_rows only */
+} plain_weight;
+
+/* What an instruction set brings. Tables of one token are opaque to everything else. */
+typedef struct {
+    const char *name;
+    size_t table_bytes; /* of one group and book */
+    size_t extra_bytes; /* of one block, after its tables */
+    /* Tables of `groups` input groups (x points at the first) into t, [group][book]. */
+    void (*build)(const float *books, const float *x, int groups, int group, int books_count,
+                  void *t);
+    /* acc[64] += table sums of one tile's codes [tables][64]; next: the tile that follows. */
+    void (*lookup)(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
+                   float *acc);
+    /* The same for 8 tokens: x [inputs][8], tables [ENTRIES][8], acc [64][8]. */
+    void (*build8)(const float *books, const float *x, int groups, int group, int books_count,
+                   float *t);
+    void (*lookup8)(const uint8_t *codes, const uint8_t *next, const float *t, int tables,
+                    float *acc);
+    /* y[row] = x . decoded row, before its scale; rows of one partition, checkpoint layout. */
+    void (*direct)(const plain_weight *w, const void *books, const float *x, int64_t row,
+                   int64_t count, float *y);
+    /* One row, whose codes w->codes are, decoded and scaled. */
+    void (*decode)(const plain_weight *w, const void *books, float scale, float *y);
+    /* a . b for b of 16 bits or fp32 */
+    float (*dot)(const float *a, const void *b, int64_t n, int64_t dtype);
+} isa;
+
+extern const isa isa_portable;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PVRT_X86 1
+extern const isa isa_avx2, isa_avx512, isa_vbmi;
+#endif
+
+static inline int block_groups(int64_t books) { return books >= 16 ? 1 : (int)(16 / books); }
+
+static inline float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    union { uint32_t u; float f; } bits;
+    if (exponent == 0) { /* zero or subnormal: exact in fp32 */
+        bits.f = (float)mantissa * (1.0f / 16777216.0f);
+        bits.u |= sign;
+        return bits.f;
+    }
+    bits.u = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (mantissa << 13);
+    return bits.f;
+}
+
+static inline float load_float(const void *p, int64_t i, int64_t dtype) {
+    union { uint32_t u; float f; } bits;
+    if (dtype == F32) return ((const float *)p)[i];
+    if (dtype == F16) return half_to_float(((const uint16_t *)p)[i]);
+    bits.u = (uint32_t)((const uint16_t *)p)[i] << 16;
+    return bits.f;
+}
+
+#endif

@@ -1,0 +1,166 @@
+/* AVX-512: gathers from fp32 tables, and with VBMI byte permutes of 16-bit tables.
+ *
+ * With PVRT_MODEL_AVX512 the intrinsics come from a scalar model of the same instructions
+ * (tests/kernels/avx512_model.h), so that the values are tested on machines without them.
+ */
+#include "cpu.h"
+#ifdef PVRT_X86
+#ifdef PVRT_MODEL_AVX512
+#include PVRT_MODEL_AVX512
+#else
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")
+#include <immintrin.h>
+#endif
+
+/* fp32 tables of one group and book: 16 vectors. */
+static inline void table16(const float *book, const float *x, int group, __m512 *t) {
+    for (int k = 0; k < ENTRIES / 16; k++) t[k] = _mm512_setzero_ps();
+    for (int e = 0; e < group; e++, book += ENTRIES) {
+        __m512 xe = _mm512_set1_ps(x[e]);
+        for (int k = 0; k < ENTRIES / 16; k++)
+            t[k] = _mm512_fmadd_ps(xe, _mm512_loadu_ps(book + 16 * k), t[k]);
+    }
+}
+
+static void build(const float *books, const float *x, int groups, int group, int count, void *t) {
+    float *out = t;
+    for (int j = 0; j < groups; j++, x += group)
+        for (int m = 0; m < count; m++, out += ENTRIES) {
+            __m512 sums[ENTRIES / 16];
+            table16(books + (size_t)m * group * ENTRIES, x, group, sums);
+            for (int k = 0; k < ENTRIES / 16; k++) _mm512_storeu_ps(out + 16 * k, sums[k]);
+        }
+}
+
+static void lookup(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
+                   float *acc) {
+    const float *table = t;
+    __m512 s0 = _mm512_loadu_ps(acc), s1 = _mm512_loadu_ps(acc + 16);
+    __m512 s2 = _mm512_loadu_ps(acc + 32), s3 = _mm512_loadu_ps(acc + 48);
+    for (int k = 0; k < tables; k++, table += ENTRIES, codes += TILE, next += TILE) {
+        _mm_prefetch((const char *)next, _MM_HINT_T0);
+#define GATHER(i)                                                                                  \
+    _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(codes + 16 * (i)))),   \
+                        table, 4)
+        s0 = _mm512_add_ps(s0, GATHER(0)), s1 = _mm512_add_ps(s1, GATHER(1));
+        s2 = _mm512_add_ps(s2, GATHER(2)), s3 = _mm512_add_ps(s3, GATHER(3));
+    }
+    _mm512_storeu_ps(acc, s0), _mm512_storeu_ps(acc + 16, s1);
+    _mm512_storeu_ps(acc + 32, s2), _mm512_storeu_ps(acc + 48, s3);
+}
+
+/* 16-bit tables as two planes of bytes [2][256], every table without its minimum, one scale for a
+ * block. After the tables: the scale, then the sum of the minima. */
+#define PLANES (2 * ENTRIES)
+static void build_bytes(const float *books, const float *x, int groups, int group, int count,
+                        void *t) {
+    float least[256], widest = 0, sum = 0; /* a block has at most 16 tables, or books (<= 64) */
+    const float *block = x;
+    for (int j = 0, k = 0; j < groups; j++, x += group)
+        for (int m = 0; m < count; m++, k++) {
+            __m512 sums[ENTRIES / 16];
+            table16(books + (size_t)m * group * ENTRIES, x, group, sums);
+            __m512 low = sums[0], high = sums[0];
+            for (int i = 1; i < ENTRIES / 16; i++) {
+                low = _mm512_min_ps(low, sums[i]), high = _mm512_max_ps(high, sums[i]);
+            }
+            const float from = _mm512_reduce_min_ps(low), to = _mm512_reduce_max_ps(high);
+            least[k] = from, sum += from;
+            if (to - from > widest) widest = to - from;
+        }
+    const float scale = widest > 0 ? widest / 65535.0f : 1.0f;
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale);
+    uint8_t *out = t;
+    x = block;
+    for (int j = 0, k = 0; j < groups; j++, x += group)
+        for (int m = 0; m < count; m++, k++, out += PLANES) {
+            __m512 sums[ENTRIES / 16];
+            table16(books + (size_t)m * group * ENTRIES, x, group, sums);
+            const __m512 from = _mm512_set1_ps(least[k]);
+            for (int i = 0; i < ENTRIES / 16; i++) {
+                __m512i q = _mm512_cvtps_epi32(
+                    _mm512_mul_ps(_mm512_sub_ps(sums[i], from), inverse));
+                q = _mm512_min_epi32(q, _mm512_set1_epi32(65535)); /* rounding of the inverse */
+                _mm_storeu_si128((void *)(out + 16 * i), _mm512_cvtepi32_epi8(q));
+                _mm_storeu_si128((void *)(out + ENTRIES + 16 * i),
+                                 _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8)));
+            }
+        }
+    const float ends[2] = {scale, sum};
+    __builtin_memcpy(out, ends, sizeof ends);
+}
+
+/* 64 bytes by 64 codes from one plane: two permutes of 128 entries each, chosen by the top bit. */
+static inline __m512i plane(const uint8_t *p, __m512i codes, __mmask64 upper) {
+    __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(p), codes, _mm512_loadu_si512(p + 64));
+    __m512i high =
+        _mm512_permutex2var_epi8(_mm512_loadu_si512(p + 128), codes, _mm512_loadu_si512(p + 192));
+    return _mm512_mask_blend_epi8(upper, low, high);
+}
+
+/* 16-bit sums of 64 bytes, as FAISS's fast scan keeps them: `all` adds pairs of bytes as words,
+ * `odd` the upper bytes; the lower ones are what is left. Exact for 257 additions. */
+static inline void add_sums(__m512i all, __m512i odd, float factor, float *even16, float *odd16) {
+    __m512i even = _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8));
+    __m512 f = _mm512_set1_ps(factor);
+#define ADD(at, v, half)                                                                           \
+    _mm512_storeu_ps((at) + 16 * (half),                                                           \
+                     _mm512_fmadd_ps(f,                                                            \
+                                     _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(                     \
+                                         _mm512_extracti64x4_epi64(v, half))),                     \
+                                     _mm512_loadu_ps((at) + 16 * (half))))
+    ADD(even16, even, 0), ADD(even16, even, 1), ADD(odd16, odd, 0), ADD(odd16, odd, 1);
+}
+
+static void lookup_bytes(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
+                         float *acc) {
+    const uint8_t *table = t;
+    __m512i low = _mm512_setzero_si512(), low_odd = low, high = low, high_odd = low;
+    for (int k = 0; k < tables; k++, table += PLANES, codes += TILE, next += TILE) {
+        _mm_prefetch((const char *)next, _MM_HINT_T0);
+        __m512i c = _mm512_loadu_si512(codes);
+        __mmask64 upper = _mm512_movepi8_mask(c);
+        __m512i v = plane(table, c, upper);
+        low = _mm512_add_epi16(low, v), low_odd = _mm512_add_epi16(low_odd, _mm512_srli_epi16(v, 8));
+        v = plane(table + ENTRIES, c, upper);
+        high = _mm512_add_epi16(high, v);
+        high_odd = _mm512_add_epi16(high_odd, _mm512_srli_epi16(v, 8));
+    }
+    float ends[2], even[32], odd[32];
+    __builtin_memcpy(ends, table, sizeof ends);
+    for (int i = 0; i < 32; i++) even[i] = odd[i] = ends[1];
+    add_sums(low, low_odd, ends[0], even, odd);
+    add_sums(high, high_odd, ends[0] * 256.0f, even, odd);
+    for (int i = 0; i < 32; i++) acc[2 * i] += even[i], acc[2 * i + 1] += odd[i];
+}
+
+/* Eight tokens a lookup, and the direct form, gain nothing from wider vectors. */
+static void build8(const float *books, const float *x, int groups, int group, int count,
+                   float *t) {
+    isa_avx2.build8(books, x, groups, group, count, t);
+}
+
+static void lookup8(const uint8_t *codes, const uint8_t *next, const float *t, int tables,
+                    float *acc) {
+    isa_avx2.lookup8(codes, next, t, tables, acc);
+}
+
+static void direct(const plain_weight *w, const void *books, const float *x, int64_t row,
+                   int64_t count, float *y) {
+    isa_avx2.direct(w, books, x, row, count, y);
+}
+
+static void decode(const plain_weight *w, const void *books, float scale, float *y) {
+    isa_avx2.decode(w, books, scale, y);
+}
+
+static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
+    return isa_avx2.dot(a, b, n, dtype);
+}
+
+const isa isa_avx512 = {"avx512", ENTRIES * 4, 0, build, lookup, build8, lookup8, direct,
+                        decode, dot};
+const isa isa_vbmi = {"avx512-vbmi", PLANES, 8, build_bytes, lookup_bytes, build8, lookup8,
+                      direct,
+                        decode, dot};
+#endif

@@ -1,0 +1,46 @@
+"""Builds the CPU kernels: one plain shared library that every Python and torch can load.
+
+Everything else about the package is in pyproject.toml. Without a working C compiler the package
+installs all the same, and runs on the reference in torch (`pvrt doctor` says so).
+"""
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools before 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+SOURCES = ("cpu.c", "cpu_portable.c", "cpu_avx2.c", "cpu_avx512.c")
+
+
+class BuildLibrary(build_ext):
+    """A library for ctypes: no Python in its name, no module to export."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+
+class PlatformWheel(bdist_wheel):
+    """py3-none-PLATFORM: the library depends on the machine and on nothing of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    ext_modules=[
+        Extension(
+            "pvrt_kernels.libpvrt_cpu",
+            [f"kernels/pvrt_kernels/{name}" for name in SOURCES],
+            depends=["kernels/pvrt_kernels/cpu.h"],
+            extra_compile_args=["-std=c11", "-O3", "-fno-math-errno", "-Wall", "-Wextra"],
+            optional=True,
+        )
+    ],
+)

@@ -1,0 +1,74 @@
+/* Runs the kernels from POSIX threads, which ThreadSanitizer understands (OpenMP's it does not):
+ * packs random weights and multiplies with 1 and with 4 threads; results must be equal. */
+#include "cpu.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
+const char *pvrt_use_isa(const char *);
+void pvrt_use_threads(parallel_fn);
+void pvrt_tiled_linear(const tiled_weight *, const float *, const float *, float *, int64_t, int64_t);
+void pvrt_plain_linear(const plain_weight *, const float *, const float *, float *, int64_t, int64_t);
+void pvrt_decode_rows(const plain_weight *, int64_t, int64_t, float *, int64_t);
+void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
+void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
+
+typedef struct { void (*work)(void *); void *data; } call;
+static void *enter(void *p) { call *c = p; c->work(c->data); return NULL; }
+
+static void threads(void (*work)(void *), void *data, unsigned n, unsigned flags) {
+    pthread_t others[64];
+    call c = {work, data};
+    (void)flags;
+    for (unsigned i = 1; i < n; i++) pthread_create(&others[i], NULL, enter, &c);
+    work(data);
+    for (unsigned i = 1; i < n; i++) pthread_join(others[i], NULL);
+}
+
+static float uniform(void) { return (float)rand() / (float)RAND_MAX - 0.5f; }
+
+int main(void) {
+    enum { PARTS = 3, OUT = 70 + 64 + 130, GROUPS = 21, BOOKS = 2, GROUP = 8, IN = GROUPS * GROUP };
+    enum { TILES = 2 + 1 + 3, TOKENS = 19 };
+    const int64_t rows[PARTS] = {70, 64, 130};
+    static uint8_t codes[OUT * GROUPS * BOOKS], tiled[TILES * TILE * GROUPS * BOOKS];
+    static float books[PARTS * BOOKS * ENTRIES * GROUP], tables[PARTS * BOOKS * GROUP * ENTRIES];
+    static float scales[OUT], x[TOKENS * IN], matrix[OUT * IN];
+    static float one[TOKENS * OUT], four[TOKENS * OUT], dense1[OUT * IN], dense4[OUT * IN];
+    for (size_t i = 0; i < sizeof codes; i++) codes[i] = (uint8_t)(rand() >> 7);
+    for (int i = 0; i < PARTS * BOOKS; i++)
+        for (int v = 0; v < ENTRIES; v++)
+            for (int e = 0; e < GROUP; e++)
+                books[(i * ENTRIES + v) * GROUP + e] = tables[(i * GROUP + e) * ENTRIES + v] = uniform();
+    for (int i = 0; i < OUT; i++) scales[i] = uniform();
+    for (int i = 0; i < TOKENS * IN; i++) x[i] = uniform();
+    for (int i = 0; i < OUT * IN; i++) matrix[i] = uniform();
+    pvrt_tile_codes(codes, tiled, rows, PARTS, GROUPS, BOOKS, 0);
+    const tiled_weight t = {tiled, tables, scales, rows, PARTS, BOOKS, GROUP, GROUPS};
+    const plain_weight p = {codes, books, scales, rows, PARTS, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 0};
+    pvrt_use_threads(threads);
+    const char *sets[] = {"portable", "avx2"};
+    for (int s = 0; s < 2; s++) {
+        if (!pvrt_use_isa(sets[s])) continue;
+        for (int repeat = 0; repeat < 3; repeat++)
+            for (int64_t tokens = 1; tokens <= TOKENS; tokens += 6) {
+                pvrt_tiled_linear(&t, x, scales, one, tokens, 1);
+                pvrt_tiled_linear(&t, x, scales, four, tokens, 4);
+                if (memcmp(one, four, sizeof(float) * tokens * OUT)) return puts("tiled"), 1;
+                pvrt_plain_linear(&p, x, NULL, one, tokens, 1);
+                pvrt_plain_linear(&p, x, NULL, four, tokens, 4);
+                for (int64_t i = 0; i < tokens * OUT; i++) /* rows in fours sum in another order */
+                    if (one[i] - four[i] > 1e-4f || four[i] - one[i] > 1e-4f) return puts("plain"), 1;
+                pvrt_dense_linear(matrix, x, one, tokens, OUT, IN, F32, 1);
+                pvrt_dense_linear(matrix, x, four, tokens, OUT, IN, F32, 4);
+                if (memcmp(one, four, sizeof(float) * tokens * OUT)) return puts("dense"), 1;
+            }
+        pvrt_decode_rows(&p, 0, OUT, dense1, 1);
+        pvrt_decode_rows(&p, 0, OUT, dense4, 4);
+        if (memcmp(dense1, dense4, sizeof dense1)) return puts("decode"), 1;
+    }
+    return 0;
+}
