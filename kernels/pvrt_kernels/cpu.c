@@ -6,11 +6,10 @@
  */
 #include "cpu.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-static const isa *kernels = &isa_portable;
+const isa *kernels = &isa_portable;
 
 #ifdef PVRT_X86
 static const isa *const all[] = {&isa_vbmi, &isa_avx512, &isa_avx2, &isa_portable};
@@ -35,7 +34,7 @@ static int available(const isa *set) { return set == &isa_portable; }
 
 /* Use the instruction set of a name, or the best one for "". Returns its name, NULL if it cannot
  * run here. */
-const char *pvrt_use_isa(const char *name) {
+API const char *pvrt_use_isa(const char *name) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (available(all[i]) && (!*name || !strcmp(name, all[i]->name))) {
             kernels = all[i];
@@ -44,24 +43,10 @@ const char *pvrt_use_isa(const char *name) {
     return NULL;
 }
 
-/* GOMP_parallel of any OpenMP runtime, or the like: calls work(data) from up to `threads` threads
- * at once and waits for all. Without one, everything runs on the caller. */
-typedef void (*parallel_fn)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-static parallel_fn parallel;
+parallel_fn parallel;
+team_size_fn team_size;
 
-void pvrt_use_threads(parallel_fn runner) { parallel = runner; }
-
-typedef struct job {
-    void (*part)(const struct job *job, int64_t index);
-    int64_t parts;
-    atomic_llong next;
-    const tiled_weight *tiled;
-    const plain_weight *plain;
-    const float *x, *bias;
-    void *y;
-    const void *matrix;
-    int64_t tokens, splits, in, out, dtype;
-} job;
+API void pvrt_use_threads(parallel_fn runner, team_size_fn size) { parallel = runner, team_size = size; }
 
 static void take_parts(void *data) {
     job *work = data;
@@ -98,6 +83,12 @@ static int64_t count_tiles(const int64_t *rows, int64_t parts) {
     int64_t tiles = 0;
     for (int64_t p = 0; p < parts; p++) tiles += (rows[p] + TILE - 1) / TILE;
     return tiles;
+}
+
+/* A scaled sum of output row i with its bias, on top of what is there if the job accumulates. */
+static inline float finish(const job *work, float sum, int64_t i, float there) {
+    if (work->bias) sum += work->bias[i];
+    return work->accumulate ? there + sum : sum;
 }
 
 /* Where tiled codes hold the code of a row in a tile, an input group and the first book; the other
@@ -165,15 +156,16 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
                                   ? w->rows[p] - (t - begin) * TILE : TILE;
             for (int64_t l = 0; l < live; l++) {
                 float *y = (float *)work->y + (token + l) * work->out + at;
-                for (int64_t r = 0; r < n; r++)
-                    y[r] = sums[r * lanes + l] * w->scales[at + r] +
-                           (work->bias ? work->bias[at + r] : 0);
+                for (int64_t r = 0; r < n; r++) {
+                    const float sum = sums[r * lanes + l] * w->scales[at + r];
+                    y[r] = finish(work, sum, at + r, y[r]);
+                }
             }
         }
     }
 }
 
-static void tiled_part(const job *work, int64_t index) {
+void tiled_part(const job *work, int64_t index) {
     const int64_t chunk = index / work->splits, split = index % work->splits;
     const int64_t tiles = count_tiles(work->tiled->rows, work->tiled->parts);
     tiles_of(work, tiles * split / work->splits, tiles * (split + 1) / work->splits, chunk * LANES);
@@ -181,7 +173,7 @@ static void tiled_part(const job *work, int64_t index) {
 
 /* y [tokens, out] = x [tokens, in] W^T (+ bias), all fp32. Tokens go in eights: one table lookup
  * serves eight; threads share tokens where there are enough, else output rows. */
-void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *bias, float *y,
+API void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *bias, float *y,
                        int64_t tokens, int64_t threads) {
     job work = {.part = tiled_part, .tiled = w, .x = x, .bias = bias, .y = y, .tokens = tokens};
     const int64_t chunks = (tokens + LANES - 1) / LANES, tiles = count_tiles(w->rows, w->parts);
@@ -192,7 +184,7 @@ void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *bias,
     run(&work, threads);
 }
 
-static void plain_part(const job *work, int64_t index) {
+void plain_part(const job *work, int64_t index) {
     const plain_weight *w = work->plain;
     plain_weight local = *w;
     const size_t width = w->dtype == F32 ? 4 : 2;
@@ -205,22 +197,23 @@ static void plain_part(const job *work, int64_t index) {
         const int64_t count = (stop < end ? stop : end) - from;
         const void *books = (const char *)w->codebooks + p * entries * width;
         if (count <= 0) continue;
-        if (w->code_bytes == 1 && w->dtype != F32) { /* small books are worth converting */
-            float *copy = scratch(sizeof(float) * entries);
+        const int convert = w->code_bytes == 1 && w->dtype != F32; /* small books are worth it */
+        float *sums = scratch(sizeof(float) * (count + entries * convert)), *copy = sums + count;
+        if (convert) {
             for (int64_t i = 0; i < entries; i++) copy[i] = load_float(books, i, w->dtype);
             books = copy, local.dtype = F32;
         }
         for (int64_t t = 0; t < work->tokens; t++) {
             float *y = (float *)work->y + t * work->out + from;
-            kernels->direct(&local, books, work->x + t * work->in, from, count, y);
+            kernels->direct(&local, books, work->x + t * work->in, from, count, sums);
             for (int64_t r = 0; r < count; r++)
-                y[r] = y[r] * w->scales[from + r] + (work->bias ? work->bias[from + r] : 0);
+                y[r] = finish(work, sums[r] * w->scales[from + r], from + r, y[r]);
         }
     }
 }
 
 /* The same from the checkpoint's layout, decoding entry by entry: for few tokens. */
-void pvrt_plain_linear(const plain_weight *w, const float *x, const float *bias, float *y,
+API void pvrt_plain_linear(const plain_weight *w, const float *x, const float *bias, float *y,
                        int64_t tokens, int64_t threads) {
     job work = {.part = plain_part, .plain = w, .x = x, .bias = bias, .y = y, .tokens = tokens};
     work.in = w->groups * w->group;
@@ -267,7 +260,7 @@ static void decode_part(const job *work, int64_t index) {
 }
 
 /* Rows [first, first + count) of a weight, decoded and scaled, fp32 [count, in]. */
-void pvrt_decode_rows(const plain_weight *w, int64_t first, int64_t count, float *y,
+API void pvrt_decode_rows(const plain_weight *w, int64_t first, int64_t count, float *y,
                       int64_t threads) {
     job work = {.part = decode_part, .plain = w, .y = y, .splits = first, .out = count};
     work.in = w->groups * w->group;
@@ -276,7 +269,7 @@ void pvrt_decode_rows(const plain_weight *w, int64_t first, int64_t count, float
 }
 
 /* Checkpoint layout [out][groups][books] to tiles, or back; padding rows get code 0. */
-void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, int64_t parts,
+API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, int64_t parts,
                      int64_t groups, int64_t books, int64_t back) {
     const int64_t tiles = count_tiles(rows, parts);
     int64_t tile = 0;
@@ -293,18 +286,19 @@ void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, int64_
         }
 }
 
-static void matrix_part(const job *work, int64_t index) {
+void matrix_part(const job *work, int64_t index) {
     const int64_t from = work->out * index / work->parts, to = work->out * (index + 1) / work->parts;
     const size_t width = work->dtype == F32 ? 4 : 2;
     for (int64_t t = 0; t < work->tokens; t++)
-        for (int64_t i = from; i < to; i++)
-            ((float *)work->y)[t * work->out + i] =
-                kernels->dot(work->x + t * work->in, (const char *)work->matrix + i * work->in * width,
-                             work->in, work->dtype);
+        for (int64_t i = from; i < to; i++) {
+            float *y = (float *)work->y + t * work->out + i;
+            const char *row = (const char *)work->matrix + i * work->in * width;
+            *y = finish(work, kernels->dot(work->x + t * work->in, row, work->in, work->dtype), i, *y);
+        }
 }
 
 /* y [tokens, out] = x W^T for a dense W [out, in] of any of the three types, summed in fp32. */
-void pvrt_dense_linear(const void *w, const float *x, float *y, int64_t tokens, int64_t out,
+API void pvrt_dense_linear(const void *w, const float *x, float *y, int64_t tokens, int64_t out,
                        int64_t in, int64_t dtype, int64_t threads) {
     job work = {.part = matrix_part, .matrix = w, .x = x, .y = y, .tokens = tokens, .out = out,
                 .in = in, .dtype = dtype};
@@ -322,7 +316,7 @@ static void read_part(const job *work, int64_t index) {
 }
 
 /* Read `bytes` once, one contiguous part per thread; sums [threads][8]: what memory can deliver. */
-void pvrt_read_memory(const void *memory, int64_t bytes, uint64_t *sums, int64_t threads) {
+API void pvrt_read_memory(const void *memory, int64_t bytes, uint64_t *sums, int64_t threads) {
     job work = {.part = read_part, .matrix = memory, .y = sums, .parts = threads};
     work.in = bytes / 8 / threads;
     run(&work, threads);

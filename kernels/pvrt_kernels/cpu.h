@@ -10,8 +10,11 @@
 #ifndef PVRT_CPU_H
 #define PVRT_CPU_H
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#define API __attribute__((visibility("default")))
 
 #define TILE 64
 #define ENTRIES 256
@@ -59,10 +62,38 @@ typedef struct {
                    int64_t count, float *y);
     /* One row, whose codes w->codes are, decoded and scaled. */
     void (*decode)(const plain_weight *w, const void *books, float scale, float *y);
+    /* y [dim] = softmax(scale query . keys) values over positions [first, last); room for scores */
+    void (*attend)(const float *query, const float *keys, const float *values, int64_t first,
+                   int64_t last, int64_t dim, float scale, float *room, float *y);
     /* a . b for b of 16 bits or fp32 */
     float (*dot)(const float *a, const void *b, int64_t n, int64_t dtype);
 } isa;
 
+/* One call, cut into parts that threads take. */
+typedef struct job {
+    void (*part)(const struct job *job, int64_t index);
+    int64_t parts;
+    atomic_llong next;
+    const tiled_weight *tiled;
+    const plain_weight *plain;
+    const void *matrix;
+    const float *x, *bias;
+    void *y;
+    int64_t tokens, splits, in, out, dtype, accumulate;
+} job;
+
+void tiled_part(const job *work, int64_t index);
+void plain_part(const job *work, int64_t index);
+void matrix_part(const job *work, int64_t index);
+
+/* GOMP_parallel of any OpenMP runtime, or the like: calls work(data) from up to `threads` threads
+ * at once and waits for all; inside, omp_get_num_threads tells how many there are. */
+typedef void (*parallel_fn)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+typedef int (*team_size_fn)(void);
+extern parallel_fn parallel;
+extern team_size_fn team_size;
+
+extern const isa *kernels; /* the instruction set in use */
 extern const isa isa_portable;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PVRT_X86 1

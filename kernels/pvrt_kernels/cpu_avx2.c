@@ -258,6 +258,8 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
         }
 }
 
+#include "cpu_attend.h"
+
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
     int64_t i = 0;
@@ -277,5 +279,5 @@ static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
 }
 
 const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, build, lookup, build8, lookup8, direct,
-                      decode, dot};
+                      decode, attend, dot};
 #endif

@@ -154,13 +154,18 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
     isa_avx2.decode(w, books, scale, y);
 }
 
+static void attend(const float *query, const float *keys, const float *values, int64_t first,
+                   int64_t last, int64_t dim, float scale, float *room, float *y) {
+    isa_avx2.attend(query, keys, values, first, last, dim, scale, room, y);
+}
+
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     return isa_avx2.dot(a, b, n, dtype);
 }
 
 const isa isa_avx512 = {"avx512", ENTRIES * 4, 0, build, lookup, build8, lookup8, direct,
-                        decode, dot};
+                        decode, attend, dot};
 const isa isa_vbmi = {"avx512-vbmi", PLANES, 8, build_bytes, lookup_bytes, build8, lookup8,
                       direct,
-                        decode, dot};
+                        decode, attend, dot};
 #endif

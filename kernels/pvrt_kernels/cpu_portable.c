@@ -72,6 +72,8 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
     }
 }
 
+#include "cpu_attend.h"
+
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     float sums[8] = {0};
     int64_t i = 0;
@@ -82,4 +84,4 @@ static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
 }
 
 const isa isa_portable = {"portable", ENTRIES * 4, 0, build, lookup, build8, lookup8,
-                          direct,     decode,      dot};
+                          direct,     decode,      attend, dot};

@@ -109,7 +109,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 # Library.define and impl instead of custom_op: the latter's Python costs more than a small layer.
-_library = torch.library.Library("pvrt", "FRAGMENT")
+_library: Any = torch.library.Library("pvrt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "aqlm_packed_linear"
     "(Tensor x, Tensor[] packed, Tensor? bias, SymInt[] partition_sizes, str kernel) -> Tensor"

@@ -1,0 +1,318 @@
+"""The packed kernel of NVIDIA GPUs: packs at load, then picks and launches Triton kernels.
+
+Packed tensors: blocks of codes (`packing.py`), codebooks [P, M, 2^B, g] and scales [rows]. Up to 4
+tokens go to table lookups or direct decoding, up to the crossover of the card's table to tiles on
+tensor cores, more to a decoded scratch and cuBLAS (`plans.py`).
+
+Programs that share rows add up in a workspace of the device, which is zero between launches. So
+the products of one device must run in one order: on one stream, or on streams that wait for each
+other, as in vLLM and transformers. Nothing is compiled, measured or synchronised behind the
+caller's back once `warm_up` has seen the layers, so that CUDA graphs can be captured.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pvrt_kernels import plans
+from pvrt_kernels.dispatch import PackedKernel, Problem, register_packed
+from pvrt_kernels.packing import pack_codes, unpack_codes
+from pvrt_kernels.plans import Gpu, Plan, Shape
+
+NAME = "triton"
+SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
+WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
+_WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
+_workspaces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+_warm: set[tuple[Any, ...]] = set()
+
+
+def supports(problem: Problem) -> bool:
+    """NVIDIA GPUs from Turing on, 1 to 4 codebooks, groups of 4, 8, 16 or 32 inputs, one output."""
+    return (
+        problem.device_type == "cuda"
+        and _usable()
+        and problem.out_group_size == 1
+        and problem.num_codebooks <= 4
+        and problem.in_group_size in (4, 8, 16, 32)
+        and problem.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    )
+
+
+@lru_cache(maxsize=1)
+def _usable() -> bool:
+    has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
+    return has_gpu and find_spec("triton") is not None and _gpu(_current()).capability >= (7, 5)
+
+
+def _current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pack(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
+) -> list[Tensor]:
+    """See `dispatch.PackedKernel`. Three codebooks become four, of which the last is zero.
+
+    (Kernels count in powers of two; a fourth, empty tensor in the list tells `unpack`.)
+    """
+    parts, books, size, _, g = codebooks.shape
+    padding = [codebooks.new_empty(0)] if books == 3 else []
+    if padding:
+        codes = F.pad(codes, (0, 1))
+        codebooks = torch.cat([codebooks, torch.zeros_like(codebooks[:, :1])], dim=1)
+    _workspace(codes.device, codes.shape[0] * 64, codes.shape[0])
+    tables = codebooks.reshape(parts, -1, size, g).contiguous()
+    return [pack_codes(codes, size), tables, scales.reshape(-1).contiguous(), *padding]
+
+
+def unpack(packed: list[Tensor], in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dispatch.PackedKernel`."""
+    blocks, books, scales, *padding = packed
+    parts, count, size, g = books.shape
+    codes = unpack_codes(blocks, in_features // g, count, size)
+    if padding:
+        count, codes, books = 3, codes[:, :, :3].contiguous(), books[:, :3]
+    return codes, books.reshape(parts, count, size, 1, g), scales.reshape(-1, 1, 1, 1)
+
+
+def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """See `dispatch.PackedKernel`. Allocates the result and, for many tokens, the scratch."""
+    rows, in_features = packed[0].shape[1], x.shape[-1]
+    flat = x.reshape(-1, in_features)
+    if flat.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], rows)
+    plan = plan_for(flat, packed)
+    if len(sizes) > 3 and plan.kernel != "dense":
+        return _by_partition(x, packed, bias, sizes)
+    if plan.kernel == "dense":
+        y = _dense(flat, packed, bias, sizes)
+    else:
+        y = launch(plan, flat, packed, bias, sizes)
+    return y.reshape(*x.shape[:-1], rows)
+
+
+def plan_for(flat: Tensor, packed: list[Tensor]) -> Plan:
+    """The plan for flat [tokens, in_features] on its device."""
+    _, count, size, g = packed[1].shape
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    gpu = _gpu(flat.device)
+    shape = Shape(count, size, g, packed[0].shape[1], flat.shape[1])
+    bucket = min(1 << (flat.shape[0] - 1).bit_length(), 1 << 16)
+    if bucket > 64:
+        bucket = flat.shape[0]
+    return _choose(gpu, shape, bucket, flat.dtype, deterministic)
+
+
+def launch(
+    plan: Plan, flat: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]
+) -> Tensor:
+    """Run a plan (any but dense): flat [tokens, in_features] -> [tokens, rows]."""
+    blocks, books, scales = packed[:3]
+    tokens, in_features = flat.shape
+    rows, (parts, count, size, g) = blocks.shape[1], books.shape
+    flat = _aligned(flat)
+    if books.dtype != flat.dtype:  # tensor cores take one type
+        books = books.to(flat.dtype)
+    y = flat.new_empty(tokens, rows)
+    ends = [0]
+    for part in sizes:
+        ends.append(ends[-1] + part)
+    tiles = sum(-(-(end - start) // plan.rows) for start, end in pairwise(ends))
+    sums, arrived = _workspace(flat.device, tokens * rows if plan.split > 1 else 1, tiles)
+    if plan.kernel == "direct":
+        sums = flat.new_empty(plan.split * tokens * rows, dtype=torch.float32)
+    grid = (tiles, plan.split, -(-tokens // plan.tokens))
+    end1 = ends[2] if len(ends) > 2 else rows
+    with _on(flat.device):
+        _kernel(plan.kernel)[grid](
+            flat,
+            blocks.view(_WORDS.get(plan.kernel, torch.int32)),
+            books,
+            scales,
+            scales if bias is None else bias,
+            y,
+            sums,
+            arrived,
+            rows,
+            in_features // g,
+            tokens,
+            ends[1],
+            end1,
+            plan.split,
+            TOKENS=plan.tokens,
+            BOOKS=count,
+            SIZE=size,
+            GROUP=g,
+            PARTS=parts,
+            HAS_BIAS=bias is not None,
+            ROWS=plan.rows,
+            num_warps=plan.warps,
+            num_stages=1,
+        )
+    return y
+
+
+def dequantize(packed: list[Tensor], sizes: list[int], in_features: int) -> Tensor:
+    """See `dispatch.PackedKernel`."""
+    weight = packed[1].new_empty(packed[0].shape[1], in_features)
+    _decode(packed, sizes, 0, weight)
+    return weight
+
+
+def warm_up(
+    packed: list[Tensor], sizes: list[int], in_features: int, dtype: torch.dtype, has_bias: bool
+) -> None:
+    """Compile and run what any number of tokens can need; layers that share kernels do it once."""
+    rows = packed[0].shape[1]
+    for tokens in WARM_TOKENS:
+        x = torch.zeros(tokens, in_features, dtype=dtype, device=packed[0].device)
+        plan = plan_for(x, packed)
+        key = (plan.kernel, plan.tokens, plan.rows, plan.warps, packed[1].shape, dtype, has_bias)
+        if (x.device, *key) not in _warm:
+            _warm.add((x.device, *key))
+            bias = x.new_zeros(rows) if has_bias else None
+            linear(x, packed, bias, sizes)
+
+
+def _by_partition(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """More partitions than a kernel takes as arguments: one launch for each."""
+    blocks, books, scales = packed[:3]
+    starts = [sum(sizes[:part]) for part in range(len(sizes))]
+    outputs = []
+    for part, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        rows = slice(start, start + size)
+        one = [blocks[:, rows].contiguous(), books[part : part + 1], scales[rows]]
+        outputs.append(linear(x, one, None if bias is None else bias[rows], [size]))
+    return torch.cat(outputs, dim=-1)
+
+
+def _dense(flat: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """Decode into a scratch, some rows at a time, and multiply with cuBLAS."""
+    rows, in_features = packed[0].shape[1], flat.shape[1]
+    step = max(128, SCRATCH_BYTES // (in_features * flat.element_size()) // 128 * 128)
+    y = flat.new_empty(flat.shape[0], rows)
+    scratch = flat.new_empty(min(step, rows), in_features)
+    for start in range(0, rows, step):
+        weight = scratch[: min(step, rows - start)]
+        _decode(packed, sizes, start, weight)
+        torch.mm(flat, weight.t(), out=y[:, start : start + weight.shape[0]])
+    if bias is not None:
+        y += bias
+    return y
+
+
+def _decode(packed: list[Tensor], sizes: list[int], start: int, weight: Tensor) -> None:
+    """Decode rows start... of a layer into weight [some rows, in_features]."""
+    from pvrt_kernels.tile_gemm import decode_rows
+
+    blocks, books, scales = packed[:3]
+    _, count, size, g = books.shape
+    end, first = start + weight.shape[0], 0
+    tile = 128
+    with _on(weight.device):
+        for part, length in enumerate(sizes):
+            begin, stop = max(first, start), min(first + length, end)
+            first += length
+            if begin >= stop:
+                continue
+            decode_rows[(-(-(stop - begin) // tile), blocks.shape[0])](
+                blocks.view(torch.int32),
+                books[part],
+                scales,
+                weight[begin - start :],
+                blocks.shape[1],
+                weight.shape[1] // g,
+                begin,
+                stop,
+                BOOKS=count,
+                SIZE=size,
+                GROUP=g,
+                ROWS=tile,
+                num_warps=4,
+                num_stages=1,
+            )
+
+
+def _aligned(flat: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, for which kernels are compiled."""
+    flat = flat.contiguous()
+    return flat.clone() if flat.data_ptr() % 16 else flat
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _workspace(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Tensor]:
+    """Zeros of a device: float32 for partial sums, int32 for arrivals.
+
+    Grows outside of launches that can be captured (`pack` asks for what its layer can need); old
+    ones are kept, since captured graphs may hold their addresses.
+    """
+    owned = _workspaces.setdefault(device, [])
+    if not owned or owned[-1][0].numel() < sums or owned[-1][1].numel() < tiles:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a CUDA graph was captured before pvrt_kernels packed its weights")
+        have = [tensor.numel() for tensor in owned[-1]] if owned else [0, 0]
+        owned.append(
+            (
+                torch.zeros(max(sums, have[0]), dtype=torch.float32, device=device),
+                torch.zeros(max(tiles, have[1]), dtype=torch.int32, device=device),
+            )
+        )
+    return owned[-1]
+
+
+@lru_cache(maxsize=64)
+def _gpu(device: torch.device) -> Gpu:
+    return plans.describe_gpu(device)
+
+
+@lru_cache(maxsize=4096)
+def _choose(gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool) -> Plan:
+    plan = plans.choose(gpu, shape, tokens, dtype, deterministic)
+    if plan.kernel == "lut_gluon" and not gluon_gathers():
+        return Plan("lut", plan.tokens, plan.rows, plan.warps, plan.split)
+    return plan
+
+
+def gluon_gathers() -> bool:
+    """Whether this Triton's Gluon can gather from shared memory (3.7.1 and newer)."""
+    from triton.experimental.gluon import language
+
+    return hasattr(language.shared_memory_descriptor, "gather")
+
+
+def _kernel(name: str) -> Any:
+    """The Triton function of a plan; imported here because a CPU installation has no Triton."""
+    if name == "lut":
+        from pvrt_kernels.lut_gemv import lut_gemv
+
+        return lut_gemv
+    if name == "lut_gluon":
+        from pvrt_kernels.lut_gluon import lut_gluon
+
+        return lut_gluon
+    if name == "direct":
+        from pvrt_kernels.direct_gemv import direct_gemv
+
+        return direct_gemv
+    from pvrt_kernels.tile_gemm import tile_gemm
+
+    return tile_gemm
+
+
+KERNEL = PackedKernel(NAME, supports, pack, unpack, linear, dequantize)
+
+
+def register() -> None:
+    """Put the kernel in dispatch's table; what is not there is found out when it is asked."""
+    register_packed(KERNEL)

@@ -1,0 +1,184 @@
+"""Which GPU kernel runs a product, and how: from tables, never from a benchmark while serving.
+
+A table is a JSON file for one kind of GPU, a list of rules that are tried in order:
+
+    {"scheme": "2x8g8", "max_tokens": 1, "kernel": "lut", "rows": 1024, "warps": 8}
+
+A rule holds for up to `max_tokens` tokens (absent: any number), for one `scheme` or a width of
+codes ("8bit", "16bit"), and, where it says so, for one `layer` [out_features, in_features]. Kernels
+are lut, lut_gluon, direct and tile; dense, without rows and warps, decodes once and calls cuBLAS.
+`split` programs share a tile of rows; where a rule names none, it follows from the number of SMs.
+
+The user's own table (`pvrt bench kernels --tune` measures one) comes before the one that pvrt
+brings for the card, and that before the rules for unknown cards (`configs/any.json`).
+"""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pvrt_kernels.packing import block_count
+
+KERNELS = ("lut", "lut_gluon", "direct", "tile", "dense")
+VERSION = 1  # of the packed layout and of the rules: a table for another one is not used
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a choice depends on."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A weight [out_features, in_features] of M codebooks: `size` entries of `group` weights."""
+
+    num_codebooks: int
+    size: int
+    group: int
+    out_features: int
+    in_features: int
+
+    @property
+    def scheme(self) -> str:
+        """Written as everywhere, 2x8g8."""
+        return f"{self.num_codebooks}x{self.size.bit_length() - 1}g{self.group}"
+
+    @property
+    def width(self) -> str:
+        """Width of stored codes, "8bit" or "16bit"."""
+        return "8bit" if self.size <= 256 else "16bit"
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 16 bytes per row."""
+        return block_count(self.in_features // self.group, self.num_codebooks, self.size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel and its launch: tokens and rows per program, warps, programs per tile of rows."""
+
+    kernel: str
+    tokens: int = 1
+    rows: int = 0
+    warps: int = 4
+    split: int = 1
+
+
+DENSE = Plan("dense")
+_SLOTS = 16  # warps that are taken to run on an SM at a time
+
+
+def describe_gpu(device: torch.device) -> Gpu:
+    """The GPU of a device; a stand-in of 4 SMs for a CPU, where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return Gpu("interpreter", (8, 9), 4)
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Gpu(properties.name, capability, properties.multi_processor_count)
+
+
+def choose(gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool) -> Plan:
+    """The plan for a number of tokens; the same arguments always give the same plan."""
+    if gpu.capability < (8, 0):  # no tensor cores that Triton can use
+        return DENSE
+    if deterministic or dtype == torch.float32:  # others add in any order, or have float16 inputs
+        if tokens > 4:
+            return DENSE
+        return fit(Plan("direct", 0, 128, 4, 0), gpu, shape, tokens)
+    for rule in rules(gpu.name):
+        if matches(rule, shape, tokens):
+            if rule["kernel"] == "dense":
+                return DENSE
+            plan = Plan(rule["kernel"], 0, rule["rows"], rule["warps"], rule.get("split", 0))
+            return fit(plan, gpu, shape, tokens)
+    return DENSE
+
+
+def matches(rule: dict[str, Any], shape: Shape, tokens: int) -> bool:
+    """Whether a rule is about this weight and number of tokens."""
+    return (
+        tokens <= rule.get("max_tokens", tokens)
+        and rule.get("scheme", shape.scheme) in (shape.scheme, shape.width)
+        and rule.get("layer", [shape.out_features, shape.in_features])
+        == [shape.out_features, shape.in_features]
+    )
+
+
+def fit(plan: Plan, gpu: Gpu, shape: Shape, tokens: int) -> Plan:
+    """Fill in tokens per program (from the batch) and, where it is 0, split (from the SMs)."""
+    largest = 64 if plan.kernel == "tile" else 4
+    least = 8 if plan.kernel == "tile" else 1
+    per_program = min(max(1 << (tokens - 1).bit_length(), least), largest)
+    if tokens > per_program:
+        return replace(plan, tokens=per_program, split=1)
+    if plan.split == 0:
+        # A layer too small to fill the card with these tiles gets smaller ones.
+        while plan.warps > 4 and -(-shape.out_features // plan.rows) * shape.blocks < gpu.sms:
+            plan = replace(plan, rows=plan.rows // 2, warps=plan.warps // 2)
+        tiles = -(-shape.out_features // plan.rows)
+        split = best_split(tiles, shape.blocks, gpu.sms * max(1, _SLOTS // plan.warps))
+        plan = replace(plan, split=split)
+    return replace(plan, tokens=per_program, split=min(plan.split, shape.blocks))
+
+
+def best_split(tiles: int, blocks: int, slots: int) -> int:
+    """Programs per tile so that the last to finish is early; of equal ones the smallest.
+
+    `slots` programs run at a time. Each takes ceil(blocks / split) steps, and about one step more
+    to start and to finish.
+    """
+
+    def cost(split: int) -> int:
+        waves = -(-tiles * split // slots)
+        return waves * (-(-blocks // split) + 1)
+
+    return min(range(1, min(blocks, 64) + 1), key=lambda split: (cost(split), split))
+
+
+@lru_cache(maxsize=16)
+def rules(name: str) -> tuple[dict[str, Any], ...]:
+    """Rules for a card: the user's, then the shipped ones, then those for unknown cards."""
+    own = user_table(name)
+    tables = [read_table(own)] if own.is_file() else []
+    folder = files("pvrt_kernels") / "configs"
+    shipped = [json.loads(file.read_text()) for file in folder.iterdir()]
+    tables += [table for table in shipped if name in table["names"]]
+    tables += [table for table in shipped if not table["names"]]
+    return tuple(rule for table in tables if table for rule in table["rules"])
+
+
+def user_table(name: str) -> Path:
+    """Where `pvrt bench kernels --tune` writes for a card: $XDG_CACHE_HOME/pvrt/kernels."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    stem = "".join(c if c.isalnum() else "-" for c in name.lower())
+    return cache / "pvrt" / "kernels" / f"{stem}.json"
+
+
+def read_table(path: Path) -> dict[str, Any] | None:
+    """A user's table; None for one of another version. Raises ValueError when it is malformed."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["version"] != VERSION:
+            return None
+        for rule in table["rules"]:
+            if rule["kernel"] not in KERNELS:
+                raise ValueError(f"unknown kernel {rule['kernel']!r}")
+            if rule["kernel"] != "dense":
+                Plan(rule["kernel"], 0, int(rule["rows"]), int(rule["warps"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a table of kernels ({error}); delete it or measure it anew with "
+            "pvrt bench kernels --tune"
+        ) from error
+    return dict(table)

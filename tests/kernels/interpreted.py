@@ -1,0 +1,332 @@
+"""GPU kernels in Triton's interpreter, against the reference in float64. Run by test_gpu.py.
+
+Needs TRITON_INTERPRET=1 before anything imports Triton: pytest tests/kernels/interpreted.py alone.
+"""
+
+import dataclasses
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from pvrt.scheme import Scheme
+from pvrt_kernels import dispatch, gpu, lut_gluon, plans, reference
+from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+from pvrt_kernels.packing import pack_codes, unpack_codes
+from pvrt_kernels.plans import Plan
+
+HALF, BFLOAT = torch.float16, torch.bfloat16
+# Relative error of a product: one rounding of its sums, one of each weight (tile and dense). The
+# interpreter cuts float32 off at bfloat16 instead of rounding.
+TOLERANCE = {HALF: 4e-4, BFLOAT: 8e-3, torch.float32: 1e-6}
+
+
+def multiply_in_float32(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """The interpreter keeps bfloat16 as bits and would multiply those."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = widen(a), widen(b)
+    return exact_dot(self, a, b, *rest)
+
+
+def widen(handle: Any) -> Any:
+    bits = handle.data.view(np.uint16).astype(np.uint32) << 16
+    return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+exact_dot = interpreter.InterpreterBuilder.create_dot
+interpreter.InterpreterBuilder.create_dot = multiply_in_float32
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = dataclasses.replace(gpu.KERNEL, supports=lambda problem: True)
+    monkeypatch.setattr(dispatch, "_packed_kernels", {gpu.NAME: kernel})
+    monkeypatch.setattr(plans, "user_table", lambda name: Path("/nonexistent"))
+
+
+@dataclasses.dataclass
+class Case:
+    """A random fused layer, packed and as a float64 weight."""
+
+    packed: PackedWeight
+    weight: Tensor
+    parts: tuple[Tensor, Tensor, Tensor]
+
+
+def case(scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype = HALF) -> Case:
+    form = Scheme.parse(scheme)
+    torch.manual_seed(in_features)
+    codes = torch.randint(0, form.codebook_size, form.codes_shape(sum(sizes), in_features))
+    codes = codes.to(form.code_dtype)
+    books = torch.randn(len(sizes), *form.codebooks_shape).to(dtype)
+    scales = (torch.rand(form.scales_shape(sum(sizes))) + 0.5).to(dtype)
+    packed = aqlm_pack(codes, books, scales, dtype, sizes)
+    assert packed is not None
+    weight = reference.dequantize(codes, books.double(), scales.double(), sizes)
+    # `reference` sums in float32; exact enough against sixteen bits, and done again for float32
+    return Case(packed, weight.double(), (codes, books, scales))
+
+
+def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
+    expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def run(plan: Plan, layer: Case, tokens: int, dtype: torch.dtype, bias: bool = False) -> None:
+    packed, sizes = layer.packed.tensors, layer.packed.partition_sizes
+    x = torch.randn(tokens, layer.packed.in_features).to(dtype)
+    b = torch.randn(sum(sizes)).to(dtype) if bias else None
+    for _ in range(min(plan.split, 2)):  # the second finds the workspace as the first left it
+        y = gpu.launch(plan, x, packed, b, sizes)
+        assert error(y, x, layer.weight, b) < TOLERANCE[dtype], (plan, tokens)
+    sums, arrived = gpu._workspaces[torch.device("cpu")][-1]
+    assert not sums.any()
+    assert not arrived.any()
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8", "1x16g16", "1x8g4", "4x8g8", "3x8g8"])
+@pytest.mark.parametrize("in_features", [96, 176])
+def test_packing_turns_back_into_the_checkpoints_tensors(scheme: str, in_features: int) -> None:
+    layer = case(scheme, [5, 6], in_features)
+    for ours, theirs in zip(layer.packed.unpack(), layer.parts, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    blocks = layer.packed.tensors[0]
+    assert blocks.is_contiguous()
+    if scheme != "3x8g8":
+        spare = blocks.numel() - layer.parts[0].numel() * layer.parts[0].element_size()
+        assert 0 <= spare < 16 * 11  # less than a block per row
+
+
+def test_signed_codes_are_packed_as_indices() -> None:
+    codes = torch.tensor([[[-1], [127], [-128], [5]]], dtype=torch.int8)
+    assert pack_codes(codes, 256)[0, 0, :5].tolist() == [255, 127, 128, 5, 0]
+    assert pack_codes(codes, 128)[0, 0, :5].tolist() == [127, 127, 0, 5, 0]
+    assert torch.equal(unpack_codes(pack_codes(codes, 256), 4, 1, 256), codes)
+
+
+# Rows that end inside a tile, inputs that end inside a block, fused layers, every split.
+@pytest.mark.parametrize(
+    ("scheme", "sizes", "in_features", "dtype"),
+    [
+        ("2x8g8", [70], 136, HALF),
+        ("2x8g8", [70, 33, 5], 136, BFLOAT),
+        ("1x8g8", [70, 64], 72, HALF),
+        ("1x8g4", [33], 72, BFLOAT),
+        ("4x8g8", [65], 48, HALF),
+        ("4x8g16", [65], 80, HALF),
+        ("3x8g8", [65], 48, HALF),
+        ("2x7g8", [65], 72, HALF),
+        ("2x8g32", [65], 160, HALF),
+    ],
+)
+def test_table_lookups(scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype) -> None:
+    layer = case(scheme, sizes, in_features, dtype)
+    for tokens, split in ((1, 1), (1, 2), (3, 1)):
+        compiled = 1 << (tokens - 1).bit_length()
+        run(Plan("lut", compiled, 64, 4, split), layer, tokens, dtype, bias=split == 2)
+
+
+def test_table_lookups_for_two_and_four_tokens() -> None:
+    layer = case("2x8g8", [70], 136)
+    run(Plan("lut", 2, 64, 4, 3), layer, 2, HALF)
+    run(Plan("lut", 4, 64, 4, 1), layer, 4, HALF, bias=True)
+
+
+def test_half_precision_tables_do_not_overflow() -> None:
+    layer = case("2x8g8", [40], 64)
+    x = torch.randn(2, 64).to(HALF)
+    x[1] *= 3000  # products with codewords are beyond float16 before they are scaled
+    y = gpu.launch(Plan("lut", 2, 64, 4, 1), x, layer.packed.tensors, None, [40])
+    for token in range(2):
+        expected = x[token].double() @ layer.weight.T
+        finite = expected.abs() < 60000
+        assert finite.sum() > 10
+        assert error(y[token, finite], x[token], layer.weight[finite]) < TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sizes", "in_features", "dtype"),
+    [
+        ("1x16g8", [70, 9], 136, HALF),
+        ("1x16g16", [20], 144, BFLOAT),
+        ("2x12g8", [20], 72, HALF),
+        ("2x8g8", [20, 3, 7], 72, HALF),
+        ("1x8g4", [40], 72, torch.float32),
+    ],
+)
+def test_direct_decoding(
+    scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype
+) -> None:
+    layer = case(scheme, sizes, in_features, dtype)
+    for tokens, split in ((1, 2), (3, 1)):
+        compiled = 1 << (tokens - 1).bit_length()
+        run(Plan("direct", compiled, 32, 4, split), layer, tokens, dtype, bias=tokens == 3)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "sizes", "in_features", "dtype"),
+    [
+        ("2x8g8", [70, 33, 5], 136, BFLOAT),
+        ("1x16g8", [70], 136, HALF),
+        ("1x16g16", [70], 144, HALF),
+        ("1x8g4", [70], 72, HALF),
+        ("4x8g16", [70], 80, BFLOAT),
+    ],
+)
+def test_tiles_on_tensor_cores(
+    scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype
+) -> None:
+    layer = case(scheme, sizes, in_features, dtype)
+    for tokens, compiled, split in ((5, 8, 2), (16, 16, 1), (37, 32, 1)):
+        run(Plan("tile", compiled, 64, 4, split), layer, tokens, dtype, bias=tokens == 5)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, torch.float32])
+def test_decoding_whole_weights_rounds_once(dtype: torch.dtype) -> None:
+    for scheme in ("2x8g8", "4x8g8", "1x16g16"):
+        layer = case(scheme, [70, 33], 144, dtype)
+        exact = reference.dequantize(*layer.parts, [70, 33])
+        ours = layer.packed.dequantize()
+        if dtype == BFLOAT:
+            torch.testing.assert_close(ours, exact, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(ours, exact)
+
+
+def test_many_tokens_are_multiplied_in_pieces_of_the_scratch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 1)  # 128 rows at a time
+    layer = case("2x8g8", [150, 120], 48)
+    x, bias = torch.randn(3, 100, 48).to(HALF), torch.randn(270).to(HALF)
+    monkeypatch.setattr(plans, "rules", lambda name: ())
+    y = aqlm_packed_linear(x, layer.packed, bias)
+    assert error(y, x, layer.weight, bias) < TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT, torch.float32])
+def test_every_batch_size_through_the_public_op(dtype: torch.dtype) -> None:
+    layer = case("2x8g8", [70, 33], 72, dtype)
+    kernels = set()
+    for tokens in (1, 3, 5, 33, 65, 300):
+        x = torch.randn(1, tokens, 72).to(dtype)
+        kernels.add(gpu.plan_for(x[0], layer.packed.tensors).kernel)
+        y = aqlm_packed_linear(x, layer.packed)
+        assert y.shape == (1, tokens, 103)
+        assert error(y, x, layer.weight) < TOLERANCE[dtype], tokens
+    expected = {"direct", "dense"} if dtype == torch.float32 else {"lut", "tile", "dense"}
+    assert kernels == expected
+    assert aqlm_packed_linear(torch.zeros(0, 72).to(dtype), layer.packed).shape == (0, 103)
+
+
+def test_more_than_three_partitions() -> None:
+    layer = case("2x8g8", [20, 8, 33, 5], 72)
+    x, bias = torch.randn(2, 72).to(HALF), torch.randn(66).to(HALF)
+    y = aqlm_packed_linear(x, layer.packed, bias)
+    assert error(y, x, layer.weight, bias) < TOLERANCE[HALF]
+
+
+def test_deterministic_mode_decodes_directly() -> None:
+    layer = case("2x8g8", [40], 72)
+    x = torch.randn(2, 72).to(HALF)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert gpu.plan_for(x, layer.packed.tensors).kernel == "direct"
+        y = aqlm_packed_linear(x, layer.packed)
+        assert torch.equal(y, aqlm_packed_linear(x, layer.packed))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert error(y, x, layer.weight) < TOLERANCE[HALF]
+
+
+def test_other_layouts_of_x_and_gradients() -> None:
+    layer = case("2x8g8", [40], 72)
+    wide = torch.randn(2, 80).to(HALF)
+    x = wide[:, 1:73]  # neither contiguous nor aligned
+    assert error(aqlm_packed_linear(x, layer.packed), x, layer.weight) < TOLERANCE[HALF]
+    x = x.clone().requires_grad_(True)
+    y = aqlm_packed_linear(x, layer.packed)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    expected = torch.ones(2, 40).double() @ layer.weight
+    assert float((grad.double() - expected).norm() / expected.norm()) < TOLERANCE[HALF]
+
+
+def test_warming_up_runs_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = case("2x8g8", [40], 72)
+    seen = []
+    real = gpu.launch
+
+    def note(plan: Plan, *rest: Any) -> Tensor:
+        seen.append((plan.kernel, plan.tokens))
+        return real(plan, *rest)
+
+    monkeypatch.setattr(gpu, "launch", note)
+    monkeypatch.setattr(gpu, "_warm", set())
+    for _ in range(2):
+        gpu.warm_up(layer.packed.tensors, [40], 72, HALF, has_bias=False)
+    tiles = [("tile", tokens) for tokens in (8, 16, 32, 64)]
+    assert seen[:7] == [("lut", 1), ("lut", 2), ("lut", 4), *tiles]
+    assert len(seen) == len(set(seen)) or len(seen) == 8  # 64 rows a tile, and again 128
+
+
+class Shared:
+    """Stands for a descriptor of shared memory."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.data[int(start) : int(start) + int(length)])
+
+    def store(self, values: Any) -> None:
+        self.data[:] = values.handle.data
+
+    def gather(self, index: Any, axis: int) -> Any:
+        handle = interpreter.TensorHandle(self.data[index.handle.data], tl.float32)
+        return tl.tensor(handle, tl.block_type(tl.float32, list(index.shape)))
+
+
+def interpreted_gluon(warps: int) -> Any:
+    """`lut_gluon` with layouts and barriers left out, run by the interpreter of Triton."""
+    plain = {
+        name: lambda *args, _name=name, layout=None, **kwargs: getattr(tl, _name)(*args, **kwargs)
+        for name in (
+            *("arange", "zeros", "zeros_like", "load", "store", "atomic_add", "program_id"),
+            *("cdiv", "sum", "reshape", "static_range"),
+        )
+    }
+    gl = types.SimpleNamespace(
+        **plain,
+        constexpr=tl.constexpr,
+        float32=tl.float32,
+        int64=tl.int64,
+        BlockedLayout=lambda *args: None,
+        SliceLayout=lambda *args: None,
+        SwizzledSharedLayout=lambda *args, order: None,
+        allocate_shared_memory=lambda dtype, shape, layout: Shared(
+            np.full(shape, np.nan, dtype=np.float32)
+        ),
+        convert_layout=lambda tensor, layout: tensor,
+        barrier=lambda: None,
+        num_warps=lambda: warps,
+    )
+    source = lut_gluon.lut_gluon.fn
+    names = {**source.__globals__, "gl": gl, "tl": tl}
+    function = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+    return triton.jit(function)
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g4", "4x8g16"])
+def test_gluon_lookups(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_kernel", lambda name: interpreted_gluon(1))
+    layer = case(scheme, [70, 33], 144)
+    for split in (1, 2):
+        run(Plan("lut_gluon", 1, 64, 1, split), layer, 1, HALF, bias=split == 2)

@@ -1,0 +1,147 @@
+"""GPU kernels without a GPU: in Triton's interpreter, and what of them needs no Triton at all."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pvrt_kernels import gpu, plans
+from pvrt_kernels.dispatch import Problem
+from pvrt_kernels.plans import Gpu, Plan, Shape
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
+SQUARE = Shape(2, 256, 8, 4096, 4096)
+CONFIGS = Path(plans.__file__).parent / "configs"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plans.rules.cache_clear()
+    return tmp_path
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_every_kernel_equals_the_reference_in_the_interpreter() -> None:
+    """In a process of its own, since Triton decides at import how its functions run."""
+    file = Path(__file__).with_name("interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+def test_importing_the_package_loads_neither_triton_nor_cuda() -> None:
+    script = "import sys, torch, pvrt_kernels; assert 'triton' not in sys.modules; assert not "
+    script += "torch.cuda.is_initialized(); print(pvrt_kernels.has_fast_kernel('cuda', 2, 8, 8))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(torch.cuda.is_available())
+
+
+def problem(**changes: object) -> Problem:
+    values = {
+        "device_type": "cuda",
+        "dtype": torch.float16,
+        "num_codebooks": 2,
+        "codebook_size": 256,
+        "out_group_size": 1,
+        "in_group_size": 8,
+        "tokens": 1,
+    }
+    return Problem(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_usable", lambda: True)
+    assert gpu.supports(problem())
+    assert gpu.supports(problem(num_codebooks=1, codebook_size=65536, in_group_size=16))
+    refused: list[dict[str, object]] = [
+        {"device_type": "cpu"},
+        {"num_codebooks": 5},
+        {"in_group_size": 6},
+        {"out_group_size": 4},
+        {"dtype": torch.float64},
+    ]
+    for change in refused:
+        assert not gpu.supports(problem(**change)), change
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
+def test_shipped_tables_are_sound_and_say_where_they_come_from(file: Path) -> None:
+    table = plans.read_table(file)
+    assert table is not None
+    assert {"version", "names", "measured", "basis", "rules"} <= table.keys()
+    assert table["rules"][-1] == {"kernel": "dense"}, "any number of tokens must find a rule"
+    for rule in table["rules"]:
+        assert rule["kernel"] in plans.KERNELS
+        if rule["kernel"] == "lut":
+            assert rule["scheme"] != "16bit" and rule["max_tokens"] <= 4
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 3090", ADA.name, "a card of next year"])
+def test_every_batch_has_a_plan_that_fills_the_card(name: str) -> None:
+    card = Gpu(name, (8, 9), 128)
+    for out, inputs in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192)):
+        for scheme in ((2, 256, 8), (1, 65536, 8), (1, 65536, 16), (1, 256, 4), (4, 256, 16)):
+            shape = Shape(*scheme, out, inputs)
+            for tokens in (1, 2, 4, 8, 16, 64):
+                plan = plans.choose(card, shape, tokens, torch.float16, False)
+                assert plan.kernel != "dense"
+                programs = -(-out // plan.rows) * plan.split
+                assert programs >= min(128, -(-out // plan.rows) * min(shape.blocks, 64)) * 0.7
+                assert plan.split <= shape.blocks
+                assert plan.tokens >= min(tokens, 64)
+
+
+def test_kernels_change_with_the_batch() -> None:
+    def kernel(tokens: int, **options: object) -> str:
+        dtype = options.get("dtype", torch.float16)
+        assert isinstance(dtype, torch.dtype)
+        deterministic = bool(options.get("deterministic", False))
+        return plans.choose(ADA, SQUARE, tokens, dtype, deterministic).kernel
+
+    assert [kernel(n) for n in (1, 4, 5, 64, 4096)] == ["lut", "lut", "tile", "tile", "dense"]
+    assert kernel(1, deterministic=True) == "direct"
+    assert kernel(8, deterministic=True) == "dense"
+    assert kernel(1, dtype=torch.float32) == "direct"
+    turing = Gpu("NVIDIA GeForce RTX 2080 Ti", (7, 5), 68)
+    assert plans.choose(turing, SQUARE, 1, torch.float16, False) == plans.DENSE
+
+
+def test_best_split_balances_the_last_wave() -> None:
+    assert plans.best_split(4, 64, 256) == 64  # all at once, a block each
+    assert plans.best_split(1000, 64, 256) == 1  # enough programs as it is
+    assert plans.best_split(11, 64, 256) == 22  # 3 blocks each; 23 would be no faster
+
+
+def test_a_users_table_comes_first_and_rules_can_be_for_one_layer(cache: Path) -> None:
+    own = plans.user_table(ADA.name)
+    own.parent.mkdir(parents=True)
+    rule = {"scheme": "2x8g8", "layer": [4096, 4096], "max_tokens": 1, "kernel": "direct"}
+    rule |= {"rows": 128, "warps": 4, "split": 8}
+    own.write_text(json.dumps({"version": plans.VERSION, "rules": [rule]}))
+    assert plans.choose(ADA, SQUARE, 1, torch.float16, False) == Plan("direct", 1, 128, 4, 8)
+    assert plans.choose(ADA, SQUARE, 2, torch.float16, False).kernel == "lut"
+    other = Shape(2, 256, 8, 11008, 4096)
+    assert plans.choose(ADA, other, 1, torch.float16, False).kernel == "lut"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"version": 1}', '{"version": 1, "rules": [{"kernel": "fast"}]}']
+)
+def test_a_spoiled_table_is_named_and_an_old_one_passed_over(cache: Path, content: str) -> None:
+    own = plans.user_table(ADA.name)
+    own.parent.mkdir(parents=True)
+    own.write_text(content)
+    with pytest.raises(ValueError, match="is not a table of kernels"):
+        plans.choose(ADA, SQUARE, 1, torch.float16, False)
+    own.write_text('{"version": 0}')
+    plans.rules.cache_clear()
+    assert plans.choose(ADA, SQUARE, 1, torch.float16, False).kernel == "lut"
