@@ -3,9 +3,10 @@
 Minimises tr(E H E^T) with E = W - s * sum_m C_m[b_m] and H = mean of x x^T over calibration tokens
 (arXiv 2401.06118, section 3; H is the layer's input second moment):
 
-    start        k-means on rows / scale, weighted by diag(H), one codebook after the other
-    assignment   group by group with the error carried into later groups (as GPTQ does, here with
-                 whole groups: the metric is the Schur complement of the groups still to come)
+    start        k-means on rows / scale, one codebook after the other, each coordinate weighted by
+                 the part of the loss that later inputs cannot make up for
+    assignment   group by group, loud inputs first, with the error carried into the groups to come
+                 (as GPTQ does, here with whole groups)
     rounds of    codebooks by conjugate gradients and scales in closed form (both are linear given
                  the codes), then a sweep over all codes on the exact objective
 
@@ -13,9 +14,8 @@ Shapes: W [out, in], H [in, in], codes [out, groups, M], codebooks C [M, K, g], 
 Everything is float32; a run is deterministic for one seed, machine and thread count.
 """
 
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,20 +23,32 @@ from torch.nn import functional as F
 
 from pvrt.checkpoint import QuantizedLayer
 from pvrt.scheme import Scheme
+from pvrt_tune.kmeans import Schedule, kmeans, summing_matrix
+from pvrt_tune.objective import Objective, column_blocks
+from pvrt_tune.search import Cells, ScoreRows, halve, in_metric, lowest
+
+#: Codebooks up to this size are searched entry by entry: two levels gain nothing below.
+EXHAUSTIVE = 1024
+# Power of the conditional second moment that weights k-means. Sweeps can still make up for a part
+# of every error, so loud inputs matter less than the plain metric says (benchmarks/results).
+_IMPORTANCE_POWER = 0.65
 
 
 @dataclass(frozen=True)
 class FitSettings:
     """Effort of one layer's fit.
 
-    rounds: alternations of fit and sweep. damping: share of mean(diag H) added to the diagonal for
-    the assignment's inverse only; the objective itself is never damped. column_block: input
-    features whose products with H are updated at once.
+    rounds: alternations of fit and sweep. beam: joint choices kept while the codes of a group are
+    chosen. probes: cells of a large codebook that a search looks into (see `Cells`). damping: share
+    of mean(diag H) added to the diagonal for the assignment's inverse only; the objective itself is
+    never damped. column_block: input features whose products with H are updated at once.
     """
 
     rounds: int = 10
     kmeans_iterations: int = 24
     kmeans_momentum: float = 0.8
+    beam: int = 4
+    probes: int = 8
     cg_iterations: int = 8
     damping: float = 0.01
     column_block: int = 128
@@ -66,13 +78,13 @@ class AdditiveFit:
             raise ValueError(f"cannot fit scheme {scheme} to a {out} x {in_features} layer")
         self.g, self.size = scheme.in_group_size, scheme.codebook_size
         self.groups = in_features // self.g
+        self.cells = 1 if self.size <= EXHAUSTIVE else 1 << (scheme.nbits_per_codebook // 2)
         self.scheme, self.settings, self.generator = scheme, settings, generator
-        self.weight, self.moment = weight.float(), second_moment.float()
-        energy = float(torch.einsum("oi,oi->", self.weight @ self.moment, self.weight))
-        self.energy = max(energy, torch.finfo(torch.float32).tiny)
+        self.objective = Objective(weight, second_moment)
+        self.weight, self.moment = self.objective.weight, self.objective.moment
         # A row of zeros still needs a scale to divide by.
-        self.scales = self.weight.pow(2).mean(1, keepdim=True).sqrt().clamp_min(1e-8)
-        self.codebooks = weight.new_zeros(scheme.num_codebooks, self.size, self.g).float()
+        self.scales = self.weight.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
+        self.codebooks = self.weight.new_zeros(scheme.num_codebooks, self.size, self.g)
         self.codes = torch.zeros(
             out, self.groups, scheme.num_codebooks, dtype=torch.int64, device=weight.device
         )
@@ -93,65 +105,71 @@ class AdditiveFit:
 
     def relative_error(self) -> float:
         """tr(E H E^T) / tr(W H W^T)."""
-        error = self.residual()
-        return float(torch.einsum("oi,oi->", error @ self.moment, error)) / self.energy
+        return self.objective.relative_error(self.scales * self.unscaled())
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Groups by the energy of their inputs, loudest first."""
+        energy = self.moment.diagonal().view(self.groups, self.g).sum(1)
+        return energy.argsort(descending=True, stable=True)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """Inputs in the order of `_order`."""
+        inside = torch.arange(self.g, device=self._order.device)
+        return (self._order.unsqueeze(1) * self.g + inside).reshape(-1)
+
+    @cached_property
+    def _feedback(self) -> Tensor:
+        """Factor that carries errors into later inputs, both in the order of `_columns`."""
+        return self.objective.feedback(self.settings.damping, self._columns)
+
+    def _conditional(self, start: int) -> tuple[Tensor, Tensor]:
+        """Inverse of the factor's block at an ordered group, and the metric that it makes.
+
+        The metric [g, g] is the Schur complement of all later groups in H: the loss of a group's
+        error once those have made the best of it.
+        """
+        group = slice(start, start + self.g)
+        inverse = torch.linalg.inv(self._feedback[group, group])
+        return inverse, inverse @ inverse.T
 
     # ---- start ----
 
     def start(self) -> None:
-        """Residual k-means on the scaled rows, each coordinate weighted by its diag(H)."""
+        """Residual k-means on the scaled rows, each coordinate weighted by its own importance."""
         points = (self.weight / self.scales).reshape(-1, self.g)
-        importance = self.moment.diagonal().clamp_min(0).reshape(1, self.groups, self.g)
+        firsts = range(0, len(self.moment), self.g)
+        metrics = torch.stack([self._conditional(first)[1].diagonal() for first in firsts])
+        importance = torch.empty_like(metrics)
+        importance[self._order] = metrics.clamp_min(0).pow(_IMPORTANCE_POWER)
         importance = importance + 1e-6 * importance.mean()
         weights = (importance * self.scales.square().unsqueeze(-1)).reshape(-1, self.g)
         flat_codes = self.codes.view(-1, len(self.codebooks))
+        settings = self.settings
+        schedule = Schedule(
+            settings.kmeans_iterations, settings.kmeans_momentum, self.cells, settings.probes
+        )
         for m in range(len(self.codebooks)):
-            self.codebooks[m], flat_codes[:, m] = self._kmeans(points, weights)
+            self.codebooks[m], flat_codes[:, m] = kmeans(
+                points, weights, self.size, schedule, self.generator
+            )
             points = points - self.codebooks[m][flat_codes[:, m]]
-
-    def _kmeans(self, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted k-means with heavy-ball momentum. Returns centres [K, g] and assignments.
-
-        All points take part and many iterations pay: the start's local minimum is what the later
-        rounds refine but never leave. Momentum makes 24 iterations better than 40 plain ones.
-        """
-        order = torch.randperm(len(points), generator=self.generator, device=points.device)
-        # With fewer points than entries some start alike; `reseed_dead` moves them later.
-        pick = torch.arange(self.size, device=points.device) % len(points)
-        centres = points[order[pick]].clone()
-        weighted = weights * points
-        features = torch.cat([weighted, weights], 1)
-        velocity = torch.zeros_like(centres)
-        iterations = self.settings.kmeans_iterations
-        for i in range(iterations):
-            gather = _summing_matrix(_nearest(features, centres), self.size)
-            mass = gather @ weights
-            mean = (gather @ weighted) / mass.clamp_min(1e-30)
-            to_mean = torch.where(mass > 0, mean - centres, 0)
-            if i < iterations - 2:
-                velocity = self.settings.kmeans_momentum * velocity + to_mean
-                centres = centres + velocity
-            else:  # end on plain steps, or the centres would still be swinging
-                centres = centres + to_mean
-        return centres, _nearest(features, centres)
 
     # ---- codes ----
 
     def assign_with_feedback(self) -> None:
-        """Choose all codes left to right, carrying each group's error into the later groups."""
-        identity = torch.eye(len(self.moment), device=self.moment.device)
-        damping = self.settings.damping * self.moment.diagonal().mean()
-        chol = torch.linalg.cholesky(self.moment + (damping + 1e-12) * identity)
-        upper = torch.linalg.cholesky(torch.cholesky_inverse(chol), upper=True)
-        target = self.weight.clone()
+        """Choose all codes group by group, carrying each group's error into the later groups."""
+        upper, order = self._feedback, self._order.tolist()
+        target = self.weight[:, self._columns]
+        index = self._index()
         for start, stop in self._column_blocks():
             carried = torch.zeros(len(target), stop - start, device=target.device)
             for first in range(start, stop, self.g):
                 group = slice(first, first + self.g)
-                inverse = torch.linalg.inv(upper[group, group])
-                metric = inverse @ inverse.T
+                inverse, metric = self._conditional(first)
                 z = (target[:, group] @ metric) / self.scales
-                value = self._choose(first // self.g, z, metric)
+                value = self._choose(order[first // self.g], z, metric, index)
                 error = (target[:, group] - self.scales * value) @ inverse
                 carried[:, first - start : first - start + self.g] = error
                 later = slice(first + self.g, stop)
@@ -161,51 +179,81 @@ class AdditiveFit:
     def sweep(self) -> None:
         """One pass over all groups: the best codes of a group given all others."""
         product = self.residual() @ self.moment  # R = E H, kept exact while codes change
-        blocks = list(self._column_blocks())
-        for index in self._permutation(len(blocks)):
-            start, stop = blocks[index]
+        blocks = self._column_blocks()
+        index = self._index()
+        for block in self._permutation(len(blocks)):
+            start, stop = blocks[block]
             inside = slice(start, stop)
             changes = torch.zeros(len(product), stop - start, device=product.device)
             for offset in self._permutation((stop - start) // self.g):
                 local = slice(offset * self.g, (offset + 1) * self.g)
                 group = slice(start + local.start, start + local.stop)
                 metric = self.moment[group, group]
-                old = self._value(group.start // self.g)
+                old = self._value(self.codes[:, group.start // self.g])
                 z = product[:, group] / self.scales + old @ metric
-                change = self.scales * (self._choose(group.start // self.g, z, metric) - old)
+                new = self._choose(group.start // self.g, z, metric, index)
+                change = self.scales * (new - old)
                 changes[:, local] = change
                 product[:, inside] -= change @ self.moment[group, inside]
             outside = changes @ self.moment[inside]
             product[:, :start] -= outside[:, :start]
             product[:, stop:] -= outside[:, stop:]
 
-    def _value(self, group: int) -> Tensor:
-        """Unscaled decoded value of one group, [out, g]."""
-        books = range(len(self.codebooks))
-        return torch.stack([self.codebooks[m][self.codes[:, group, m]] for m in books]).sum(0)
+    def _value(self, codes: Tensor) -> Tensor:
+        """Unscaled decoded value [..., g] of codes [..., M]."""
+        parts = [book[codes[..., m]] for m, book in enumerate(self.codebooks)]
+        return torch.stack(parts).sum(0)
 
-    def _choose(self, group: int, z: Tensor, metric: Tensor) -> Tensor:
+    def _index(self) -> list[Cells]:
+        """Cells of large codebooks, cut anew because entries move; else nothing."""
+        if self.cells == 1:
+            return []
+        loudness = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
+        return [Cells(halve(book * loudness, self.cells)) for book in self.codebooks]
+
+    def _choose(self, group: int, z: Tensor, metric: Tensor, index: list[Cells]) -> Tensor:
         """Set the codes of one group to minimise u A u^T - 2 <u, z>, u the sum of entries.
 
-        z [out, g], metric A [g, g]. Coordinate descent over codebooks in random order from the
-        current codes. Returns the new u [out, g].
+        z [out, g], metric A [g, g]. Visits the codebooks once in random order, beginning with the
+        current codes and keeping the `beam` best joint choices (arXiv 2401.06118, section 3.2).
+        Never ends above the current codes. Returns the new u [out, g].
         """
-        values = [book[self.codes[:, group, m]] for m, book in enumerate(self.codebooks)]
-        for m in self._permutation(len(self.codebooks)):
-            book = self.codebooks[m]
-            others = sum(value for k, value in enumerate(values) if k != m)
-            left = z - others @ metric if len(values) > 1 else z
-            codes = _lowest(left, -2 * book, ((book @ metric) * book).sum(1))
-            self.codes[:, group, m] = codes
-            values[m] = book[codes]
-        return torch.stack(values).sum(0)
+        score = in_metric(metric)
+        current = self.codes[:, group].unsqueeze(1)
+        choices = current
+        visited = self._permutation(len(self.codebooks))
+        for m in visited:
+            others = self._value(choices) - self.codebooks[m][choices[..., m]]
+            left = (z.unsqueeze(1) - others @ metric).flatten(0, 1)
+            count = 1 if m == visited[-1] else self.settings.beam
+            found = self._best(m, left, score, count, index)
+            choices = choices.repeat_interleave(found.shape[1], 1)
+            choices[..., m] = found.reshape(len(z), -1)
+            choices = self._keep(choices, z, metric, count)
+        choices = self._keep(torch.cat([current, choices], 1), z, metric, 1)
+        self.codes[:, group] = choices[:, 0]
+        return self._value(choices[:, 0])
+
+    def _best(self, m: int, z: Tensor, score: ScoreRows, count: int, index: list[Cells]) -> Tensor:
+        """The `count` best entries of codebook m for every z, [n, count]."""
+        if index:
+            return index[m].lowest(z, self.codebooks[m], score, (self.settings.probes, count))
+        return lowest(z, *score(self.codebooks[m]), count)
+
+    def _keep(self, choices: Tensor, z: Tensor, metric: Tensor, count: int) -> Tensor:
+        """The `count` best of joint choices [out, n, M]."""
+        if choices.shape[1] <= count:
+            return choices
+        value = self._value(choices)
+        loss = ((value @ metric - 2 * z.unsqueeze(1)) * value).sum(2)
+        best = loss.topk(count, 1, largest=False).indices
+        return choices.gather(1, best.unsqueeze(2).expand(-1, -1, choices.shape[2]))
 
     # ---- continuous parameters ----
-
     def fit_codebooks(self) -> None:
         """Conjugate gradients on the codebooks: the objective is quadratic in them."""
         gathers = [
-            _summing_matrix(self.codes[..., m].reshape(-1), self.size)
+            summing_matrix(self.codes[..., m].reshape(-1), self.size)
             for m in range(len(self.codebooks))
         ]
 
@@ -222,7 +270,7 @@ class AdditiveFit:
         step = inverse * gradient
         direction, strength = step, (gradient * step).sum()
         for _ in range(self.settings.cg_iterations):
-            if float(strength) <= 1e-12 * self.energy:
+            if float(strength) <= 1e-12 * self.objective.energy:
                 break
             image = collect(self.scales * self.unscaled(direction))
             length = strength / (direction * image).sum().clamp_min(1e-30)
@@ -263,11 +311,8 @@ class AdditiveFit:
 
     # ---- helpers ----
 
-    def _column_blocks(self) -> Iterator[tuple[int, int]]:
-        width = max(self.g, self.settings.column_block // self.g * self.g)
-        in_features = self.weight.shape[1]
-        for start in range(0, in_features, width):
-            yield start, min(start + width, in_features)
+    def _column_blocks(self) -> list[tuple[int, int]]:
+        return list(column_blocks(len(self.moment), self.g, self.settings.column_block))
 
     def _permutation(self, count: int) -> list[int]:
         device = self.generator.device
@@ -310,52 +355,3 @@ def fit_layer(
     fit.fit_codebooks()
     fit.fit_scales()
     return fit.result(dtype)
-
-
-def _nearest(features: Tensor, centres: Tensor) -> Tensor:
-    """Nearest centre per point; features are [weights * points, weights], [points, 2g]."""
-    return _lowest(features, torch.cat([-2 * centres, centres.square()], 1))
-
-
-def _lowest(features: Tensor, entries: Tensor, offset: Tensor | None = None) -> Tensor:
-    """argmin over entries of <feature, entry> (+ offset per entry), never holding all scores.
-
-    features [n, d], entries [K, d], offset [K] -> [n].
-    """
-    columns = entries.T.contiguous()
-    parts = []
-    for part in torch.split(features, max(64, (1 << 18) // len(entries))):  # about 1 MiB of scores
-        scores = part @ columns if offset is None else torch.addmm(offset, part, columns)
-        parts.append(_argmin_rows(scores))
-    return torch.cat(parts)
-
-
-def _argmin_rows(scores: Tensor) -> Tensor:
-    """argmin of every row of float32 scores [n, K], which it overwrites.
-
-    torch's min with indices is scalar code on CPU, its amin is vectorised. So up to 256 columns
-    put their number into the low 8 bits of the mantissa and come out with the minimum: twice as
-    fast with the product included. Scores closer than 2^-15 of their size count as equal.
-    """
-    columns = scores.shape[1]
-    if columns > 256 or scores.device.type != "cpu":
-        return scores.min(1).indices
-    bits = scores.view(torch.int32)
-    bits.bitwise_and_(-256).bitwise_or_(torch.arange(columns, dtype=torch.int32))
-    return scores.amin(1).view(torch.int32).bitwise_and_(255).long()
-
-
-def _summing_matrix(index: Tensor, size: int) -> Tensor:
-    """Sparse [size, len(index)] matrix that sums rows by index.
-
-    A product with it is deterministic and, on CPU, ten times faster than index_add_.
-    """
-    order = index.argsort(stable=True)
-    ends = torch.bincount(index, minlength=size).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
-    ones = torch.ones(len(index), device=index.device)
-    with warnings.catch_warnings():  # "CSR is in beta": the product is all that is used
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.sparse_csr_tensor(
-            starts, order, ones, (size, len(index)), check_invariants=False
-        )

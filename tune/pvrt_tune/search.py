@@ -1,0 +1,155 @@
+"""Nearest-entry search in codebooks: exact for small ones, in two levels for large ones.
+
+The score of an entry c is linear in a feature vector of the query: <feature, row(c)> + offset(c).
+Both the metric of one group of inputs and k-means with a weight per coordinate have that form, so
+scoring is one product and a minimum over its rows, tile by tile: the [queries, entries] matrix is
+never held. The code runs on the device of its arguments.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Rows [..., d] and offsets [...] that score entries [..., g].
+ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+# Scores of one tile: a cache's worth on a CPU, enough to fill a GPU.
+_CPU_TILE, _GPU_TILE = 1 << 18, 1 << 26
+# Queries per small product of the second level.
+_CHUNK = 32
+
+
+def in_metric(metric: Tensor) -> ScoreRows:
+    """Scores u A u^T - 2 <u, z> of entries u; the feature is z [g], the metric A [g, g]."""
+    return lambda entries: (-2 * entries, ((entries @ metric) * entries).sum(-1))
+
+
+def weighted(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores sum_i w_i (u_i^2 - 2 u_i x_i); the feature is [w * x, w], of length 2g."""
+    rows = torch.cat([-2 * entries, entries.square()], -1)
+    return rows, entries.new_zeros(entries.shape[:-1])
+
+
+def lowest(features: Tensor, rows: Tensor, offset: Tensor, count: int = 1) -> Tensor:
+    """The `count` entries of the lowest scores of every query, in no order for more than one.
+
+    features [n, d], rows [K, d], offset [K] -> [n, count] int64.
+    """
+    columns = rows.T.contiguous()
+    count = min(count, len(rows))
+    found = []
+    for part in torch.split(features, max(64, _tile(features) // len(rows))):
+        scores = torch.addmm(offset, part, columns)
+        if count == 1:
+            found.append(_min(scores)[1].unsqueeze(1))
+        else:
+            found.append(scores.topk(count, largest=False, sorted=False).indices)
+    return torch.cat(found)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A codebook cut into cells of equal size that lie close together.
+
+    members: [cells, size] int64, the entries of every cell.
+    """
+
+    members: Tensor
+
+    def lowest(
+        self, features: Tensor, entries: Tensor, score: ScoreRows, effort: tuple[int, int]
+    ) -> Tensor:
+        """Best entries of the best cells, for queries [n, d] -> [n, count] int64.
+
+        effort: (probes, count). The mean of every cell is scored first, then all entries of the
+        `probes` best cells: with 8 of 256 cells of 256 entries 1/28 of all scores. Of each cell
+        its best entry counts, so `count` entries come from as many cells.
+        """
+        inside = entries[self.members]
+        rows, offset = score(inside)
+        coarse, coarse_offset = score(inside.mean(1))
+        columns, coarse_columns = rows.mT.contiguous(), coarse.T.contiguous()
+        probes = min(effort[0], len(coarse))
+        found = []
+        for part in torch.split(features, max(64, _tile(features) // len(coarse))):
+            near = torch.addmm(coarse_offset, part, coarse_columns)
+            cells = near.topk(probes, largest=False, sorted=False).indices
+            scores, entry = _inside(part, cells, columns, offset)
+            best = scores.topk(min(effort[1], probes), largest=False, sorted=False).indices
+            found.append(self.members[cells.gather(1, best), entry.gather(1, best)])
+        return torch.cat(found)
+
+
+def _inside(
+    features: Tensor, cells: Tensor, columns: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Lowest score and its entry inside each chosen cell, [n, probes] both.
+
+    features [n, d], cells [n, probes], columns [cells, d, size], offset [cells, size].
+    (query, cell) pairs are sorted by cell and cut into chunks of one cell each, the last of a cell
+    filled up, so that one batched product scores many chunks.
+    """
+    device = features.device
+    flat = cells.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=len(columns))
+    chunks = (counts + _CHUNK - 1) // _CHUNK
+    first_slot = (chunks.cumsum(0) - chunks) * _CHUNK
+    first_pair = counts.cumsum(0) - counts
+    cell = flat[order]
+    slots = first_slot[cell] + torch.arange(len(flat), device=device) - first_pair[cell]
+    owners = torch.repeat_interleave(torch.arange(len(columns), device=device), chunks)
+    query = flat.new_zeros(len(owners) * _CHUNK)
+    query[slots] = order // cells.shape[1]
+    scores = features.new_empty(len(query))
+    entry = flat.new_empty(len(query))
+    size = columns.shape[2]
+    step = max(1, _tile(features) // (_CHUNK * size))
+    for start in range(0, len(owners), step):
+        part = owners[start : start + step]
+        span = slice(start * _CHUNK, (start + len(part)) * _CHUNK)
+        block = features[query[span]].view(len(part), _CHUNK, -1)
+        product = torch.baddbmm(offset[part].unsqueeze(1), block, columns[part])
+        scores[span], entry[span] = _min(product.view(-1, size))
+    place = torch.empty_like(slots)
+    place[order] = slots
+    return scores[place].view(cells.shape), entry[place].view(cells.shape)
+
+
+def halve(points: Tensor, cells: int) -> Tensor:
+    """Cut points [n, g] into `cells` (a power of two dividing n) groups of equal size.
+
+    Every group is halved at its median along its principal direction, again and again.
+    Returns the points' numbers, [cells, n / cells].
+    """
+    members = torch.arange(len(points), device=points.device).unsqueeze(0)
+    while len(members) < cells:
+        inside = points[members]
+        inside = inside - inside.mean(1, keepdim=True)
+        direction = torch.linalg.eigh(inside.mT @ inside).eigenvectors[..., -1:]
+        order = (inside @ direction).squeeze(2).argsort(dim=1, stable=True)
+        members = members.gather(1, order).reshape(2 * len(members), -1)
+    return members
+
+
+def _tile(like: Tensor) -> int:
+    return _CPU_TILE if like.device.type == "cpu" else _GPU_TILE
+
+
+def _min(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and its column in every row of float32 scores [n, K], which it overwrites.
+
+    torch's min with indices is scalar code on CPU, its amin is vectorised. So up to 256 columns
+    put their number into the low 8 bits of the mantissa and come out with the minimum: twice as
+    fast with the product included. Scores closer than 2^-15 of their size count as equal.
+    """
+    columns = scores.shape[1]
+    if columns > 256 or scores.device.type != "cpu":
+        found = scores.min(1)
+        return found.values, found.indices
+    bits = scores.view(torch.int32)
+    bits.bitwise_and_(-256).bitwise_or_(torch.arange(columns, dtype=torch.int32))
+    lowest = scores.amin(1)
+    return lowest, (lowest.view(torch.int32) & 255).long()
