@@ -12,7 +12,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -30,6 +30,7 @@ from pvrt.checkpoint import CONFIG_FILE, check_codes, parse_quantization_config,
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear, has_fast_kernel
+from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
 
 OLDEST_VLLM = (0, 30)
 _PARTS = ("codes", "codebooks", "scales")
@@ -269,6 +270,12 @@ def _check_loaded(layer: Any) -> None:
     load.done.clear()  # weights can be reloaded, and are then counted anew
 
 
+def _let_lora_find(layer: Any, tensor: Tensor) -> None:
+    """LoRA reads the device of a layer from the first weight whose name it knows."""
+    # Not a second parameter (saved twice), not the data (kept on the device when offloaded).
+    object.__setattr__(layer, "weight_packed", tensor)
+
+
 class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
     """Runs any of vLLM's linear layers on AQLM weights, split over ranks as vLLM likes."""
 
@@ -325,12 +332,13 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything was loaded; on a CPU without a kernel decode the weight.
+        """Check that everything was loaded, then pack it for the device's kernel.
 
-        Raises CheckpointError that names the layer and what it lacks.
+        On a CPU without any kernel the weight is decoded. Raises CheckpointError that names the
+        layer and what it lacks.
         """
         if not hasattr(layer, "codes"):
-            return  # decoded already
+            return  # packed or decoded already
         _check_loaded(layer)
         # Plain ones from here: vLLM's subclasses serve loading and would slow down tracing.
         for part in _PARTS:
@@ -343,12 +351,28 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             scheme.in_group_size,
             scheme.out_group_size,
         )
+        layer.aqlm_packed = None
         if layer.aqlm_decoded:
             self._decode(layer)
-        elif not hasattr(layer, "weight_packed"):
-            # LoRA reads the device of a layer from the first weight whose name it knows. Not a
-            # second parameter (saved twice), not the data (kept on the device when offloaded).
-            object.__setattr__(layer, "weight_packed", layer.codes)
+        elif not self._pack(layer):
+            _let_lora_find(layer, layer.codes)
+
+    def _pack(self, layer: Any) -> bool:
+        """Put the kernel's layout in place of the checkpoint's; False if no kernel has one."""
+        dtype = layer.codebooks.dtype  # vLLM's for parameters and activations
+        codes, codebooks, scales = (getattr(layer, part).data for part in _PARTS)
+        packed = aqlm_pack(codes, codebooks, scales, dtype, layer.aqlm_partition_sizes)
+        if packed is None:
+            return False
+        for part in _PARTS:
+            delattr(layer, part)
+        names = [f"packed_{number}" for number in range(len(packed.tensors))]
+        for name, tensor in zip(names, packed.tensors, strict=True):
+            setattr(layer, name, Parameter(tensor, requires_grad=False))
+        layer.aqlm_packed, layer.aqlm_packed_names = replace(packed, tensors=[]), names
+        packed.warm_up(dtype, getattr(layer, "bias", None) is not None)
+        _let_lora_find(layer, layer.packed_0)
+        return True
 
     def _decode(self, layer: Any) -> None:
         packed = (layer.codes, layer.codebooks, layer.scales)
@@ -373,5 +397,9 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         # No branch on the shape of x here: torch.compile traces this once for all batch sizes.
         if layer.aqlm_decoded:
             return F.linear(x, layer.weight, bias)
+        if layer.aqlm_packed is not None:
+            # Looked up anew: vLLM may have moved the parameters (offloading, sleep mode).
+            tensors = [getattr(layer, name) for name in layer.aqlm_packed_names]
+            return aqlm_packed_linear(x, replace(layer.aqlm_packed, tensors=tensors), bias)
         sizes: list[int] = layer.aqlm_partition_sizes
         return aqlm_linear(x, layer.codes, layer.codebooks, layer.scales, bias, sizes)

@@ -19,6 +19,7 @@ PackFn = Callable[[Tensor, Tensor, Tensor, list[int]], list[Tensor]]
 UnpackFn = Callable[[list[Tensor], int], tuple[Tensor, Tensor, Tensor]]
 PackedLinearFn = Callable[[Tensor, list[Tensor], Tensor | None, list[int]], Tensor]
 PackedDequantizeFn = Callable[[list[Tensor], list[int], int], Tensor]
+WarmUpFn = Callable[[list[Tensor], list[int], int, torch.dtype, bool], None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class PackedKernel:
     dropped. `unpack(packed, in_features)` gives (codes, codebooks, scales) back exactly.
     `linear(x, packed, bias, partition_sizes)` takes any number of tokens;
     `dequantize(packed, partition_sizes, in_features)` decodes to the codebooks' dtype (None: by
-    way of `unpack`).
+    way of `unpack`). `warm_up(packed, partition_sizes, in_features, dtype, has_bias)` compiles what
+    any number of tokens of this dtype can need, so that no call does.
     """
 
     name: str
@@ -65,6 +67,7 @@ class PackedKernel:
     unpack: UnpackFn
     linear: PackedLinearFn
     dequantize: PackedDequantizeFn | None = None
+    warm_up: WarmUpFn | None = None
 
 
 FEW_TOKENS = 64

@@ -27,6 +27,8 @@ from pvrt_kernels.plans import Gpu, Plan, Shape
 
 NAME = "triton"
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
+# One stage: pipelining would stage codewords in shared memory. Triton 3.10 fuses only if told to.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
 _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
 _workspaces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -154,7 +156,7 @@ def launch(
             HAS_BIAS=bias is not None,
             ROWS=plan.rows,
             num_warps=plan.warps,
-            num_stages=1,
+            **OPTIONS,
         )
     return y
 
@@ -236,7 +238,7 @@ def _decode(packed: list[Tensor], sizes: list[int], start: int, weight: Tensor) 
                 GROUP=g,
                 ROWS=tile,
                 num_warps=4,
-                num_stages=1,
+                **OPTIONS,
             )
 
 
@@ -310,7 +312,7 @@ def _kernel(name: str) -> Any:
     return tile_gemm
 
 
-KERNEL = PackedKernel(NAME, supports, pack, unpack, linear, dequantize)
+KERNEL = PackedKernel(NAME, supports, pack, unpack, linear, dequantize, warm_up)
 
 
 def register() -> None:

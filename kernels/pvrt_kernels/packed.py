@@ -31,6 +31,13 @@ class PackedWeight:
         """The weight [out, in] in the dtype of the codebooks."""
         return _dequantize(self.tensors, self.partition_sizes, self.in_features, self.kernel)
 
+    def warm_up(self, dtype: torch.dtype, has_bias: bool) -> None:
+        """Compile now what products with x of a dtype need; before CUDA graphs are captured."""
+        kernel = dispatch.packed_kernel(self.kernel)
+        if kernel.warm_up is not None:
+            args = (self.tensors, self.partition_sizes, self.in_features)
+            kernel.warm_up(*args, dtype, has_bias)
+
 
 def aqlm_pack(
     codes: Tensor,

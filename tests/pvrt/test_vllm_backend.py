@@ -36,6 +36,15 @@ SCHEMES = ["2x8g8", "1x16g8", "1x12g8", "2x8g8o4", "4x8g16"]
 HIDDEN, INNER, HEAD, HEADS, KV_HEADS = 128, 256, 16, 8, 2
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 KERNEL = dispatch.Kernel("every", lambda problem: True, reference.linear)
+PACKED = dispatch.PackedKernel(
+    "every",
+    lambda problem: True,
+    lambda codes, codebooks, scales, sizes: [codes.transpose(0, 1).clone(), codebooks, scales],
+    lambda packed, in_features: (packed[0].transpose(0, 1), packed[1], packed[2]),
+    lambda x, packed, bias, sizes: reference.linear(
+        x, packed[0].transpose(0, 1), packed[1], packed[2], bias, sizes
+    ),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +56,24 @@ def current_config() -> Iterator[None]:
 @pytest.fixture
 def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_kernels", [])
+    monkeypatch.setattr(dispatch, "_packed_kernels", {})
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_kernels", [KERNEL])
+    monkeypatch.setattr(dispatch, "_packed_kernels", {})
 
 
-@pytest.fixture(params=["kernel", "no_kernel"])
-def both_paths(request: pytest.FixtureRequest) -> None:
-    """Packed, with a kernel for the device, and decoded once without one."""
+@pytest.fixture
+def packed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_kernels", [])
+    monkeypatch.setattr(dispatch, "_packed_kernels", {"every": PACKED})
+
+
+@pytest.fixture(params=["packed_kernel", "kernel", "no_kernel"])
+def all_paths(request: pytest.FixtureRequest) -> None:
+    """In a kernel's own layout, in the checkpoint's, and decoded once where there is no kernel."""
     request.getfixturevalue(request.param)
 
 
@@ -193,7 +210,7 @@ over_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 @over_ranks
 @over_schemes
 def test_a_fused_qkv_layer_computes_what_its_source_layers_do(
-    scheme: str, size: int, ranks: Ranks, both_paths: None
+    scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
     sources, x = qkv_sources(scheme), inputs(HIDDEN)
     q, k, v = (dense(tensors, x, bias=True) for tensors in sources)
@@ -209,7 +226,7 @@ def test_a_fused_qkv_layer_computes_what_its_source_layers_do(
 @over_ranks
 @over_schemes
 def test_a_fused_gate_up_layer_computes_what_its_source_layers_do(
-    scheme: str, size: int, ranks: Ranks, both_paths: None
+    scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
     sources, x = [source(scheme, INNER, HIDDEN, seed) for seed in range(2)], inputs(HIDDEN)
     for rank in range(size):
@@ -224,7 +241,7 @@ def test_a_fused_gate_up_layer_computes_what_its_source_layers_do(
 @over_ranks
 @over_schemes
 def test_an_mlp_that_the_checkpoint_stores_fused_keeps_its_one_codebook_set(
-    scheme: str, size: int, ranks: Ranks, both_paths: None
+    scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
     fused, x = source(scheme, 2 * INNER, HIDDEN), inputs(HIDDEN)
     gate, up = dense(fused, x, bias=True).chunk(2, -1)
@@ -238,7 +255,7 @@ def test_an_mlp_that_the_checkpoint_stores_fused_keeps_its_one_codebook_set(
 @over_ranks
 @over_schemes
 def test_attention_that_the_checkpoint_stores_fused_keeps_its_one_codebook_set(
-    scheme: str, size: int, ranks: Ranks, both_paths: None
+    scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
     sizes, x = [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD], inputs(HIDDEN)
     fused = source(scheme, sum(sizes), HIDDEN)
@@ -252,7 +269,7 @@ def test_attention_that_the_checkpoint_stores_fused_keeps_its_one_codebook_set(
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_tensor_may_hold_some_of_the_source_layers(
-    size: int, ranks: Ranks, both_paths: None
+    size: int, ranks: Ranks, all_paths: None
 ) -> None:
     pair, last, x = source("2x8g8o4", 96, HIDDEN), source("2x8g8o4", 32, HIDDEN, 1), inputs(HIDDEN)
     outputs = torch.split(torch.cat([dense(pair, x), dense(last, x)], -1), [64, 32, 32], -1)
@@ -268,7 +285,7 @@ def test_one_tensor_may_hold_some_of_the_source_layers(
 @over_ranks
 @over_schemes
 def test_row_parallel_ranks_add_up_to_the_whole_layer(
-    scheme: str, size: int, ranks: Ranks, both_paths: None
+    scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
     tensors, x = source(scheme, HIDDEN, INNER), inputs(INNER)
     total = torch.zeros(5, HIDDEN)
@@ -282,7 +299,7 @@ def test_row_parallel_ranks_add_up_to_the_whole_layer(
 @over_ranks
 @over_schemes
 def test_column_parallel_ranks_hold_their_rows_and_replicas_hold_all(
-    scheme: str, size: int, ranks: Ranks, both_paths: None
+    scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
     tensors, x = source(scheme, INNER, HIDDEN), inputs(HIDDEN)
     whole = dense(tensors, x, bias=True)
@@ -296,7 +313,7 @@ def test_column_parallel_ranks_hold_their_rows_and_replicas_hold_all(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_models_stay_in_their_dtype(
-    dtype: torch.dtype, ranks: Ranks, both_paths: None
+    dtype: torch.dtype, ranks: Ranks, all_paths: None
 ) -> None:
     sources, x = qkv_sources(), inputs(HIDDEN)
     layer = qkv(config(), dtype=dtype)
@@ -308,14 +325,14 @@ def test_half_precision_models_stay_in_their_dtype(
     torch.testing.assert_close(output.float(), expected, rtol=0.05, atol=0.05)
 
 
-def test_inputs_may_have_any_leading_dimensions(ranks: Ranks, both_paths: None) -> None:
+def test_inputs_may_have_any_leading_dimensions(ranks: Ranks, all_paths: None) -> None:
     tensors, x = source("2x8g8", HIDDEN, INNER), inputs(INNER)
     layer = finish(load(down(), tensors))
     torch.testing.assert_close(run(layer, x[None]), dense(tensors, x)[None])
     assert run(layer, x[:0]).shape == (0, HIDDEN)
 
 
-def test_wider_integers_load_as_the_same_codes(ranks: Ranks, both_paths: None) -> None:
+def test_wider_integers_load_as_the_same_codes(ranks: Ranks, all_paths: None) -> None:
     tensors, x = source("2x8g8", HIDDEN, INNER), inputs(INNER)
     layer = load(down(), tensors, skip="codes")
     put(layer, "codes", tensors.codes.to(torch.int32) & 255)
@@ -348,18 +365,30 @@ def test_with_a_kernel_weights_stay_packed(ranks: Ranks, kernel: None) -> None:
     assert [name for name, _ in layer.named_parameters()] == ["codes", "codebooks", "scales"]
 
 
-def test_lora_finds_the_device_of_a_layer(ranks: Ranks, both_paths: None) -> None:
+def test_a_kernels_own_layout_replaces_the_checkpoints(ranks: Ranks, packed_kernel: None) -> None:
+    tensors = source("2x8g8", HIDDEN, INNER)
+    layer = finish(load(down(), tensors))
+    names = [name for name, _ in layer.named_parameters()]
+    assert names == ["packed_0", "packed_1", "packed_2"]
+    held = sum(parameter.nbytes for parameter in layer.parameters())
+    assert held == sum(tensor.nbytes for _, tensor in tensors.named("layer"))
+    layer.packed_0 = torch.nn.Parameter(layer.packed_0.clone(), requires_grad=False)  # moved
+    x = inputs(INNER)
+    torch.testing.assert_close(run(layer, x), dense(tensors, x))
+
+
+def test_lora_finds_the_device_of_a_layer(ranks: Ranks, all_paths: None) -> None:
     layer = finish(load(down(), source("2x8g8", HIDDEN, INNER)))
     assert _get_lora_device(layer) == torch.device("cpu")
 
 
-def test_processing_twice_changes_nothing(ranks: Ranks, both_paths: None) -> None:
+def test_processing_twice_changes_nothing(ranks: Ranks, all_paths: None) -> None:
     tensors, x = source("2x8g8", HIDDEN, INNER), inputs(INNER)
     layer = finish(finish(load(down(), tensors)))
     torch.testing.assert_close(run(layer, x), dense(tensors, x))
 
 
-def test_a_second_load_is_checked_like_the_first(ranks: Ranks, both_paths: None) -> None:
+def test_a_second_load_is_checked_like_the_first(ranks: Ranks, all_paths: None) -> None:
     tensors, layer = source("2x8g8", HIDDEN, INNER), down()
     parameters = dict(layer.named_parameters())
     finish(load(layer, tensors))
@@ -400,7 +429,7 @@ def test_a_layer_without_any_tensor_is_refused(ranks: Ranks) -> None:
         finish(down())
 
 
-def test_dummy_weights_pass(ranks: Ranks, both_paths: None) -> None:
+def test_dummy_weights_pass(ranks: Ranks, all_paths: None) -> None:
     layer = qkv(config(), bias=True)
     for parameter in layer.parameters():  # all that --load-format dummy does
         initialize_single_dummy_weight(parameter)

@@ -1,0 +1,69 @@
+"""Every shipped GPU kernel compiled for every architecture: writes results/kernels_aot.json.
+
+    .venv/bin/python benchmarks/kernels_aot.py                # the installed Triton, 10 minutes
+    .venv/bin/python benchmarks/kernels_aot.py --also OTHER/bin/python    # and another version
+
+Needs no GPU. Fails when a binary spills, reads codes other than 16 bytes at a time where it is made
+to, or needs more registers or shared memory than an SM has. Turing (sm_75) is compiled for the one
+kernel that is used there. Results of other Triton versions in the file are kept.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from typing import Any
+
+import machine
+import triton
+
+from pvrt_kernels import aot
+
+RESULT = machine.ROOT / "benchmarks" / "results" / "kernels_aot.json"
+
+
+def row(variant: aot.Variant, architecture: int) -> tuple[dict[str, Any], list[str]]:
+    """The record of one binary, and what is wrong with it."""
+    binary = aot.compile_variant(variant, architecture)
+    record = {
+        "kernel": variant.name,
+        "scheme": variant.scheme,
+        "arch": f"sm_{architecture}",
+        "triton": triton.__version__,
+        "registers": binary.registers,
+        "spill_bytes": binary.spill_bytes,
+        "shared_bytes": binary.shared_bytes,
+        "load_128_count": binary.load_128_count,
+    }
+    return record, aot.complaints(variant, architecture, binary)
+
+
+def main() -> None:
+    """Compile all, print what is wrong, store the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--also", help="a Python with another Triton to run this with as well")
+    also = parser.parse_args().also
+    variants = aot.shipped_variants()
+    jobs = [(v, a) for v in variants for a in aot.ARCHITECTURES]
+    jobs += [(v, 75) for v in variants if v.plan.kernel == "decode"]
+    rows, wrong = [], 0
+    for number, (variant, architecture) in enumerate(jobs, 1):
+        record, complaints = row(variant, architecture)
+        rows.append(record)
+        wrong += len(complaints)
+        for complaint in complaints:
+            print(f"{variant.name}, {variant.scheme}, sm_{architecture}: {complaint}", flush=True)
+        if number % 50 == 0:
+            print(f"{number} of {len(jobs)} compiled", flush=True)
+    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    kept = [record for record in stored if record["triton"] != triton.__version__]
+    lines = ",\n ".join(json.dumps(record) for record in [*kept, *rows])
+    RESULT.write_text(f"[\n {lines}\n]\n")
+    print(f"Triton {triton.__version__}: {len(rows)} binaries, {wrong} complaints")
+    if also is not None:
+        wrong += subprocess.run([also, __file__]).returncode
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
