@@ -29,6 +29,9 @@ from torch import Tensor
 from pvrt.durable import as_json, sync, write_synced
 from pvrt.errors import CheckpointError
 from pvrt.scheme import Scheme
+from pvrt.stored import LayerInfo as LayerInfo
+from pvrt.stored import StoredModel
+from pvrt.stored import TensorInfo as TensorInfo
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -39,25 +42,6 @@ FORMAT_VERSION = 1
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # int8 and int16 are what is published; the wider ones decode the same after a range check.
 _INTEGERS = {"I8": 8, "U8": 8, "I16": 16, "I32": 32}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what its header says. `dtype` is the safetensors name."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """A quantised linear layer; `has_bias` says whether NAME.bias exists."""
-
-    name: str
-    out_features: int
-    in_features: int
-    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -79,14 +63,12 @@ class QuantizedLayer:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(StoredModel):
     """An opened, header-checked AQLM checkpoint. Tensors are read (and checked) one at a time."""
 
-    path: Path
-    config: dict[str, Any]
     scheme: Scheme
-    layers: dict[str, LayerInfo]
-    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    PARTS = ("codes", "codebooks", "scales")
 
     @classmethod
     def open(cls, path: str | Path) -> "Checkpoint":
@@ -105,18 +87,7 @@ class Checkpoint:
         layers = find_layers(tensors, scheme)
         if not layers:
             raise CheckpointError(f"{folder} says quant_method aqlm but holds no codes tensor")
-        return cls(folder, config, scheme, layers, tensors)
-
-    def read(self, name: str) -> Tensor:
-        """Read one tensor. Raises CheckpointError when absent or not finite."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self.path} has no tensor {name}")
-        with safe_open(info.file, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{info.file}: {name} holds values that are not finite")
-        return tensor
+        return cls(folder, config, layers, tensors, scheme)
 
     def read_layer(self, name: str) -> QuantizedLayer:
         """Read one quantised layer; codes are range-checked and come in `scheme.code_dtype`."""
@@ -131,58 +102,10 @@ class Checkpoint:
             self.read(f"{name}.bias") if self.layers[name].has_bias else None,
         )
 
-    def verify(self) -> None:
-        """Read every tensor once. Raises CheckpointError at the first that is not sound."""
-        for name in self.layers:
-            self.read_layer(name)
-        quantised = {f"{n}.{part}" for n in self.layers for part in ("codes", "codebooks")}
-        for name in self.tensors.keys() - quantised:
-            self.read(name)
-
-    def linear_bits_per_weight(self) -> float:
-        """Bits per weight over the quantised linears, codebooks and scales included."""
-        bits = weights = 0
-        for layer in self.layers.values():
-            float_bits = 8 * _itemsize(self.tensors[f"{layer.name}.codebooks"].dtype)
-            bits += self.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
-            weights += layer.out_features * layer.in_features
-        return bits / weights
-
-    def file_bits_per_weight(self) -> float:
-        """Bits of all weight files over all weights of the original model, head included."""
-        parts = ("codes", "codebooks", "scales")
-        quantised = {f"{name}.{part}" for name in self.layers for part in parts}
-        weights = sum(layer.out_features * layer.in_features for layer in self.layers.values())
-        for name, info in self.tensors.items():
-            if name not in quantised:
-                weights += _count(info.shape)
-        return 8 * self.file_bytes() / weights
-
-    def file_bytes(self) -> int:
-        """Size of all weight files in bytes."""
-        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
-
-    def dense_bytes(self) -> dict[str, int]:
-        """Bytes of every tensor that is not part of a quantised layer, largest first."""
-        parts = ("codes", "codebooks", "scales", "bias")
-        quantised = {f"{name}.{part}" for name in self.layers for part in parts}
-        sizes = {
-            name: _count(info.shape) * _itemsize(info.dtype)
-            for name, info in self.tensors.items()
-            if name not in quantised
-        }
-        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _itemsize(dtype: str) -> int:
-    return int("".join(ch for ch in dtype.split("_")[0] if ch.isdigit()) or 8) // 8
+    def layer_bits(self, layer: LayerInfo) -> int:
+        """Bits of one quantised layer, codebooks and scales included."""
+        float_bits = self.tensors[f"{layer.name}.codebooks"].float_bits
+        return self.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

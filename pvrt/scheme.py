@@ -91,3 +91,96 @@ class Scheme:
     def bits_per_weight(self, out_features: int, in_features: int, float_bits: int = 16) -> float:
         """True bits per weight of one layer, codebooks and scales included."""
         return self.layer_bits(out_features, in_features, float_bits) / (out_features * in_features)
+
+
+_GRID_PATTERN = re.compile(r"w(\d+)g(\d+)(s?)")
+
+
+@dataclass(frozen=True)
+class GridScheme:
+    """A scalar grid, w ~ s (q - z): one scale s and zero z per row and group of inputs.
+
+    "w4g128" has codes q of 4 bits and groups of 128; in the symmetric "w4g128s" z is 2^(bits-1)
+    everywhere and is not stored. Raises ValueError when impossible.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        limits = {"bits": (self.bits, 2, 8), "group_size": (self.group_size, 8, 4096)}
+        for name, (value, low, high) in limits.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> "GridScheme":
+        """Parse "w4g128" or "w4g128s". Raises ValueError when the text is malformed."""
+        match = _GRID_PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise ValueError(f"{text!r} is not a grid; write w bits g group, for example w4g128")
+        return cls(int(match[1]), int(match[2]), bool(match[3]))
+
+    def __str__(self) -> str:
+        return f"w{self.bits}g{self.group_size}{'s' if self.symmetric else ''}"
+
+    @property
+    def in_group_size(self) -> int:
+        """Inputs that share a scale."""
+        return self.group_size
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2^bits - 1."""
+        return (1 << self.bits) - 1
+
+    @property
+    def codes_per_word(self) -> int:
+        """Codes in an int32 of the packed layout; what is left of its bits is empty."""
+        return 32 // self.bits
+
+    def divides(self, out_features: int, in_features: int) -> bool:
+        """Whether a linear layer of this shape can be quantised."""
+        return in_features % self.group_size == 0
+
+    def scales_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of scales and zeros."""
+        return (out_features, in_features // self.group_size)
+
+    def packed_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of the int32 words that hold the codes, packed along the inputs."""
+        return (out_features, -(-in_features // self.codes_per_word))
+
+    def packed_zeros_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Shape of the int32 words that hold the zeros, packed along the outputs."""
+        rows, groups = self.scales_shape(out_features, in_features)
+        return (-(-rows // self.codes_per_word), groups)
+
+    def layer_bits(self, out_features: int, in_features: int, float_bits: int = 16) -> int:
+        """Bits of one layer, scales and zeros included, bias and empty bits of words not."""
+        rows, groups = self.scales_shape(out_features, in_features)
+        zero_bits = 0 if self.symmetric else self.bits
+        return out_features * in_features * self.bits + rows * groups * (float_bits + zero_bits)
+
+    def bits_per_weight(self, out_features: int, in_features: int, float_bits: int = 16) -> float:
+        """True bits per weight of one layer, scales and zeros included."""
+        return self.layer_bits(out_features, in_features, float_bits) / (out_features * in_features)
+
+
+def parse_scheme(text: str) -> Scheme | GridScheme:
+    """Parse additive codebooks ("2x8g8") or a scalar grid ("w4g128", symmetric "w4g128s").
+
+    Raises ValueError with an example of both when the text is neither.
+    """
+    kinds: tuple[tuple[re.Pattern[str], type[Scheme] | type[GridScheme]], ...] = (
+        (_PATTERN, Scheme),
+        (_GRID_PATTERN, GridScheme),
+    )
+    for pattern, kind in kinds:
+        if pattern.fullmatch(text.strip()):
+            return kind.parse(text)
+    raise ValueError(
+        f"{text!r} is not a scheme; write codebooks x bits g group (2x8g8), or for a scalar grid "
+        "w bits g group (w4g128; symmetric: w4g128s)"
+    )

@@ -1,13 +1,15 @@
 """One linear layer: from a dense module and its input second moment to a quantised module."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pvrt.linear import AQLMLinear
-from pvrt.scheme import Scheme
+from pvrt.scheme import GridScheme, parse_scheme
 from pvrt_tune.additive import fit_layer
+from pvrt_tune.grid import GridLinear, fit_grid
 from pvrt_tune.recipe import Recipe
 
 
@@ -30,24 +32,28 @@ def quantize_linear(
 
     Values are rounded to what `dtype` can store.
     """
-    scheme = Scheme.parse(recipe.scheme)
-    fit = fit_layer(linear.weight, second_moment, scheme, recipe.fit, generator, dtype)
+    scheme = parse_scheme(recipe.scheme)
+    tensors: Mapping[str, Tensor | None]
+    if isinstance(scheme, GridScheme):
+        grid = fit_grid(linear.weight, second_moment, scheme, recipe.fit, dtype)
+        tensors = {"codes": grid.codes, "scales": grid.scales, "zeros": grid.zeros}
+        error = grid.relative_error
+    else:
+        fit = fit_layer(linear.weight, second_moment, scheme, recipe.fit, generator, dtype)
+        layer, error = fit.layer, fit.relative_error
+        tensors = {"codes": layer.codes, "codebooks": layer.codebooks, "scales": layer.scales}
     module = empty_like(linear, recipe, torch.float32).to(linear.weight.device)
-    with torch.no_grad():
-        module.codes.copy_(fit.layer.codes)
-        module.codebooks.copy_(fit.layer.codebooks)
-        module.scales.copy_(fit.layer.scales)
-        if linear.bias is not None and module.bias is not None:
-            module.bias.copy_(linear.bias)
-    return QuantizedLinear(module, fit.relative_error)
+    state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    if linear.bias is not None:
+        state["bias"] = linear.bias.detach()
+    module.load_state_dict(state)
+    return QuantizedLinear(module, error)
 
 
-def empty_like(linear: nn.Linear, recipe: Recipe, dtype: torch.dtype) -> AQLMLinear:
+def empty_like(linear: nn.Linear, recipe: Recipe, dtype: torch.dtype) -> AQLMLinear | GridLinear:
     """The quantised module of a dense layer's shape, on the CPU, waiting for its tensors."""
-    return AQLMLinear(
-        linear.in_features,
-        linear.out_features,
-        Scheme.parse(recipe.scheme),
-        linear.bias is not None,
-        dtype=dtype,
-    )
+    scheme, bias = parse_scheme(recipe.scheme), linear.bias is not None
+    shape = linear.in_features, linear.out_features
+    if isinstance(scheme, GridScheme):
+        return GridLinear(*shape, scheme, bias, dtype=dtype)
+    return AQLMLinear(*shape, scheme, bias, dtype=dtype)

@@ -1,0 +1,110 @@
+"""A model folder with quantised layers, whatever their layout: headers and what they add up to."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pvrt.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what its header says. `dtype` is the safetensors name."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def float_bits(self) -> int:
+        """Bits of one element."""
+        return int("".join(ch for ch in self.dtype.split("_")[0] if ch.isdigit()) or 8)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A quantised linear layer; `has_bias` says whether NAME.bias exists."""
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """An opened model folder with quantised layers. PARTS are the tensors of such a layer that
+    stand for its weight."""
+
+    path: Path
+    config: dict[str, Any]
+    layers: dict[str, LayerInfo]
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    PARTS: ClassVar[tuple[str, ...]]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor. Raises CheckpointError when absent or not finite."""
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self.path} has no tensor {name}")
+        with safe_open(info.file, framework="pt") as handle:
+            tensor: Tensor = handle.get_tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{info.file}: {name} holds values that are not finite")
+        return tensor
+
+    def read_layer(self, name: str) -> Any:
+        """Read and check one quantised layer."""
+        raise NotImplementedError
+
+    def layer_bits(self, layer: LayerInfo) -> int:
+        """Bits of one quantised layer, without its bias."""
+        raise NotImplementedError
+
+    def verify(self) -> None:
+        """Read every tensor once. Raises CheckpointError at the first that is not sound."""
+        for name in self.layers:
+            self.read_layer(name)
+        for name in self.tensors.keys() - self._weights():
+            self.read(name)
+
+    def linear_bits_per_weight(self) -> float:
+        """Bits per weight over the quantised linears, all that decoding needs included."""
+        bits = sum(self.layer_bits(layer) for layer in self.layers.values())
+        return bits / self._quantised_weights()
+
+    def file_bits_per_weight(self) -> float:
+        """Bits of all weight files over all weights of the original model, head included."""
+        dense = sum(self.tensors[name].elements for name in self.tensors.keys() - self._weights())
+        return 8 * self.file_bytes() / (self._quantised_weights() + dense)
+
+    def file_bytes(self) -> int:
+        """Size of all weight files in bytes."""
+        return sum(file.stat().st_size for file in {info.file for info in self.tensors.values()})
+
+    def dense_bytes(self) -> dict[str, int]:
+        """Bytes of every tensor that is not part of a quantised layer, largest first."""
+        quantised = self._weights() | {f"{name}.bias" for name in self.layers}
+        sizes = {
+            name: info.elements * info.float_bits // 8
+            for name, info in self.tensors.items()
+            if name not in quantised
+        }
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+    def _weights(self) -> set[str]:
+        return {f"{name}.{part}" for name in self.layers for part in self.PARTS}
+
+    def _quantised_weights(self) -> int:
+        return sum(layer.out_features * layer.in_features for layer in self.layers.values())
