@@ -121,6 +121,9 @@ def tune(
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard the run in OUT and start again.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start although the plan says that it does not fit.")
+    ] = False,
 ) -> None:
     """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
     from pvrt_tune.pipeline import tune as run
@@ -129,7 +132,17 @@ def tune(
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
     recipe = _recipe(EFFORTS[effort.value], scheme, samples, length, seed)
-    job = TuneJob(model, out, recipe, data, _device(device), activations.value, resume, restart)
+    job = TuneJob(
+        model,
+        out,
+        recipe,
+        data,
+        _device(device),
+        activations.value,
+        resume=resume,
+        restart=restart,
+        force=force,
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         checkpoint = run(job, _say)
@@ -171,6 +184,55 @@ def _device(choice: str) -> str:
         reason = str(error).split("\n")[0]
         raise RunError(f"--device {choice} cannot be used: {reason}") from error
     return choice
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model folder (config.json is enough), a .gguf file, or a hub id."),
+    ],
+    scheme: Annotated[str, typer.Option(help="As for tune.")] = "2x8g8",
+    data: Annotated[
+        bool,
+        typer.Option("--data/--no-data", help="Whether tune will get --data, or sample its text."),
+    ] = False,
+    effort: Annotated[Effort, typer.Option(help="As for tune.")] = Effort.normal,
+    samples: Annotated[int | None, typer.Option(min=1, help="As for tune.")] = None,
+    length: Annotated[int | None, typer.Option(min=8, help="As for tune.")] = None,
+    device: Annotated[
+        str, typer.Option(help="As for tune; a GPU may be planned for where there is none.")
+    ] = "auto",
+    host_memory: Annotated[
+        float | None, typer.Option(min=0, help="GB of host memory (default: what is free here).")
+    ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(min=0, help="GB of GPU memory (default: what is free here).")
+    ] = None,
+    activations: Annotated[Activations, typer.Option(help="As for tune.")] = Activations.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Say what tune would need and give: memory, disk, time, size. Reads config.json alone."""
+    from pvrt_tune.planning import plan_here
+    from pvrt_tune.recipe import EFFORTS
+
+    recipe = _recipe(EFFORTS[effort.value], scheme, samples, length, 0)
+    report, problem = plan_here(
+        model,
+        recipe,
+        device=device,
+        sampled=not data,
+        activations=activations.value,
+        host_memory=host_memory,
+        device_memory=device_memory,
+    )
+    if as_json:
+        print(json.dumps({**report, "problem": problem}))
+        return
+    from pvrt_tune.plan import as_text
+
+    print(as_text(report))
+    print("this run does not fit: " + problem if problem else "this run fits")
 
 
 @app.command("eval")

@@ -150,6 +150,11 @@ def _detached(value: Any, copies: dict[int, Tensor]) -> Any:
     return value
 
 
+def batch_size(samples: int) -> int:
+    """Windows computed at once: few, and all batches of one size."""
+    return next(size for size in (4, 2, 1) if samples % size == 0)
+
+
 def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Output hidden states of one block for one batch."""
     output: Tensor | tuple[Tensor, ...] = block(hidden, **arguments)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pvrt.errors import DataError
 from pvrt.evaluate import read_utf8
+from pvrt.plan import cache_shape
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".jsonl"}
 
@@ -126,12 +127,37 @@ def from_model(
 
     Each starts at the beginning-of-sequence token (or a random token where there is none) and
     follows the model's own distribution at temperature 1. `progress(done, total)` counts tokens
-    per window. Deterministic for one seed on one machine.
+    in rows of windows. Deterministic for one seed on one machine.
     """
     generator = torch.Generator().manual_seed(seed)
+    rows = rows_at_once(model.config, samples, length)
+    windows: list[Tensor] = []
+    for start in range(0, samples, rows):
+        done, total = start // rows * length, -(-samples // rows) * length
+
+        def shown(tokens: int, done: int = done, total: int = total) -> None:
+            if progress is not None:
+                progress(done + tokens, total)
+
+        windows.append(_sample(model, min(rows, samples - start), length, generator, shown))
+    return CalibrationData(torch.cat(windows), "sampled from the model")
+
+
+def rows_at_once(config: Any, samples: int, length: int) -> int:
+    """Windows to sample together: as many as 4 GiB of 16-bit key-value cache hold.
+
+    It depends on nothing that may change between two runs, or their texts would differ.
+    """
+    size = cache_shape(config).bytes_for(length)
+    return max(1, min(samples, (4 << 30) // size))
+
+
+def _sample(
+    model: Any, rows: int, length: int, generator: torch.Generator, shown: Callable[[int], None]
+) -> Tensor:
+    """Tokens [rows, length]."""
     config = model.config.get_text_config()
-    vocabulary = config.vocab_size
-    tokens = torch.randint(vocabulary, (samples, 1), generator=generator)
+    tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator)
     if config.bos_token_id is not None and config.bos_token_id != config.eos_token_id:
         # The random second token spreads the windows over the model's subjects.
         tokens = torch.cat([torch.full_like(tokens, config.bos_token_id), tokens], 1)
@@ -143,6 +169,5 @@ def from_model(
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
             step = torch.multinomial(probabilities, 1, generator=generator)
             tokens = torch.cat([tokens, step], 1)
-            if progress is not None:
-                progress(tokens.shape[1], length)
-    return CalibrationData(tokens[:, :length].clone(), "sampled from the model")
+            shown(tokens.shape[1])
+    return tokens[:, :length].clone()

@@ -1,20 +1,23 @@
 """The order of stages: open the model, calibrate block by block, write the checkpoint."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 import pvrt
 from pvrt.checkpoint import Checkpoint
-from pvrt.scheme import Scheme
+from pvrt.errors import RunError
 from pvrt_tune import calibration
-from pvrt_tune.blocks import check_divisible, find_blocks
+from pvrt_tune.blocks import find_blocks
 from pvrt_tune.calibration import CalibrationData
+from pvrt_tune.machine import Machine, release_memory
 from pvrt_tune.output import write
+from pvrt_tune.plan import misfit, summary
+from pvrt_tune.planning import plan_job
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.recipe import TuneJob
-from pvrt_tune.runstate import RunState, open_run
+from pvrt_tune.runstate import RunState, has_piece, open_run
 from pvrt_tune.source import Source, load_source
 from pvrt_tune.walk import walk
 
@@ -25,10 +28,9 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
     `report` gets progress lines. Raises PvrtError with one sentence for anything that the user can
     mend; KeyboardInterrupt passes through, finished blocks being safe on disk.
     """
+    job = _planned(job, report)
     source = load_source(job.model)
     blocks = find_blocks(source.model)
-    scheme = Scheme.parse(job.recipe.scheme)
-    check_divisible(blocks, scheme)
     text = None
     if job.data is not None:
         size = (job.recipe.samples, job.recipe.length)
@@ -45,6 +47,21 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
     return Checkpoint.open(job.out)
 
 
+def _planned(job: TuneJob, report: Report) -> TuneJob:
+    """Say what the run will need, before any weight is read, and settle where activations go.
+
+    Raises RunError when it does not fit here.
+    """
+    machine = Machine.here(job.device, job.out)
+    text_at_hand = job.data is not None or has_piece(job.out, "calibration")
+    plan = plan_job(job, machine, sampled=not text_at_hand)
+    report(summary(plan))
+    problem = misfit(plan, machine)
+    if problem is not None and not job.force:
+        raise RunError(f"{problem} (--force tries nevertheless)")
+    return replace(job, activations=plan.activations)
+
+
 def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> CalibrationData:
     """The model's own text, kept with the run: resuming must not depend on repeating it."""
     saved = state.load("calibration")
@@ -54,7 +71,7 @@ def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> C
     clock = Clock(recipe.length)
 
     def progress(done: int, total: int) -> None:
-        clock.done = done
+        clock.done, clock.total = done, total
         if done == total or clock.due():
             report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
@@ -63,6 +80,8 @@ def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> C
     dtype = torch.float32 if job.device == "cpu" else None
     model = source.dense(dtype, job.device)
     data = calibration.from_model(model, recipe.samples, recipe.length, recipe.seed, progress)
+    del model
+    release_memory()
     state.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
     return data
 

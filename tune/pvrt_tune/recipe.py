@@ -26,6 +26,11 @@ class Recipe:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     targets: Literal["quantised", "original"] = "quantised"
 
+    @property
+    def windows(self) -> int:
+        """Windows of text in all."""
+        return self.samples
+
 
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
 EFFORTS: dict[str, Recipe] = {
@@ -50,6 +55,7 @@ class TuneJob:
     """One call of `tune`: what to compress, with what text, to where, and how to start.
 
     activations: where hidden states are kept, "memory" or "disk" ("auto": memory if they fit).
+    force: start although the plan says that it does not fit.
     """
 
     model: str
@@ -60,3 +66,4 @@ class TuneJob:
     activations: Literal["auto", "memory", "disk"] = "auto"
     resume: bool = False
     restart: bool = False
+    force: bool = False

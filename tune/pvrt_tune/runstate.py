@@ -100,6 +100,11 @@ class RunState:
         self.events.append(event)
 
 
+def has_piece(out: Path, name: str) -> bool:
+    """Whether an output folder's run holds a piece, sound or not; its run is not opened."""
+    return (out / RUN_FOLDER / "pieces" / f"{name}.safetensors").is_file()
+
+
 def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart: bool) -> RunState:
     """Open or start the run of an output folder.
 

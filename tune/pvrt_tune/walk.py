@@ -17,10 +17,18 @@ from torch import Tensor, nn
 from pvrt.errors import RunError
 from pvrt.linear import decode_once
 from pvrt_tune.activations import Activations, in_memory, on_disk
-from pvrt_tune.blocks import BlockList, linears, observe, record_inputs, run_block
+from pvrt_tune.blocks import (
+    BlockList,
+    batch_size,
+    linears,
+    observe,
+    record_inputs,
+    run_block,
+)
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.finetune import finetune_block
 from pvrt_tune.layerwise import empty_like, quantize_linear
+from pvrt_tune.machine import release_memory
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.runstate import Piece, RunState
@@ -74,6 +82,7 @@ def walk(
             state.save(name, block.state_dict(), block_report)
             clock.done += 1
             report(_block_line(index, count, block_report, clock))
+        release_memory()
         reports.append(block_report)
         if index + 1 < count:
             decode_once(block.float())
@@ -107,7 +116,7 @@ def _start(
     """Embed all windows: what enters the first block."""
     samples, length = data.tokens.shape
     shape = (samples, length, source.model.config.get_text_config().hidden_size)
-    batch = next(size for size in (4, 2, 1) if samples % size == 0)
+    batch = batch_size(samples)
 
     def store() -> Activations:
         kept = on_disk(shape, state.folder) if job.activations == "disk" else in_memory(shape)
@@ -140,6 +149,7 @@ def _quantize_block(
     recipe, arguments = job.recipe, stream.arguments[index]
     own_targets = stream.targets if recipe.targets == "quantised" else None
     moments = observe(block, stream.hidden, arguments, own_targets)
+    release_memory()
     dtype = _float_dtype(blocks.blocks[index])
     errors = {}
     for name, linear in list(linears(block)):
@@ -152,6 +162,7 @@ def _quantize_block(
         quantised = quantize_linear(linear, moments.pop(name), recipe, generator, dtype)
         block.set_submodule(name, quantised.module)
         errors[name] = quantised.relative_error
+        release_memory()
     generator = _generator(job, f"{blocks.prefix(index)}finetune")
     tuned = finetune_block(
         block, stream.hidden, stream.targets, arguments, recipe.finetune, generator

@@ -1,0 +1,57 @@
+"""What serving a model needs, from its config alone: weights, key-value cache, longest context."""
+
+from dataclasses import dataclass
+from typing import Any
+
+#: Share of a device's memory that weights and cache may take; engines need the rest to run.
+USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The key-value cache of one sequence, 16-bit entries.
+
+    layers: per layer, bytes per token and the most tokens kept (None: all of them).
+    """
+
+    layers: tuple[tuple[int, int | None], ...]
+    longest: int
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes of one sequence of so many tokens."""
+        return sum(size * min(tokens, most or tokens) for size, most in self.layers)
+
+    def longest_context(self, free_bytes: float) -> int:
+        """Most tokens of one sequence that fit, at most what the model was made for; 0 if none."""
+        low, high = 0, self.longest
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.bytes_for(middle) <= free_bytes:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
+    """The cache of a transformers config: grouped heads, sliding windows, compressed (MLA).
+
+    Layers of linear attention keep a state that does not grow.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    per_token = 2 * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
+    if getattr(text, "kv_lora_rank", None):
+        per_token = (text.kv_lora_rank + text.qk_rope_head_dim) * itemsize
+    window = getattr(text, "sliding_window", None)
+    count = text.num_hidden_layers
+    kinds = (
+        getattr(text, "layer_types", None)
+        or ["sliding_attention" if window else "full_attention"] * count
+    )
+    layers = tuple(
+        (0 if "linear" in kind else per_token, window if "sliding" in kind else None)
+        for kind in kinds
+    )
+    return CacheShape(layers, getattr(text, "max_position_embeddings", None) or 1 << 20)

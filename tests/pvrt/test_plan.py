@@ -1,0 +1,39 @@
+"""Arithmetic of serving: the key-value cache by layers, and the longest context in a memory."""
+
+import pytest
+from transformers import AutoConfig
+
+from pvrt.plan import cache_shape
+
+
+def test_grouped_heads_keep_the_published_cache() -> None:
+    config = AutoConfig.for_model(
+        "llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072,
+    )  # fmt: skip
+    cache = cache_shape(config)
+    assert cache.bytes_for(1) == 2 * 32 * 8 * 128 * 2  # Llama 3.1 8B: 128 KiB per token
+    assert cache.longest_context(10 * cache.bytes_for(1)) == 10
+    assert cache.longest_context(cache.bytes_for(1) - 1) == 0
+    assert cache.longest_context(1e15) == 131072
+
+
+def test_a_sliding_window_stops_growing() -> None:
+    config = AutoConfig.for_model(
+        "gemma3_text", num_hidden_layers=6, num_key_value_heads=1, head_dim=64, sliding_window=16
+    )
+    cache = cache_shape(config)
+    per_layer = 2 * 64 * 2
+    assert cache.bytes_for(8) == 6 * 8 * per_layer
+    sliding = sum("sliding" in kind for kind in config.layer_types)
+    assert 0 < sliding < 6
+    assert cache.bytes_for(100) == (sliding * 16 + (6 - sliding) * 100) * per_layer
+
+
+@pytest.mark.parametrize("context", [1, 17, 400])
+def test_the_longest_context_is_the_last_that_fits(context: int) -> None:
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=6, sliding_window=32)
+    cache = cache_shape(config)
+    room = cache.bytes_for(context)
+    assert cache.longest_context(room) == context
+    assert cache.longest_context(room - 1) == context - 1

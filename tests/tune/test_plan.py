@@ -1,0 +1,213 @@
+"""Plans: what is predicted is what a run needs and gives; what does not fit is one sentence."""
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from pvrt.checkpoint import Checkpoint
+from pvrt.cli import app
+from pvrt.errors import RunError
+from pvrt.scheme import Scheme
+from pvrt_tune import pipeline
+from pvrt_tune.additive import FitSettings, fit_layer
+from pvrt_tune.blocks import linears
+from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.machine import Machine
+from pvrt_tune.pipeline import tune
+from pvrt_tune.plan import Plan, Request, fit_bytes, misfit, plan_run
+from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
+from pvrt_tune.source import Source, load_skeleton
+from pvrt_tune.speed import GPU_OF_A100_CLASS
+from tests.fixtures.memory import LiveTensors
+from tests.fixtures.toy import toy_model, toy_tokenizer
+
+QUICK = Recipe(
+    samples=4,
+    length=32,
+    fit=FitSettings(rounds=1, kmeans_iterations=2, cg_iterations=2),
+    finetune=FinetuneSettings(epochs=1),
+)
+ROOMY = Machine(host=10**12, device=10**12, disk=10**12)
+# The published config.json of Llama 3.1 8B, without what does not matter here.
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def config_only(path: Path, config: dict[str, Any]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def plan_of(folder: Path, machine: Machine = ROOMY, **request: Any) -> Plan:
+    asked = Request(str(folder), request.pop("recipe", Recipe()), **request)
+    return plan_run(load_skeleton(str(folder)), asked, GPU_OF_A100_CLASS, machine)
+
+
+@pytest.mark.parametrize("effort", ["fast", "normal", "best"])
+def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: str) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    machine = Machine(host=24 * 10**9, device=24 * 10**9, disk=60 * 10**9)
+    plan = plan_of(folder, machine, recipe=EFFORTS[effort], device="cuda")
+    assert misfit(plan, machine) is None
+    assert plan.phases[0].name == "sampling"
+    assert plan.parameters == 8_030_261_248
+    assert plan.result.bits_per_weight_linears == pytest.approx(2.005, abs=0.001)
+    dense = 2 * (2 * 128256 * 4096 + 65 * 4096)
+    assert plan.result.file_bytes == pytest.approx(dense + 6.98e9 * 2.005 / 8, rel=0.01)
+
+
+def test_the_command_reads_config_json_alone(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    command = ["plan", str(folder), "--device-memory", "24", "--host-memory", "24"]
+    shown = CliRunner().invoke(app, [*command, "--json"])
+    assert shown.exit_code == 0, shown.output
+    report = json.loads(shown.output)
+    assert report["serving"]["cache_bytes_first_token"] == 131072
+    assert report["peak"]["device_bytes"] < 24e9
+    phases = ["sampling", "block pass", "layer fit", "block fine-tune", "write"]
+    assert [phase["name"] for phase in report["phases"]] == phases
+    text = CliRunner().invoke(app, [*command, "--data"]).output
+    assert "sampling" not in text and "2.005 bits per weight" in text and "fits" in text
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    for name in ("llama", "llama-tied", "qwen2", "gemma3_text"):
+        toy_model(name).to(torch.bfloat16).save_pretrained(folder / name)
+        toy_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+def test_the_predicted_size_is_the_written_one(tmp_path: Path, dense: Path, name: str) -> None:
+    plan = plan_of(dense / name, recipe=QUICK)
+    checkpoint = tune(TuneJob(str(dense / name), tmp_path / "out", QUICK), lambda line: None)
+    header = 150 * len(checkpoint.tensors)
+    assert 0 <= checkpoint.file_bytes() - plan.result.file_bytes < header
+    written = checkpoint.linear_bits_per_weight()
+    assert plan.result.bits_per_weight_linears == pytest.approx(written)
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (512, 512), (1024, 256)])
+def test_memory_of_a_layer_fit_is_as_counted(shape: tuple[int, int]) -> None:
+    out, inputs = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out, inputs, generator=generator)
+    x = torch.randn(2 * inputs, inputs, generator=generator)
+    moment = x.T @ x / len(x)
+    with LiveTensors() as live:
+        scheme = Scheme.parse("2x4g8")
+        fit_layer(weight, moment, scheme, QUICK.fit, generator, torch.bfloat16)
+    assert fit_bytes(*shape) == pytest.approx(live.peak, rel=0.15)
+
+
+def test_only_one_block_is_in_memory(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[nn.Module]] = []
+    load = Source.load
+
+    def watched(self: Source, name: str, device: str, dtype: torch.dtype) -> nn.Module:
+        gc.collect()
+        assert not any(block() is not None for block in alive)
+        block = load(self, name, device, dtype)
+        alive.append(weakref.ref(next(module for _, module in linears(block))))
+        return block
+
+    monkeypatch.setattr(Source, "load", watched)
+    tune(TuneJob(str(dense / "gemma3_text"), tmp_path / "out", QUICK), lambda line: None)
+    assert len(alive) == 6
+
+
+def test_where_hidden_states_are_kept_changes_no_byte(tmp_path: Path, dense: Path) -> None:
+    files = []
+    for place in ("memory", "disk"):
+        job = TuneJob(str(dense / "llama"), tmp_path / place, QUICK)
+        tune(replace(job, activations=place), lambda line: None)
+        files.append((tmp_path / place / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_hidden_states_go_to_disk_where_memory_is_short(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    recipe = replace(EFFORTS["best"])
+    asked: dict[str, Any] = {"recipe": recipe, "device": "cuda", "sampled": False}
+    assert plan_of(folder, **asked).activations == "memory"
+    small = replace(ROOMY, host=6 * 10**9)
+    plan = plan_of(folder, small, **asked)
+    assert plan.activations == "disk"
+    assert misfit(plan, small) is None
+    forced = plan_of(folder, small, **asked, activations="memory")
+    assert "--activations disk" in str(misfit(forced, small))
+
+
+def test_what_does_not_fit_is_one_sentence_with_the_numbers_and_the_flag(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    on_gpu = plan_of(folder, device="cuda")
+    small_card = replace(ROOMY, device=12 * 10**9)
+    sentence = str(misfit(on_gpu, small_card))
+    assert "device memory, 12.0 GB are free" in sentence and "--data" in sentence
+    with_text = plan_of(folder, device="cuda", sampled=False)
+    assert misfit(with_text, small_card) is None
+    small_disk = replace(ROOMY, disk=10**9)
+    assert "of disk, 1.0 GB are free" in str(misfit(with_text, small_disk))
+
+
+def test_tune_says_the_plan_first_and_refuses_what_cannot_fit(
+    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Machine.here("cpu", tmp_path)
+    tiny = replace(here, host=10**6)
+    monkeypatch.setattr(pipeline.Machine, "here", lambda device, out: tiny)
+    job = TuneJob(str(dense / "llama"), tmp_path / "out", QUICK)
+    lines: list[str] = []
+    with pytest.raises(RunError, match=r"needs .* of host memory, 1\.0 MB are free.*--force"):
+        tune(job, lines.append)
+    assert len(lines) == 1 and lines[0].startswith("plan: ")
+    assert not (tmp_path / "out").exists()
+    tune(replace(job, force=True), lines.append)
+    Checkpoint.open(tmp_path / "out").verify()
+
+
+def test_larger_layers_and_more_rounds_take_longer() -> None:
+    seconds = GPU_OF_A100_CLASS.fit_seconds
+    base = Recipe()
+    assert seconds(4096, 4096, base) < seconds(14336, 4096, base) < seconds(4096, 14336, base)
+    longer = replace(base, fit=replace(base.fit, rounds=20))
+    assert seconds(4096, 4096, base) < seconds(4096, 4096, longer)
+    assert seconds(4096, 4096, replace(base, scheme="1x8g8")) < seconds(4096, 4096, base)
+
+
+def test_the_last_of_sibling_layers_reads_an_input_of_its_own() -> None:
+    from pvrt_tune.plan import block_shape
+
+    model = load_block("llama")
+    shape = block_shape(model, QUICK)
+    # q, k, v | o | gate, up | down, all of width 128 in the toy
+    assert sorted(shape.inputs) == [128] * 4
+
+
+def load_block(name: str) -> nn.Module:
+    block: nn.Module = toy_model(name).model.layers[0]
+    return block

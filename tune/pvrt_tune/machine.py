@@ -1,0 +1,50 @@
+"""What this machine has: free memory and disk; and giving memory back to it."""
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Free bytes of host memory, of the device's memory (None: it is the host's) and of disk."""
+
+    host: int
+    device: int | None
+    disk: int
+
+    @classmethod
+    def here(cls, device: str, out: Path) -> "Machine":
+        """This machine; a container's memory limit counts where it is lower."""
+        free = psutil.virtual_memory().available
+        limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
+        if limit is not None and used is not None:
+            free = min(free, max(limit - used, 0))
+        folders = [out.absolute(), *out.absolute().parents]
+        disk = psutil.disk_usage(str(next(folder for folder in folders if folder.exists()))).free
+        device_free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
+        return cls(free, device_free, disk)
+
+
+def _cgroup(name: str) -> int | None:
+    """A number of the container's memory controller, where there is one that says a number."""
+    try:
+        return int(Path("/sys/fs/cgroup", name).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps what a stage freed in pieces, and the next stage asks for other sizes: without this
+    a run's peak is the sum of its stages' instead of the largest.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,432 @@
+"""What a tuning run will need and give, before a byte of weights is read: `pvrt plan MODEL`.
+
+Everything is arithmetic on the shapes of the model's skeleton. Memory of a stage is counted in the
+tensors that are alive at its peak; the factors of layer fits and block fine-tuning were counted on
+real runs, storage by storage (a test counts again), and benchmarks/plan.py compares the result with
+the resident memory of whole runs. What is counted is memory that the run itself must have: pages of
+mapped model files come on top where there is room, and go when there is none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from pvrt.plan import USABLE, CacheShape, cache_shape
+from pvrt_tune.blocks import BlockList, batch_size, find_blocks, linears
+from pvrt_tune.calibration import rows_at_once
+from pvrt_tune.layerwise import empty_like
+from pvrt_tune.machine import Machine
+from pvrt_tune.recipe import Recipe
+from pvrt_tune.speed import Speed
+
+#: Python with torch and transformers; on a GPU, CUDA's libraries besides.
+PROCESS_BYTES = 280_000_000
+CUDA_HOST_BYTES = 1_000_000_000
+#: CUDA's context and cuBLAS' workspaces on the device.
+CUDA_DEVICE_BYTES = 700_000_000
+#: Bytes per second that a disk takes, synced and hashed.
+DISK_SPEED = 3e8
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Peak need of one stage. On a CPU the device's memory is the host's: all is in host_bytes."""
+
+    name: str
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The checkpoint: bytes of its tensors, and bits per weight over linears and over all."""
+
+    file_bytes: int
+    bits_per_weight_linears: float
+    bits_per_weight_file: float
+    dense_model_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Phases of a run in order, the result, and what serving it takes."""
+
+    request: "Request"
+    activations: Literal["memory", "disk"]
+    parameters: int
+    blocks: int
+    phases: tuple[Phase, ...]
+    result: Result
+    cache: CacheShape
+    basis: str
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time in all."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def peak(self, what: Literal["device_bytes", "host_bytes", "disk_bytes"]) -> Phase:
+        """The phase that needs most of something."""
+        return max(self.phases, key=lambda phase: int(getattr(phase, what)))
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """What the memory and time of one block depend on.
+
+    linears: (out, in) of every layer to quantise. inputs: widths of the distinct inputs that they
+    read. widest: summed outputs of the widest group of sibling layers without its last. norms:
+    summed sizes of one-dimensional weights. quantised: bytes of the quantised block on disk.
+    """
+
+    parameters: int
+    linears: tuple[tuple[int, int], ...]
+    inputs: tuple[int, ...]
+    widest: int
+    norms: int
+    quantised: int
+
+    @property
+    def moments(self) -> int:
+        """Bytes of all input second moments."""
+        return 4 * sum(width**2 for width in self.inputs)
+
+    @property
+    def outputs(self) -> int:
+        """Summed output widths of the linears."""
+        return sum(out for out, _ in self.linears)
+
+
+def block_shape(block: nn.Module, recipe: Recipe) -> BlockShape:
+    """Shapes of a skeleton's block."""
+    siblings: dict[str, list[nn.Linear]] = {}
+    for name, linear in linears(block):
+        siblings.setdefault(name.rpartition(".")[0], []).append(linear)
+    inputs: list[int] = []
+    for layers in siblings.values():
+        widths = [layer.in_features for layer in layers]
+        inputs += set(widths)
+        # The last of several (the output projection) reads what the others made.
+        if widths.count(widths[-1]) > 1:
+            inputs.append(widths[-1])
+    norms = sum(p.numel() for n, p in block.named_parameters() if p.dim() == 1 and "weight" in n)
+    return BlockShape(
+        parameters=sum(p.numel() for p in block.parameters()),
+        linears=tuple((layer.out_features, layer.in_features) for _, layer in linears(block)),
+        inputs=tuple(inputs),
+        widest=max(sum(layer.out_features for layer in part[:-1]) for part in siblings.values()),
+        norms=norms,
+        quantised=_stored(block, recipe),
+    )
+
+
+def _stored(block: nn.Module, recipe: Recipe) -> int:
+    """Bytes of a block's tensors once quantised."""
+    size = sum(_bytes(parameter) for parameter in block.parameters())
+    for linear, module in _quantised(block, recipe):
+        size += sum(_bytes(p) for p in module.parameters())
+        size -= sum(_bytes(p) for p in linear.parameters())
+    return size
+
+
+def _quantised(block: nn.Module, recipe: Recipe) -> Iterator[tuple[nn.Linear, nn.Module]]:
+    """Every layer to quantise, and its quantised module on the meta device."""
+    with torch.device("meta"):
+        for _, linear in linears(block):
+            yield linear, empty_like(linear, recipe, linear.weight.dtype)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# ---- memory ----
+
+
+def fit_bytes(out: int, in_features: int) -> int:
+    """Peak of one layer's fit beyond its weight and moment: k-means over all groups of weights, or
+    the factors of H.
+    """
+    weight, moment = 4 * out * in_features, 4 * in_features**2
+    return max(6 * weight + 2 * moment + 2_000_000, int(2.5 * weight) + 6 * moment)
+
+
+def observe_bytes(shape: BlockShape, tokens: int, width: int) -> int:
+    """Peak of one forward pass that keeps the inputs of all linears, and of the moments."""
+    return shape.moments + 4 * tokens * (2 * width + sum(shape.inputs) + shape.widest)
+
+
+def finetune_bytes(shape: BlockShape, tokens: int, width: int) -> int:
+    """Peak of fine-tuning: the quantised block, one decoded layer with what decoding takes, and
+    what the backward pass needs of `tokens` tokens.
+    """
+    largest = max(4 * out * inputs for out, inputs in shape.linears)
+    kept = (
+        sum(shape.inputs)
+        + shape.outputs
+        + 1.4 * shape.widest
+        + 2 * (shape.norms - width)
+        + 2 * width
+    )
+    return int(shape.quantised + 4 * largest + 4 * tokens * kept)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan: a run of `recipe` on a device ("cpu", "cuda" or "cuda:N").
+
+    sampled: the model writes its own calibration text. gguf: the model is dequantised from a GGUF
+    file. activations: as for `TuneJob`.
+    """
+
+    model: str
+    recipe: Recipe
+    device: str = "cpu"
+    sampled: bool = True
+    gguf: bool = False
+    activations: Literal["auto", "memory", "disk"] = "auto"
+
+
+def plan_run(model: Any, request: Request, speed: Speed, machine: Machine) -> Plan:
+    """Plan a run over a skeleton; "auto" keeps activations in memory if the machine has it.
+
+    Raises SourceError when the model has no blocks.
+    """
+    kept: Literal["memory", "disk"] = "disk" if request.activations == "disk" else "memory"
+    plan = _Planner(model, request, speed, kept).plan()
+    if request.activations == "auto" and plan.peak("host_bytes").host_bytes > machine.host:
+        return _Planner(model, request, speed, "disk").plan()
+    return plan
+
+
+class _Planner:
+    def __init__(
+        self, model: Any, request: Request, speed: Speed, activations: Literal["memory", "disk"]
+    ) -> None:
+        self.model, self.request, self.speed = model, request, speed
+        self.recipe, self.activations = request.recipe, activations
+        self.blocks: BlockList = find_blocks(model)
+        tied = set(model.all_tied_weights_keys)
+        named = model.named_parameters(remove_duplicate=False)
+        stored = {key: parameter for key, parameter in named if key not in tied}
+        inside = f"{self.blocks.name}."
+        self.stored = list(stored.values())
+        self.outside = [p for key, p in stored.items() if not key.startswith(inside)]
+        self.parameters = sum(parameter.numel() for parameter in self.stored)
+        self.itemsize = model.dtype.itemsize
+        self.width = model.config.get_text_config().hidden_size
+        self.shapes = [block_shape(block, self.recipe) for block in self.blocks.blocks]
+        self.cuda = request.device != "cpu"
+        # A GGUF file stays in host memory, dequantised.
+        self.host = PROCESS_BYTES + CUDA_HOST_BYTES * self.cuda
+        self.host += self.itemsize * self.parameters if request.gguf else 0
+
+    def plan(self) -> Plan:
+        first = [self.sampling()] if self.request.sampled else []
+        return Plan(
+            self.request,
+            self.activations,
+            self.parameters,
+            len(self.shapes),
+            (*first, *self.block_phases(), self.write()),
+            self.result(),
+            cache_shape(self.model.config),
+            self.speed.basis,
+        )
+
+    def phase(
+        self, name: str, device: float, seconds: float, *, host: float = 0, disk: float = 0
+    ) -> Phase:
+        """A phase whose working memory is on the device, which on a CPU is the host."""
+        if self.cuda:
+            return Phase(
+                name, int(device) + CUDA_DEVICE_BYTES, int(self.host + host), int(disk), seconds
+            )
+        return Phase(name, 0, int(self.host + host + device), int(disk), seconds)
+
+    def sampling(self) -> Phase:
+        """The whole model writes text, some windows at once."""
+        recipe, config = self.recipe, self.model.config
+        item = self.itemsize if self.cuda else 4
+        rows = rows_at_once(config, recipe.windows, recipe.length)
+        cache = rows * cache_shape(config, item).bytes_for(recipe.length)
+        scores = rows * config.get_text_config().vocab_size * (item + 3 * 4)
+        step = max(
+            item * self.parameters / self.speed.memory,
+            2.0 * rows * self.parameters / self.speed.products,
+        )
+        steps = recipe.length * ceil(recipe.windows / rows)
+        return self.phase("sampling", item * self.parameters + cache + scores, steps * step)
+
+    def block_phases(self) -> Iterator[Phase]:
+        """One pass over the blocks, as its three parts; each is the peak over all blocks."""
+        recipe, shapes, speed = self.recipe, self.shapes, self.speed
+        tokens = recipe.samples * recipe.length
+        batch = batch_size(recipe.samples) * recipe.length
+        # What enters the block at hand, and what its dense original makes of it.
+        streams = 2 * 4 * tokens * self.width
+        kept = streams if self.activations == "memory" else 0
+        disk = sum(shape.quantised for shape in shapes) + streams - kept
+        passes = 3 if recipe.targets == "original" else 2
+        ahead = sum(
+            2.0 * tokens * (passes * shape.parameters + sum(width**2 for width in shape.inputs))
+            for shape in shapes
+        )
+        embeddings = max(_bytes(p) for p in self.outside) * self.cuda
+        forward = max(
+            4 * shape.parameters + observe_bytes(shape, batch, self.width) for shape in shapes
+        )
+        place = {"host": kept, "disk": disk}
+        yield self.phase("block pass", max(forward, embeddings), ahead / speed.products, **place)
+        fit = max(
+            4 * shape.parameters + shape.moments + max(fit_bytes(*layer) for layer in shape.linears)
+            for shape in shapes
+        )
+        seconds = sum(speed.fit_seconds(*layer, recipe) for s in shapes for layer in s.linears)
+        yield self.phase("layer fit", fit, seconds, **place)
+        tuning = max(finetune_bytes(shape, batch, self.width) for shape in shapes)
+        share = 1 - recipe.finetune.held_out
+        rounds = recipe.finetune.epochs * (3 * share + recipe.finetune.held_out)
+        work = sum(2.0 * tokens * rounds * shape.parameters for shape in shapes)
+        yield self.phase("block fine-tune", tuning, work / speed.products, **place)
+
+    def write(self) -> Phase:
+        """The checkpoint beside the pieces it is made of."""
+        size = self.result().file_bytes
+        pieces = sum(shape.quantised for shape in self.shapes)
+        largest = max(_bytes(p) for p in self.outside)
+        return self.phase("write", 0, size / DISK_SPEED, host=largest, disk=size + pieces)
+
+    def result(self) -> Result:
+        dense = sum(_bytes(parameter) for parameter in self.stored)
+        size = sum(_bytes(parameter) for parameter in self.outside)
+        size += sum(shape.quantised for shape in self.shapes)
+        bits = weights = 0
+        for block in self.blocks.blocks:
+            for linear, module in _quantised(block, self.recipe):
+                biases = (linear.bias, getattr(module, "bias", None))
+                bits += 8 * sum(_bytes(p) for p in module.parameters())
+                bits -= 0 if biases[1] is None else 8 * _bytes(biases[1])
+                weights += linear.weight.numel()
+        return Result(size, bits / weights, 8 * size / self.parameters, dense)
+
+
+# ---- whether it fits ----
+
+
+def misfit(plan: Plan, machine: Machine) -> str | None:
+    """One sentence with the numbers and the flag that helps, when the run cannot fit."""
+    place = "device" if plan.request.device != "cpu" else "host"
+    host, disk = plan.peak("host_bytes"), plan.peak("disk_bytes")
+    device = plan.peak("device_bytes")
+    if machine.device is not None and device.device_bytes > machine.device:
+        return _sentence(plan, device, device.device_bytes, machine.device, "device memory", place)
+    if host.host_bytes > machine.host:
+        return _sentence(plan, host, host.host_bytes, machine.host, "host memory", place)
+    if disk.disk_bytes > machine.disk:
+        return (
+            f"{disk.name} needs {gigabytes(disk.disk_bytes)} of disk, "
+            f"{gigabytes(machine.disk)} are free; free some, or give --out on another disk"
+        )
+    return None
+
+
+def _sentence(plan: Plan, phase: Phase, needed: int, free: int, what: str, place: str) -> str:
+    shown = f"{phase.name} needs {gigabytes(needed)} of {what}, {gigabytes(free)} are free; "
+    if phase.name == "sampling":
+        return shown + "give calibration text with --data, so that the model need not write it"
+    if plan.activations == "memory" and what == "host memory" and phase.name != "write":
+        return shown + "keep hidden states on disk with --activations disk, or lower --samples"
+    if phase.name in ("block pass", "block fine-tune"):
+        return shown + "lower --length, or free some"
+    return shown + (f"free some, or use a {place} with more")
+
+
+def gigabytes(size: float) -> str:
+    """A size for people, in powers of ten."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
+
+
+# ---- as data and as text ----
+
+
+def describe(plan: Plan, memory: int) -> dict[str, Any]:
+    """The plan as JSON data; serving is worked out for a device with `memory` bytes."""
+    weights = plan.result.file_bytes
+    return {
+        "model": plan.request.model,
+        "scheme": plan.request.recipe.scheme,
+        "device": plan.request.device,
+        "parameters": plan.parameters,
+        "blocks": plan.blocks,
+        "activations": plan.activations,
+        "phases": [asdict(phase) for phase in plan.phases],
+        "peak": {
+            what: max(getattr(phase, what) for phase in plan.phases)
+            for what in ("device_bytes", "host_bytes", "disk_bytes")
+        },
+        "seconds": plan.seconds,
+        "time_basis": plan.basis,
+        "result": asdict(plan.result),
+        "serving": {
+            "weight_bytes": weights,
+            "cache_bytes_first_token": plan.cache.bytes_for(1),
+            "memory_bytes": memory,
+            "longest_context": plan.cache.longest_context(USABLE * memory - weights),
+        },
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The plan for a terminal."""
+    result, serving = report["result"], report["serving"]
+    lines = [
+        f"{report['model']}: {report['parameters'] / 1e9:.2f} billion weights in "
+        f"{report['blocks']} blocks, scheme {report['scheme']} on {report['device']}",
+        f"{'phase':16}{'device':>10}{'host':>10}{'disk':>10}{'time':>9}",
+    ]
+    for phase in report["phases"]:
+        sizes = (gigabytes(phase[f"{what}_bytes"]) for what in ("device", "host", "disk"))
+        cells = "".join(f"{size:>10}" for size in sizes)
+        lines.append(f"{phase['name']:16}{cells}{duration(phase['seconds']):>9}")
+    lines += [
+        f"hidden states in {report['activations']}; about {duration(report['seconds'])} in all "
+        f"(rates: {report['time_basis']})",
+        f"result   {gigabytes(result['file_bytes'])} (dense: "
+        f"{gigabytes(result['dense_model_bytes'])}), "
+        f"{result['bits_per_weight_linears']:.3f} bits per weight in the linears, "
+        f"{result['bits_per_weight_file']:.3f} over the file",
+        f"serving  {gigabytes(serving['weight_bytes'])} of weights and "
+        f"{serving['cache_bytes_first_token'] / 1e3:.1f} kB of cache per token: in "
+        f"{gigabytes(serving['memory_bytes'])}, one sequence of up to "
+        f"{serving['longest_context']} tokens",
+    ]
+    return "\n".join(lines)
+
+
+def summary(plan: Plan) -> str:
+    """One line, for the start of a run."""
+    host, device = plan.peak("host_bytes").host_bytes, plan.peak("device_bytes").device_bytes
+    memory = f"{gigabytes(host)} of host memory"
+    if device:
+        memory = f"{gigabytes(device)} of device memory, {memory}"
+    return (
+        f"plan: {memory}, {gigabytes(plan.peak('disk_bytes').disk_bytes)} of disk, about "
+        f"{duration(plan.seconds)}; result {gigabytes(plan.result.file_bytes)}, "
+        f"{plan.result.bits_per_weight_linears:.2f} bits per weight in the linears, "
+        f"{plan.result.bits_per_weight_file:.2f} over the file"
+    )

@@ -1,0 +1,67 @@
+"""Plans for this machine, or for one described by its memory."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pvrt.scheme import Scheme
+from pvrt_tune import speed
+from pvrt_tune.blocks import check_divisible, find_blocks
+from pvrt_tune.machine import Machine
+from pvrt_tune.plan import Plan, Request, describe, misfit, plan_run
+from pvrt_tune.recipe import Recipe, TuneJob
+from pvrt_tune.source import load_skeleton, locate
+
+
+def plan_job(job: TuneJob, machine: Machine, *, sampled: bool) -> Plan:
+    """The plan of one call of `tune` on this machine.
+
+    Raises SourceError for a model that cannot be read or a scheme that does not divide its layers.
+    """
+    request = Request(
+        job.model,
+        job.recipe,
+        job.device,
+        sampled,
+        gguf=locate(job.model, weights=False).is_file(),
+        activations=job.activations,
+    )
+    return _plan(request, machine)
+
+
+def plan_here(
+    model: str,
+    recipe: Recipe,
+    *,
+    device: str,
+    sampled: bool,
+    activations: Literal["auto", "memory", "disk"],
+    host_memory: float | None = None,
+    device_memory: float | None = None,
+) -> tuple[dict[str, Any], str | None]:
+    """(description, why it does not fit) of a run; memory in GB, default what is free here."""
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda or device_memory is not None else "cpu"
+    machine = Machine.here(device if cuda else "cpu", Path())
+    if host_memory is not None:
+        machine = replace(machine, host=int(host_memory * 1e9))
+    if device_memory is not None and device != "cpu":
+        machine = replace(machine, device=int(device_memory * 1e9))
+    plan = plan_job(
+        TuneJob(model, Path(), recipe, device=device, activations=activations),
+        machine,
+        sampled=sampled,
+    )
+    memory = machine.host if machine.device is None else machine.device
+    return describe(plan, memory), misfit(plan, machine)
+
+
+def _plan(request: Request, machine: Machine) -> Plan:
+    model = load_skeleton(request.model)
+    check_divisible(find_blocks(model), Scheme.parse(request.recipe.scheme))
+    here = request.device == "cpu" or torch.cuda.is_available()
+    rates = speed.measure(request.device) if here else speed.GPU_OF_A100_CLASS
+    return plan_run(model, request, rates, machine)

@@ -1,0 +1,90 @@
+"""How long fits and passes take: operation counts, and this device's rates measured in a second."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import nn
+
+from pvrt.scheme import Scheme
+from pvrt_tune.layerwise import quantize_linear
+from pvrt_tune.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Rates of a device: float32 products and code search in operations per second (counted as
+    `fit_products` and `fit_search` do), memory in bytes read per second. `basis`: whence.
+    """
+
+    products: float
+    search: float
+    memory: float
+    basis: str
+
+    def fit_seconds(self, out: int, in_features: int, recipe: Recipe) -> float:
+        """Time to quantise one linear layer."""
+        shape = (out, in_features, recipe)
+        return fit_products(*shape) / self.products + fit_search(*shape) / self.search
+
+
+#: For planning where there is no GPU to measure: a card of the A100's class, half of what its data
+#: sheet says (19.5 TFLOP/s in float32, 2.0 TB/s). Search writes and reads scores: 16 operations
+#: per 8 bytes.
+GPU_OF_A100_CLASS = Speed(9.7e12, 2e12, 1e12, "half the data sheet of an A100, not measured")
+
+
+def fit_products(out: int, in_features: int, recipe: Recipe) -> float:
+    """Operations in products with H of one layer's fit: conjugate gradients, scales, sweeps, and
+    the factors of H.
+    """
+    settings = recipe.fit
+    full = (settings.rounds + 1) * (settings.cg_iterations + 2) + 2 * settings.rounds + 3
+    return 2.0 * full * out * in_features**2 + 1.5 * in_features**3
+
+
+def fit_search(out: int, in_features: int, recipe: Recipe) -> float:
+    """Operations in scoring codebook entries of one layer's fit: k-means, assignment, sweeps."""
+    scheme, settings = Scheme.parse(recipe.scheme), recipe.fit
+    # Codebooks too large to be searched whole are searched in two levels.
+    entries = min(scheme.codebook_size, 2304)
+    passes = 2 * settings.kmeans_iterations + settings.rounds + 1
+    return 2.0 * passes * scheme.num_codebooks * entries * out * in_features
+
+
+@cache
+def measure(device: str) -> Speed:
+    """Rates of a device that is here, from two products and one small fit (about a second)."""
+    generator = torch.Generator(device).manual_seed(0)
+    size = 768 if device == "cpu" else 4096
+    square = torch.randn(size, size, generator=generator, device=device)
+    products = 2.0 * size**3 / _best(lambda: square @ square, device)
+    vector = torch.randn(size, 1, generator=generator, device=device)
+    memory = 4.0 * size**2 / _best(lambda: square @ vector, device)
+    # A layer of SmolLM2's size on a CPU; a GPU needs a larger one to be busy.
+    out, inputs = (768, 384) if device == "cpu" else (2048, 2048)
+    base = Recipe()
+    recipe = replace(base, fit=replace(base.fit, rounds=2, kmeans_iterations=4))
+    linear = nn.Linear(inputs, out, bias=False, device=device)
+    x = torch.randn(2 * inputs, inputs, generator=generator, device=device)
+    moment = x.T @ x / len(x)
+    seconds = _best(
+        lambda: quantize_linear(linear, moment, recipe, generator, torch.float32), device, repeats=1
+    )
+    left = max(seconds - fit_products(out, inputs, recipe) / products, seconds / 4)
+    search = fit_search(out, inputs, recipe) / left
+    return Speed(products, search, memory, f"measured on this {device} just now")
+
+
+def _best(work: Callable[[], object], device: str, repeats: int = 3) -> float:
+    """Shortest time of some runs after one to warm up, in seconds."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
