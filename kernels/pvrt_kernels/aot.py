@@ -93,7 +93,7 @@ def shipped_variants() -> list[Variant]:
     for plan, width in dict.fromkeys(_shipped_plans()):
         for scheme in SCHEMES[width]:
             variants.append(Variant(plan, *scheme))
-            if scheme == (2, 256, 8) and plan.kernel != "decode":
+            if scheme == (2, 256, 8) and plan.kernel != "decode" and plan.tokens in (1, 4, 16):
                 variants.append(Variant(plan, *scheme, parts=3, has_bias=True))
                 variants.append(Variant(plan, *scheme, dtype="bf16"))
     return variants
