@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 import pvrt
 from pvrt.errors import PvrtError, RunError
@@ -26,6 +28,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class _BenchGroup(TyperGroup):
+    """`pvrt bench DIR` is `pvrt bench model DIR`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Anything but the name of a command is a folder."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["model", *args])
+
+
+bench_app = typer.Typer(
+    cls=_BenchGroup,
+    no_args_is_help=True,
+    help="Measure a model, or (pvrt bench kernels) the kernels of this GPU.",
+)
+app.add_typer(bench_app, name="bench")
 
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
@@ -101,6 +119,15 @@ def tune(
         ),
     ] = None,
     effort: Annotated[Effort, typer.Option(help="Time against quality.")] = Effort.normal,
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            "--for", help="Time in all, like 40m or 2h30m: the best checkpoint by then is left."
+        ),
+    ] = None,
+    pv: Annotated[
+        bool, typer.Option("--pv/--no-pv", help="PV-Tuning after calibration (from --effort).")
+    ] = True,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Calibration windows (from --effort).")
     ] = None,
@@ -116,7 +143,10 @@ def tune(
         typer.Option(help="Where hidden states are kept; auto takes memory if they fit."),
     ] = Activations.auto,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in OUT; fail if there is none.")
+        bool,
+        typer.Option(
+            "--resume", "--continue", help="Go on with the run in OUT; fail if there is none."
+        ),
     ] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Discard the run in OUT and start again.")
@@ -135,10 +165,11 @@ def tune(
     job = TuneJob(
         model,
         out,
-        recipe,
+        _with_pv(recipe, pv, limit),
         data,
         _device(device),
         activations.value,
+        seconds=None if limit is None else _seconds(limit),
         resume=resume,
         restart=restart,
         force=force,
@@ -147,12 +178,32 @@ def tune(
     try:
         checkpoint = run(job, _say)
     except KeyboardInterrupt:
-        _say(f"stopped; finished blocks are in {out}. The same command goes on from there.")
+        _say(f"stopped; what is finished is in {out}. The same command goes on from there.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     from pvrt.report import as_text, describe
 
     print(as_text(describe(checkpoint), shown=3))
     print(f"next: pvrt serve {out}")
+
+
+def _with_pv(recipe: "Recipe", pv: bool, limit: str | None) -> "Recipe":
+    """The recipe with or without PV-Tuning; a time limit asks for it at any effort."""
+    from pvrt_tune.training import TrainSettings
+
+    if limit is None:
+        return recipe if pv else replace(recipe, pv=None)
+    if not pv:
+        raise RunError("--for limits PV-Tuning, which --no-pv leaves out; give one of them")
+    return replace(recipe, pv=recipe.pv or TrainSettings())
+
+
+def _seconds(text: str) -> float:
+    """A time like 90s, 40m or 2h30m."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    if match is None or not any(match.groups()):
+        raise RunError(f"--for {text} is not a time; write it like 40m or 2h30m")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(3600 * hours + 60 * minutes + seconds)
 
 
 def _recipe(
@@ -320,7 +371,7 @@ def inspect(
     print(json.dumps(report) if as_json else as_text(report))
 
 
-@app.command()
+@bench_app.command("model")
 def bench(
     path: Checkpoint,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
@@ -355,6 +406,25 @@ def bench(
         f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
         f"{repeats} runs of {new_tokens})"
     )
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A checkpoint, for its layers.")
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="Without DIR: scheme of common layers.")] = "2x8g8",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try all kernels; this card then uses the fastest.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time of every layer's GPU kernel, against copying its codes and against a dense weight."""
+    from pvrt.kernel_tuning import run
+
+    records = run(path, scheme, tune, (lambda line: None) if as_json else _say)
+    if as_json:
+        print(json.dumps(records))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})

@@ -1,5 +1,8 @@
 """PV-Tuning: representations, the loss, every strategy, resumed and sharded runs."""
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,16 @@ from transformers import AutoModelForCausalLM
 
 import pvrt
 from pvrt.linear import AQLMLinear
-from pvrt.scheme import Scheme
+from pvrt.scheme import GridScheme, Scheme
 from pvrt_kernels import aqlm_dequantize
 from pvrt_tune import distill
 from pvrt_tune.calibration import from_model
 from pvrt_tune.distill import Head, Teacher, kl_loss
+from pvrt_tune.grid import GridLinear
 from pvrt_tune.pipeline import tune
 from pvrt_tune.pv import STRATEGIES, PVSettings
 from pvrt_tune.recipe import TuneJob
-from pvrt_tune.representation import AdditiveRepresentation, represent
+from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation, represent
 from pvrt_tune.runstate import RunState
 from pvrt_tune.training import Student, Trainer, TrainSettings
 from tests.fixtures.toy import toy_model, toy_tokenizer
@@ -52,9 +56,10 @@ def test_pulling_back_is_the_chain_rule_of_decoding(scheme: str) -> None:
     representation = represent(layer)
     grad = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
     pulled = representation.pull_back(grad)
-    aqlm_dequantize(layer.codes, layer.codebooks, layer.scales).backward(grad)
-    torch.testing.assert_close(pulled["codebooks"], layer.codebooks.grad)
-    torch.testing.assert_close(pulled["scales"], layer.scales.grad)
+    decoded = aqlm_dequantize(layer.codes, layer.codebooks, layer.scales)
+    books, scales = torch.autograd.grad(decoded, (layer.codebooks, layer.scales), grad)
+    torch.testing.assert_close(pulled["codebooks"], books)
+    torch.testing.assert_close(pulled["scales"], scales)
     torch.testing.assert_close(representation.decode(), layer.dequantize().detach())
 
 
@@ -110,6 +115,34 @@ def test_stochastic_rounding_is_unbiased_between_two_entries() -> None:
     generator = torch.Generator().manual_seed(4)
     proposal = representation.nearest(target, torch.arange(4000), generator, stochastic=True)
     assert abs(float(proposal.values.mean()) - 0.3) < 0.03
+
+
+@pytest.mark.parametrize("scheme", ["w2g8", "w3g16s"])
+def test_grids_decode_pull_back_and_round_each_weight(scheme: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    layer = GridLinear(32, 24, GridScheme.parse(scheme))
+    with torch.no_grad():
+        layer.codes.copy_(torch.randint(layer.scheme.levels + 1, (24, 32), generator=generator))
+        layer.scales.copy_(torch.rand(layer.scales.shape, generator=generator) + 0.5)
+        if layer.zeros is not None:
+            layer.zeros.copy_(torch.randint(4, layer.zeros.shape, generator=generator))
+    representation = GridRepresentation(layer)
+    decoded = layer.dequantize()
+    torch.testing.assert_close(representation.decode(), decoded.detach())
+    grad = torch.randn(24, 32, generator=generator)
+    (scales,) = torch.autograd.grad(decoded, layer.scales, grad)
+    torch.testing.assert_close(representation.pull_back(grad)["scales"], scales)
+    target = representation.decode() + 2 * torch.randn(24, 32, generator=generator)
+    chosen = torch.arange(0, 24 * 32, 3)
+    proposal = representation.nearest(target.view(-1, 1)[chosen], chosen, generator)
+    best = torch.full((24, 32), torch.inf)
+    for code in range(layer.scheme.levels + 1):
+        representation.codes.fill_(code)
+        best = torch.minimum(best, (representation.decode() - target).abs())
+    reached = (proposal.values - target.view(-1, 1)[chosen]).abs().squeeze(1)
+    torch.testing.assert_close(reached, best.view(-1)[chosen])
+    representation.assign(chosen, proposal.codes)
+    torch.testing.assert_close(representation.decode().view(-1, 1)[chosen], proposal.values)
 
 
 def test_rows_of_a_rank_are_a_slice_of_the_whole() -> None:
@@ -297,3 +330,72 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path)
     assert ours.keys() == theirs.keys()
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
+    problem: Problem, tmp_path: Path
+) -> None:
+    outcomes = []
+    for low_memory in (False, True):
+        trainer = problem.trainer(settings_with(low_memory=low_memory))
+        outcomes.append(trainer.run(RunState(tmp_path / str(low_memory)), lambda line: None))
+        layer = next(iter(trainer.optimizer.layers.values()))
+        assert layer.latent is not None
+        state = sum(t.nbytes for t in layer.tensors().values())
+        if low_memory:
+            assert state < 2.2 * layer.weight.numel()
+    full, low = (outcome.best for outcome in outcomes)
+    assert low < outcomes[1].before * 0.9
+    assert low == pytest.approx(full, rel=0.1)
+
+
+# ---- several processes ----
+
+RANK_SCRIPT = """
+import json, sys; sys.path[:0] = {paths!r}
+from dataclasses import replace
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from tests.tune.test_pv import SETTINGS, Problem
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+problem = Problem(Path({folder!r}), torch.load({tokens!r}))
+trainer = problem.trainer(replace(SETTINGS, microbatch=1))
+kls = [trainer.held_out_kl()]
+kls += [trainer.train_step()["train_kl"] for _ in range(6)]
+kls.append(trainer.held_out_kl())
+state = trainer.optimizer.tensors()
+if dist.get_rank() == 0:
+    torch.save(state, {state!r})
+    print(json.dumps(kls))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_learn_what_one_does(problem: Problem, tmp_path: Path) -> None:
+    """FSDP2 over gloo: rows, latents and the choice of groups are cut over the ranks."""
+    torch.save(problem.tokens, tmp_path / "tokens.pt")
+    script = tmp_path / "rank.py"
+    script.write_text(
+        RANK_SCRIPT.format(
+            paths=sys.path,
+            folder=str(problem.folder),
+            tokens=str(tmp_path / "tokens.pt"),
+            state=str(tmp_path / "state.pt"),
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    alone = problem.trainer(replace(SETTINGS, microbatch=4))
+    kls = [alone.held_out_kl()]
+    kls += [alone.train_step()["train_kl"] for _ in range(6)]
+    kls.append(alone.held_out_kl())
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(kls, rel=1e-3)
+    ours, theirs = torch.load(tmp_path / "state.pt"), alone.optimizer.tensors()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].shape == tensor.shape, name
+        if name.endswith(".codes"):  # sums in another order may tip a tie
+            assert (ours[name] == tensor).float().mean() > 0.99, name

@@ -123,7 +123,9 @@ def kl_loss(hidden: Tensor, head: Head, target: Tensor, target_head: Head) -> Te
     original, used in the dtype of hidden. Memory: a few chunks of at most 64 MiB of logits.
     """
     target = target.to(hidden.dtype)
-    loss: Tensor = _ChunkedKL.apply(hidden, head.weight, head, target, target_head)
+    loss: Tensor = _ChunkedKL.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head, target, target_head
+    )
     return loss
 
 
@@ -165,7 +167,7 @@ class Teacher:
         device = next(self.model.parameters()).device
         parts = []
         with torch.no_grad():
-            for window in windows.split(4):
+            for window in torch.split(windows, 4):
                 states = final_hidden(self.model, window.to(device))
                 parts.append(states.to(torch.bfloat16).cpu())
         return torch.cat(parts)

@@ -1,6 +1,6 @@
 """The checkpoint of a finished run: config, tensors, tokenizer and manifest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,10 +28,13 @@ def write(
     data: CalibrationData,
     state: RunState,
     reports: list[dict[str, Any]],
+    tuned: Mapping[str, Tensor] | None = None,
+    tuning: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the finished blocks of `state`, and all else from the source, to the job's folder.
 
     `reports` are the blocks' own; the layers whose errors they hold are the quantised ones.
+    `tuned` tensors by name take the place of either, `tuning` says how they came about.
     """
     model = source.model
     scheme = Scheme.parse(job.recipe.scheme)
@@ -40,7 +43,7 @@ def write(
         for index, report in enumerate(reports)
         for name in report["errors"]
     ]
-    dense = [name for name, _ in linears(model) if name not in set(quantised)]
+    dense = [name for name in _products(model) if name not in set(quantised)]
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config["architectures"] = [type(model).__name__]
@@ -53,21 +56,28 @@ def write(
         "data": {"origin": data.origin, "sha256": data.digest},
         "recipe": asdict(job.recipe),
         "blocks": reports,
+        **({"pv": dict(tuning)} if tuning else {}),
     }
     files = _tokenizer_files(source.tokenizer)
     if model.generation_config is not None:
         files["generation_config.json"] = as_json(model.generation_config.to_dict())
-    tensors = _tensors(source, blocks, state)
+    tensors = _tensors(source, blocks, state, tuned or {})
     write_checkpoint(job.out, config, tensors, WriteOptions(files=files, manifest=manifest))
 
 
-def _tensors(source: Source, blocks: BlockList, state: RunState) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    source: Source, blocks: BlockList, state: RunState, tuned: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the checkpoint, one in memory at a time; tied ones once."""
+
+    def newest(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return name, tuned[name].to(tensor.dtype) if name in tuned else tensor
+
     for name in source.outside(blocks.name):
-        yield from source.read([name]).items()
+        yield newest(name, source.read([name])[name])
     for prefix, piece in finished_blocks(blocks, state):
         for name, tensor in piece.tensors.items():
-            yield f"{prefix}{name}", tensor
+            yield newest(f"{prefix}{name}", tensor)
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

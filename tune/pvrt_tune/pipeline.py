@@ -1,12 +1,14 @@
-"""The order of stages: open the model, calibrate block by block, write the checkpoint."""
+"""The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
+import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 import pvrt
-from pvrt.checkpoint import Checkpoint
+from pvrt.checkpoint import CONFIG_FILE, Checkpoint
 from pvrt.errors import RunError
 from pvrt_tune import calibration
 from pvrt_tune.blocks import find_blocks
@@ -16,6 +18,7 @@ from pvrt_tune.output import write
 from pvrt_tune.plan import misfit, summary
 from pvrt_tune.planning import plan_job
 from pvrt_tune.progress import Clock, Report
+from pvrt_tune.pvstage import pv_tune, tuned_tensors
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.runstate import RunState, has_piece, open_run
 from pvrt_tune.source import Source, load_source
@@ -26,14 +29,16 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
     """Compress a model to an AQLM checkpoint in `job.out`; goes on where an earlier call stopped.
 
     `report` gets progress lines. Raises PvrtError with one sentence for anything that the user can
-    mend; KeyboardInterrupt passes through, finished blocks being safe on disk.
+    mend; KeyboardInterrupt passes through: finished blocks are safe on disk, and once calibration
+    is through `job.out` holds the best checkpoint so far.
     """
+    deadline = None if job.seconds is None else time.monotonic() + job.seconds
     job = _planned(job, report)
     source = load_source(job.model)
     blocks = find_blocks(source.model)
     text = None
     if job.data is not None:
-        size = (job.recipe.samples, job.recipe.length)
+        size = (job.recipe.windows, job.recipe.length)
         text = calibration.from_text(job.data, source.tokenizer, *size, job.recipe.seed)
     fingerprint = _fingerprint(job, source, text)
     state = open_run(job.out, fingerprint, resume=job.resume, restart=job.restart)
@@ -41,8 +46,23 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
         report(f"{job.out} is already complete; --restart tunes it again")
         return Checkpoint.open(job.out)
     data = text or _sampled(job, source, state, report)
-    reports = walk(job, source, blocks, data, state, report)
-    write(job, source, blocks, data, state, reports)
+    calibration_data = replace(data, tokens=data.tokens[job.recipe.calibration])
+    reports = walk(job, source, blocks, calibration_data, state, report)
+    result = partial(write, job, source, blocks, data, state, reports)
+    if job.recipe.pv is not None:
+        if not (job.out / CONFIG_FILE).exists():
+            result()
+            report(f"{job.out} can be served from here on; PV-Tuning makes it better")
+        try:
+            complete = pv_tune(job, source, blocks, data.tokens, state, report, deadline)
+        except KeyboardInterrupt:
+            result(*tuned_tensors(state))
+            raise
+        if not complete:
+            result(*tuned_tensors(state))
+            report(f"the time is over: {job.out} holds the best so far, the same command goes on")
+            return Checkpoint.open(job.out)
+    result(*tuned_tensors(state))
     state.finish({"blocks": len(blocks.blocks)})
     return Checkpoint.open(job.out)
 
@@ -75,11 +95,11 @@ def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> C
         if done == total or clock.due():
             report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
-    report(f"no --data given: sampling {recipe.samples} x {recipe.length} tokens from the model")
+    report(f"no --data given: sampling {recipe.windows} x {recipe.length} tokens from the model")
     # Most CPUs only emulate 16-bit products.
     dtype = torch.float32 if job.device == "cpu" else None
     model = source.dense(dtype, job.device)
-    data = calibration.from_model(model, recipe.samples, recipe.length, recipe.seed, progress)
+    data = calibration.from_model(model, recipe.windows, recipe.length, recipe.seed, progress)
     del model
     release_memory()
     state.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})

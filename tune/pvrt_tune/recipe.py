@@ -6,6 +6,7 @@ from typing import Literal
 
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.training import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Recipe:
     targets: what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
     outputs of the quantised blocks before it. "original": the original model's own activations
     after that block, so that a block also mends what earlier ones broke (a second set of hidden
-    states is kept for it).
+    states is kept for it). pv: PV-Tuning after calibration, or None.
     """
 
     scheme: str = "2x8g8"
@@ -25,11 +26,20 @@ class Recipe:
     fit: FitSettings = field(default_factory=FitSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     targets: Literal["quantised", "original"] = "quantised"
+    pv: TrainSettings | None = None
 
     @property
     def windows(self) -> int:
-        """Windows of text in all."""
-        return self.samples
+        """Windows of text in all: the held-out ones of PV-Tuning come first."""
+        if self.pv is None:
+            return self.samples
+        return self.pv.held_out + max(self.samples, self.pv.windows)
+
+    @property
+    def calibration(self) -> slice:
+        """Which of the windows calibrate the layers; never held-out ones."""
+        first = 0 if self.pv is None else self.pv.held_out
+        return slice(first, first + self.samples)
 
 
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
@@ -40,12 +50,13 @@ EFFORTS: dict[str, Recipe] = {
         fit=FitSettings(rounds=3, kmeans_iterations=12),
         finetune=FinetuneSettings(epochs=2),
     ),
-    "normal": Recipe(),
+    "normal": Recipe(pv=TrainSettings()),
     "best": Recipe(
         samples=256,
         length=1024,
         fit=FitSettings(rounds=16, kmeans_iterations=60, kmeans_momentum=0.88),
         finetune=FinetuneSettings(epochs=8),
+        pv=TrainSettings(windows=4096, steps=2000, batch=16, held_out=16, evaluate_every=50),
     ),
 }
 
@@ -56,6 +67,7 @@ class TuneJob:
 
     activations: where hidden states are kept, "memory" or "disk" ("auto": memory if they fit).
     force: start although the plan says that it does not fit.
+    seconds: time limit in all; the best checkpoint by then is left, and the same job goes on later.
     """
 
     model: str
@@ -64,6 +76,7 @@ class TuneJob:
     data: str | None = None
     device: str = "cpu"
     activations: Literal["auto", "memory", "disk"] = "auto"
+    seconds: float | None = None
     resume: bool = False
     restart: bool = False
     force: bool = False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pvrt.linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
+from pvrt_tune.grid import GridLinear
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,66 @@ class AdditiveRepresentation(Representation):
         self._flat_codes[groups] = codes
 
 
+class GridRepresentation(Representation):
+    """A scalar grid: every weight is a group of its own, with a code on its group's scale."""
+
+    group_size = 1
+
+    def __init__(self, layer: GridLinear, rows: slice = slice(None)) -> None:
+        self.codes = layer.codes.detach()[rows].clone()
+        self.scales = layer.scales.detach()[rows].float().clone()
+        self._levels = layer.scheme.levels
+        self._width, self._group = layer.in_features, layer.scheme.group_size
+        self.zeros = None if layer.zeros is None else layer.zeros.detach()[rows].clone()
+
+    def continuous(self) -> dict[str, Tensor]:
+        return {"scales": self.scales}
+
+    def tensors(self) -> dict[str, Tensor]:
+        zeros = {} if self.zeros is None else {"zeros": self.zeros}
+        return {"codes": self.codes, "scales": self.scales, **zeros}
+
+    def shared(self) -> set[str]:
+        return set()
+
+    def _steps(self) -> Tensor:
+        """codes - zeros [rows, in/G, G]."""
+        codes = self.codes.view(*self.scales.shape, self._group).float()
+        return codes - self._middle().unsqueeze(2)
+
+    def _middle(self) -> Tensor:
+        """Zeros [rows, in/G] as numbers."""
+        if self.zeros is None:
+            return torch.full_like(self.scales, (self._levels + 1) // 2)
+        return self.zeros.float()
+
+    def decode(self) -> Tensor:
+        return (self.scales.unsqueeze(2) * self._steps()).view(self.codes.shape)
+
+    def pull_back(self, grad_weight: Tensor) -> dict[str, Tensor]:
+        steps = self._steps()
+        return {"scales": (grad_weight.float().view(steps.shape) * steps).sum(2)}
+
+    def nearest(
+        self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
+    ) -> Proposal:
+        row, column = groups // self._width, groups % self._width
+        scale = self.scales[row, column // self._group]
+        zero = self._middle()[row, column // self._group]
+        exact = torch.where(scale == 0, zero, target.squeeze(1) / scale + zero)
+        if stochastic:
+            draw = torch.rand(len(groups), generator=generator).to(exact.device)
+            codes = (exact + draw).floor()
+        else:
+            present = self.codes.view(-1)[groups].float()
+            codes = torch.where((exact - present).abs() <= 0.5, present, exact.round())
+        codes = codes.clamp(0, self._levels)
+        return Proposal(codes.to(self.codes.dtype), (scale * (codes - zero)).unsqueeze(1))
+
+    def assign(self, groups: Tensor, codes: Tensor) -> None:
+        self.codes.view(-1)[groups] = codes
+
+
 def _closest(
     wanted: Tensor, book: Tensor, present: Tensor, generator: torch.Generator, draw: bool
 ) -> Tensor:
@@ -138,7 +199,7 @@ def _closest(
     offset = book.square().sum(1)
     parts = []
     step = max(1, (1 << 22) // len(book))  # 16 MiB of scores at once
-    for part, old in zip(wanted.split(step), present.split(step), strict=True):
+    for part, old in zip(torch.split(wanted, step), torch.split(present, step), strict=True):
         scores = torch.addmm(offset, part, book.T, alpha=-2)
         if not draw:
             best = scores.min(1)
@@ -159,4 +220,6 @@ def represent(layer: nn.Module, rows: slice = slice(None)) -> Representation:
     """The representation of a quantised module; ValueError when PV-Tuning knows none."""
     if isinstance(layer, AQLMLinear):
         return AdditiveRepresentation(layer, rows)
+    if isinstance(layer, GridLinear):
+        return GridRepresentation(layer, rows)
     raise ValueError(f"{type(layer).__name__} is not a quantised layer that can be PV-tuned")

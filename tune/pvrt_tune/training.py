@@ -9,26 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvrt.linear import quantized_linears
+from pvrt.linear import AQLMLinear
 from pvrt_tune import parallel
 from pvrt_tune.blocks import find_blocks
 from pvrt_tune.distill import Head, Teacher, final_hidden, kl_loss
+from pvrt_tune.grid import GridLinear
 from pvrt_tune.progress import Report
-from pvrt_tune.pv import PVOptimizer, PVSettings
+from pvrt_tune.pv import OPTIMIZER_PARTS, PVOptimizer, PVSettings
 from pvrt_tune.representation import Representation, represent
 from pvrt_tune.runstate import RunState
+
+#: Name of the piece of a run that holds the best student so far.
+BEST = "pv-best"
+#: Steps before a time limit is turned into a number of steps, and the share of the time left that
+#: steps may take (looks at held-out text and saved states take the rest).
+_PROBE = 3
+_SHARE_OF_STEPS = 0.9
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The loop around the PV step.
 
-    steps: optimizer steps; batch: windows per step, computed `microbatch` at a time. held_out:
-    windows that only choose the best state, looked at every `evaluate_every` steps; training ends
-    after `patience` looks without a new best. warmup: share of the steps in which the learning
-    rates rise; they fall to zero at the end. freeze_embeddings keeps embeddings and output head.
+    windows: of training text. steps: optimizer steps; batch: windows per step, computed
+    `microbatch` at a time. held_out: windows that only choose the best state, looked at every
+    `evaluate_every` steps; training ends after `patience` looks without a new best. warmup: share
+    of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
+    keeps embeddings and output head.
     """
 
+    windows: int = 512
     steps: int = 400
     batch: int = 4
     microbatch: int = 4
@@ -40,10 +50,10 @@ class TrainSettings:
     recompute_activations: bool = False
     pv: PVSettings = field(default_factory=PVSettings)
 
-    def factor(self, step: int) -> float:
-        """Learning-rate factor of step `step` (from 0): linear up, then linear down to zero."""
-        warm = max(1, round(self.warmup * self.steps))
-        return min((step + 1) / warm, (self.steps - step) / max(1, self.steps - warm), 1.0)
+    def factor(self, step: int, steps: int) -> float:
+        """Learning-rate factor of step `step` (from 0) of `steps`: linear up, then down to zero."""
+        warm = max(1, round(self.warmup * steps))
+        return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
 
 
 @dataclass
@@ -60,11 +70,16 @@ class Student:
         In a run of several ranks, blocks are sharded and every rank represents its own rows.
         """
         representations = {}
-        for name, module in quantized_linears(model).items():
-            dense = module.to_dense()
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, AQLMLinear | GridLinear):
+                continue
+            bias = module.bias is not None
+            dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
             dense.weight = nn.Parameter(represent(module).decode())
+            if module.bias is not None:
+                dense.bias = module.bias
             model.set_submodule(name, dense)
-            representations[name] = represent(module, parallel.rows_of(dense.out_features))
+            representations[name] = represent(module, parallel.rows_of(module.out_features))
         parallel.shard(find_blocks(model).blocks, next(model.parameters()).device.type)
         return cls(model, representations)
 
@@ -83,12 +98,15 @@ class Student:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training reached: held-out KL before and at the best step, and the curves."""
+    """What training reached: held-out KL before and at the best step, and the curves.
+
+    complete: all planned steps were done, or patience ended them; otherwise time ran out.
+    """
 
     before: float
     best: float
     best_step: int
-    steps: int
+    complete: bool
     curves: list[dict[str, float]]
 
 
@@ -121,7 +139,7 @@ class Trainer:
         self.head = Head.of(model)
         self.device = next(model.parameters()).device
         self.optimizer = PVOptimizer(student.representations, weights, dense, settings.pv)
-        self.step = 0
+        self.step, self.steps = 0, settings.steps
         self.curves: list[dict[str, float]] = []
 
     def run(self, state: RunState, report: Report, deadline: float | None = None) -> Outcome:
@@ -133,23 +151,30 @@ class Trainer:
         if not self.curves:
             self._evaluate(state, report)
         started, begun = time.monotonic(), self.step
-        while self.step < self.settings.steps and not self._stale():
+        while self.step < self.steps and not self._stale():
             if deadline is not None and time.monotonic() > deadline:
                 break
             figures = self.train_step()
-            if self.step % self.settings.evaluate_every == 0 or self.step == self.settings.steps:
-                pace = (time.monotonic() - started) / (self.step - begun)
-                left = pace * (self.settings.steps - self.step)
-                self._evaluate(state, report, {**figures, "left": left})
+            pace = (time.monotonic() - started) / (self.step - begun)
+            if self.step == _PROBE and deadline is not None:
+                self._plan(deadline, pace, report)
+            if self.step % self.settings.evaluate_every == 0 or self.step >= self.steps:
+                self._evaluate(state, report, {**figures, "left": pace * (self.steps - self.step)})
                 self._save(state)
         best = min(self.curves, key=lambda row: row["held_out_kl"])
         return Outcome(
             self.curves[0]["held_out_kl"],
             best["held_out_kl"],
             int(best["step"]),
-            self.step,
+            self.step >= self.steps or self._stale(),
             self.curves,
         )
+
+    def _plan(self, deadline: float, pace: float, report: Report) -> None:
+        """As many steps as fit into the time, so that the learning rates end at zero with it."""
+        left = (deadline - time.monotonic()) * _SHARE_OF_STEPS / pace
+        self.steps = max(self.step, min(self.settings.steps, self.step + int(left)))
+        report(f"{self.steps} PV steps of about {pace:.1f} s fit into the time")
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step on the next batch; returns its figures."""
@@ -163,7 +188,7 @@ class Trainer:
             (part * share).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
         generator = _generator(self.seed, f"V step {self.step}")
-        outcome = self.optimizer.step(self.settings.factor(self.step), generator)
+        outcome = self.optimizer.step(self.settings.factor(self.step, self.steps), generator)
         self.step += 1
         return {
             "train_kl": float(parallel.total(torch.tensor(loss))) / parallel.world(),
@@ -219,26 +244,33 @@ class Trainer:
         self.curves.append(row)
         is_best = row["held_out_kl"] <= min(r["held_out_kl"] for r in self.curves)
         if is_best:
-            state.save("pv-best", self.tensors(), {"step": self.step})
-        report(_line(row, self.settings.steps, left, is_best))
+            state.save(BEST, self.tensors(), {"step": self.step, "held_out_kl": row["held_out_kl"]})
+        report(_line(row, self.steps, left, is_best))
 
     def tensors(self) -> dict[str, Tensor]:
         """The student as it stands: every representation's tensors and the dense parameters."""
         state = self.optimizer.tensors()
-        suffixes = (".latent", ".second_moment", ".exp_avg", ".exp_avg_sq")
-        return {name: t.contiguous() for name, t in state.items() if not name.endswith(suffixes)}
+        return {
+            name: tensor.contiguous()
+            for name, tensor in state.items()
+            if name.rpartition(".")[2] not in OPTIMIZER_PARTS
+        }
 
     def _save(self, state: RunState) -> None:
         tensors = {name: t.contiguous() for name, t in self.optimizer.tensors().items()}
-        state.save(f"pv-state-{self.step:07d}", tensors, {"curves": self.curves})
+        state.save(f"pv-state-{self.step:07d}", tensors, self._report())
         for name in state.names("pv-state-")[:-1]:
             state.discard(name)
+
+    def _report(self) -> dict[str, Any]:
+        return {"steps": self.steps, "curves": self.curves}
 
     def _resume(self, state: RunState) -> None:
         for name in reversed(state.names("pv-state-")):
             saved = state.load(name)
             if saved is not None:
                 self.step = int(name.rpartition("-")[2])
+                self.steps = int(saved.report["steps"])
                 self.curves = list(saved.report["curves"])
                 self.optimizer.load(saved.tensors, self.step)
                 return

@@ -58,8 +58,12 @@ def walk(
     report: Report,
 ) -> list[dict[str, Any]]:
     """Quantise all blocks in order and leave them as pieces of `state`. Returns their reports."""
-    stream = _start(job, source, blocks, data, state)
     count = len(blocks.blocks)
+    finished = [state.load(piece_name(index)) for index in range(count)]
+    if all(finished):
+        return [piece.report for piece in finished if piece is not None]
+    del finished
+    stream = _start(job, source, blocks, data, state)
     clock, again = Clock(count), Clock(count)
     reports = []
     for index in range(count):
@@ -70,7 +74,7 @@ def walk(
             _advance(dense, stream.targets, stream.arguments[index])
         saved = state.load(name)
         if saved is not None:
-            block = _rebuild(blocks.blocks[index], saved.tensors, job)
+            block = rebuild(blocks.blocks[index], saved.tensors, job)
             block_report = saved.report
             clock.total -= 1
             again.done += 1
@@ -193,7 +197,7 @@ def _rounded(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     return block
 
 
-def _rebuild(skeleton: nn.Module, tensors: dict[str, Tensor], job: TuneJob) -> nn.Module:
+def rebuild(skeleton: nn.Module, tensors: dict[str, Tensor], job: TuneJob) -> nn.Module:
     """A quantised block from its saved tensors; the skeleton says what its layers looked like."""
     block = deepcopy(skeleton)
     dtype = _float_dtype(skeleton)

@@ -1,0 +1,150 @@
+"""What each part of the calibration is worth: writes results/calibration_ablation.json.
+
+    .venv/bin/python benchmarks/calibration_ablation.py [variant ...]
+
+SmolLM2-135M at 2x8g8, effort fast, one sampled calibration text for all variants. Every variant is
+the whole model; perplexity is of WikiText-2 *validation* (first windows of 2048 tokens, float32),
+so that nothing here is chosen on the test split. Results of variants not named are kept.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import quickstart
+import torch
+
+import pvrt
+from pvrt.evaluate import perplexity, read_text, windows
+from pvrt_tune import additive, calibration, layerwise
+from pvrt_tune.additive import AdditiveFit, LayerFit
+from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.pipeline import tune
+from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
+from pvrt_tune.source import load_source
+
+RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_ablation.json"
+VALIDATION = quickstart.WIKITEXT.with_name("wiki.valid.raw")
+WINDOWS = 8
+SCHEME = "2x8g8"
+
+
+class WeightSpaceStart(AdditiveFit):
+    """k-means that sees the weights alone, every coordinate and row alike, as published."""
+
+    def start(self) -> None:
+        """Start with H replaced by the identity; everything after sees H again."""
+        moment, self.moment = self.moment, torch.eye(len(self.moment))
+        super().start()
+        self.moment = moment
+
+
+class AdamFit(AdditiveFit):
+    """Codebooks and scales by 100 Adam steps a round (betas 0, .95, amsgrad), as published."""
+
+    STEPS = 100
+
+    def fit_codebooks(self) -> None:
+        """Adam on both; the published rate of 1e-4 belongs to rows of norm 1, ours have RMS 1."""
+        books = self.codebooks.clone().requires_grad_(True)
+        scales = self.scales.clone().requires_grad_(True)
+        width = self.weight.shape[1] ** 0.5
+        groups = [{"params": [books], "lr": 1e-4 * width}, {"params": [scales], "lr": 1e-4 / width}]
+        optimizer = torch.optim.Adam(groups, betas=(0.0, 0.95), amsgrad=True)
+        for _ in range(self.STEPS):
+            value = self.unscaled(books)
+            error = self.weight - scales * value
+            loss = ((error @ self.moment) * error).sum() / len(error)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        self.codebooks, self.scales = books.detach(), scales.detach()
+
+    def fit_scales(self) -> None:
+        """Part of `fit_codebooks` here."""
+
+
+class NoFeedback(AdditiveFit):
+    """The start's codes go straight into the sweeps."""
+
+    def assign_with_feedback(self) -> None:
+        """Keep the codes of the start."""
+
+
+BASE = replace(EFFORTS["fast"], scheme=SCHEME)
+VARIANTS: dict[str, tuple[type[AdditiveFit], Recipe]] = {
+    "default": (AdditiveFit, BASE),
+    "no block fine-tuning": (AdditiveFit, replace(BASE, finetune=FinetuneSettings(epochs=0))),
+    "weight-space start": (WeightSpaceStart, BASE),
+    "no error feedback": (NoFeedback, BASE),
+    "Adam instead of the exact fit": (AdamFit, BASE),
+}
+
+
+def fit_with(kind: type[AdditiveFit]) -> Any:
+    """`fit_layer` on another class."""
+
+    def fit_layer(*args: Any) -> LayerFit:
+        original = additive.AdditiveFit
+        additive.AdditiveFit = kind  # type: ignore[misc]
+        try:
+            return original_fit_layer(*args)
+        finally:
+            additive.AdditiveFit = original  # type: ignore[misc]
+
+    return fit_layer
+
+
+original_fit_layer = additive.fit_layer
+
+
+def main() -> None:
+    """Run the named variants, or all."""
+    if not VALIDATION.is_file():
+        sys.exit(f"{VALIDATION} is missing: this benchmark needs WikiText-2 validation text")
+    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    results = {row["variant"]: row for row in stored}
+    model = str(quickstart.smollm2())
+    source = load_source(model)
+    tokens = windows(read_text(VALIDATION), source.tokenizer, 2048, WINDOWS)
+    data = calibration.from_model(source.dense(torch.float32), BASE.samples, BASE.length, BASE.seed)
+    calibration.from_model = lambda *args: data
+    if "original" not in results:
+        original = perplexity(source.dense(torch.float32), tokens).value
+        results["original"] = {"variant": "original", "perplexity": original}
+    for name in sys.argv[1:] or VARIANTS:
+        kind, recipe = VARIANTS[name]
+        setattr(layerwise, "fit_layer", fit_with(kind))  # noqa: B010
+        folder = Path(tempfile.mkdtemp())
+        wall, cpu = time.monotonic(), time.process_time()
+        tune(TuneJob(model, folder / "out", recipe), lambda line: print(line, flush=True))
+        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+        manifest = json.loads((folder / "out" / "pvrt.json").read_text())
+        errors = [e for block in manifest["blocks"] for e in block["errors"].values()]
+        tuned = pvrt.load(folder / "out", dense=True, dtype="float32")
+        results[name] = {
+            "variant": name,
+            "model": "SmolLM2-135M-Instruct",
+            "scheme": SCHEME,
+            "effort": "fast",
+            "perplexity": perplexity(tuned, tokens).value,
+            "text": f"WikiText-2 validation, first {WINDOWS} windows of 2048",
+            "mean_layer_error": sum(errors) / len(errors),
+            "last_block_error": manifest["blocks"][-1]["output_error"]["after"],
+            "seconds": wall,
+            "cpu_seconds": cpu,
+            **machine.describe(),
+        }
+        print(results[name], flush=True)
+        RESULT.write_text(json.dumps(list(results.values()), indent=1) + "\n")
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""PV-Tuning as a stage of `tune`: kills, time limits and interrupts leave what they should."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import pvrt
+from pvrt.checkpoint import Checkpoint
+from pvrt_tune.pipeline import tune
+from pvrt_tune.pv import PVSettings
+from pvrt_tune.recipe import TuneJob
+from pvrt_tune.training import TrainSettings
+from tests.tune.test_pipeline import QUICK, dense_folder
+
+RECIPE = replace(
+    QUICK,
+    pv=TrainSettings(
+        windows=16,
+        steps=12,
+        batch=4,
+        microbatch=4,
+        held_out=4,
+        evaluate_every=3,
+        pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.03, fraction=0.02),
+    ),
+)
+SCRIPT = """
+import sys; sys.path[:0] = {paths!r}
+from pathlib import Path
+from tests.tune.test_pv_stage import RECIPE
+from pvrt_tune.pipeline import tune
+from pvrt_tune.recipe import TuneJob
+tune(TuneJob({model!r}, Path({out!r}), RECIPE), lambda line: print(line, flush=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pv-stage") / "dense"
+    dense_folder(folder, "llama-tied", torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(dense: Path) -> tuple[Path, list[str]]:
+    """An uninterrupted run and its progress lines."""
+    lines: list[str] = []
+    tune(TuneJob(str(dense), dense.parent / "whole", RECIPE), lines.append)
+    return dense.parent / "whole", lines
+
+
+def start(dense: Path, out: Path) -> "subprocess.Popen[str]":
+    script = SCRIPT.format(paths=sys.path, model=str(dense), out=str(out))
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stdout is not None
+    seen = []
+    for printed in process.stdout:
+        seen.append(printed)
+        if printed.startswith(line):
+            return
+    pytest.fail(f"no {line!r} in {''.join(seen)}")
+
+
+def test_the_stage_lowers_the_held_out_kl_and_says_so(whole: tuple[Path, list[str]]) -> None:
+    out, lines = whole
+    kls = [float(line.split("held-out KL ")[1].split()[0]) for line in lines if "held-out KL" in line]
+    manifest = json.loads((out / "pvrt.json").read_text())
+    assert manifest["pv"]["held_out_kl"] < kls[0]
+    assert manifest["pv"]["held_out_kl"] == pytest.approx(min(kls), abs=1e-4)
+    checkpoint = Checkpoint.open(out)
+    checkpoint.verify()
+    assert checkpoint.read("model.norm.weight").dtype is torch.bfloat16
+    assert not (out / ".run" / "pieces").exists()
+    assert pvrt.load(out).dtype is torch.bfloat16
+
+
+def test_killed_anywhere_it_resumes_to_the_same_bytes(
+    dense: Path, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    """Two kills, each a random moment after a random line of progress."""
+    out = tmp_path / "killed"
+    seconds = random.Random(20261122)
+    for after in ("PV step 3/", "PV step 9/"):
+        process = start(dense, out)
+        wait_for(process, after)
+        time.sleep(seconds.random() * 0.5)
+        process.kill()
+        process.wait()
+        Checkpoint.open(out).verify()  # calibration's checkpoint can be served all along
+    lines: list[str] = []
+    tune(TuneJob(str(dense), out, RECIPE), lines.append)
+    assert not any(line.startswith(("block", "PV step 0/", "PV step 3/")) for line in lines)
+    ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (out, whole[0]))
+    assert ours == theirs
+
+
+def test_a_time_limit_plans_the_steps_and_leaves_the_best_so_far(
+    dense: Path, tmp_path: Path
+) -> None:
+    assert RECIPE.pv is not None
+    long = replace(RECIPE, pv=replace(RECIPE.pv, steps=100_000))
+    out = tmp_path / "out"
+    lines: list[str] = []
+    tune(TuneJob(str(dense), out, long, seconds=12.0), lines.append)
+    planned = next(line for line in lines if "fit into the time" in line)
+    assert 3 <= int(planned.split()[0]) < 100_000
+    manifest = json.loads((out / "pvrt.json").read_text())
+    kls = [float(line.split("held-out KL ")[1].split()[0]) for line in lines if "held-out KL" in line]
+    assert manifest["pv"]["held_out_kl"] == pytest.approx(min(kls), abs=1e-4)
+    Checkpoint.open(out).verify()
+
+
+def test_ctrl_c_leaves_the_best_so_far(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(dense, out)
+    wait_for(process, "PV step 3/")
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=120)
+    assert "held_out_kl" in json.loads((out / "pvrt.json").read_text())["pv"]
+    Checkpoint.open(out).verify()

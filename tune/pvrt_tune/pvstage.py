@@ -1,0 +1,86 @@
+"""The stage after calibration: PV-Tuning of the whole model, and the tensors it leaves."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvrt_tune.blocks import BlockList
+from pvrt_tune.distill import Teacher, check_head
+from pvrt_tune.progress import Report
+from pvrt_tune.recipe import TuneJob
+from pvrt_tune.runstate import RunState
+from pvrt_tune.source import Source
+from pvrt_tune.training import BEST, Student, Trainer, TrainSettings
+from pvrt_tune.walk import finished_blocks, rebuild
+
+#: Windows whose teacher states are computed and kept together.
+_TEACHER_CHUNK = 16
+
+
+def pv_tune(
+    job: TuneJob,
+    source: Source,
+    blocks: BlockList,
+    tokens: Tensor,
+    state: RunState,
+    report: Report,
+    deadline: float | None,
+) -> bool:
+    """Tune the calibrated blocks of `state` against the original model's logits.
+
+    tokens [n, length]: the first `held_out` windows choose the best state, the others train. The
+    best student so far is the piece `pv-best`. Returns whether the planned steps were all done (or
+    patience ended them); False when the deadline (time.monotonic) came first.
+    """
+    settings = job.recipe.pv
+    assert settings is not None
+    held_out, windows = tokens[: settings.held_out], tokens[settings.held_out :]
+    dtype = torch.float32 if job.device == "cpu" else None
+    original = source.dense(dtype, job.device)
+    check_head(original, windows[:1, :32].to(job.device))
+    teacher = _teacher(original, torch.cat([windows, held_out]), state)
+    student = Student.of(calibrated(job, source, blocks, state))
+    trainer = Trainer(student, teacher, windows, held_out, settings, job.recipe.seed)
+    report(_start_line(settings, windows))
+    return trainer.run(state, report, deadline).complete
+
+
+def tuned_tensors(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The best student's tensors by checkpoint name, and what the manifest says about them."""
+    best = state.load(BEST)
+    if best is None:
+        return {}, {}
+    return best.tensors, best.report
+
+
+def calibrated(job: TuneJob, source: Source, blocks: BlockList, state: RunState) -> Any:
+    """The whole calibrated model in float32 on the device, from the source and finished blocks."""
+    model = source.partial(source.outside(blocks.name), job.device)
+    listed = model.get_submodule(blocks.name)
+    for index, (_, piece) in enumerate(finished_blocks(blocks, state)):
+        listed[index] = rebuild(blocks.blocks[index], piece.tensors, job)
+    model.tie_weights()
+    for parameter in model.parameters():  # a tensor of the source may be a view of its file
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+    return model
+
+
+def _teacher(model: Any, windows: Tensor, state: RunState) -> Teacher:
+    def load(number: int) -> Tensor | None:
+        piece = state.load(f"teacher-{number:05d}")
+        return None if piece is None else piece.tensors["hidden"]
+
+    def save(number: int, hidden: Tensor) -> None:
+        state.save(f"teacher-{number:05d}", {"hidden": hidden}, {})
+
+    return Teacher(model, windows, _TEACHER_CHUNK, load, save)
+
+
+def _start_line(settings: TrainSettings, windows: Tensor) -> str:
+    tokens = windows.shape[1] * settings.batch
+    return (
+        f"PV-Tuning ({settings.pv.strategy}): up to {settings.steps} steps of {tokens} tokens "
+        f"over {len(windows)} windows, best state by {settings.held_out} held-out windows"
+    )
