@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
+from typer.core import TyperGroup
 
 import pvrt
 from pvrt.errors import PvrtError, RunError
@@ -36,6 +37,24 @@ class _BenchGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Anything but the name of a command is a folder."""
         return super().resolve_command(ctx, args if args[0] in self.commands else ["model", *args])
+
+
+bench_app = typer.Typer(
+    cls=_BenchGroup,
+    no_args_is_help=True,
+    help="Measure a model, or (pvrt bench kernels) the kernels of this GPU.",
+)
+app.add_typer(bench_app, name="bench")
+
+
+class _BenchGroup(TyperGroup):
+    """`pvrt bench DIR` is `pvrt bench model DIR`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Anything but the name of a command is for `model`."""
+        if args and args[0] not in {*self.commands, "--help"}:
+            args = ["model", *args]
+        return super().parse_args(ctx, args)
 
 
 bench_app = typer.Typer(
@@ -406,6 +425,25 @@ def bench(
         f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
         f"{repeats} runs of {new_tokens})"
     )
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A checkpoint, for its layers.")
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="Without DIR: scheme of common layers.")] = "2x8g8",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try all kernels; this card then uses the fastest.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time of every layer's GPU kernel, against copying its codes and against a dense weight."""
+    from pvrt.kernel_tuning import run
+
+    records = run(path, scheme, tune, (lambda line: None) if as_json else _say)
+    if as_json:
+        print(json.dumps(records))
 
 
 @bench_app.command("kernels")

@@ -94,7 +94,7 @@ def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int
     if len(sizes) > 3 and plan.kernel != "dense":
         return _by_partition(x, packed, bias, sizes)
     if plan.kernel == "dense":
-        y = _dense(flat, packed, bias, sizes)
+        y = multiply_decoded(flat, packed, bias, sizes)
     else:
         y = launch(plan, flat, packed, bias, sizes)
     return y.reshape(*x.shape[:-1], rows)
@@ -195,7 +195,9 @@ def _by_partition(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: l
     return torch.cat(outputs, dim=-1)
 
 
-def _dense(flat: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+def multiply_decoded(
+    flat: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]
+) -> Tensor:
     """Decode into a scratch, some rows at a time, and multiply with cuBLAS."""
     rows, in_features = packed[0].shape[1], flat.shape[1]
     step = max(128, SCRATCH_BYTES // (in_features * flat.element_size()) // 128 * 128)

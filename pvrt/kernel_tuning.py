@@ -1,0 +1,272 @@
+"""Measuring GPU kernels: `pvrt bench kernels`, and with --tune the table that serving then uses.
+
+Every time is that of CUDA graphs over several copies of a weight, together larger than the L2
+cache, as in a model whose layers follow each other; the median of repeats. What is measured here
+is written to the user's table (`pvrt_kernels.plans.user_table`); nothing measures while serving.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pvrt.checkpoint import Checkpoint
+from pvrt.durable import as_json, write_synced
+from pvrt.errors import RunError
+from pvrt.scheme import Scheme
+from pvrt_kernels import gpu, plans
+from pvrt_kernels.packed import PackedWeight
+from pvrt_kernels.plans import DENSE, Gpu, Plan, Shape
+
+COLD_BYTES = 256 << 20  # more than any L2 cache holds
+COMMON_LAYERS = (
+    *((4096, 4096), (6144, 4096), (12288, 4096), (22016, 4096), (28672, 4096)),
+    *((4096, 11008), (4096, 14336)),
+)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one product, and of the same with a dense weight in cuBLAS."""
+
+    plan: Plan
+    seconds: float
+    dense_seconds: float
+
+
+class Clock:
+    """Times calls on a device. On a CPU (tests, dry runs) every call just runs once."""
+
+    def __init__(self, device: torch.device, repeats: int = 15) -> None:
+        self.device, self.repeats = device, repeats
+
+    def time(self, calls: Sequence[Callable[[], object]]) -> float:
+        """Median seconds of one call; all are different weights, run one after the other."""
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            for call in calls:
+                call()
+            return (time.perf_counter() - started) / len(calls)
+        replay = graph(calls)
+        timed: Any = torch.cuda.Event
+        events = [timed(enable_timing=True) for _ in range(2 * self.repeats)]
+        for _ in range(3):
+            replay()
+        for begin, end in zip(events[::2], events[1::2], strict=True):
+            begin.record()
+            replay()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        pairs = zip(events[::2], events[1::2], strict=True)
+        milliseconds: float = median(begin.elapsed_time(end) for begin, end in pairs)
+        return milliseconds / 1000 / len(calls)
+
+
+def graph(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """A CUDA graph of some calls, warmed up; returns its replay."""
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # compiles what is not yet
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        for call in calls:
+            call()
+    return captured.replay
+
+
+def random_packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+    """A packed weight of one partition with uniformly random codes."""
+    scheme = Scheme.parse(shape.scheme)
+    codes = torch.randint(
+        0, shape.size, scheme.codes_shape(shape.out_features, shape.in_features), device=device
+    )
+    books = torch.randn(1, *scheme.codebooks_shape, dtype=dtype, device=device)
+    scales = torch.full((shape.out_features,), shape.in_features**-0.5, dtype=dtype, device=device)
+    sizes = [shape.out_features]
+    tensors = gpu.pack(codes.to(scheme.code_dtype), books, scales, sizes)
+    return PackedWeight(gpu.NAME, tensors, sizes, shape.in_features)
+
+
+def weight_copies(weight: PackedWeight, limit: int = 64) -> list[PackedWeight]:
+    """The weight and copies of it, larger together than an L2 cache."""
+    count = min(max(2, -(-COLD_BYTES // weight.tensors[0].nbytes)), limit)
+    copies = [replace(weight, tensors=[t.clone() for t in weight.tensors]) for _ in range(count)]
+    return copies
+
+
+def time_plan(clock: Clock, plan: Plan, x: Tensor, copies: Iterable[PackedWeight]) -> float:
+    """Seconds of x times the weight under a plan."""
+
+    def call(weight: PackedWeight) -> Callable[[], Tensor]:
+        sizes = weight.partition_sizes
+        if plan.kernel == "dense":
+            return lambda: gpu.multiply_decoded(x, weight.tensors, None, sizes)
+        return lambda: gpu.launch(plan, x, weight.tensors, None, sizes)
+
+    return clock.time([call(weight) for weight in copies])
+
+
+def time_dense(clock: Clock, x: Tensor, shape: Shape) -> float:
+    """Seconds of x times a dense weight of the same shape and type as x, in cuBLAS."""
+    size = shape.out_features * shape.in_features * x.element_size()
+    count = min(max(2, -(-COLD_BYTES // size)), 64)
+    weight = torch.randn(shape.out_features, shape.in_features, device=x.device).to(x.dtype)
+    copies = [weight.clone() for _ in range(count)]
+    return clock.time([lambda w=w: F.linear(x, w) for w in copies])  # type: ignore[misc]
+
+
+def candidates(card: Gpu, shape: Shape, tokens: int) -> list[Plan]:
+    """At most about a dozen plans worth measuring, all of which compile without spills."""
+    found = []
+    if tokens <= 4 and shape.width == "8bit" and shape.num_codebooks in (1, 2, 4):
+        tiles = ((512, 4), (1024, 8), (512, 8), (2048, 16)) if tokens == 1 else ()
+        for rows, warps in (*tiles, (1024, 16)):
+            found.append(plans.fit(Plan("lut", 0, rows, warps, 0), card, shape, tokens))
+        if tokens == 1 and gpu.gluon_gathers():
+            for rows in (1024, 2048):
+                found.append(plans.fit(Plan("lut_gluon", 0, rows, 8, 0), card, shape, tokens))
+        base = found[0] if tokens > 1 else found[1]
+        for split in {max(1, base.split // 2), min(shape.blocks, base.split * 2)} - {base.split}:
+            found.append(replace(base, split=split))
+    if tokens <= 4:
+        found.append(plans.fit(Plan("direct", 0, 128, 4, 0), card, shape, tokens))
+    if tokens <= 16:
+        found.append(plans.fit(Plan("tile", 0, 128, 4, 0), card, shape, tokens))
+    if tokens > 4:
+        found.append(plans.fit(Plan("tile", 0, 128, 8, 0), card, shape, tokens))
+        found.append(DENSE)
+    return list(dict.fromkeys(found))
+
+
+def measure_layer(
+    shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, tune: bool
+) -> list[Timing]:
+    """Times of a layer: of its plan, or of all candidates, fastest first."""
+    clock, card = Clock(device), plans.describe_gpu(device)
+    chosen = plans.choose(card, shape, tokens, dtype, False)
+    copies = weight_copies(random_packed(shape, dtype, device))
+    x = torch.randn(tokens, shape.in_features, dtype=dtype, device=device)
+    dense = time_dense(clock, x, shape)
+    tried = list(dict.fromkeys([chosen, *candidates(card, shape, tokens)])) if tune else [chosen]
+    timings = [Timing(plan, time_plan(clock, plan, x, copies), dense) for plan in tried]
+    return sorted(timings, key=lambda timing: timing.seconds)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written together, of copies on the device."""
+    source = torch.zeros(1 << 28 if device.type == "cuda" else 1 << 16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / Clock(device).time([lambda: target.copy_(source)])
+
+
+def fused_layers(checkpoint: Checkpoint) -> list[Shape]:
+    """Shapes of a checkpoint's layers as backends run them: q, k and v in one, gate and up."""
+    scheme = checkpoint.scheme
+    outs: dict[tuple[str, str], int] = {}
+    ins: dict[tuple[str, str], int] = {}
+    for name, layer in checkpoint.layers.items():
+        parent, _, last = name.rpartition(".")
+        fused = "qkv" if last in _QKV else "gate_up" if last in _GATE_UP else last
+        key = (parent, fused)
+        outs[key] = outs.get(key, 0) + layer.out_features
+        ins[key] = layer.in_features
+    numbers = (scheme.num_codebooks, scheme.codebook_size, scheme.in_group_size)
+    return list(dict.fromkeys(Shape(*numbers, outs[key], ins[key]) for key in outs))
+
+
+def common_layers(scheme: str) -> list[Shape]:
+    """Fused layers of Llama 2 7B and Llama 3 8B. Raises RunError for a malformed scheme."""
+    try:
+        form = Scheme.parse(scheme)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    numbers = (form.num_codebooks, form.codebook_size, form.in_group_size)
+    return [Shape(*numbers, out, inputs) for out, inputs in COMMON_LAYERS]
+
+
+def rules_of(best: dict[tuple[Shape, int], Plan]) -> list[dict[str, Any]]:
+    """Rules of a table: for every layer and measured number of tokens the fastest plan."""
+    rules = []
+    for shape, tokens in sorted(best, key=lambda key: (str(key[0]), key[1])):
+        plan = best[shape, tokens]
+        rule: dict[str, Any] = {
+            "scheme": shape.scheme,
+            "layer": [shape.out_features, shape.in_features],
+        }
+        rule |= {"max_tokens": tokens, "kernel": plan.kernel}
+        if plan != DENSE:
+            rule |= {"rows": plan.rows, "warps": plan.warps, "split": plan.split}
+        rules.append(rule)
+    return rules
+
+
+def run(path: Path | None, scheme: str, tune: bool, say: Callable[[str], None]) -> list[Any]:
+    """`pvrt bench kernels`: measure the layers of a checkpoint (or common ones), maybe tune.
+
+    Returns one record per layer and number of tokens. Raises RunError without a GPU.
+    """
+    if not torch.cuda.is_available():
+        raise RunError("pvrt bench kernels measures an NVIDIA GPU, and torch finds none here")
+    device = torch.device("cuda")
+    card, bandwidth = plans.describe_gpu(device), copy_bandwidth(device)
+    layers = common_layers(scheme) if path is None else fused_layers(Checkpoint.open(path))
+    say(f"{card.name}: copies at {bandwidth / 1e9:.0f} GB/s")
+    say(f"{'layer':>14} tokens  {'kernel':36} {'us':>8} {'GB/s':>6} of copy over dense")
+    records: list[dict[str, Any]] = []
+    best: dict[tuple[Shape, int], Plan] = {}
+    started = time.monotonic()
+    for shape in layers:
+        for tokens in TOKENS:
+            fastest = measure_layer(shape, tokens, torch.float16, device, tune)[0]
+            best[shape, tokens] = fastest.plan
+            records.append({**asdict(shape), "tokens": tokens, **asdict(fastest)})
+            left = len(layers) * len(TOKENS) - len(records)
+            eta = (time.monotonic() - started) / len(records) * left
+            say(f"{_line(shape, tokens, fastest, bandwidth)}  ETA {eta:.0f} s")
+    if tune:
+        say(f"written: {store(card, best)}")
+    return records
+
+
+def _line(shape: Shape, tokens: int, timing: Timing, bandwidth: float) -> str:
+    plan = timing.plan
+    tile = f" rows{plan.rows} warps{plan.warps} split{plan.split}" if plan != DENSE else ""
+    rate = shape.blocks * 16 * shape.out_features / timing.seconds
+    return (
+        f"{shape.out_features:>6} x {shape.in_features:<5} {tokens:>6}  {plan.kernel + tile:36} "
+        f"{timing.seconds * 1e6:8.1f} {rate / 1e9:6.0f} {rate / bandwidth:7.0%} "
+        f"{timing.dense_seconds / timing.seconds:9.2f}x"
+    )
+
+
+def store(card: Gpu, best: dict[tuple[Shape, int], Plan]) -> Path:
+    """Write the user's table for a card; what it says of other layers is kept."""
+    file = plans.user_table(card.name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = plans.read_table(file) if file.is_file() else None
+    new = rules_of(best)
+    measured = [(rule["scheme"], rule["layer"]) for rule in new]
+    before = own["rules"] if own else []
+    kept = [rule for rule in before if (rule.get("scheme"), rule.get("layer")) not in measured]
+    table = {
+        "version": plans.VERSION,
+        "names": [card.name],
+        "measured": True,
+        "basis": f"pvrt bench kernels --tune, torch {torch.__version__}",
+        "rules": [*new, *kept],
+    }
+    staged = file.with_suffix(".tmp")
+    write_synced(staged, as_json(table))
+    staged.replace(file)
+    return file

@@ -1,0 +1,102 @@
+"""`pvrt bench kernels`, as far as it goes without a GPU."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pvrt import kernel_tuning
+from pvrt.checkpoint import Checkpoint
+from pvrt.errors import RunError
+from pvrt.kernel_tuning import Clock
+from pvrt_kernels import aot, plans
+from pvrt_kernels.plans import DENSE, Gpu, Plan, Shape
+from tests.fixtures.toy import write_toy
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
+SQUARE = Shape(2, 256, 8, 4096, 4096)
+
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    command = [sys.executable, "-m", "pvrt", "bench", "kernels", "--tune"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "pvrt: pvrt bench kernels measures an NVIDIA GPU, and torch finds none here\n"
+    )
+
+
+def test_options_may_still_come_before_the_folder() -> None:
+    command = [sys.executable, "-m", "pvrt", "bench", "--new-tokens", "4", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, "nowhere is not a folder" in done.stderr) == (2, True)
+
+
+def test_layers_are_measured_as_backends_fuse_them(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama")  # 128 wide, 4 heads of 32, 2 of them for k and v
+    shapes = kernel_tuning.fused_layers(Checkpoint.open(tmp_path))
+    sizes = {(shape.out_features, shape.in_features) for shape in shapes}
+    assert sizes == {(256, 128), (128, 128)}
+    assert {shape.scheme for shape in shapes} == {"2x8g8"}
+
+
+def test_a_malformed_scheme_is_refused_in_words() -> None:
+    with pytest.raises(RunError, match="'2x9' is not a scheme"):
+        kernel_tuning.common_layers("2x9")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 64, 512])
+def test_candidates_are_few_and_include_the_shipped_choice(tokens: int) -> None:
+    for scheme in ((2, 256, 8), (1, 65536, 8), (4, 256, 16)):
+        shape = Shape(*scheme, 4096, 4096)
+        found = kernel_tuning.candidates(ADA, shape, tokens)
+        assert 1 <= len(found) <= 12
+        if tokens in (1, 8):
+            assert plans.choose(ADA, shape, tokens, torch.float16, False) in found
+        if shape.width == "16bit":
+            assert not any(plan.kernel.startswith("lut") for plan in found)
+
+
+def test_tuned_rules_decide_and_other_layers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plans.rules.cache_clear()
+    other = Shape(2, 256, 8, 1024, 4096)
+    fast, small = Plan("direct", 1, 128, 4, 7), Plan("lut", 1, 512, 4, 3)
+    kernel_tuning.store(ADA, {(other, 1): small})
+    file = kernel_tuning.store(ADA, {(SQUARE, 1): fast, (SQUARE, 16): DENSE})
+    assert [path.name for path in file.parent.iterdir()] == ["nvidia-geforce-rtx-4090.json"]
+
+    def plan(shape: Shape, tokens: int) -> Plan:
+        return plans.choose(ADA, shape, tokens, torch.float16, False)
+
+    assert plan(SQUARE, 1) == fast
+    assert plan(SQUARE, 9) == DENSE
+    assert plan(other, 1) == small
+    kernel_tuning.store(ADA, {(SQUARE, 1): small})
+    plans.rules.cache_clear()
+    assert plan(SQUARE, 1) == small
+
+
+def test_the_clock_counts_per_call() -> None:
+    calls: list[int] = []
+    seconds = Clock(torch.device("cpu")).time([lambda: calls.append(1)] * 4)
+    assert len(calls) == 4
+    assert 0 < seconds < 0.1
+
+
+def test_every_candidate_compiles_without_spills_where_it_is_not_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shipped = {(v.plan.kernel, v.plan.tokens, v.plan.rows) for v in aot.shipped_variants()}
+    for plan in kernel_tuning.candidates(ADA, SQUARE, 1):
+        if plan != DENSE and (plan.kernel, plan.tokens, plan.rows) not in shipped:
+            variant = aot.Variant(plan, 2, 256, 8, parts=3, has_bias=True)
+            assert not aot.complaints(variant, 89, aot.compile_variant(variant, 89)), variant.name
