@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
-from typer.core import TyperGroup
 
 import pvrt
 from pvrt.errors import PvrtError, RunError
@@ -29,22 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class _BenchGroup(TyperGroup):
-    """`pvrt bench DIR` is `pvrt bench model DIR`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Anything but the name of a command is a folder."""
-        return super().resolve_command(ctx, args if args[0] in self.commands else ["model", *args])
-
-
-bench_app = typer.Typer(
-    cls=_BenchGroup,
-    no_args_is_help=True,
-    help="Measure a model, or (pvrt bench kernels) the kernels of this GPU.",
-)
-app.add_typer(bench_app, name="bench")
 
 
 class _BenchGroup(TyperGroup):
@@ -425,25 +408,6 @@ def bench(
         f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
         f"{repeats} runs of {new_tokens})"
     )
-
-
-@bench_app.command("kernels")
-def bench_kernels(
-    path: Annotated[
-        Path | None, typer.Argument(metavar="[DIR]", help="A checkpoint, for its layers.")
-    ] = None,
-    scheme: Annotated[str, typer.Option(help="Without DIR: scheme of common layers.")] = "2x8g8",
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Try all kernels; this card then uses the fastest.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time of every layer's GPU kernel, against copying its codes and against a dense weight."""
-    from pvrt.kernel_tuning import run
-
-    records = run(path, scheme, tune, (lambda line: None) if as_json else _say)
-    if as_json:
-        print(json.dumps(records))
 
 
 @bench_app.command("kernels")
