@@ -19,7 +19,7 @@ from typing import Any
 
 from pvrt_kernels import gpu
 from pvrt_kernels.lut_gemv import UNSPECIALISED
-from pvrt_kernels.plans import Plan
+from pvrt_kernels.plans import Plan, halved
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB for one program
@@ -78,7 +78,7 @@ class Binary:
 
 
 SCHEMES = {
-    "8bit": ((2, 256, 8), (1, 256, 8), (1, 256, 4), (4, 256, 8), (4, 256, 16)),
+    "8bit": ((2, 256, 8), (1, 256, 8), (1, 256, 4), (4, 256, 8)),
     "16bit": ((1, 65536, 8), (1, 65536, 16)),
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64)  # per program
@@ -110,10 +110,9 @@ def _shipped_plans() -> Iterator[tuple[Plan, str]]:
                     continue
                 for tokens in [n for n in left if n <= rule["max_tokens"]]:
                     left.remove(tokens)
-                    rows, warps = rule["rows"], rule["warps"]
-                    yield Plan(rule["kernel"], tokens, rows, warps), width
-                    if warps > 4:  # plans.fit halves tiles for small layers
-                        yield Plan(rule["kernel"], tokens, rows // 2, warps // 2), width
+                    plan = Plan(rule["kernel"], tokens, rule["rows"], rule["warps"])
+                    yield plan, width
+                    yield halved(plan, tokens), width
     for tokens in (1, 2, 4):
         yield Plan("direct", tokens, 128, 4), "8bit"  # deterministic
     if gpu.gluon_gathers():

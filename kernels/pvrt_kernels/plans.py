@@ -123,13 +123,22 @@ def fit(plan: Plan, gpu: Gpu, shape: Shape, tokens: int) -> Plan:
     if tokens > per_program:
         return replace(plan, tokens=per_program, split=1)
     if plan.split == 0:
-        # A layer too small to fill the card with these tiles gets smaller ones.
-        while plan.warps > 4 and -(-shape.out_features // plan.rows) * shape.blocks < gpu.sms:
-            plan = replace(plan, rows=plan.rows // 2, warps=plan.warps // 2)
+        if -(-shape.out_features // plan.rows) * shape.blocks < gpu.sms:
+            plan = halved(plan, per_program)
         tiles = -(-shape.out_features // plan.rows)
         split = best_split(tiles, shape.blocks, gpu.sms * max(1, _SLOTS // plan.warps))
         plan = replace(plan, split=split)
     return replace(plan, tokens=per_program, split=min(plan.split, shape.blocks))
+
+
+def halved(plan: Plan, tokens: int) -> Plan:
+    """A smaller tile, for a layer too small to fill the card; the plan itself where there is none.
+
+    (Lookups for 2 or 4 tokens would lack registers with fewer warps.)
+    """
+    if plan.warps <= 4 or (plan.kernel != "tile" and tokens > 1):
+        return plan
+    return replace(plan, rows=plan.rows // 2, warps=plan.warps // 2)
 
 
 def best_split(tiles: int, blocks: int, slots: int) -> int:
