@@ -111,7 +111,7 @@ def tune(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoint.")],
     scheme: Annotated[
-        str, typer.Option(help="Codebooks x bits g group: 2x8g8 is 2 bits, 3x8g8 is 3.")
+        str, typer.Option(help="2x8g8: 2 codebooks of 8 bits, groups of 8. w4g128, w4g128s: grids.")
     ] = "2x8g8",
     data: Annotated[
         str | None,
@@ -211,10 +211,10 @@ def _seconds(text: str) -> float:
 def _recipe(
     base: "Recipe", scheme: str, samples: int | None, length: int | None, seed: int
 ) -> "Recipe":
-    from pvrt.scheme import Scheme
+    from pvrt.scheme import parse_scheme
 
     try:
-        Scheme.parse(scheme)
+        parse_scheme(scheme)
     except ValueError as error:
         raise RunError(f"--scheme: {error}") from error
     return replace(
@@ -363,10 +363,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Scheme, layers, true bits per weight, and which bytes are not quantised."""
-    from pvrt import checkpoint
+    from pvrt.packed import open_checkpoint
     from pvrt.report import as_text, describe
 
-    opened = checkpoint.Checkpoint.open(path)
+    opened = open_checkpoint(path)
     if verify:
         opened.verify()
     report = describe(opened)

@@ -3,9 +3,10 @@
 from typing import Any
 
 from pvrt.checkpoint import Checkpoint
+from pvrt.packed import GridCheckpoint
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint | GridCheckpoint) -> dict[str, Any]:
     """Scheme, layers, true bits per weight, and which bytes are not quantised."""
     dense = checkpoint.dense_bytes()
     total = checkpoint.file_bytes()
@@ -30,7 +31,7 @@ def as_text(report: dict[str, Any], shown: int = 8) -> str:
         f"{report['path']}  ({report['architecture']})",
         f"scheme            {report['scheme']}, {report['quantized_layers']} quantised layers",
         f"bits per weight   {report['bits_per_weight_linears']:.3f} in the quantised linears, "
-        "codebooks and scales included",
+        "all that decoding needs included",
         f"                  {report['bits_per_weight_file']:.3f} over the whole file",
         f"size              {_megabytes(report['file_bytes'])}, of which "
         f"{_megabytes(report['dense_bytes'])} ({share:.0%}) are not quantised:",

@@ -6,6 +6,7 @@ lm_head is silently replaced by random weights. Ours takes its place and needs n
 quantised exactly when the checkpoint holds its codes.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from pvrt.checkpoint import (
 )
 from pvrt.errors import CheckpointError
 from pvrt.linear import AQLMLinear, decode_once, quantized_linears
+from pvrt.packed import GridCheckpoint, is_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,6 +123,14 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING["aqlm"] = PvrtHfQuantizer
 
 
+def _need_compressed_tensors(folder: Path) -> None:
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise CheckpointError(
+            f"{folder} holds scalar grids, which transformers reads through a package that is not "
+            "installed: pip install 'compressed-tensors>=0.15'"
+        )
+
+
 def load_model(path: str | Path, *, dense: bool = False, **kwargs: Any) -> "PreTrainedModel":
     """See `pvrt.load`."""
     # Not at the top: this module is imported while transformers itself is half imported.
@@ -128,9 +138,12 @@ def load_model(path: str | Path, *, dense: bool = False, **kwargs: Any) -> "PreT
 
     register()
     folder = Path(path)
-    quantised = is_aqlm(read_config(folder))
+    config = read_config(folder)
+    quantised = is_aqlm(config)
     if quantised:
         Checkpoint.open(folder)  # its errors name file and tensor
+    elif is_packed(config) and GridCheckpoint.open(folder):
+        _need_compressed_tensors(folder)
     kwargs.setdefault("dtype", "auto")
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     problems = {

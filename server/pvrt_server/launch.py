@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -18,8 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-from pvrt.checkpoint import Checkpoint, is_aqlm, read_config
+import torch
+
+from pvrt.checkpoint import read_config
 from pvrt.errors import ServeError
+from pvrt.packed import is_packed, is_quantised, open_checkpoint, parse_grid_config
 
 EngineName = Literal["auto", "vllm", "local"]
 _log = logging.getLogger("pvrt_server")
@@ -74,7 +78,7 @@ def serve(
     logging.basicConfig(level=log_level.upper(), format=_LOG_FORMAT)
     model = model.resolve()
     _check_folder(model)
-    chosen = _choose(engine)
+    chosen = _choose(engine, model)
     if chosen == "local" and extra:
         raise ServeError(
             f"the embedded engine has no option {extra[0]}; flags after -- are vLLM's, "
@@ -92,8 +96,8 @@ def serve(
 
 
 def _check_folder(model: Path) -> None:
-    if is_aqlm(read_config(model)):
-        Checkpoint.open(model)
+    if is_quantised(read_config(model)):
+        open_checkpoint(model)
     templates = ("chat_template.jinja", "chat_template.json")
     tokenizer = model / "tokenizer_config.json"
     text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else "{}"
@@ -108,13 +112,35 @@ def _check_folder(model: Path) -> None:
         )
 
 
-def _choose(engine: EngineName) -> Literal["vllm", "local"]:
+def _choose(engine: EngineName, model: Path) -> Literal["vllm", "local"]:
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         raise ServeError("vLLM is not installed: pip install 'pvrt[vllm]', or use --engine local")
-    if engine == "auto":
-        return "vllm" if installed else "local"
-    return engine
+    if engine == "local" or not installed:
+        return "local"
+    problem = _grid_problem(model)
+    if engine == "vllm" and problem:
+        raise ServeError(f"{problem}; use --engine local")
+    if problem:
+        _log.info("%s: serving with the embedded engine", problem)
+    return "local" if problem else "vllm"
+
+
+def _grid_problem(model: Path) -> str | None:
+    """Why vLLM cannot run a folder of scalar grids on this machine, or None.
+
+    vLLM 0.32 has one product with grids on CPUs: 4 bits, in its build for AVX-512. On GPUs it
+    chooses among many and says itself what it lacks.
+    """
+    config = read_config(model)
+    if not is_packed(config) or torch.cuda.is_available():
+        return None
+    bits = parse_grid_config(config["quantization_config"], str(model)).bits
+    if bits != 4:
+        return f"vLLM runs grids of 4 bits on a CPU, and {model.name} has {bits}"
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx512_supported():
+        return "vLLM runs grids on CPUs with AVX-512, which this one has not"
+    return None
 
 
 def _bind(host: str, port: int) -> socket.socket:

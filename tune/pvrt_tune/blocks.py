@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.errors import SourceError
-from pvrt.scheme import Scheme
+from pvrt.scheme import GridScheme, Scheme
 from pvrt_tune.activations import Activations
 
 
@@ -82,12 +82,12 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, child
 
 
-def check_divisible(blocks: BlockList, scheme: Scheme) -> None:
+def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> None:
     """Raise SourceError for the first linear layer that the scheme's groups do not divide."""
     for index, block in enumerate(blocks.blocks):
         for name, linear in linears(block):
             if not scheme.divides(linear.out_features, linear.in_features):
-                fits = [g for g in (4, 8, 16, 32) if linear.in_features % g == 0]
+                fits = [g for g in (4, 8, 16, 32, 64, 128) if linear.in_features % g == 0]
                 advice = f"groups of {fits[-1]} would fit" if fits else "no usual group fits"
                 raise SourceError(
                     f"{blocks.prefix(index)}{name} has {linear.in_features} inputs, which scheme "

@@ -12,6 +12,7 @@ Shapes: W [out, in], H [in, in], codes q [out, in], scales s and zeros z [out, i
 Everything is float32; nothing is random.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,16 @@ class GridLinear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the layer's tensors in a checkpoint (`pvrt.packed`)."""
+        shape = self.out_features, self.in_features
+        words = math.prod(self.scheme.packed_shape(*shape))
+        if self.zeros is not None:
+            words += math.prod(self.scheme.packed_zeros_shape(*shape))
+        floats = self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        return 4 * words + floats + 16  # two int64 say the shape
 
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the scales; differentiable in them."""

@@ -12,7 +12,8 @@ from torch import Tensor
 import pvrt
 from pvrt.checkpoint import WriteOptions, quantization_config, write_checkpoint
 from pvrt.durable import as_json
-from pvrt.scheme import Scheme
+from pvrt.packed import GridLayer, grid_config
+from pvrt.scheme import GridScheme, parse_scheme
 from pvrt_tune.blocks import BlockList, linears
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.recipe import TuneJob
@@ -37,7 +38,7 @@ def write(
     `tuned` tensors by name take the place of either, `tuning` says how they came about.
     """
     model = source.model
-    scheme = Scheme.parse(job.recipe.scheme)
+    scheme = parse_scheme(job.recipe.scheme)
     quantised = [
         f"{blocks.prefix(index)}{name}"
         for index, report in enumerate(reports)
@@ -47,7 +48,10 @@ def write(
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config["architectures"] = [type(model).__name__]
-    config["quantization_config"] = quantization_config(scheme, dense, quantised)
+    if isinstance(scheme, GridScheme):
+        config["quantization_config"] = grid_config(scheme, dense)
+    else:
+        config["quantization_config"] = quantization_config(scheme, dense, quantised)
     manifest = {
         "pvrt": pvrt.__version__,
         "torch": torch.__version__,
@@ -62,6 +66,8 @@ def write(
     if model.generation_config is not None:
         files["generation_config.json"] = as_json(model.generation_config.to_dict())
     tensors = _tensors(source, blocks, state, tuned or {})
+    if isinstance(scheme, GridScheme):
+        tensors = _packed(tensors, set(quantised), scheme)
     write_checkpoint(job.out, config, tensors, WriteOptions(files=files, manifest=manifest))
 
 
@@ -78,6 +84,25 @@ def _tensors(
     for prefix, piece in finished_blocks(blocks, state):
         for name, tensor in piece.tensors.items():
             yield newest(f"{prefix}{name}", tensor)
+
+
+def _packed(
+    tensors: Iterator[tuple[str, Tensor]], quantised: set[str], scheme: GridScheme
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors with every layer on a grid in its packed layout; biases pass as they are."""
+    parts = {"codes", "scales"} if scheme.symmetric else {"codes", "scales", "zeros"}
+    waiting: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors:
+        layer, _, part = name.rpartition(".")
+        if layer not in quantised or part not in parts:
+            yield name, tensor
+            continue
+        held = waiting.setdefault(layer, {})
+        held[part] = tensor
+        if held.keys() == parts:
+            del waiting[layer]
+            grid = GridLayer(held["codes"], held["scales"], held.get("zeros"))
+            yield from grid.named(layer, scheme)
 
 
 def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

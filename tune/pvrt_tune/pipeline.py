@@ -10,6 +10,7 @@ import torch
 import pvrt
 from pvrt.checkpoint import CONFIG_FILE, Checkpoint
 from pvrt.errors import RunError
+from pvrt.packed import GridCheckpoint, open_checkpoint
 from pvrt_tune import calibration
 from pvrt_tune.blocks import find_blocks
 from pvrt_tune.calibration import CalibrationData
@@ -25,7 +26,7 @@ from pvrt_tune.source import Source, load_source
 from pvrt_tune.walk import walk
 
 
-def tune(job: TuneJob, report: Report = print) -> Checkpoint:
+def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     """Compress a model to an AQLM checkpoint in `job.out`; goes on where an earlier call stopped.
 
     `report` gets progress lines. Raises PvrtError with one sentence for anything that the user can
@@ -44,7 +45,7 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
     state = open_run(job.out, fingerprint, resume=job.resume, restart=job.restart)
     if state.finished:
         report(f"{job.out} is already complete; --restart tunes it again")
-        return Checkpoint.open(job.out)
+        return open_checkpoint(job.out)
     data = text or _sampled(job, source, state, report)
     calibration_data = replace(data, tokens=data.tokens[job.recipe.calibration])
     reports = walk(job, source, blocks, calibration_data, state, report)
@@ -61,10 +62,10 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint:
         if not complete:
             result(*tuned_tensors(state))
             report(f"the time is over: {job.out} holds the best so far, the same command goes on")
-            return Checkpoint.open(job.out)
+            return open_checkpoint(job.out)
     result(*tuned_tensors(state))
     state.finish({"blocks": len(blocks.blocks)})
-    return Checkpoint.open(job.out)
+    return open_checkpoint(job.out)
 
 
 def _planned(job: TuneJob, report: Report) -> TuneJob:

@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from pvrt.plan import USABLE, CacheShape, cache_shape
+from pvrt.scheme import parse_scheme
 from pvrt_tune.blocks import BlockList, batch_size, find_blocks, linears
 from pvrt_tune.calibration import rows_at_once
+from pvrt_tune.grid import GridLinear
 from pvrt_tune.layerwise import empty_like
 from pvrt_tune.machine import Machine
 from pvrt_tune.recipe import Recipe
@@ -307,13 +309,15 @@ class _Planner:
         dense = sum(_bytes(parameter) for parameter in self.stored)
         size = sum(_bytes(parameter) for parameter in self.outside)
         size += sum(shape.quantised for shape in self.shapes)
+        scheme = parse_scheme(self.recipe.scheme)
         bits = weights = 0
         for block in self.blocks.blocks:
             for linear, module in _quantised(block, self.recipe):
-                biases = (linear.bias, getattr(module, "bias", None))
-                bits += 8 * sum(_bytes(p) for p in module.parameters())
-                bits -= 0 if biases[1] is None else 8 * _bytes(biases[1])
+                shape = linear.out_features, linear.in_features
+                bits += scheme.layer_bits(*shape, 8 * linear.weight.element_size())
                 weights += linear.weight.numel()
+                if isinstance(module, GridLinear):
+                    size += module.packed_bytes - sum(_bytes(p) for p in module.parameters())
         return Result(size, bits / weights, 8 * size / self.parameters, dense)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from pvrt.scheme import Scheme
+from pvrt.scheme import parse_scheme
 from pvrt_tune import speed
 from pvrt_tune.blocks import check_divisible, find_blocks
 from pvrt_tune.machine import Machine
@@ -61,7 +61,7 @@ def plan_here(
 
 def _plan(request: Request, machine: Machine) -> Plan:
     model = load_skeleton(request.model)
-    check_divisible(find_blocks(model), Scheme.parse(request.recipe.scheme))
+    check_divisible(find_blocks(model), parse_scheme(request.recipe.scheme))
     here = request.device == "cpu" or torch.cuda.is_available()
     rates = speed.measure(request.device) if here else speed.GPU_OF_A100_CLASS
     return plan_run(model, request, rates, machine)
