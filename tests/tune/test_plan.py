@@ -16,7 +16,6 @@ from pvrt.checkpoint import Checkpoint
 from pvrt.cli import app
 from pvrt.errors import RunError
 from pvrt.scheme import Scheme
-from pvrt_tune import pipeline
 from pvrt_tune.additive import FitSettings, fit_layer
 from pvrt_tune.blocks import linears
 from pvrt_tune.finetune import FinetuneSettings
@@ -179,7 +178,7 @@ def test_tune_says_the_plan_first_and_refuses_what_cannot_fit(
 ) -> None:
     here = Machine.here("cpu", tmp_path)
     tiny = replace(here, host=10**6)
-    monkeypatch.setattr(pipeline.Machine, "here", lambda device, out: tiny)
+    monkeypatch.setattr(Machine, "here", lambda device, out: tiny)
     job = TuneJob(str(dense / "llama"), tmp_path / "out", QUICK)
     lines: list[str] = []
     with pytest.raises(RunError, match=r"needs .* of host memory, 1\.0 MB are free.*--force"):

@@ -47,6 +47,7 @@ from pvrt.checkpoint import (
     weight_files,
 )
 from pvrt.errors import CheckpointError, SourceError
+from pvrt.experts import ExpertList, unfuse, without_fusing
 
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
 
@@ -66,6 +67,7 @@ class Source:
     _weights: Mapping[str, Any] = field(repr=False)
     _transforms: list[Any] = field(repr=False)
     _keys: Mapping[str, list[str]] = field(repr=False)
+    _renamed: Mapping[str, str] = field(repr=False)
 
     @cached_property
     def digest(self) -> str:
@@ -112,6 +114,16 @@ class Source:
                     "cannot be made; its config.json and weights belong to different models"
                 )
         return {name: tensor.detach() for name, tensor in found.items()}
+
+    def published(self, name: str) -> str:
+        """A tensor's or module's name in files, which for some models is not the module's own."""
+        stem, _, leaf = name.rpartition(".")
+        if name in self._renamed:
+            return self._renamed[name]
+        for weight, rest in ((f"{stem}.weight", f".{leaf}"), (f"{name}.weight", "")):
+            if weight in self._renamed:
+                return self._renamed[weight].removesuffix(".weight") + rest
+        return name
 
     def outside(self, prefix: str) -> list[str]:
         """Names of all stored tensors outside one submodule; a tied tensor counts once."""
@@ -168,7 +180,8 @@ def load_skeleton(name: str) -> Any:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
         else:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    return _skeleton(config, (path.is_dir() and _dtype(config)) or torch.bfloat16, path)
+    dtype = _dtype(config) if path.is_dir() else None
+    return _skeleton(config, dtype or torch.bfloat16, path)[0]
 
 
 def locate(name: str, *, weights: bool = True) -> Path:
@@ -221,12 +234,12 @@ def _open_folder(name: str, folder: Path) -> Source:
         for file in files:
             handle: Any = safe_open(file, framework="pt")
             weights.update({key: handle.get_slice(key) for key in handle.keys()})  # noqa: SIM118
-        model = _skeleton(config, _dtype(config) or _first_float(weights), folder)
+        model, transforms = _skeleton(config, _dtype(config) or _first_float(weights), folder)
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-        transforms = get_model_conversion_mapping(model)
-    keys = _assign_keys(model, weights, transforms, name)
-    return Source(name, model, tokenizer, (folder / CONFIG_FILE, *files), weights, transforms, keys)
+    keys, renamed = _assign_keys(model, weights, transforms, name)
+    read = (folder / CONFIG_FILE, *files)
+    return Source(name, model, tokenizer, read, weights, transforms, keys, renamed)
 
 
 def _open_gguf(name: str, file: Path) -> Source:
@@ -242,11 +255,13 @@ def _open_gguf(name: str, file: Path) -> Source:
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # of the GGUF that it no longer is
-        model = _skeleton(config, torch.bfloat16, file)
+        model, _ = _skeleton(config, torch.bfloat16, file)
         model.generation_config = loaded.generation_config
     weights = loaded.state_dict()
-    keys = _assign_keys(model, weights, [], name)
-    return Source(name, model, tokenizer, (file,), weights, [], keys)
+    if any(isinstance(module, ExpertList) for module in model.modules()):
+        raise SourceError(f"{file} has fused experts; give the original model, in safetensors")
+    keys, renamed = _assign_keys(model, weights, [], name)
+    return Source(name, model, tokenizer, (file,), weights, [], keys, renamed)
 
 
 def _checked_gguf(path: Path) -> Path:
@@ -264,10 +279,15 @@ def _checked_gguf(path: Path) -> Path:
     return path
 
 
-def _skeleton(config: Any, dtype: torch.dtype, where: Path) -> Any:
-    with _one_sentence(where), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+def _skeleton(config: Any, dtype: torch.dtype, where: Path) -> tuple[Any, list[Any]]:
+    """A model without weights, its experts one by one, and how weights of files become its."""
+    with _one_sentence(where):
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        transforms = get_model_conversion_mapping(model)
+        if unfuse(model, transforms):
+            transforms = without_fusing(transforms)
+    return model.eval().requires_grad_(False), transforms
 
 
 def _dtype(config: Any) -> torch.dtype | None:
@@ -286,8 +306,8 @@ def _first_float(weights: Mapping[str, Any]) -> torch.dtype:
 
 def _assign_keys(
     model: Any, weights: Mapping[str, Any], transforms: list[Any], name: str
-) -> dict[str, list[str]]:
-    """Which tensors of the files make up each tensor of the model.
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Which tensors of the files make up each tensor of the model, and which are only renamed.
 
     Raises SourceError when the files lack one: transformers would make it up.
     """
@@ -317,7 +337,13 @@ def _assign_keys(
                 f"{name}: {target} has shape {list(shape)}, its config asks for "
                 f"{list(tensor.shape)}"
             )
-    return {target: keys[target] for target in wanted if target in keys and target not in tied}
+    stored = {target: keys[target] for target in wanted if target in keys and target not in tied}
+    renamed = {
+        target: stored[target][0]
+        for target in plain & stored.keys()
+        if not target.endswith(stored[target][0])  # the base model's prefix is no other name
+    }
+    return stored, renamed
 
 
 def _shape(weight: Any) -> tuple[int, ...]:

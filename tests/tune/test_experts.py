@@ -1,0 +1,142 @@
+"""Mixtures of experts: apart in tuning, published names on disk, a floor under rarely used ones."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import pvrt
+from pvrt.errors import SourceError
+from pvrt.experts import ExpertList
+from pvrt.linear import AQLMLinear
+from pvrt_tune.activations import Activations
+from pvrt_tune.additive import FitSettings
+from pvrt_tune.blocks import linears, observe
+from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.pipeline import tune
+from pvrt_tune.recipe import Recipe, TuneJob
+from pvrt_tune.source import load_skeleton, load_source
+from tests.fixtures.toy import EXPERTS, toy_model, toy_tokenizer
+
+QUICK = Recipe(
+    scheme="2x8g4",
+    samples=4,
+    length=32,
+    fit=FitSettings(rounds=1, kmeans_iterations=3, cg_iterations=3),
+    finetune=FinetuneSettings(epochs=1),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experts")
+    for name in EXPERTS:
+        toy_model(name).save_pretrained(root / name)
+        toy_tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_apart_compute_what_fused_ones_do(folders: Path, name: str) -> None:
+    fused = AutoModelForCausalLM.from_pretrained(folders / name)
+    apart = load_source(str(folders / name)).dense()
+    assert any(isinstance(module, ExpertList) for module in apart.modules())
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(apart(tokens).logits, fused(tokens).logits)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_experts_are_written_as_published(tmp_path: Path, folders: Path, name: str) -> None:
+    checkpoint = tune(TuneJob(str(folders / name), tmp_path / "out", QUICK), lambda line: None)
+    checkpoint.verify()
+    published = set(stored_names(folders / name))
+    inside = "block_sparse_moe.experts.3.w1" if name == "mixtral" else "mlp.experts.3.gate_proj"
+    assert f"model.layers.1.{inside}" in checkpoint.layers
+    assert {f"{layer}.weight" for layer in checkpoint.layers} <= published
+    router = "block_sparse_moe.gate" if name == "mixtral" else "mlp.gate"
+    assert f"model.layers.0.{router}.weight" in checkpoint.tensors
+    skipped = checkpoint.config["quantization_config"]["linear_weights_not_to_quantize"]
+    assert f"model.layers.0.{router}.weight" in skipped
+    if name == "qwen2_moe":
+        assert "model.layers.0.mlp.shared_expert_gate.weight" in checkpoint.tensors
+        assert "model.layers.0.mlp.shared_expert.gate_proj" in checkpoint.layers
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_a_quantised_mixture_loads_and_follows_its_original(
+    tmp_path: Path, folders: Path, name: str
+) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(folders / name)
+    tune(TuneJob(str(folders / name), tmp_path / "out", QUICK), lambda line: None)
+    tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    model = pvrt.load(tmp_path / "out")
+    expert = model.model.layers[0].mlp.experts.get_submodule("1")
+    assert all(isinstance(module, AQLMLinear) for module in expert.values())
+    with torch.inference_mode():
+        original, tuned = dense(tokens).logits, model(tokens).logits
+    agreement = torch.nn.functional.cosine_similarity(original, tuned, dim=-1).mean()
+    assert agreement > 0.9  # unrelated models agree to about 0
+
+
+def stored_names(folder: Path) -> list[str]:
+    from pvrt.checkpoint import read_headers, weight_files
+
+    return list(read_headers(weight_files(folder)))
+
+
+class Routed(nn.Module):
+    """A block whose tokens all go to expert 0, but for `rare` of them that go to expert 1."""
+
+    def __init__(self, experts: ExpertList, rare: int) -> None:
+        super().__init__()
+        self.experts, self.rare = experts, rare
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        index = torch.zeros(len(flat), 1, dtype=torch.int64)
+        index[: self.rare] = 1
+        output: torch.Tensor = self.experts(flat, index, torch.ones(len(flat), 1))
+        return output.view(hidden.shape)
+
+
+@pytest.mark.parametrize("rare", [0, 20])
+def test_a_rarely_used_expert_gets_the_moment_of_all(folders: Path, rare: int) -> None:
+    source = load_source(str(folders / "mixtral"))
+    model = source.dense()
+    experts = model.model.layers[0].mlp.experts
+    hidden = torch.randn(1, 300, 128, generator=torch.Generator().manual_seed(1))
+    block = Routed(experts, rare)
+    moments = observe(block, Activations(hidden, 1, "cpu"), {})
+    x = hidden[0]
+    everything = x.T @ x / 300
+    torch.testing.assert_close(moments["experts.2.w1"], everything)  # saw no token
+    few = x[:rare].T @ x[:rare] + (128 - rare) * everything
+    torch.testing.assert_close(moments["experts.1.w3"], few / 128)
+    many = x[rare:].T @ x[rare:] / (300 - rare)  # more than 128: its own tokens only
+    torch.testing.assert_close(moments["experts.0.w1"], many)
+    assert set(moments) == {name for name, _ in linears(block)}
+
+
+def test_few_windows_still_tune_every_expert(tmp_path: Path, folders: Path) -> None:
+    recipe = replace(QUICK, samples=1, length=8)
+    checkpoint = tune(
+        TuneJob(str(folders / "mixtral"), tmp_path / "out", recipe), lambda line: None
+    )
+    experts = [name for name in checkpoint.layers if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+
+
+def test_experts_that_cannot_be_taken_apart_are_named(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "gpt_oss", hidden_size=128, intermediate_size=128, num_hidden_layers=2, vocab_size=384,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_local_experts=4,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="GptOssExperts: its experts are stored fused"):
+        load_skeleton(str(tmp_path))
