@@ -84,6 +84,7 @@ VARIANTS: dict[str, tuple[type[AdditiveFit], Recipe]] = {
     "weight-space start": (WeightSpaceStart, BASE),
     "no error feedback": (NoFeedback, BASE),
     "Adam instead of the exact fit": (AdamFit, BASE),
+    "targets of the original model": (AdditiveFit, replace(BASE, targets="original")),
 }
 
 

@@ -2,23 +2,19 @@
 
 import json
 import os
-import re
 import signal
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 import pvrt
 from pvrt.errors import PvrtError, RunError
-
-if TYPE_CHECKING:
-    from pvrt_tune.recipe import Recipe
 
 app = typer.Typer(
     name="pvrt",
@@ -111,8 +107,12 @@ def tune(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoint.")],
     scheme: Annotated[
-        str, typer.Option(help="2x8g8: 2 codebooks of 8 bits, groups of 8. w4g128, w4g128s: grids.")
-    ] = "2x8g8",
+        str | None,
+        typer.Option(
+            help="Codebooks x bits g group: 2x8g8 is 2 bits, 3x8g8 is 3; or a scalar grid: w4g128 "
+            "is 4 bits in groups of 128, w4g128s symmetric. [default: 2x8g8]"
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -121,6 +121,10 @@ def tune(
         ),
     ] = None,
     effort: Annotated[Effort, typer.Option(help="Time against quality.")] = Effort.normal,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A YAML or JSON file with settings of the recipe, over --effort."),
+    ] = None,
     limit: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +140,9 @@ def tune(
     length: Annotated[
         int | None, typer.Option(min=8, help="Tokens per window (from --effort).")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything random. [default: 0]")
+    ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
     ] = "auto",
@@ -158,20 +164,22 @@ def tune(
     ] = False,
 ) -> None:
     """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
+    from pvrt_tune.options import Changes, build
     from pvrt_tune.pipeline import tune as run
-    from pvrt_tune.recipe import EFFORTS, TuneJob
+    from pvrt_tune.recipe import TuneJob
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
-    recipe = _recipe(EFFORTS[effort.value], scheme, samples, length, seed)
+    changes = Changes(scheme, samples, length, seed, pv)
+    recipe, limit_seconds = build(effort.value, config, changes, limit)
     job = TuneJob(
         model,
         out,
-        _with_pv(recipe, pv, limit),
+        recipe,
         data,
         _device(device),
         activations.value,
-        seconds=None if limit is None else _seconds(limit),
+        seconds=limit_seconds,
         resume=resume,
         restart=restart,
         force=force,
@@ -186,44 +194,6 @@ def tune(
 
     print(as_text(describe(checkpoint), shown=3))
     print(f"next: pvrt serve {out}")
-
-
-def _with_pv(recipe: "Recipe", pv: bool, limit: str | None) -> "Recipe":
-    """The recipe with or without PV-Tuning; a time limit asks for it at any effort."""
-    from pvrt_tune.training import TrainSettings
-
-    if limit is None:
-        return recipe if pv else replace(recipe, pv=None)
-    if not pv:
-        raise RunError("--for limits PV-Tuning, which --no-pv leaves out; give one of them")
-    return replace(recipe, pv=recipe.pv or TrainSettings())
-
-
-def _seconds(text: str) -> float:
-    """A time like 90s, 40m or 2h30m."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
-    if match is None or not any(match.groups()):
-        raise RunError(f"--for {text} is not a time; write it like 40m or 2h30m")
-    hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    return float(3600 * hours + 60 * minutes + seconds)
-
-
-def _recipe(
-    base: "Recipe", scheme: str, samples: int | None, length: int | None, seed: int
-) -> "Recipe":
-    from pvrt.scheme import parse_scheme
-
-    try:
-        parse_scheme(scheme)
-    except ValueError as error:
-        raise RunError(f"--scheme: {error}") from error
-    return replace(
-        base,
-        scheme=scheme,
-        samples=samples or base.samples,
-        length=length or base.length,
-        seed=seed,
-    )
 
 
 def _device(choice: str) -> str:
@@ -266,10 +236,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what tune would need and give: memory, disk, time, size. Reads config.json alone."""
+    from pvrt_tune.options import Changes, build
     from pvrt_tune.planning import plan_here
-    from pvrt_tune.recipe import EFFORTS
 
-    recipe = _recipe(EFFORTS[effort.value], scheme, samples, length, 0)
+    recipe, _ = build(effort.value, None, Changes(scheme, samples, length))
     report, problem = plan_here(
         model,
         recipe,

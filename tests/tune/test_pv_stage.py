@@ -131,3 +131,20 @@ def test_ctrl_c_leaves_the_best_so_far(dense: Path, tmp_path: Path) -> None:
     process.wait(timeout=120)
     assert "held_out_kl" in json.loads((out / "pvrt.json").read_text())["pv"]
     Checkpoint.open(out).verify()
+
+
+def test_torchrun_tunes_one_model_with_two_processes(
+    dense: Path, whole: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    script, out = tmp_path / "rank.py", tmp_path / "out"
+    script.write_text(SCRIPT.format(paths=sys.path, model=str(dense), out=str(out)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("PV step 12/12") == 1  # one process speaks
+    Checkpoint.open(out).verify()
+    ours, theirs = (
+        json.loads((folder / "pvrt.json").read_text())["pv"]["held_out_kl"]
+        for folder in (out, whole[0])
+    )
+    assert ours == pytest.approx(theirs, rel=1e-2)

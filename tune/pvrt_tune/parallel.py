@@ -1,12 +1,49 @@
 """Sums and choices over the ranks of a sharded run; in a run of one process they cost nothing."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+
+T = TypeVar("T")
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the other processes when torchrun started this one; gives the device of this process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield device
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # The others wait while rank 0 calibrates, which may take long.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=30))
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def first(work: Callable[[], T]) -> T | None:
+    """Let rank 0 work while the others wait. Its result; None on the others."""
+    result = work() if rank() == 0 else None
+    if world() > 1:
+        dist.barrier()
+    return result
+
+
+def agreed(value: float) -> float:
+    """Rank 0's value on every rank."""
+    return float(total(torch.tensor(value if rank() == 0 else 0.0, dtype=torch.float64)))
 
 
 def world() -> int:

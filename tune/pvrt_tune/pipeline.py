@@ -1,19 +1,20 @@
 """The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
 import time
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 import pvrt
 from pvrt.checkpoint import CONFIG_FILE, Checkpoint
+from pvrt.durable import write_synced
 from pvrt.errors import RunError
 from pvrt.packed import GridCheckpoint, open_checkpoint
-from pvrt_tune import calibration
-from pvrt_tune.blocks import find_blocks
+from pvrt_tune import calibration, parallel
+from pvrt_tune.blocks import BlockList, find_blocks
 from pvrt_tune.calibration import CalibrationData
+from pvrt_tune.config import as_yaml
 from pvrt_tune.machine import Machine, release_memory
 from pvrt_tune.output import write
 from pvrt_tune.plan import misfit, summary
@@ -21,51 +22,117 @@ from pvrt_tune.planning import plan_job
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pvstage import pv_tune, tuned_tensors
 from pvrt_tune.recipe import TuneJob
-from pvrt_tune.runstate import RunState, has_piece, open_run
+from pvrt_tune.runstate import RUN_FOLDER, RunState, has_piece, open_run
 from pvrt_tune.source import Source, load_source
 from pvrt_tune.walk import walk
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run whose blocks are calibrated."""
+
+    job: TuneJob
+    source: Source
+    blocks: BlockList
+    data: CalibrationData
+    state: RunState
+
+    def write(self, reports: list[dict[str, Any]]) -> None:
+        """The checkpoint as it stands: the best state of PV-Tuning, or calibration's."""
+        tuned = tuned_tensors(self.state)
+        write(self.job, self.source, self.blocks, self.data, self.state, reports, *tuned)
+
+
 def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
-    """Compress a model to an AQLM checkpoint in `job.out`; goes on where an earlier call stopped.
+    """Compress a model to a checkpoint in `job.out`; goes on where an earlier call stopped.
 
     `report` gets progress lines. Raises PvrtError with one sentence for anything that the user can
     mend; KeyboardInterrupt passes through: finished blocks are safe on disk, and once calibration
-    is through `job.out` holds the best checkpoint so far.
+    is through `job.out` holds the best checkpoint so far. Under torchrun the first process
+    calibrates while the others wait; then all tune together.
     """
     deadline = None if job.seconds is None else time.monotonic() + job.seconds
+    with parallel.joined(job.device) as device:
+        job = replace(job, device=device)
+        if parallel.rank():
+            report = _silent
+        run = parallel.first(lambda: _calibrate(job, report)) or _follow(job)
+        if run.state.finished:
+            report(f"{job.out} is already complete; --restart tunes it again")
+        else:
+            _finish(run, report, deadline)
+    return open_checkpoint(job.out)
+
+
+def _silent(line: str) -> None:
+    """Progress of all ranks but the first."""
+
+
+def _calibrate(job: TuneJob, report: Report) -> _Run:
+    """Everything up to a checkpoint that can be served."""
     job = _planned(job, report)
     source = load_source(job.model)
     blocks = find_blocks(source.model)
-    text = None
-    if job.data is not None:
-        size = (job.recipe.windows, job.recipe.length)
-        text = calibration.from_text(job.data, source.tokenizer, *size, job.recipe.seed)
+    text = _text(job, source)
     fingerprint = _fingerprint(job, source, text)
     state = open_run(job.out, fingerprint, resume=job.resume, restart=job.restart)
     if state.finished:
-        report(f"{job.out} is already complete; --restart tunes it again")
-        return open_checkpoint(job.out)
+        return _Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), state)
+    write_synced(state.folder / "config.yaml", as_yaml(job.recipe).encode())
     data = text or _sampled(job, source, state, report)
-    calibration_data = replace(data, tokens=data.tokens[job.recipe.calibration])
-    reports = walk(job, source, blocks, calibration_data, state, report)
-    result = partial(write, job, source, blocks, data, state, reports)
+    run = _Run(job, source, blocks, data, state)
+    reports = _walk(run, report)
+    if job.recipe.pv is not None and not (job.out / CONFIG_FILE).exists():
+        run.write(reports)
+        report(f"{job.out} can be served from here on; PV-Tuning makes it better")
+    return run
+
+
+def _follow(job: TuneJob) -> _Run:
+    """What the first process has prepared, for the others."""
+    source = load_source(job.model)
+    state = RunState(job.out / RUN_FOLDER, writes=False)
+    data = _text(job, source)
+    if data is None:
+        saved = state.load("calibration")
+        data = CalibrationData(saved.tensors["tokens"] if saved else torch.empty(0), "")
+    return _Run(job, source, find_blocks(source.model), data, state)
+
+
+def _walk(run: _Run, report: Report) -> list[dict[str, Any]]:
+    """Calibrate the blocks that are not finished; the reports of all."""
+    data = replace(run.data, tokens=run.data.tokens[run.job.recipe.calibration])
+    return walk(run.job, run.source, run.blocks, data, run.state, report)
+
+
+def _finish(run: _Run, report: Report, deadline: float | None) -> None:
+    """PV-Tuning, if the recipe has it, and the final checkpoint."""
+    job, state = run.job, run.state
+    reports = _walk(run, report)  # finished blocks are only read
+    complete = True
     if job.recipe.pv is not None:
-        if not (job.out / CONFIG_FILE).exists():
-            result()
-            report(f"{job.out} can be served from here on; PV-Tuning makes it better")
         try:
-            complete = pv_tune(job, source, blocks, data.tokens, state, report, deadline)
+            complete = pv_tune(
+                job, run.source, run.blocks, run.data.tokens, state, report, deadline
+            )
         except KeyboardInterrupt:
-            result(*tuned_tensors(state))
+            run.write(reports)
             raise
-        if not complete:
-            result(*tuned_tensors(state))
-            report(f"the time is over: {job.out} holds the best so far, the same command goes on")
-            return open_checkpoint(job.out)
-    result(*tuned_tensors(state))
-    state.finish({"blocks": len(blocks.blocks)})
-    return open_checkpoint(job.out)
+    parallel.first(lambda: run.write(reports))
+    if complete:
+        parallel.first(lambda: state.finish({"blocks": len(reports)}))
+    else:
+        report(f"the time is over: {job.out} holds the best so far, the same command goes on")
+
+
+def _text(job: TuneJob, source: Source) -> CalibrationData | None:
+    """Windows of the text that the job names, if it names one."""
+    if job.data is None:
+        return None
+    recipe = job.recipe
+    return calibration.from_text(
+        job.data, source.tokenizer, recipe.windows, recipe.length, recipe.seed
+    )
 
 
 def _planned(job: TuneJob, report: Report) -> TuneJob:

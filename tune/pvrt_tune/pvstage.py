@@ -30,7 +30,7 @@ def pv_tune(
     """Tune the calibrated blocks of `state` against the original model's logits.
 
     tokens [n, length]: the first `held_out` windows choose the best state, the others train. The
-    best student so far is the piece `pv-best`. Returns whether the planned steps were all done (or
+    best student so far is kept as a piece. Returns whether the planned steps were all done (or
     patience ended them); False when the deadline (time.monotonic) came first.
     """
     settings = job.recipe.pv
@@ -48,10 +48,11 @@ def pv_tune(
 
 def tuned_tensors(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The best student's tensors by checkpoint name, and what the manifest says about them."""
-    best = state.load(BEST)
-    if best is None:
-        return {}, {}
-    return best.tensors, best.report
+    for name in reversed(state.names(BEST)):
+        best = state.load(name)
+        if best is not None:
+            return best.tensors, best.report
+    return {}, {}
 
 
 def calibrated(job: TuneJob, source: Source, blocks: BlockList, state: RunState) -> Any:

@@ -36,10 +36,13 @@ class Piece:
 
 
 class RunState:
-    """The journal of one run folder. Open it with `open_run`."""
+    """The journal of one run folder. Open it with `open_run`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    With `writes=False` (all ranks of a sharded run but the first) nothing is saved.
+    """
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
         self.events = _read_journal(folder / "journal.jsonl")
 
     @property
@@ -49,14 +52,22 @@ class RunState:
 
     def load(self, name: str) -> Piece | None:
         """A finished piece, or None when it is not (soundly) there."""
+        report = self.report(name)
+        return None if report is None else Piece(load_file(self._file(name)), report)
+
+    def report(self, name: str) -> dict[str, Any] | None:
+        """What was reported of a finished piece, or None when it is not (soundly) there."""
         events = [e for e in self.events if e["event"] == "piece" and e["name"] == name]
         file = self._file(name)
         if not events or not file.is_file() or _sha256(file) != events[-1]["sha256"]:
             return None
-        return Piece(load_file(file), events[-1]["report"])
+        report: dict[str, Any] = events[-1]["report"]
+        return report
 
     def save(self, name: str, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
         """Store a finished piece atomically. Raises RunError when the disk refuses."""
+        if not self.writes:
+            return
         file = self._file(name)
         temporary = file.with_suffix(".partial")
         try:
@@ -80,9 +91,10 @@ class RunState:
         saved = {e["name"] for e in self.events if e["event"] == "piece"}
         return sorted(n for n in saved if n.startswith(prefix) and self._file(n).is_file())
 
-    def discard(self, name: str) -> None:
-        """Drop a piece that a newer one replaces."""
-        self._file(name).unlink(missing_ok=True)
+    def keep_last(self, prefix: str) -> None:
+        """Drop all pieces of a prefix but the last by name, which replaces them."""
+        for name in self.names(prefix)[:-1] if self.writes else ():
+            self._file(name).unlink(missing_ok=True)
 
     def finish(self, report: dict[str, Any]) -> None:
         """Note that the checkpoint is written, and drop the pieces that it now contains."""

@@ -19,8 +19,8 @@ from pvrt_tune.pv import OPTIMIZER_PARTS, PVOptimizer, PVSettings
 from pvrt_tune.representation import Representation, represent
 from pvrt_tune.runstate import RunState
 
-#: Name of the piece of a run that holds the best student so far.
-BEST = "pv-best"
+#: Pieces of a run, numbered by step: the best student so far, and the state to go on from.
+BEST, STATE = "pv-best-", "pv-state-"
 #: Steps before a time limit is turned into a number of steps, and the share of the time left that
 #: steps may take (looks at held-out text and saved states take the rest).
 _PROBE = 3
@@ -145,14 +145,14 @@ class Trainer:
     def run(self, state: RunState, report: Report, deadline: float | None = None) -> Outcome:
         """Train to the last step, the deadline (time.monotonic) or the end of patience.
 
-        Goes on from the newest state of the run folder. The best state is kept there as `pv-best`.
+        Goes on from the newest state of the run folder. The best student is kept there.
         """
         self._resume(state)
         if not self.curves:
             self._evaluate(state, report)
         started, begun = time.monotonic(), self.step
         while self.step < self.steps and not self._stale():
-            if deadline is not None and time.monotonic() > deadline:
+            if deadline is not None and parallel.agreed(time.monotonic() - deadline) > 0:
                 break
             figures = self.train_step()
             pace = (time.monotonic() - started) / (self.step - begun)
@@ -172,7 +172,7 @@ class Trainer:
 
     def _plan(self, deadline: float, pace: float, report: Report) -> None:
         """As many steps as fit into the time, so that the learning rates end at zero with it."""
-        left = (deadline - time.monotonic()) * _SHARE_OF_STEPS / pace
+        left = parallel.agreed((deadline - time.monotonic()) * _SHARE_OF_STEPS / pace)
         self.steps = max(self.step, min(self.settings.steps, self.step + int(left)))
         report(f"{self.steps} PV steps of about {pace:.1f} s fit into the time")
 
@@ -244,7 +244,9 @@ class Trainer:
         self.curves.append(row)
         is_best = row["held_out_kl"] <= min(r["held_out_kl"] for r in self.curves)
         if is_best:
-            state.save(BEST, self.tensors(), {"step": self.step, "held_out_kl": row["held_out_kl"]})
+            kept = {"step": self.step, "held_out_kl": row["held_out_kl"], "curves": [*self.curves]}
+            state.save(f"{BEST}{self.step:07d}", self.tensors(), kept)
+            state.keep_last(BEST)
         report(_line(row, self.steps, left, is_best))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -258,15 +260,14 @@ class Trainer:
 
     def _save(self, state: RunState) -> None:
         tensors = {name: t.contiguous() for name, t in self.optimizer.tensors().items()}
-        state.save(f"pv-state-{self.step:07d}", tensors, self._report())
-        for name in state.names("pv-state-")[:-1]:
-            state.discard(name)
+        state.save(f"{STATE}{self.step:07d}", tensors, self._report())
+        state.keep_last(STATE)
 
     def _report(self) -> dict[str, Any]:
         return {"steps": self.steps, "curves": self.curves}
 
     def _resume(self, state: RunState) -> None:
-        for name in reversed(state.names("pv-state-")):
+        for name in reversed(state.names(STATE)):
             saved = state.load(name)
             if saved is not None:
                 self.step = int(name.rpartition("-")[2])

@@ -59,10 +59,9 @@ def walk(
 ) -> list[dict[str, Any]]:
     """Quantise all blocks in order and leave them as pieces of `state`. Returns their reports."""
     count = len(blocks.blocks)
-    finished = [state.load(piece_name(index)) for index in range(count)]
-    if all(finished):
-        return [piece.report for piece in finished if piece is not None]
-    del finished
+    finished = [state.report(piece_name(index)) for index in range(count)]
+    if None not in finished:
+        return [piece for piece in finished if piece is not None]
     stream = _start(job, source, blocks, data, state)
     clock, again = Clock(count), Clock(count)
     reports = []

@@ -1,0 +1,57 @@
+"""From the options of a command to a recipe: preset, then file, then what was typed."""
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pvrt.errors import RunError
+from pvrt.scheme import parse_scheme
+from pvrt_tune.config import from_file
+from pvrt_tune.recipe import EFFORTS, Recipe
+from pvrt_tune.training import TrainSettings
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Options that override the preset and the file; None leaves a setting alone."""
+
+    scheme: str | None = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    pv: bool = True
+
+
+def build(
+    effort: str, config: Path | None, changes: Changes, limit: str | None = None
+) -> tuple[Recipe, float | None]:
+    """The recipe, and the time limit in seconds.
+
+    A limit asks for PV-Tuning at any effort. Raises RunError with one sentence for what cannot be.
+    """
+    recipe = EFFORTS[effort] if config is None else from_file(config, EFFORTS[effort])
+    recipe = replace(
+        recipe,
+        scheme=changes.scheme or recipe.scheme,
+        samples=changes.samples or recipe.samples,
+        length=changes.length or recipe.length,
+        seed=recipe.seed if changes.seed is None else changes.seed,
+    )
+    try:
+        parse_scheme(recipe.scheme)
+    except ValueError as error:
+        raise RunError(f"--scheme: {error}") from error
+    if limit is None:
+        return recipe if changes.pv else replace(recipe, pv=None), None
+    if not changes.pv:
+        raise RunError("--for limits PV-Tuning, which --no-pv leaves out; give one of them")
+    return replace(recipe, pv=recipe.pv or TrainSettings()), seconds(limit)
+
+
+def seconds(text: str) -> float:
+    """A time like 90s, 40m or 2h30m in seconds; RunError for anything else."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    if match is None or not any(match.groups()):
+        raise RunError(f"--for {text} is not a time; write it like 40m or 2h30m")
+    parts = [int(part or 0) for part in match.groups()]
+    return float(3600 * parts[0] + 60 * parts[1] + parts[2])
