@@ -7,11 +7,14 @@ quantised exactly when the checkpoint holds its codes.
 """
 
 import importlib.util
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import AqlmConfig
@@ -28,6 +31,7 @@ from pvrt.checkpoint import (
     read_headers,
 )
 from pvrt.errors import CheckpointError
+from pvrt.experts import module_name, unfuse, without_fusing
 from pvrt.linear import AQLMLinear, decode_once, quantized_linears
 from pvrt.packed import GridCheckpoint, is_packed
 
@@ -35,10 +39,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
 class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
     """Loads pre-quantised AQLM checkpoints into `AQLMLinear` layers."""
 
     requires_calibration = True
+    _experts: Sequence[str] = ()
     quantization_config: AqlmConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -57,12 +65,19 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
             raise CheckpointError(f"{named}: pvrt reads AQLM weights from safetensors files only")
         tensors = read_headers(files)
         layers = find_layers(tensors, scheme)
+        conversions = get_model_conversion_mapping(model)
+        if any(_EXPERT.search(name) for name in layers):
+            self._experts = unfuse(model, conversions)
         with torch.device("meta"):
             for layer in layers.values():
-                name = _module_name(model, layer.name)
+                name = _module_name(model, module_name(layer.name, conversions))
                 linear = _target(model, name, layer, tensors)
                 module = AQLMLinear(linear.in_features, linear.out_features, scheme, layer.has_bias)
                 model.set_submodule(name, module.requires_grad_(False))
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Experts that were taken apart must not be fused."""
+        return without_fusing(weight_conversions) if self._experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
         for name, module in quantized_linears(model).items():

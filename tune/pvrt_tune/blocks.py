@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.errors import SourceError
+from pvrt.experts import ExpertList
 from pvrt.scheme import GridScheme, Scheme
 from pvrt_tune.activations import Activations
 
@@ -76,9 +77,17 @@ def find_blocks(model: nn.Module) -> BlockList:
 
 
 def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, layer) of all dense linear layers inside a module."""
+    """(name, layer) of all linear layers inside a module that are to be quantised.
+
+    Routers and gates, which stand beside a list of experts, are not: they decide, and are small.
+    """
+    routers: set[int] = set()
+    for _, parent in module.named_modules():
+        children = list(parent.children())
+        if any(isinstance(child, ExpertList) for child in children):
+            routers |= {id(child) for child in children if isinstance(child, nn.Linear)}
     for name, child in module.named_modules():
-        if isinstance(child, nn.Linear):
+        if isinstance(child, nn.Linear) and id(child) not in routers:
             yield name, child
 
 
@@ -171,9 +180,14 @@ def observe(
 
     Returns H = mean over tokens of x x^T, [in, in] float32, by layer name. Layers that share their
     input (q, k, v) share one tensor. The block's outputs go to `outputs`, where it is given.
+
+    An expert sees only the tokens routed to it. With n of them, fewer than the floor n0 = in (H has
+    full rank from there on), its moment is filled up with the mean over all experts' tokens:
+    H = (sum of x x^T + (n0 - n) H_all) / n0. Without any token it is H_all. A layer is left out
+    when no token at all reached it or its fellow experts.
     """
     moments: dict[str, Tensor] = {}
-    tokens = 0
+    counts: dict[str, int] = {}
     with torch.no_grad():
         for number, hidden in enumerate(inputs):
             with _linear_inputs(block) as seen:
@@ -181,10 +195,38 @@ def observe(
             if outputs is not None:
                 outputs[number] = output
             _accumulate(moments, seen)
-            tokens += hidden.shape[0] * hidden.shape[1]
-    for moment in {id(moment): moment for moment in moments.values()}.values():
-        moment /= tokens
+            for name, x in seen.items():
+                counts[name] = counts.get(name, 0) + x.numel() // x.shape[-1]
+    for name, experts in block.named_modules():
+        if isinstance(experts, ExpertList):
+            for projection in experts.names:
+                fellows = [f"{name}.{index}.{projection}" for index, _ in experts.named_children()]
+                _fill_up(moments, counts, fellows)
+    done: set[int] = set()
+    for name, moment in moments.items():
+        if id(moment) not in done:
+            moment /= counts[name]
+            done.add(id(moment))
     return moments
+
+
+def _fill_up(moments: dict[str, Tensor], counts: dict[str, int], fellows: list[str]) -> None:
+    """Raise the sums of experts that saw too few tokens to the floor; see `observe`."""
+    reached = [name for name in fellows if name in moments]
+    if not reached:
+        return
+    overall = torch.zeros_like(moments[reached[0]])
+    for name in reached:
+        overall += moments[name]
+    overall /= sum(counts[name] for name in reached)
+    floor = len(overall)
+    for name in fellows:
+        if name not in moments:
+            moments[name], counts[name] = overall.clone(), 1
+        elif counts[name] < floor:
+            # A tensor of its own: gate and up projection shared the sum, and come here in turn.
+            moments[name] = moments[name] + (floor - counts[name]) * overall
+            counts[name] = floor
 
 
 @contextmanager

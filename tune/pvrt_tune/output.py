@@ -7,14 +7,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pvrt
 from pvrt.checkpoint import WriteOptions, quantization_config, write_checkpoint
 from pvrt.durable import as_json
 from pvrt.packed import GridLayer, grid_config
 from pvrt.scheme import GridScheme, parse_scheme
-from pvrt_tune.blocks import BlockList, linears
+from pvrt_tune.blocks import BlockList
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.runstate import RunState
@@ -39,12 +39,12 @@ def write(
     """
     model = source.model
     scheme = parse_scheme(job.recipe.scheme)
-    quantised = [
-        f"{blocks.prefix(index)}{name}"
+    quantised = {
+        source.published(f"{blocks.prefix(index)}{name}")
         for index, report in enumerate(reports)
         for name in report["errors"]
-    ]
-    dense = [name for name in _products(model) if name not in set(quantised)]
+    }
+    dense = [name for name in map(source.published, _products(model)) if name not in quantised]
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config["architectures"] = [type(model).__name__]
@@ -71,13 +71,24 @@ def write(
     write_checkpoint(job.out, config, tensors, WriteOptions(files=files, manifest=manifest))
 
 
+def _products(model: nn.Module) -> Iterator[str]:
+    """Names of all modules that multiply with a weight: linear layers, and routers as well, which
+    are linear layers to other readers.
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if getattr(weight, "ndim", 0) == 2 and not isinstance(module, nn.Embedding):
+            yield name
+
+
 def _tensors(
     source: Source, blocks: BlockList, state: RunState, tuned: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the checkpoint, one in memory at a time; tied ones once."""
+    """All tensors of the checkpoint as files name them, one in memory at a time; tied ones once."""
 
     def newest(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-        return name, tuned[name].to(tensor.dtype) if name in tuned else tensor
+        newer = tuned[name].to(tensor.dtype) if name in tuned else tensor
+        return source.published(name), newer
 
     for name in source.outside(blocks.name):
         yield newest(name, source.read([name])[name])

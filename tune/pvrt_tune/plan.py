@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pvrt.experts import ExpertList
 from pvrt.plan import USABLE, CacheShape, cache_shape
 from pvrt.scheme import parse_scheme
 from pvrt_tune.blocks import BlockList, batch_size, find_blocks, linears
@@ -83,13 +84,18 @@ class BlockShape:
     """What the memory and time of one block depend on.
 
     linears: (out, in) of every layer to quantise. inputs: widths of the distinct inputs that they
-    read. widest: summed outputs of the widest group of sibling layers without its last. norms:
-    summed sizes of one-dimensional weights. quantised: bytes of the quantised block on disk.
+    read. read, written, active: widths read and written and weights used by one token, which passes
+    only some of a block's experts. widest: summed outputs of the widest group of sibling layers
+    without its last. norms: summed sizes of one-dimensional weights. quantised: bytes of the
+    quantised block on disk.
     """
 
     parameters: int
     linears: tuple[tuple[int, int], ...]
     inputs: tuple[int, ...]
+    read: float
+    written: float
+    active: float
     widest: int
     norms: int
     quantised: int
@@ -99,29 +105,39 @@ class BlockShape:
         """Bytes of all input second moments."""
         return 4 * sum(width**2 for width in self.inputs)
 
-    @property
-    def outputs(self) -> int:
-        """Summed output widths of the linears."""
-        return sum(out for out, _ in self.linears)
 
-
-def block_shape(block: nn.Module, recipe: Recipe) -> BlockShape:
+def block_shape(block: nn.Module, recipe: Recipe, experts_per_token: int = 1) -> BlockShape:
     """Shapes of a skeleton's block."""
     siblings: dict[str, list[nn.Linear]] = {}
     for name, linear in linears(block):
         siblings.setdefault(name.rpartition(".")[0], []).append(linear)
+    # The share of tokens that pass a layer.
+    share = {
+        f"{name}.{index}": experts_per_token / len(list(module.children()))
+        for name, module in block.named_modules()
+        if isinstance(module, ExpertList)
+        for index, _ in module.named_children()
+    }
     inputs: list[int] = []
-    for layers in siblings.values():
+    read = written = 0.0
+    passive = 0.0
+    for name, layers in siblings.items():
         widths = [layer.in_features for layer in layers]
-        inputs += set(widths)
         # The last of several (the output projection) reads what the others made.
-        if widths.count(widths[-1]) > 1:
-            inputs.append(widths[-1])
+        own = [*set(widths), *([widths[-1]] if widths.count(widths[-1]) > 1 else [])]
+        inputs += own
+        read += share.get(name, 1) * sum(own)
+        written += share.get(name, 1) * sum(layer.out_features for layer in layers)
+        passive += (1 - share.get(name, 1)) * sum(layer.weight.numel() for layer in layers)
     norms = sum(p.numel() for n, p in block.named_parameters() if p.dim() == 1 and "weight" in n)
+    parameters = sum(p.numel() for p in block.parameters())
     return BlockShape(
-        parameters=sum(p.numel() for p in block.parameters()),
+        parameters=parameters,
         linears=tuple((layer.out_features, layer.in_features) for _, layer in linears(block)),
         inputs=tuple(inputs),
+        read=read,
+        written=written,
+        active=parameters - passive,
         widest=max(sum(layer.out_features for layer in part[:-1]) for part in siblings.values()),
         norms=norms,
         quantised=_stored(block, recipe),
@@ -161,7 +177,7 @@ def fit_bytes(out: int, in_features: int) -> int:
 
 def observe_bytes(shape: BlockShape, tokens: int, width: int) -> int:
     """Peak of one forward pass that keeps the inputs of all linears, and of the moments."""
-    return shape.moments + 4 * tokens * (2 * width + sum(shape.inputs) + shape.widest)
+    return shape.moments + int(4 * tokens * (2 * width + shape.read + shape.widest))
 
 
 def finetune_bytes(shape: BlockShape, tokens: int, width: int) -> int:
@@ -169,13 +185,7 @@ def finetune_bytes(shape: BlockShape, tokens: int, width: int) -> int:
     what the backward pass needs of `tokens` tokens.
     """
     largest = max(4 * out * inputs for out, inputs in shape.linears)
-    kept = (
-        sum(shape.inputs)
-        + shape.outputs
-        + 1.4 * shape.widest
-        + 2 * (shape.norms - width)
-        + 2 * width
-    )
+    kept = shape.read + shape.written + 1.4 * shape.widest + 2 * shape.norms
     return int(shape.quantised + 4 * largest + 4 * tokens * kept)
 
 
@@ -223,7 +233,8 @@ class _Planner:
         self.parameters = sum(parameter.numel() for parameter in self.stored)
         self.itemsize = model.dtype.itemsize
         self.width = model.config.get_text_config().hidden_size
-        self.shapes = [block_shape(block, self.recipe) for block in self.blocks.blocks]
+        routed = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+        self.shapes = [block_shape(block, self.recipe, routed) for block in self.blocks.blocks]
         self.cuda = request.device != "cpu"
         # A GGUF file stays in host memory, dequantised.
         self.host = PROCESS_BYTES + CUDA_HOST_BYTES * self.cuda
@@ -277,7 +288,7 @@ class _Planner:
         disk = sum(shape.quantised for shape in shapes) + streams - kept
         passes = 3 if recipe.targets == "original" else 2
         ahead = sum(
-            2.0 * tokens * (passes * shape.parameters + sum(width**2 for width in shape.inputs))
+            2.0 * tokens * (passes * shape.active + sum(width**2 for width in shape.inputs))
             for shape in shapes
         )
         embeddings = max(_bytes(p) for p in self.outside) * self.cuda
@@ -295,7 +306,7 @@ class _Planner:
         tuning = max(finetune_bytes(shape, batch, self.width) for shape in shapes)
         share = 1 - recipe.finetune.held_out
         rounds = recipe.finetune.epochs * (3 * share + recipe.finetune.held_out)
-        work = sum(2.0 * tokens * rounds * shape.parameters for shape in shapes)
+        work = sum(2.0 * tokens * rounds * shape.active for shape in shapes)
         yield self.phase("block fine-tune", tuning, work / speed.products, **place)
 
     def write(self) -> Phase:
