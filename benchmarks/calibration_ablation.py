@@ -38,11 +38,9 @@ SCHEME = "2x8g8"
 class WeightSpaceStart(AdditiveFit):
     """k-means that sees the weights alone, every coordinate and row alike, as published."""
 
-    def start(self) -> None:
-        """Start with H replaced by the identity; everything after sees H again."""
-        moment, self.moment = self.moment, torch.eye(len(self.moment))
-        super().start()
-        self.moment = moment
+    def importance(self) -> torch.Tensor:
+        """One everywhere."""
+        return torch.ones(self.groups, self.g)
 
 
 class AdamFit(AdditiveFit):

@@ -139,12 +139,7 @@ class AdditiveFit:
     def start(self) -> None:
         """Residual k-means on the scaled rows, each coordinate weighted by its own importance."""
         points = (self.weight / self.scales).reshape(-1, self.g)
-        firsts = range(0, len(self.moment), self.g)
-        metrics = torch.stack([self._conditional(first)[1].diagonal() for first in firsts])
-        importance = torch.empty_like(metrics)
-        importance[self._order] = metrics.clamp_min(0).pow(_IMPORTANCE_POWER)
-        importance = importance + 1e-6 * importance.mean()
-        weights = (importance * self.scales.square().unsqueeze(-1)).reshape(-1, self.g)
+        weights = (self.importance() * self.scales.square().unsqueeze(-1)).reshape(-1, self.g)
         flat_codes = self.codes.view(-1, len(self.codebooks))
         settings = self.settings
         schedule = Schedule(
@@ -155,6 +150,14 @@ class AdditiveFit:
                 points, weights, self.size, schedule, self.generator
             )
             points = points - self.codebooks[m][flat_codes[:, m]]
+
+    def importance(self) -> Tensor:
+        """Weight of every input in the start's k-means, [groups, g]."""
+        firsts = range(0, len(self.moment), self.g)
+        metrics = torch.stack([self._conditional(first)[1].diagonal() for first in firsts])
+        importance = torch.empty_like(metrics)
+        importance[self._order] = metrics.clamp_min(0).pow(_IMPORTANCE_POWER)
+        return importance + 1e-6 * importance.mean()
 
     # ---- codes ----
 

@@ -41,11 +41,7 @@ def lowest(features: Tensor, rows: Tensor, offset: Tensor, count: int = 1) -> Te
     count = min(count, len(rows))
     found = []
     for part in torch.split(features, max(64, _tile(features) // len(rows))):
-        scores = torch.addmm(offset, part, columns)
-        if count == 1:
-            found.append(_min(scores)[1].unsqueeze(1))
-        else:
-            found.append(scores.topk(count, largest=False, sorted=False).indices)
+        found.append(_fewest(torch.addmm(offset, part, columns), count))
     return torch.cat(found)
 
 
@@ -136,6 +132,18 @@ def halve(points: Tensor, cells: int) -> Tensor:
 
 def _tile(like: Tensor) -> int:
     return _CPU_TILE if like.device.type == "cpu" else _GPU_TILE
+
+
+def _fewest(scores: Tensor, count: int) -> Tensor:
+    """Columns of the `count` lowest scores in every row of [n, K], which it overwrites."""
+    if count > 8 or (count > 1 and (scores.shape[1] > 256 or scores.device.type != "cpu")):
+        return scores.topk(count, largest=False, sorted=False).indices
+    # A few vectorised minima in cache are cheaper than one scalar selection.
+    found = [_min(scores)[1]]
+    while len(found) < count:
+        scores.scatter_(1, found[-1].unsqueeze(1), torch.inf)
+        found.append((scores.amin(1).view(torch.int32) & 255).long())
+    return torch.stack(found, 1)
 
 
 def _min(scores: Tensor) -> tuple[Tensor, Tensor]:
