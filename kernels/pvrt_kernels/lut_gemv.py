@@ -2,14 +2,16 @@
 
 y[n] = scale[n] * sum over the code bytes f of row n of  <codebook[f % M][code], x group[f // M]>.
 Every inner product with a codeword is computed once for all rows of a tile: each of the 16 bytes
-of a block gets a table of 256 sums (one small tensor-core product), and a row costs 16 lookups and
-16 additions per block, no decoding and no multiplication. `tl.gather` along a flat axis keeps the
-table in shared memory and reads it with LDS.32. (Along an axis short enough for one warp Triton
-makes thousands of shuffles of it: the axis must stay flat.)
+of a block gets a table of 256 sums, and a row costs 16 lookups and 16 additions per block, no
+decoding and no multiplication. `tl.gather` along a flat axis keeps the table in shared memory and
+reads it with LDS.32. (Along an axis short enough for one warp Triton makes thousands of shuffles of
+it: the axis must stay flat.)
 
-One token has a table of float32. Of 2 or 4 tokens each lookup serves two, with both sums as
-float16 in one word: LDS.32 is what limits the kernel. The sums are first divided by a bound
-(largest |x| of the block times largest 1-norm of a codeword), so that none can overflow.
+One token has a table of float32, made by multiplications in registers, since threads that hold
+neighbouring codewords store it without bank conflicts. Of 2 or 4 tokens each lookup serves two,
+with both sums as float16 in one word: lookups are what limits the kernel. Their tables are small
+products on tensor cores; sums are first divided by a bound (largest |x| of the block times largest
+1-norm of a codeword), so that none can overflow.
 """
 
 import triton
@@ -30,6 +32,38 @@ def unpack_half(words, shift: tl.constexpr):
 def pack_half(values):
     """float32 values in [-1, 1] -> float16 in the low bits of int32 words."""
     return values.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def table_for_one(
+    books,
+    x_ptr,
+    first,
+    groups,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Products of books [V, DEPTH] with groups first ... of x, as a flat [GROUPS * V]."""
+    e = tl.arange(0, DEPTH)
+    columns = ()
+    for j in tl.static_range(GROUPS):
+        group = first + j + tl.zeros((DEPTH,), dtype=tl.int32)  # of one value: masks whole loads
+        x = tl.load(
+            x_ptr + group * GROUP + e, mask=group < groups, other=0.0, eviction_policy="evict_last"
+        )
+        entry = tl.sum(books.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+        columns = columns + (entry,)  # noqa: RUF005 (Triton has no *columns)
+    # Joined by the highest bit of j first, the new axes are those of j in order.
+    HALVINGS: tl.constexpr = 2 if GROUPS == 4 else (3 if GROUPS == 8 else 4)
+    for step in tl.static_range(HALVINGS):
+        joined = ()
+        for j in tl.static_range(GROUPS >> (step + 1)):
+            pair = tl.join(columns[j], columns[j + (GROUPS >> (step + 1))])
+            joined = joined + (pair,)  # noqa: RUF005
+        columns = joined
+    table = tl.reshape(columns[0], (books.shape[0], GROUPS))
+    return tl.reshape(tl.trans(table), (GROUPS * books.shape[0],))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -64,9 +98,9 @@ def lut_gemv(
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
     GROUPS: tl.constexpr = 16 // BOOKS  # groups in a block
-    COLUMNS: tl.constexpr = GROUPS if GROUPS > 8 else 8  # the least that tl.dot takes
-    DEPTH: tl.constexpr = GROUP if GROUP > 16 else 16  # likewise
-    ENTRIES: tl.constexpr = COLUMNS * BOOKS * 256
+    # The least that tl.dot takes are 8 columns and a depth of 16.
+    COLUMNS: tl.constexpr = GROUPS if GROUPS > 8 else 8
+    DEPTH: tl.constexpr = GROUP if (GROUP > 16 or TOKENS == 1) else 16
     n = row + tl.arange(0, ROWS)
     e = tl.arange(0, DEPTH)
     v = tl.arange(0, BOOKS * 256)
@@ -102,17 +136,14 @@ def lut_gemv(
         even = tl.join((codes & 255) + offset, ((codes >> 16) & 255) + (offset + 512))
         odd = tl.join(((codes >> 8) & 255) + (offset + 256), ((codes >> 24) & 255) + (offset + 768))
         index = tl.reshape(tl.join(even, odd), (ROWS * 16,))
-        j = (b * GROUPS + group)[None, :]
-        k = j * GROUP + e[:, None]
         added = ()
         if TOKENS == 1:
-            x = tl.load(
-                x_ptr + k, mask=inside & (j < groups), other=0.0, eviction_policy="evict_last"
-            )
-            table = tl.reshape(tl.trans(tl.dot(books, x)), (ENTRIES,))
+            table = table_for_one(books, x_ptr, b * GROUPS, groups, GROUPS, GROUP, DEPTH)
             found = tl.reshape(tl.gather(table, index, 0), (ROWS, 16))
             added = (sums[0] + tl.sum(found, axis=1),)
         else:
+            j = (b * GROUPS + group)[None, :]
+            k = j * GROUP + e[:, None]
             for pair in tl.static_range(TOKENS // 2):
                 here = x_ptr + 2 * pair * groups * GROUP + k
                 x0 = tl.load(
@@ -131,7 +162,7 @@ def lut_gemv(
                 bound1 = tl.max(tl.max(tl.abs(x1.to(tl.float32)), axis=1), axis=0) * norm + 1e-30
                 both = pack_half(tl.dot(books, x0) * (1 / bound0))
                 both |= pack_half(tl.dot(books, x1) * (1 / bound1)) << 16
-                table = tl.reshape(tl.trans(both), (ENTRIES,))
+                table = tl.reshape(tl.trans(both), (COLUMNS * BOOKS * 256,))
                 found = tl.reshape(tl.gather(table, index, 0), (ROWS, 16))
                 sum0 = tl.sum(unpack_half(found, 0), axis=1)
                 sum1 = tl.sum(unpack_half(found, 16), axis=1)
