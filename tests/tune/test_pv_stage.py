@@ -74,9 +74,14 @@ def wait_for(process: "subprocess.Popen[str]", line: str) -> None:
     pytest.fail(f"no {line!r} in {''.join(seen)}")
 
 
+def held_out_kls(lines: list[str]) -> list[float]:
+    """What the progress lines say."""
+    return [float(text.split("held-out KL ")[1].split()[0]) for text in lines if " KL " in text]
+
+
 def test_the_stage_lowers_the_held_out_kl_and_says_so(whole: tuple[Path, list[str]]) -> None:
     out, lines = whole
-    kls = [float(line.split("held-out KL ")[1].split()[0]) for line in lines if "held-out KL" in line]
+    kls = held_out_kls(lines)
     manifest = json.loads((out / "pvrt.json").read_text())
     assert manifest["pv"]["held_out_kl"] < kls[0]
     assert manifest["pv"]["held_out_kl"] == pytest.approx(min(kls), abs=1e-4)
@@ -118,7 +123,7 @@ def test_a_time_limit_plans_the_steps_and_leaves_the_best_so_far(
     planned = next(line for line in lines if "fit into the time" in line)
     assert 3 <= int(planned.split()[0]) < 100_000
     manifest = json.loads((out / "pvrt.json").read_text())
-    kls = [float(line.split("held-out KL ")[1].split()[0]) for line in lines if "held-out KL" in line]
+    kls = held_out_kls(lines)
     assert manifest["pv"]["held_out_kl"] == pytest.approx(min(kls), abs=1e-4)
     Checkpoint.open(out).verify()
 

@@ -7,7 +7,7 @@ logits), and both models' logits exist for one chunk of tokens at a time.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,7 +144,8 @@ class Teacher:
         load: Callable[[int], Tensor | None],
         save: Callable[[int, Tensor], None],
     ) -> None:
-        self.model, self.windows, self.chunk = model, windows, chunk
+        self.model: nn.Module | None = model
+        self.windows, self.chunk = windows, chunk
         self.load, self.save = load, save
         self.chunks: dict[int, Tensor] = {}
         self.head = Head.of(model)
@@ -152,6 +153,17 @@ class Teacher:
     def hidden(self, numbers: list[int]) -> Tensor:
         """States [n, length, width] of windows by number."""
         return torch.stack([self._chunk(n // self.chunk)[n % self.chunk] for n in numbers])
+
+    def finish(self, progress: Callable[[int, int], None]) -> None:
+        """Compute all states that are not kept yet, then let go of the model (but for its head).
+
+        `progress(done, total)` counts windows.
+        """
+        self.head = replace(self.head, weight=self.head.weight.clone())
+        for first in range(0, len(self.windows), self.chunk):
+            self._chunk(first // self.chunk)
+            progress(min(first + self.chunk, len(self.windows)), len(self.windows))
+        self.model = None
 
     def _chunk(self, number: int) -> Tensor:
         if number not in self.chunks:
@@ -164,6 +176,7 @@ class Teacher:
         return self.chunks[number]
 
     def _compute(self, windows: Tensor) -> Tensor:
+        assert self.model is not None, "finish() computes every chunk before it drops the model"
         device = next(self.model.parameters()).device
         parts = []
         with torch.no_grad():

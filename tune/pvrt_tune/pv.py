@@ -259,13 +259,8 @@ class PVOptimizer:
         on all ranks.
         """
         self.number += 1
-        grads = {}
         for name, layer in self.layers.items():
-            grad = self.weights[name].grad
-            if grad is None:
-                raise ValueError(f"{name} took no part in the backward pass")
-            grads[name] = _local(grad).float()
-            for part, value in layer.pull_back(grads[name]).items():
+            for part, value in layer.pull_back(self._gradient(name)).items():
                 self.continuous[f"{name}.{part}"].grad = value
         for name in self.whole_dense if parallel.world() > 1 else ():
             kept = self.continuous[name].grad
@@ -279,12 +274,19 @@ class PVOptimizer:
         changed = groups = 0
         started = time.perf_counter()
         for name, layer in self.layers.items():
-            changed += layer.step(grads[name], self.number, factor, generator)
+            changed += layer.step(self._gradient(name), self.number, factor, generator)
             groups += layer.groups
             self.weights[name].grad = None
         seconds = time.perf_counter() - started
         counts = parallel.total(torch.tensor([float(changed), float(groups)]))
         return StepReport(norm, float(counts[0] / counts[1]), seconds)
+
+    def _gradient(self, name: str) -> Tensor:
+        """dL/dW of one layer's local rows in float32, which only one layer at a time takes."""
+        grad = self.weights[name].grad
+        if grad is None:
+            raise ValueError(f"{name} took no part in the backward pass")
+        return _local(grad).float()
 
     def _locals(self) -> dict[str, Tensor]:
         return {name: _local(tensor) for name, tensor in self.continuous.items()}

@@ -1,5 +1,6 @@
 """The stage after calibration: PV-Tuning of the whole model, and the tensors it leaves."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor
 
 from pvrt_tune.blocks import BlockList
 from pvrt_tune.distill import Teacher, check_head
-from pvrt_tune.progress import Report
+from pvrt_tune.machine import release_memory
+from pvrt_tune.progress import Clock, Report
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.runstate import RunState
 from pvrt_tune.source import Source
@@ -40,6 +42,10 @@ def pv_tune(
     original = source.dense(dtype, job.device)
     check_head(original, windows[:1, :32].to(job.device))
     teacher = _teacher(original, torch.cat([windows, held_out]), state)
+    del original
+    if settings.teacher_first:
+        teacher.finish(_progress(len(tokens), report))
+        release_memory()
     student = Student.of(calibrated(job, source, blocks, state))
     trainer = Trainer(student, teacher, windows, held_out, settings, job.recipe.seed)
     report(_start_line(settings, windows))
@@ -77,6 +83,17 @@ def _teacher(model: Any, windows: Tensor, state: RunState) -> Teacher:
         state.save(f"teacher-{number:05d}", {"hidden": hidden}, {})
 
     return Teacher(model, windows, _TEACHER_CHUNK, load, save)
+
+
+def _progress(count: int, report: Report) -> Callable[[int, int], None]:
+    clock = Clock(count)
+
+    def progress(done: int, total: int) -> None:
+        clock.done = done
+        if done == total or clock.due():
+            report(f"original model: window {done}/{total}  {clock.eta()}")
+
+    return progress
 
 
 def _start_line(settings: TrainSettings, windows: Tensor) -> str:

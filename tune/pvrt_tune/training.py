@@ -35,7 +35,9 @@ class TrainSettings:
     `microbatch` at a time. held_out: windows that only choose the best state, looked at every
     `evaluate_every` steps; training ends after `patience` looks without a new best. warmup: share
     of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
-    keeps embeddings and output head.
+    keeps embeddings and output head. teacher_first: all of the original model's states are computed
+    before the student is made, so that the two are never in memory together (with a time limit,
+    some for nothing).
     """
 
     windows: int = 512
@@ -48,6 +50,7 @@ class TrainSettings:
     warmup: float = 0.05
     freeze_embeddings: bool = True
     recompute_activations: bool = False
+    teacher_first: bool = False
     pv: PVSettings = field(default_factory=PVSettings)
 
     def factor(self, step: int, steps: int) -> float:
