@@ -12,7 +12,8 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-SOURCES = ("cpu.c", "cpu_portable.c", "cpu_avx2.c", "cpu_avx512.c")
+SOURCES = ("cpu.c", "cpu_program.c", "cpu_portable.c", "cpu_avx2.c", "cpu_avx512.c")
+FLAGS = "-std=c11 -O3 -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 
 
 class BuildLibrary(build_ext):
@@ -38,8 +39,9 @@ setup(
         Extension(
             "pvrt_kernels.libpvrt_cpu",
             [f"kernels/pvrt_kernels/{name}" for name in SOURCES],
-            depends=["kernels/pvrt_kernels/cpu.h"],
-            extra_compile_args=["-std=c11", "-O3", "-fno-math-errno", "-Wall", "-Wextra"],
+            depends=["kernels/pvrt_kernels/cpu.h", "kernels/pvrt_kernels/cpu_attend.h"],
+            extra_compile_args=FLAGS.split(),
+            libraries=["m"],
             optional=True,
         )
     ],

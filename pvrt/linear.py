@@ -1,10 +1,48 @@
 """AQLMLinear: a linear layer whose weight lives in codes, codebooks and scales."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from pvrt.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear
+from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+
+
+class PackedLayers:
+    """One packed weight for layers that take the same input, and who of them is which.
+
+    The first layer called with an input computes them all; the others take their part of that.
+    """
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor] = []
+
+    def forward(self, index: int, x: Tensor) -> Tensor:
+        """Output number `index` for x [..., in]."""
+        if self._input is not x:
+            y = aqlm_packed_linear(x, self.weight, self.bias)
+            sizes = self.weight.partition_sizes
+            if len(sizes) == 1:
+                return y
+            self._input, self._outputs = x, list(torch.split(y, sizes, -1))
+        taken = self._outputs[index]
+        if index == len(self._outputs) - 1:  # nothing is held once the last has come
+            self._input, self._outputs = None, []
+        return taken
+
+    def stored(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes, codebooks, scales) of one layer as in a checkpoint."""
+        codes, codebooks, scales = self.weight.unpack()
+        out_group = codebooks.shape[3]
+        rows = [size // out_group for size in self.weight.partition_sizes]
+        own = slice(sum(rows[:index]), sum(rows[: index + 1]))
+        return codes[own], codebooks[index], scales[own]
 
 
 class AQLMLinear(nn.Module):
@@ -46,14 +84,31 @@ class AQLMLinear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
+        # Set by `pack`; the three parameters are gone then.
+        self.packed: PackedLayers | None = None
+        self._index = 0
+
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(codes, codebooks, scales) in checkpoint layout, packed or not."""
+        if self.packed is not None:
+            return self.packed.stored(self._index)
+        return self.codes, self.codebooks, self.scales
 
     def dequantize(self) -> Tensor:
-        """The weight [out, in] in the dtype of the codebooks; differentiable."""
-        return aqlm_dequantize(self.codes, self.codebooks, self.scales)
+        """The weight [out, in] in the dtype of the codebooks; differentiable unless packed."""
+        return aqlm_dequantize(*self.stored())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        if self.packed is not None:
+            return self.packed.forward(self._index, x)
         return aqlm_linear(x, self.codes, self.codebooks, self.scales, self.bias)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            for name, tensor in zip(_PARTS, self.stored(), strict=True):
+                destination[prefix + name] = tensor
 
     def to_dense(self) -> nn.Linear:
         """An ordinary linear layer with the decoded weight, on the same device."""
@@ -73,6 +128,77 @@ class AQLMLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"scheme={self.scheme}, bias={self.bias is not None}"
         )
+
+
+_PARTS = ("codes", "codebooks", "scales")
+# Layers that transformers' decoders call one after the other with the same input.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def pack(layers: Sequence[AQLMLinear], dtype: torch.dtype) -> PackedLayers | None:
+    """Pack layers of one input for their device's kernel, in one weight; None if it has none.
+
+    Inference only: the parameters codes, codebooks and scales are dropped (saving still finds
+    them). dtype is that of the activations to come.
+    """
+    first = layers[0]
+    codes, codebooks, scales = (
+        [getattr(layer, name).detach() for layer in layers] for name in _PARTS
+    )
+    weight = aqlm_pack(
+        torch.cat(codes) if len(codes) > 1 else codes[0],
+        torch.stack(codebooks),
+        torch.cat(scales),
+        dtype,
+        [layer.out_features for layer in layers],
+    )
+    if weight is None:
+        return None
+    bias = None
+    if first.bias is not None:
+        bias = torch.cat([layer.bias.detach() for layer in layers if layer.bias is not None])
+    packed = PackedLayers(weight, bias)
+    for index, layer in enumerate(layers):
+        for name in _PARTS:
+            setattr(layer, name, None)
+        layer.packed, layer._index = packed, index
+    return packed
+
+
+def pack_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Pack every AQLMLinear whose device has a packed kernel; q, k and v in one, gate and up too.
+
+    Layers without such a kernel stay as they are. dtype as in `pack`.
+    """
+    for parent in list(model.modules()):
+        for names in _SIBLINGS:
+            group = [getattr(parent, name, None) for name in names]
+            layers = [layer for layer in group if isinstance(layer, AQLMLinear)]
+            if len(layers) == len(names) and _alike(layers):
+                pack(layers, dtype)
+    for layer in quantized_linears(model).values():
+        if layer.packed is None:
+            pack([layer], dtype)
+
+
+def _alike(layers: list[AQLMLinear]) -> bool:
+    """Whether layers can share one packed weight."""
+    return (
+        len(
+            {
+                (
+                    layer.in_features,
+                    layer.scheme,
+                    layer.bias is None,
+                    layer.codebooks.dtype,
+                    layer.scales.dtype,
+                    layer.packed is None,
+                )
+                for layer in layers
+            }
+        )
+        == 1
+    )
 
 
 def quantized_linears(model: nn.Module) -> dict[str, AQLMLinear]:

@@ -4,10 +4,14 @@
  * there is one pool of them. Work is cut into parts over output rows (or tokens), never over
  * inputs; a part is taken by one thread and writes its own outputs, hence no races.
  */
+#define _GNU_SOURCE /* madvise */
 #include "cpu.h"
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 const isa *kernels = &isa_portable;
 
@@ -101,6 +105,8 @@ static size_t tiled_at(int64_t tiles, int64_t tile, int64_t row, int64_t group, 
                     (tile * in_block + (group - start)) * books * TILE + row);
 }
 
+#define AHEAD 3 /* tiles between what is looked up and what is prefetched */
+
 /* Tiles [first, last) of one token or of eight: visits every partition that has tiles there. */
 static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token) {
     const tiled_weight *w = work->tiled;
@@ -142,7 +148,7 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
                     kernels->build8(books, x8 + (j + done) * w->group * LANES, now, (int)w->group,
                                     (int)w->books, (float *)room);
                 for (int64_t t = from; t < to; t++, c += bytes) {
-                    const uint8_t *next = t + 1 < to ? c + bytes : c;
+                    const uint8_t *next = t + AHEAD < to ? c + AHEAD * bytes : c;
                     float *sums = acc + (t - first) * TILE * lanes;
                     if (lanes == 1) kernels->lookup(c, next, room, lookups, sums);
                     else kernels->lookup8(c, next, (const float *)room, lookups, sums);
@@ -273,6 +279,12 @@ API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, in
                      int64_t groups, int64_t books, int64_t back) {
     const int64_t tiles = count_tiles(rows, parts);
     int64_t tile = 0;
+#ifdef MADV_HUGEPAGE
+    const size_t bytes = (size_t)(tiles * TILE * groups * books), page = 1 << 21;
+    uint8_t *aligned = (uint8_t *)(((uintptr_t)tiled + page - 1) / page * page);
+    if (!back && tiled + bytes >= aligned + page) /* a hint: its failure costs time only */
+        madvise(aligned, (size_t)(tiled + bytes - aligned) / page * page, MADV_HUGEPAGE);
+#endif
     for (int64_t p = 0; p < parts; tile += (rows[p] + TILE - 1) / TILE, p++)
         for (int64_t r = 0; r < (rows[p] + TILE - 1) / TILE * TILE; r++) {
             for (int64_t j = 0; j < groups; j++) {

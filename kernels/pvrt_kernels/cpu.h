@@ -62,11 +62,14 @@ typedef struct {
                    int64_t count, float *y);
     /* One row, whose codes w->codes are, decoded and scaled. */
     void (*decode)(const plain_weight *w, const void *books, float scale, float *y);
-    /* y [dim] = softmax(scale query . keys) values over positions [first, last); room for scores */
-    void (*attend)(const float *query, const float *keys, const float *values, int64_t first,
-                   int64_t last, int64_t dim, float scale, float *room, float *y);
+    /* y [dim] = softmax(scale query . keys) values; keys, values [count][dim]; weights [count] is
+     * room for the softmax. */
+    void (*attend)(const float *query, const float *keys, const float *values, int64_t count,
+                   int64_t dim, float scale, float *weights, float *y);
     /* a . b for b of 16 bits or fp32 */
     float (*dot)(const float *a, const void *b, int64_t n, int64_t dtype);
+    /* a . b in whole numbers; the caller bounds a so that n / 8 products fit 31 bits */
+    float (*dot_bytes)(const int16_t *a, const int8_t *b, int64_t n);
 } isa;
 
 /* One call, cut into parts that threads take. */

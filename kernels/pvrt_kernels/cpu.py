@@ -10,7 +10,9 @@ Threads are torch's own: the library calls the OpenMP runtime that torch has loa
 
 import ctypes
 import functools
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from pvrt_kernels import dispatch, reference
 
 LIBRARY = Path(__file__).with_name("libpvrt_cpu.so")
 REMEDY = "install a C compiler (apt-get install gcc) and pip install --force-reinstall pvrt"
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TILE, _ENTRIES = 64, 256
 # Rows decoded at a time for a dense product: 1 MiB of fp32 stays in the second-level cache.
 _PANEL_BYTES = 1 << 20
@@ -82,10 +84,19 @@ def library() -> Any:
     lib.pvrt_tile_codes.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_dense_linear.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]
-    for name in ("tiled_linear", "plain_linear", "decode_rows", "tile_codes", "dense_linear"):
+    for name in (
+        "tiled_linear",
+        "plain_linear",
+        "decode_rows",
+        "tile_codes",
+        "dense_linear",
+        "run_program",
+        "read_memory",
+    ):
         getattr(lib, f"pvrt_{name}").restype = None
-    lib.pvrt_use_threads.argtypes = [_VOID]
-    lib.pvrt_use_threads(_torch_threads())
+    lib.pvrt_run_program.argtypes = [_VOID, _LONG, _LONG, _LONG, _VOID, _LONG, _LONG]
+    lib.pvrt_use_threads.argtypes = [_VOID, _VOID]
+    lib.pvrt_use_threads(*_torch_threads())
     wanted = os.environ.get("PVRT_CPU_ISA", "")
     if lib.pvrt_use_isa(wanted.encode()) is None:
         raise ValueError(f"PVRT_CPU_ISA is {wanted!r}, which this CPU or library does not have")
@@ -101,8 +112,8 @@ def instruction_set() -> str | None:
     return name.decode()
 
 
-def _torch_threads() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime of this process (all of them have it)."""
+def _torch_threads() -> tuple[int | None, int | None]:
+    """Addresses of GOMP_parallel, which all OpenMP runtimes have, and of omp_get_num_threads."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
@@ -113,10 +124,12 @@ def _torch_threads() -> int | None:
     # torch's own first: another package may have brought a second runtime.
     for path in sorted(runtimes, key=lambda path: path not in own) or sorted(own):
         try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, _VOID).value
+            runtime = ctypes.CDLL(path)
+            parallel, size = runtime.GOMP_parallel, runtime.omp_get_num_threads
         except (OSError, AttributeError):
             continue
-    return None
+        return ctypes.cast(parallel, _VOID).value, ctypes.cast(size, _VOID).value
+    return None, None
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -131,7 +144,7 @@ def _supports(problem: dispatch.Problem) -> bool:
     return (
         problem.device_type == "cpu"
         and problem.out_group_size == 1
-        and problem.dtype in _TYPES
+        and problem.dtype in TYPES
         and library() is not None
     )
 
@@ -151,7 +164,7 @@ def _plain(
         in_features // group,
         size,
         1 if tiled else codes.element_size(),
-        _TYPES[codebooks.dtype],
+        TYPES[codebooks.dtype],
         tiled,
     )
 
@@ -179,7 +192,7 @@ def _linear(
     partition_sizes: list[int],
 ) -> Tensor:
     codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
-    if books.dtype not in _TYPES:
+    if books.dtype not in TYPES:
         return reference.linear(x, codes, codebooks, scales, bias, partition_sizes)
     rows = torch.tensor(partition_sizes)
     weight = _plain(codes, books, fp32_scales, rows, x.shape[-1], False)
@@ -284,6 +297,29 @@ def tiled_weight(packed: list[Tensor], in_features: int) -> TiledWeight:
     )
 
 
+def view(packed: list[Tensor], in_features: int) -> tuple[str, TiledWeight | PlainWeight]:
+    """The C view of packed tensors, "tiled" or "plain"; valid as long as they live."""
+    if packed[5].numel():
+        return "tiled", tiled_weight(packed, in_features)
+    return "plain", _packed_plain(packed, in_features)
+
+
+def read_bandwidth(seconds: float = 0.5, megabytes: int = 512) -> float:
+    """Bytes per second that torch's threads read from memory: the best of repeated sweeps.
+
+    Far more than any cache, read once per sweep, each thread a contiguous part.
+    """
+    memory = torch.ones(megabytes << 17, dtype=torch.int64)  # written: zeros would share a page
+    threads = torch.get_num_threads()
+    sums = torch.empty(threads, 8, dtype=torch.int64)
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        library().pvrt_read_memory(memory.data_ptr(), memory.nbytes, sums.data_ptr(), threads)
+        best = min(best, time.perf_counter() - started)
+    return memory.nbytes / best
+
+
 def _packed_dequantize(
     packed: list[Tensor], partition_sizes: list[int], in_features: int
 ) -> Tensor:
@@ -321,7 +357,7 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
         x.shape[0],
         weight.shape[0],
         weight.shape[1],
-        _TYPES[weight.dtype],
+        TYPES[weight.dtype],
         torch.get_num_threads(),
     )
     return y

@@ -154,18 +154,22 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
     isa_avx2.decode(w, books, scale, y);
 }
 
-static void attend(const float *query, const float *keys, const float *values, int64_t first,
-                   int64_t last, int64_t dim, float scale, float *room, float *y) {
-    isa_avx2.attend(query, keys, values, first, last, dim, scale, room, y);
+static void attend(const float *query, const float *keys, const float *values, int64_t count,
+                   int64_t dim, float scale, float *weights, float *y) {
+    isa_avx2.attend(query, keys, values, count, dim, scale, weights, y);
 }
 
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     return isa_avx2.dot(a, b, n, dtype);
 }
 
+static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
+    return isa_avx2.dot_bytes(a, b, n);
+}
+
 const isa isa_avx512 = {"avx512", ENTRIES * 4, 0, build, lookup, build8, lookup8, direct,
-                        decode, attend, dot};
+                        decode, attend, dot, dot_bytes};
 const isa isa_vbmi = {"avx512-vbmi", PLANES, 8, build_bytes, lookup_bytes, build8, lookup8,
                       direct,
-                        decode, attend, dot};
+                        decode, attend, dot, dot_bytes};
 #endif

@@ -83,5 +83,12 @@ static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
 }
 
+static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (int32_t)a[i] * b[i];
+    return (float)sum;
+}
+
 const isa isa_portable = {"portable", ENTRIES * 4, 0, build, lookup, build8, lookup8,
-                          direct,     decode,      attend, dot};
+                          direct,     decode,      attend,
+                          dot,        dot_bytes};

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -174,7 +174,7 @@ class Engine:
 
     def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[PromptEvent | TokenEvent]:
+    ) -> Generator[PromptEvent | TokenEvent]:
         """Continue a prompt (by the model's own defaults without params) and yield its events.
 
         Leaving the loop cancels. Raises what `submit` raises, and GenerationError.

@@ -3,17 +3,20 @@
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import pvrt
 from pvrt.checkpoint import is_aqlm, parse_quantization_config, read_config, weight_files
 from pvrt.errors import ServeError
+from pvrt.linear import pack_model, quantized_linears
 from pvrt.scheme import Scheme
 from pvrt_kernels import has_fast_kernel
+from pvrt_server import cpu_model
+from pvrt_server.models import LanguageModel, TransformersModel
 from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import CausalModel, Runtime
+from pvrt_server.sequence import Runtime
 from pvrt_server.text import TextCodec
 
 if TYPE_CHECKING:
@@ -31,8 +34,8 @@ DTYPES = {
 class EngineOptions:
     """How to load and run. Raises ServeError for a value out of range.
 
-    dtype auto is the checkpoint's own on a GPU and float32 on CPU, where bfloat16 reads prompts
-    four times slower and writes 1.7 times faster (SmolLM2-135M, 2 cores, AVX2). max_model_len
+    dtype auto is the checkpoint's own on a GPU and float32 on CPU, the only type that Llama-like
+    models decode in without transformers (`cpu_model`). max_model_len
     (tokens of prompt and answer) None is what the model was made for. queue_size bounds the
     requests that wait; longer prompts than prefill_chunk tokens are read in pieces, which bounds
     memory and lets them be cancelled.
@@ -69,7 +72,14 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
     max_model_len = _context_length(folder, options.max_model_len)
     codec = TextCodec(_load_tokenizer(folder))
     model: Any = pvrt.load(folder, dense=dense, dtype=dtype).to(device)
-    size = sum(parameter.nbytes for parameter in model.parameters())
+    if not dense:
+        pack_model(model, model.dtype)
+    language_model: LanguageModel
+    if scheme is not None and cpu_model.runs(model):
+        language_model = cpu_model.CpuModel(model)
+    else:
+        language_model = TransformersModel(model)
+    size = _bytes(model)
     if dense:
         stored = sum(file.stat().st_size for file in weight_files(folder))
         _log.warning(
@@ -80,7 +90,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
             stored / 1e6,
         )
     runtime = Runtime(
-        model=cast(CausalModel, model),
+        model=language_model,
         codec=codec,
         eos_ids=_eos_ids(model, codec),
         vocabulary=model.config.get_text_config().vocab_size,
@@ -91,7 +101,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
         "loaded %s: %s, %s on %s, %.0f MB, context %d tokens",
         folder,
         scheme or "dense",
-        str(model.dtype).removeprefix("torch."),
+        str(language_model.dtype).removeprefix("torch."),
         device.type,
         size / 1e6,
         runtime.max_model_len,
@@ -99,13 +109,20 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
     return runtime
 
 
-def sampling_defaults(model: CausalModel) -> SamplingParams:
+def sampling_defaults(model: LanguageModel) -> SamplingParams:
     """What a request gets that says nothing: the model's generation_config, as in vLLM."""
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     values = {name: getattr(model.generation_config, name, None) for name in names}
     return replace(
         SamplingParams(), **{name: value for name, value in values.items() if value is not None}
     )
+
+
+def _bytes(model: Any) -> int:
+    """What the weights of a model take, tied and packed ones counted once."""
+    packed = {id(m.packed): m.packed for m in quantized_linears(model).values() if m.packed}
+    tensors = [tensor for layers in packed.values() for tensor in layers.weight.tensors]
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *tensors])
 
 
 def _scheme(folder: Path) -> Scheme | None:

@@ -61,6 +61,18 @@ class SamplingParams:
         if "" in self.stop:
             raise RequestError("stop must not hold an empty string", "stop")
 
+    @property
+    def argmax_only(self) -> bool:
+        """Whether nothing but the largest of the model's own logits is ever asked for."""
+        return (
+            self.temperature == 0
+            and self.logprobs is None
+            and not self.logit_bias
+            and not self.presence_penalty
+            and not self.frequency_penalty
+            and self.repetition_penalty == 1
+        )
+
 
 def _check(name: str, value: float | None, low: float, high: float) -> None:
     if value is None or low <= value <= high:

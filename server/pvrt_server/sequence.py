@@ -2,27 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from pvrt_server.models import LanguageModel
 from pvrt_server.sampling import Sampler, SamplingParams, TokenLogprob, score
 from pvrt_server.text import StopFilter, TextCodec
 
 FinishReason = Literal["stop", "length"]
-
-
-class CausalModel(Protocol):
-    """What the engine needs of a transformers causal language model."""
-
-    config: Any
-    generation_config: Any
-    device: torch.device
-
-    def __call__(self, **inputs: Any) -> Any:
-        """Logits for input_ids, given past_key_values."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class TokenEvent:
 class Runtime:
     """What all sequences of an engine share. Lengths count tokens."""
 
-    model: CausalModel
+    model: LanguageModel
     codec: TextCodec
     eos_ids: frozenset[int]
     vocabulary: int
@@ -82,9 +71,7 @@ def decode(
 
     The caller holds torch.inference_mode for the whole iteration.
     """
-    # DynamicCache, not StaticCache: on CPU attention over a preallocated 2048 tokens costs 180 ms
-    # per token for SmolLM2-135M where this costs 48 (float32, 2 cores).
-    cache = DynamicCache(config=runtime.model.config)
+    state = runtime.model.start()
     params, prompt = request.params, request.prompt_ids
     scores: list[TokenLogprob | None] = []
     if params.prompt_logprobs is not None:
@@ -96,7 +83,7 @@ def decode(
         chunk = prompt[start : start + runtime.prefill_chunk]
         targets = prompt[start + 1 : start + 1 + len(chunk)]
         keep = 1 if params.prompt_logprobs is None else len(chunk)
-        rows = _forward(runtime.model, cache, chunk, keep)
+        rows = runtime.model.forward(state, chunk, keep)
         if params.prompt_logprobs is not None and targets:
             ids = torch.tensor(targets, device=rows.device)
             scores += score(rows[: len(targets)], ids, params.prompt_logprobs)
@@ -106,14 +93,14 @@ def decode(
         limit = min(limit, params.max_tokens)
     yield PromptEvent(index, tuple(scores), "length" if limit == 0 else None)
     if limit:
-        yield from _generate(runtime, index, request, cache, logits, limit)
+        yield from _generate(runtime, index, request, state, logits, limit)
 
 
 def _generate(
     runtime: Runtime,
     index: int,
     request: GenerationRequest,
-    cache: Any,
+    state: Any,
     logits: Tensor,
     limit: int,
 ) -> Iterator[TokenEvent]:
@@ -143,16 +130,4 @@ def _generate(
         yield TokenEvent(index, token, text, offset, logprob, reason)
         if reason is not None:
             return
-        logits = _forward(runtime.model, cache, (token,), 1)[-1]
-
-
-def _forward(model: CausalModel, cache: Any, tokens: tuple[int, ...], keep: int) -> Tensor:
-    """Logits [keep, V] in float32 for the last `keep` of some next tokens."""
-    output = model(
-        input_ids=torch.tensor([tokens], device=model.device),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=keep,
-    )
-    logits: Tensor = output.logits[0]
-    return logits.float()
+        logits = runtime.model.forward(state, (token,), 1, params.argmax_only)[-1]

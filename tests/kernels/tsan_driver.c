@@ -7,9 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef void (*parallel_fn)(void (*)(void *), void *, unsigned, unsigned);
 const char *pvrt_use_isa(const char *);
-void pvrt_use_threads(parallel_fn);
+void pvrt_use_threads(parallel_fn, team_size_fn);
 void pvrt_tiled_linear(const tiled_weight *, const float *, const float *, float *, int64_t, int64_t);
 void pvrt_plain_linear(const plain_weight *, const float *, const float *, float *, int64_t, int64_t);
 void pvrt_decode_rows(const plain_weight *, int64_t, int64_t, float *, int64_t);
@@ -27,6 +26,8 @@ static void threads(void (*work)(void *), void *data, unsigned n, unsigned flags
     work(data);
     for (unsigned i = 1; i < n; i++) pthread_join(others[i], NULL);
 }
+
+static int four_threads(void) { return 4; }
 
 static float uniform(void) { return (float)rand() / (float)RAND_MAX - 0.5f; }
 
@@ -49,7 +50,7 @@ int main(void) {
     pvrt_tile_codes(codes, tiled, rows, PARTS, GROUPS, BOOKS, 0);
     const tiled_weight t = {tiled, tables, scales, rows, PARTS, BOOKS, GROUP, GROUPS};
     const plain_weight p = {codes, books, scales, rows, PARTS, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 0};
-    pvrt_use_threads(threads);
+    pvrt_use_threads(threads, four_threads);
     const char *sets[] = {"portable", "avx2"};
     for (int s = 0; s < 2; s++) {
         if (!pvrt_use_isa(sets[s])) continue;

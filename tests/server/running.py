@@ -13,6 +13,7 @@ import httpx
 import openai
 import torch
 import uvicorn
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from pvrt_server.app import create_app
@@ -33,22 +34,27 @@ class ScriptedModel:
         self.config = AutoConfig.from_pretrained(folder)
         self.generation_config = SimpleNamespace(eos_token_id=self.config.eos_token_id)
         self.device = torch.device("cpu")
+        self.dtype = torch.float32
         self.gate = threading.Event()
         self.gate.set()
         self.script = script
         self.forwards = 0
 
-    def __call__(self, **inputs: Any) -> Any:
+    def start(self) -> Any:
+        return SimpleNamespace(at=0)
+
+    def forward(
+        self, state: Any, tokens: Sequence[int], keep: int, argmax_only: bool = False
+    ) -> Tensor:
         assert self.gate.wait(20)
         self.forwards += 1
-        cache, new = inputs["past_key_values"], inputs["input_ids"].shape[1]
-        at = cache.at = 0 if new > 1 else cache.at + 1
+        at = state.at = 0 if len(tokens) > 1 else state.at + 1
         token = self.script[at] if at < len(self.script) else self.config.eos_token_id
         if isinstance(token, Exception):
             raise token
-        logits = torch.zeros(1, inputs["logits_to_keep"], self.config.vocab_size)
+        logits = torch.zeros(keep, self.config.vocab_size)
         logits[..., token] = 20.0
-        return SimpleNamespace(logits=logits)
+        return logits
 
 
 def scripted_engine(

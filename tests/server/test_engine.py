@@ -38,7 +38,7 @@ def transformers_answer(folder: Path, prompt: list[int], number: int) -> list[in
     return ids
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama-tied", "mistral", "qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("chunk", [512, 7])
 def test_greedy_answers_are_those_of_transformers(
     tmp_path: Path, architecture: str, chunk: int
@@ -65,7 +65,7 @@ def test_dtype_is_float32_on_cpu_unless_asked(toy: Path, tmp_path: Path) -> None
     write_toy(tmp_path, dtype=torch.bfloat16)
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
         with Engine.load(tmp_path, EngineOptions(dtype)) as engine:
-            assert engine._runtime.model.dtype == expected  # type: ignore[attr-defined]
+            assert engine._runtime.model.dtype == expected
 
 
 def test_the_models_generation_config_sets_the_defaults(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_leaving_the_loop_cancels(toy: Path) -> None:
     with engine:
         events = engine.generate([1, 2], SamplingParams(temperature=0))
         next(events)
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         assert len(tokens(engine, [1, 2], SamplingParams(temperature=0, max_tokens=3))) == 3
         assert model.forwards < 100
 

@@ -1,0 +1,108 @@
+"""Models of known shapes with random weights, for speed only: as AQLM, dense and GGUF folders."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pvrt.checkpoint import QuantizedLayer, quantization_config, write_checkpoint
+from pvrt.scheme import Scheme
+
+# hidden, intermediate, layers, heads, kv heads, vocabulary, rope theta; head size 64, tied lm_head
+SHAPES = {
+    "llama-1b": (2048, 8192, 16, 32, 8, 128256, 500000.0),  # Llama-3.2-1B
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152, 100000.0),
+}
+
+
+def config(shape: str) -> dict[str, Any]:
+    """config.json of a shape."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, theta = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 64,
+        "vocab_size": vocabulary,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def linears(shape: str) -> Iterator[tuple[str, int, int]]:
+    """(name, out, in) of every linear layer in the decoder's blocks."""
+    hidden, intermediate, layers, heads, kv_heads, _, _ = SHAPES[shape]
+    for layer in range(layers):
+        at = f"model.layers.{layer}"
+        yield f"{at}.self_attn.q_proj", heads * 64, hidden
+        yield f"{at}.self_attn.k_proj", kv_heads * 64, hidden
+        yield f"{at}.self_attn.v_proj", kv_heads * 64, hidden
+        yield f"{at}.self_attn.o_proj", hidden, heads * 64
+        yield f"{at}.mlp.gate_proj", intermediate, hidden
+        yield f"{at}.mlp.up_proj", intermediate, hidden
+        yield f"{at}.mlp.down_proj", hidden, intermediate
+
+
+def others(shape: str) -> Iterator[tuple[str, Tensor]]:
+    """Embedding and norms."""
+    hidden, _, layers, _, _, vocabulary, _ = SHAPES[shape]
+    yield "model.embed_tokens.weight", torch.randn(vocabulary, hidden).bfloat16() * 0.02
+    yield "model.norm.weight", torch.ones(hidden).bfloat16()
+    for layer in range(layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"model.layers.{layer}.{norm}.weight", torch.ones(hidden).bfloat16()
+
+
+def parameters(shape: str) -> int:
+    """Weights of the model, the tied lm_head counted once."""
+    hidden, vocabulary = SHAPES[shape][0], SHAPES[shape][5]
+    return sum(out * inputs for _, out, inputs in linears(shape)) + vocabulary * hidden
+
+
+def _random(scheme: Scheme, out: int, inputs: int) -> QuantizedLayer:
+    limits = torch.iinfo(scheme.code_dtype)
+    codes = torch.randint(
+        limits.min, limits.max + 1, scheme.codes_shape(out, inputs), dtype=scheme.code_dtype
+    )
+    books = torch.randn(scheme.codebooks_shape).half() / scheme.num_codebooks**0.5
+    return QuantizedLayer(codes, books, torch.full(scheme.scales_shape(out), inputs**-0.5).half())
+
+
+def write_aqlm(folder: Path, shape: str, scheme: str) -> Path:
+    """A checkpoint with random codes."""
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        form, names = Scheme.parse(scheme), [name for name, _, _ in linears(shape)]
+        tensors = dict(others(shape))
+        for name, out, inputs in linears(shape):
+            tensors.update(_random(form, out, inputs).named(name))
+        block = quantization_config(form, ["lm_head"], names)
+        write_checkpoint(folder, {**config(shape), "quantization_config": block}, tensors.items())
+    return folder
+
+
+def write_dense(folder: Path, shape: str) -> Path:
+    """The same shape in bfloat16."""
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = dict(others(shape))
+        for name, out, inputs in linears(shape):
+            tensors[f"{name}.weight"] = torch.randn(out, inputs).bfloat16() * inputs**-0.5
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config(shape)))
+    return folder

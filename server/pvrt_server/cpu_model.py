@@ -1,0 +1,215 @@
+"""Llama-like models on the CPU: prompts through transformers, tokens through one call of C each.
+
+A token of a small model takes milliseconds, of which transformers' Python alone would take most.
+So decoding is a program of the C library (`pvrt_kernels.program`), over the same packed weights and
+the same cache. Everything is computed in float32; embeddings and lm_head are kept in the 16 bits
+that the checkpoint has them in, which halves what a token reads and changes no result.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicLayer
+
+from pvrt.linear import AQLMLinear
+from pvrt_kernels import cpu
+from pvrt_kernels.packed import PackedWeight
+from pvrt_kernels.program import Program, Rounded
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others depend on the length so far
+_FIRST_CAPACITY = 1024
+_FEW_ROWS = 4
+_HEAD_ROWS = 8192  # of lm_head, widened at a time where many tokens need logits
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+    """Keys and values of one layer, written into a part of the model's buffer."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()
+        self.buffer = buffer  # [2, 1, kv_heads, capacity, dim]
+        self.length = 0
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        end = self.length + key_states.shape[-2]
+        for store, new in zip(self.buffer, (key_states, value_states), strict=True):
+            store[:, :, self.length : end] = new
+        self.length = end
+        keys, values = self.buffer[:, :, :, :end]
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class CpuModel:
+    """A Llama-like model with packed weights. One sequence at a time: all share one cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.generation_config = model.generation_config
+        config, decoder = model.config, model.model
+        attention = decoder.layers[0].self_attn
+        self._kv_heads, self._dim = config.num_key_value_heads, attention.head_dim
+        self._limit = config.max_position_embeddings
+        tied = model.lm_head.weight is decoder.embed_tokens.weight
+        self._embedding = _narrow(decoder.embed_tokens)
+        if tied:
+            model.lm_head.weight = decoder.embed_tokens.weight
+        self._head = self._embedding if tied else _narrow(model.lm_head)
+        self._logits = torch.empty(self._head.shape[0])
+        self._program = self._build()
+        self._cache = torch.empty(0)
+        self._grow(min(_FIRST_CAPACITY, self._limit))
+
+    def start(self) -> Any:
+        """See LanguageModel."""
+        return Cache(layers=[_Layer(layer.unsqueeze(1)) for layer in self._cache])
+
+    def forward(
+        self, state: Any, tokens: Sequence[int], keep: int, argmax_only: bool = False
+    ) -> Tensor:
+        """See LanguageModel."""
+        past = state.layers[0].length
+        if past + len(tokens) > self._cache.shape[3]:
+            self._grow(min(max(past + len(tokens), 2 * self._cache.shape[3]), self._limit))
+            for layer, buffer in zip(state.layers, self._cache, strict=True):
+                layer.buffer = buffer.unsqueeze(1)
+        if len(tokens) == 1:
+            self._program.run(tokens[0], past, argmax_only)
+            for layer in state.layers:
+                layer.length = past + 1
+            return self._logits.unsqueeze(0)
+        output = self.model.model(
+            inputs_embeds=self._embedding[torch.tensor([tokens])].float(),
+            past_key_values=state,
+            use_cache=True,
+        )
+        return self._score(output.last_hidden_state[0, -keep:])
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        if hidden.shape[0] <= _FEW_ROWS:
+            return cpu.dense_linear(hidden, self._head)
+        parts = [F.linear(hidden, rows.float()) for rows in torch.split(self._head, _HEAD_ROWS)]
+        return torch.cat(parts, -1)
+
+    def _grow(self, capacity: int) -> None:
+        layers = self.model.config.num_hidden_layers
+        cache = torch.empty(layers, 2, self._kv_heads, capacity, self._dim)
+        if self._cache.numel():
+            cache[:, :, :, : self._cache.shape[3]] = self._cache
+        self._cache = cache
+        positions = torch.arange(capacity).unsqueeze(0)
+        cosine, sine = self.model.model.rotary_emb(cache, positions)
+        self._program.use_cache(cache, cosine[0].contiguous(), sine[0].contiguous())
+
+    def _build(self) -> Program:
+        model, config = self.model.model, self.model.config
+        program, epsilon = Program(), config.rms_norm_eps
+        heads, kv_heads, dim = config.num_attention_heads, self._kv_heads, self._dim
+        hidden = torch.empty(config.hidden_size)
+        qkv = torch.empty((heads + 2 * kv_heads) * dim)
+        attended = torch.empty(heads * dim)
+        gates = torch.empty(2 * config.intermediate_size)
+        product = torch.empty(config.intermediate_size)
+        program.embed(self._embedding, hidden)
+        for layer in model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+            _linears(program, projections, hidden, qkv, layer.input_layernorm, epsilon=epsilon)
+            program.attend(
+                qkv,
+                attended,
+                heads=heads,
+                kv_heads=kv_heads,
+                dim=dim,
+                scale=attention.scaling,
+                query_norm=_norm(getattr(attention, "q_norm", None)),
+                key_norm=_norm(getattr(attention, "k_norm", None)),
+                epsilon=epsilon,
+            )
+            _linears(program, [attention.o_proj], attended, hidden, None, accumulate=True)
+            norm = layer.post_attention_layernorm
+            _linears(program, [mlp.gate_proj, mlp.up_proj], hidden, gates, norm, epsilon=epsilon)
+            program.gate(gates, product)
+            _linears(program, [mlp.down_proj], product, hidden, None, accumulate=True)
+        norm = _norm(model.norm)
+        assert norm is not None
+        program.logits(hidden, self._logits, self._head, norm, epsilon, Rounded(self._head))
+        return program
+
+
+def runs(model: Any) -> bool:
+    """Whether CpuModel computes exactly what a model of transformers does."""
+    config = model.config
+    if cpu.library() is None or model.device.type != "cpu" or model.dtype != torch.float32:
+        return False
+    rope = getattr(config, "rope_parameters", None) or {}
+    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
+    sliding = getattr(config, "sliding_window", None)
+    return (
+        config.model_type in _MODEL_TYPES
+        and config.hidden_act == "silu"
+        and rope.get("rope_type", "default") in _ROPE_TYPES
+        and (sliding is None or config.model_type != "mistral")
+        and set(layer_types) == {"full_attention"}
+        and not getattr(config, "mlp_bias", False)
+    )
+
+
+def _narrow(module: Any) -> Tensor:
+    """A weight in 16 bits where that loses nothing; the module gets the narrow one as well."""
+    weight: Tensor = module.weight.detach()
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = weight.to(dtype)
+        if torch.equal(narrow.float(), weight):
+            module.weight = nn.Parameter(narrow, requires_grad=False)
+            return narrow
+    return weight
+
+
+def _norm(module: Any) -> Tensor | None:
+    return None if module is None else module.weight.detach().float().contiguous()
+
+
+def _linears(
+    program: Program,
+    layers: list[Any],
+    x: Tensor,
+    y: Tensor,
+    norm: Any,
+    *,
+    epsilon: float = 0.0,
+    accumulate: bool = False,
+) -> None:
+    """y = the layers' outputs one after the other; one operation where they are packed in one."""
+    shared = getattr(layers[0], "packed", None)
+    options: dict[str, Any] = {
+        "norm": _norm(norm),
+        "epsilon": epsilon,
+        "accumulate": accumulate,
+    }
+    if shared is not None and all(getattr(layer, "packed", None) is shared for layer in layers):
+        bias = None if shared.bias is None else shared.bias.float()
+        program.linear(x, y, shared.weight, bias, **options)
+        return
+    at = 0
+    for layer in layers:
+        weight: PackedWeight | Tensor
+        if isinstance(layer, AQLMLinear):
+            assert layer.packed is not None
+            weight, rows = layer.packed.weight, layer.out_features
+        else:
+            weight, rows = layer.weight.detach(), layer.out_features
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        program.linear(x, y[at : at + rows], weight, bias, **options)
+        at += rows

@@ -1,0 +1,147 @@
+"""The C program for Llama-like models against transformers, token by token."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pvrt
+from pvrt.linear import pack_model, quantized_linears
+from pvrt_kernels import cpu
+from pvrt_kernels.program import Rounded
+from pvrt_server import cpu_model
+from pvrt_server.cpu_model import CpuModel
+from pvrt_server.engine import Engine
+from pvrt_server.loading import EngineOptions
+from pvrt_server.models import TransformersModel
+from tests.fixtures.toy import write_toy
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
+PROMPT = list(range(60, 90))
+
+
+def loaded(folder: Path) -> Any:
+    model = pvrt.load(folder, dtype=torch.float32)
+    pack_model(model, torch.float32)
+    return model
+
+
+def logits_after(model: Any, steps: int, argmax_only: bool = False) -> Tensor:
+    """Logits [steps, V] of greedy decoding; a prompt, then a token at a time."""
+    rows = []
+    with torch.inference_mode():
+        state = model.start()
+        rows.append(model.forward(state, PROMPT, 1)[0].clone())
+        for _ in range(steps - 1):
+            token = int(rows[-1].argmax())
+            rows.append(model.forward(state, [token], 1, argmax_only)[0].clone())
+    return torch.stack(rows)
+
+
+CASES = [
+    ("llama", "2x8g8", torch.float32),
+    ("llama-tied", "1x16g8", torch.float16),
+    ("mistral", "1x8g8", torch.bfloat16),
+    ("qwen2", "2x8g8", torch.float32),
+    ("qwen3", "4x8g8", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("architecture", "scheme", "dtype"), CASES)
+def test_logits_are_those_of_transformers(
+    tmp_path: Path, architecture: str, scheme: str, dtype: torch.dtype
+) -> None:
+    write_toy(tmp_path, architecture, scheme, dtype=dtype)
+    model = loaded(tmp_path)
+    assert cpu_model.runs(model)
+    expected = logits_after(
+        TransformersModel(pvrt.load(tmp_path, dense=True, dtype=torch.float32)), 12
+    )
+    found = logits_after(CpuModel(model), 12)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(tmp_path: Path, threads: int) -> None:
+    write_toy(tmp_path, "llama")
+    model = CpuModel(loaded(tmp_path))
+    alone = logits_after(model, 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(logits_after(model, 8)[1:], alone[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_screened_logits_have_the_exact_maximum(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama-tied", dtype=torch.bfloat16)
+    model = CpuModel(loaded(tmp_path))
+    exact, screened = logits_after(model, 40), logits_after(model, 40, argmax_only=True)
+    assert torch.equal(exact.argmax(-1), screened.argmax(-1))
+    assert torch.equal(exact.amax(-1), screened.amax(-1))
+    assert not torch.equal(exact, screened)  # most rows were not computed again
+
+
+def test_rounding_bounds_hold() -> None:
+    weight = torch.randn(50, 64).bfloat16()
+    weight[3] = 0
+    rounded = Rounded(weight)
+    scale, error, norm = rounded.bounds.unbind(1)
+    again = rounded.rows.double() * scale.double()[:, None]
+    assert bool(((weight.double() - again).norm(dim=1) <= error).all())
+    assert bool((again.norm(dim=1) <= norm).all())
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_toy(tmp_path, "llama")
+    model = loaded(tmp_path)
+    expected = logits_after(CpuModel(model), 40)
+    monkeypatch.setattr(cpu_model, "_FIRST_CAPACITY", 16)
+    assert torch.equal(logits_after(CpuModel(loaded(tmp_path)), 40), expected)
+
+
+def test_the_engine_takes_it_and_dense_weights_keep_sixteen_bits(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama-tied", dtype=torch.bfloat16)
+    with Engine.load(tmp_path) as engine:
+        model = engine._runtime.model
+        assert isinstance(model, CpuModel)
+        assert model._head.dtype == torch.bfloat16
+        assert model._head is model._embedding
+    with Engine.load(tmp_path, EngineOptions(dtype="bfloat16")) as engine:
+        assert isinstance(engine._runtime.model, TransformersModel)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "gemma3_text"},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "dynamic"}},
+        {"layer_types": ["sliding_attention"]},
+    ],
+)
+def test_what_the_program_does_not_compute_is_left_to_transformers(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    write_toy(tmp_path, "llama")
+    model = pvrt.load(tmp_path, dtype=torch.float32)
+    assert cpu_model.runs(model)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert not cpu_model.runs(model)
+
+
+def test_packed_models_save_the_checkpoint_they_came_from(tmp_path: Path) -> None:
+    write_toy(tmp_path, "llama")
+    before = pvrt.load(tmp_path, dtype=torch.float32).state_dict()
+    model = loaded(tmp_path)
+    assert all(layer.packed is not None for layer in quantized_linears(model).values())
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
