@@ -44,12 +44,12 @@ class FitSettings:
     never damped. column_block: input features whose products with H are updated at once.
     """
 
-    rounds: int = 10
+    rounds: int = 6
     kmeans_iterations: int = 24
     kmeans_momentum: float = 0.8
-    beam: int = 4
+    beam: int = 8
     probes: int = 8
-    cg_iterations: int = 8
+    cg_iterations: int = 3
     damping: float = 0.01
     column_block: int = 128
 

@@ -47,14 +47,14 @@ EFFORTS: dict[str, Recipe] = {
     "fast": Recipe(
         samples=48,
         length=256,
-        fit=FitSettings(rounds=3, kmeans_iterations=12),
+        fit=FitSettings(rounds=3, kmeans_iterations=12, beam=4),
         finetune=FinetuneSettings(epochs=2),
     ),
     "normal": Recipe(pv=TrainSettings()),
     "best": Recipe(
         samples=256,
         length=1024,
-        fit=FitSettings(rounds=16, kmeans_iterations=60, kmeans_momentum=0.88),
+        fit=FitSettings(rounds=12, kmeans_iterations=60, kmeans_momentum=0.88, beam=16),
         finetune=FinetuneSettings(epochs=8),
         pv=TrainSettings(windows=4096, steps=2000, batch=16, held_out=16, evaluate_every=50),
     ),
