@@ -13,19 +13,24 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from pvrt_kernels import gpu
 from pvrt_kernels.lut_gemv import UNSPECIALISED
-from pvrt_kernels.plans import Plan, halved
+from pvrt_kernels.plans import Plan, Shape, halved, matches
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # KiB for one program
 REGISTERS = 65536  # of an SM, for all threads of its programs
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_LINE = re.compile(
+    r"^(?P<label>\.L_x_\d+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)"
+    r"(?:\s+`\((?P<target>\.L_x_\d+)\))?",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Binary:
-    """What a variant became. Loads are counted by what they read at once, in instructions."""
+    """What a variant became: counts of machine instructions, in all and in its main loop."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     instructions: Counter[str]
+    loop: Counter[str]
     narrow_code_loads: int
     code_loads: int
 
@@ -77,10 +83,7 @@ class Binary:
         return self.count(r"LDG\.E.*\.128")
 
 
-SCHEMES = {
-    "8bit": ((2, 256, 8), (1, 256, 8), (1, 256, 4), (4, 256, 8)),
-    "16bit": ((1, 65536, 8), (1, 65536, 16)),
-}
+SCHEMES = ((2, 256, 8), (1, 256, 8), (1, 256, 4), (4, 256, 8), (1, 65536, 8), (1, 65536, 16))
 TOKENS = (1, 2, 4, 8, 16, 32, 64)  # per program
 
 
@@ -90,8 +93,8 @@ def shipped_variants() -> list[Variant]:
     In float16 with one partition; for 2x8g8 also with three and a bias, and in bfloat16.
     """
     variants = []
-    for plan, width in dict.fromkeys(_shipped_plans()):
-        for scheme in SCHEMES[width]:
+    for scheme in SCHEMES:
+        for plan in dict.fromkeys(_shipped_plans(Shape(*scheme, 4096, 4096))):
             variants.append(Variant(plan, *scheme))
             if scheme == (2, 256, 8) and plan.kernel != "decode" and plan.tokens in (1, 4, 16):
                 variants.append(Variant(plan, *scheme, parts=3, has_bias=True))
@@ -99,25 +102,21 @@ def shipped_variants() -> list[Variant]:
     return variants
 
 
-def _shipped_plans() -> Iterator[tuple[Plan, str]]:
-    """(plan, width of codes), with repetitions."""
-    for width in SCHEMES:
-        yield Plan("decode", 1, 128, 4), width
-        for file in sorted((files("pvrt_kernels") / "configs").iterdir(), key=lambda f: f.name):
-            left = list(TOKENS)
-            for rule in json.loads(file.read_text())["rules"]:
-                if rule["kernel"] == "dense" or rule.get("scheme", width) != width:
-                    continue
-                for tokens in [n for n in left if n <= rule["max_tokens"]]:
-                    left.remove(tokens)
-                    plan = Plan(rule["kernel"], tokens, rule["rows"], rule["warps"])
-                    yield plan, width
-                    yield halved(plan, tokens), width
+def _shipped_plans(shape: Shape) -> Iterator[Plan]:
+    """Plans for a scheme, with repetitions."""
+    yield gpu.DECODE
+    for file in sorted((files("pvrt_kernels") / "configs").iterdir(), key=lambda f: f.name):
+        rules = json.loads(file.read_text())["rules"]
+        for tokens in TOKENS:
+            rule = next(rule for rule in rules if matches(rule, shape, tokens))
+            plan = Plan(rule["kernel"], tokens, rule["rows"], rule["warps"])
+            yield plan
+            yield halved(plan, tokens)
     for tokens in (1, 2, 4):
-        yield Plan("direct", tokens, 128, 4), "8bit"  # deterministic
-    if gpu.gluon_gathers():
-        yield Plan("lut_gluon", 1, 1024, 8), "8bit"
-        yield Plan("lut_gluon", 1, 2048, 8), "8bit"
+        yield Plan("direct", tokens, 128, 4)  # where results have to be deterministic
+    if shape.width == "8bit" and gpu.gluon_gathers():
+        yield Plan("lut_gluon", 1, 1024, 8)
+        yield Plan("lut_gluon", 1, 2048, 8)
 
 
 def compile_variant(variant: Variant, architecture: int) -> Binary:
@@ -135,7 +134,7 @@ def compile_variant(variant: Variant, architecture: int) -> Binary:
         if kind.startswith("*")
     }
     source = _source(variant)(function, signature, values, aligned)
-    options = {"num_warps": variant.plan.warps, **gpu.OPTIONS}
+    options = gpu.compile_options(variant.plan)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     return _read(compiled.asm["cubin"], compiled.metadata.shared)
 
@@ -184,7 +183,7 @@ def _read(cubin: bytes, shared_bytes: int) -> Binary:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
-    instructions = Counter(_INSTRUCTION.findall(code))
+    instructions, loop = _count(code)
     spills = sum(n for name, n in instructions.items() if name.startswith(("LDL", "STL")))
     # Codes are what is loaded with evict_first, and nothing else is.
     codes = {name: n for name, n in instructions.items() if re.match(r"LDG\.E.*\.EF", name)}
@@ -193,9 +192,26 @@ def _read(cubin: bytes, shared_bytes: int) -> Binary:
         spill_bytes=max(int(found[2]) + int(found[3]), 4 * spills),
         shared_bytes=shared_bytes,
         instructions=instructions,
+        loop=loop,
         narrow_code_loads=sum(n for name, n in codes.items() if ".128" not in name),
         code_loads=sum(codes.values()),
     )
+
+
+def _count(code: str) -> tuple[Counter[str], Counter[str]]:
+    """Instructions of a disassembly by name, and those of its longest loop."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loop: list[str] = []
+    for line in _LINE.finditer(code):
+        if line["label"]:
+            labels[line["label"]] = len(names)
+            continue
+        names.append(line["name"])
+        start = labels.get(line["target"] or "")
+        if start is not None and len(names) - start > len(loop):
+            loop = names[start:]
+    return Counter(names), Counter(loop)
 
 
 def _run(*command: object) -> str:
@@ -218,3 +234,8 @@ def complaints(variant: Variant, architecture: int, binary: Binary) -> list[str]
         loads = f"{binary.narrow_code_loads} of {binary.code_loads}"
         found.append(f"{loads} loads of codes are narrower than 16 bytes")
     return found
+
+
+def triton_version() -> str:
+    """Of the compiler that `compile_variant` uses."""
+    return version("triton")

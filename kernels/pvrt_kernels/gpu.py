@@ -27,8 +27,7 @@ from pvrt_kernels.plans import Gpu, Plan, Shape
 
 NAME = "triton"
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
-# One stage: pipelining would stage codewords in shared memory. Triton 3.10 fuses only if told to.
-OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
+DECODE = Plan("decode", rows=128, warps=4)
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
 _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
 _workspaces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -155,10 +154,22 @@ def launch(
             PARTS=parts,
             HAS_BIAS=bias is not None,
             ROWS=plan.rows,
-            num_warps=plan.warps,
-            **OPTIONS,
+            **compile_options(plan),
         )
     return y
+
+
+def compile_options(plan: Plan) -> dict[str, Any]:
+    """What Triton is told beside the arguments.
+
+    One stage: pipelining would stage codewords in shared memory. Fused multiply-add: Triton 3.10
+    no longer assumes it. A limit of registers: without one, ptxas may spill a few bytes to come
+    down to 128 (seen with tiles).
+    """
+    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if plan.kernel == "tile":
+        options["maxnreg"] = 168 if plan.tokens <= 16 else 255
+    return options
 
 
 def dequantize(packed: list[Tensor], sizes: list[int], in_features: int) -> Tensor:
@@ -219,14 +230,13 @@ def _decode(packed: list[Tensor], sizes: list[int], start: int, weight: Tensor) 
     blocks, books, scales = packed[:3]
     _, count, size, g = books.shape
     end, first = start + weight.shape[0], 0
-    tile = 128
     with _on(weight.device):
         for part, length in enumerate(sizes):
             begin, stop = max(first, start), min(first + length, end)
             first += length
             if begin >= stop:
                 continue
-            decode_rows[(-(-(stop - begin) // tile), blocks.shape[0])](
+            decode_rows[(-(-(stop - begin) // DECODE.rows), blocks.shape[0])](
                 blocks.view(torch.int32),
                 books[part],
                 scales,
@@ -238,9 +248,8 @@ def _decode(packed: list[Tensor], sizes: list[int], start: int, weight: Tensor) 
                 BOOKS=count,
                 SIZE=size,
                 GROUP=g,
-                ROWS=tile,
-                num_warps=4,
-                **OPTIONS,
+                ROWS=DECODE.rows,
+                **compile_options(DECODE),
             )
 
 
