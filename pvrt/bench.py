@@ -1,4 +1,8 @@
-"""Tokens per second of one request at a time: prefill and decode, medians of repeats."""
+"""Tokens per second of one request at a time: prefill and decode, medians of repeats.
+
+On a CPU also how near decoding comes to the speed of memory, which bounds it: a token reads every
+weight once.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +15,15 @@ class Generator(Protocol):
     """What is measured: yields one item per generated token, `count` in all."""
 
     def __call__(self, prompt_ids: Sequence[int], count: int) -> Iterator[object]: ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Weights read per token, what the same threads read from memory, and the share of that."""
+
+    bytes_per_token: int
+    bytes_per_second: float
+    bandwidth_fraction: float
 
 
 @dataclass(frozen=True)
@@ -55,3 +68,13 @@ def measure(
         decode_tokens_per_second=median(rates),
         decode_spread=(min(rates), max(rates)),
     )
+
+
+def memory(tokens_per_second: float, bytes_per_token: int) -> Memory | None:
+    """How much of this machine's measured bandwidth a rate uses; None where nothing measures it."""
+    from pvrt_kernels import cpu
+
+    if cpu.library() is None:
+        return None
+    found = cpu.read_bandwidth()
+    return Memory(bytes_per_token, found, tokens_per_second * bytes_per_token / found)

@@ -353,7 +353,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of the embedded engine, one request at a time (medians)."""
-    from pvrt.bench import measure
+    from pvrt.bench import measure, memory
     from pvrt_server.engine import Engine
     from pvrt_server.loading import EngineOptions
     from pvrt_server.sampling import SamplingParams
@@ -368,8 +368,12 @@ def bench(
             return (event for event in events if isinstance(event, TokenEvent))
 
         speed = measure(generate, prompt, new_tokens, repeats)
+        read = None
+        if engine.device == "cpu":
+            read = memory(speed.decode_tokens_per_second, engine.bytes_per_token)
     if as_json:
-        print(json.dumps({"model": str(path), **asdict(speed)}))
+        more = {} if read is None else asdict(read)
+        print(json.dumps({"model": str(path), **asdict(speed), **more}))
         return
     low, high = speed.decode_spread
     print(
@@ -378,6 +382,12 @@ def bench(
         f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
         f"{repeats} runs of {new_tokens})"
     )
+    if read is not None:
+        print(
+            f"{read.bytes_per_token / 1e6:.0f} MB of weights per token: "
+            f"{read.bandwidth_fraction:.0%} of the {read.bytes_per_second / 1e9:.1f} GB/s that "
+            "this machine reads from memory"
+        )
 
 
 @bench_app.command("kernels")

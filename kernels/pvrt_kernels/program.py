@@ -43,6 +43,7 @@ class Program:
         self._tails: list[Operation] = []
         self._room = torch.empty(0)
         self._longest = 0
+        self.bytes_read = 0  # of weights, in one run with argmax_only
 
     def _add(self, kind: str, **fields: Any) -> None:
         values = {}
@@ -84,8 +85,11 @@ class Program:
         }
         self._longest = max(self._longest, x.numel())
         if isinstance(weight, Tensor):
+            self.bytes_read += weight.nbytes
             self._add("dense", weight=weight, dtype=cpu.TYPES[weight.dtype], **fields)
             return
+        codes, _, _, scales, _, tables = weight.tensors
+        self.bytes_read += codes.nbytes + scales.nbytes + tables.nbytes
         kind, view = cpu.view(weight.tensors, weight.in_features)
         self._kept += [weight, view]
         self._add(kind, weight=ctypes.addressof(view), **fields)
@@ -136,6 +140,7 @@ class Program:
         self.linear(x, y, weight, norm=norm, epsilon=epsilon)
         exact = self._operations.pop()
         self._kept.append(scores)
+        self.bytes_read += scores.rows.nbytes + scores.bounds.nbytes - weight.nbytes
         copy = Operation.from_buffer_copy(exact)
         copy.kind = _KINDS["screen"]
         copy.bytes, copy.bounds = scores.rows.data_ptr(), scores.bounds.data_ptr()

@@ -68,6 +68,7 @@ class CpuModel:
         self._head = self._embedding if tied else _narrow(model.lm_head)
         self._logits = torch.empty(self._head.shape[0])
         self._program = self._build()
+        self.bytes_per_token = self._program.bytes_read
         self._cache = torch.empty(0)
         self._grow(min(_FIRST_CAPACITY, self._limit))
 

@@ -119,6 +119,16 @@ class Engine:
         return self._runtime.max_model_len
 
     @property
+    def device(self) -> str:
+        """Where the model runs: cpu or cuda."""
+        return self._runtime.model.device.type
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weights that decoding one token reads."""
+        return self._runtime.model.bytes_per_token
+
+    @property
     def failure(self) -> str | None:
         """Why the engine is broken, None while it is well."""
         return self._broken

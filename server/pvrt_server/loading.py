@@ -10,11 +10,11 @@ import torch
 import pvrt
 from pvrt.checkpoint import is_aqlm, parse_quantization_config, read_config, weight_files
 from pvrt.errors import ServeError
-from pvrt.linear import pack_model, quantized_linears
+from pvrt.linear import pack_model
 from pvrt.scheme import Scheme
 from pvrt_kernels import has_fast_kernel
 from pvrt_server import cpu_model
-from pvrt_server.models import LanguageModel, TransformersModel
+from pvrt_server.models import LanguageModel, TransformersModel, weight_bytes
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import Runtime
 from pvrt_server.text import TextCodec
@@ -79,7 +79,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
         language_model = cpu_model.CpuModel(model)
     else:
         language_model = TransformersModel(model)
-    size = _bytes(model)
+    size = weight_bytes(model)
     if dense:
         stored = sum(file.stat().st_size for file in weight_files(folder))
         _log.warning(
@@ -116,13 +116,6 @@ def sampling_defaults(model: LanguageModel) -> SamplingParams:
     return replace(
         SamplingParams(), **{name: value for name, value in values.items() if value is not None}
     )
-
-
-def _bytes(model: Any) -> int:
-    """What the weights of a model take, tied and packed ones counted once."""
-    packed = {id(m.packed): m.packed for m in quantized_linears(model).values() if m.packed}
-    tensors = [tensor for layers in packed.values() for tensor in layers.weight.tensors]
-    return sum(tensor.nbytes for tensor in [*model.parameters(), *tensors])
 
 
 def _scheme(folder: Path) -> Scheme | None:

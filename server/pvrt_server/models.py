@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from pvrt.linear import quantized_linears
+
 
 class LanguageModel(Protocol):
     """Tokens in, logits out. The caller holds torch.inference_mode."""
@@ -14,6 +16,7 @@ class LanguageModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     generation_config: Any
+    bytes_per_token: int  # of weights that greedy decoding reads
 
     def start(self) -> Any:
         """The state of a new sequence. Only the newest one may be used."""
@@ -28,6 +31,13 @@ class LanguageModel(Protocol):
         """
 
 
+def weight_bytes(model: Any) -> int:
+    """What the weights of a model take, tied and packed ones counted once."""
+    packed = {id(m.packed): m.packed for m in quantized_linears(model).values() if m.packed}
+    tensors = [tensor for layers in packed.values() for tensor in layers.weight.tensors]
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *tensors])
+
+
 class TransformersModel:
     """A model of transformers as it is."""
 
@@ -36,6 +46,9 @@ class TransformersModel:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.generation_config = model.generation_config
+        self.bytes_per_token = weight_bytes(model)
+        if not getattr(model.config, "tie_word_embeddings", False):
+            self.bytes_per_token -= model.get_input_embeddings().weight.nbytes
 
     def start(self) -> Any:
         """See LanguageModel."""

@@ -98,6 +98,9 @@ def test_bench_reports_both_phases(folder: Path) -> None:
     assert speed["prefill_tokens_per_second"] > 0
     low, high = speed["decode_spread"]
     assert low <= speed["decode_tokens_per_second"] <= high
+    found = speed["decode_tokens_per_second"] * speed["bytes_per_token"] / speed["bytes_per_second"]
+    assert speed["bandwidth_fraction"] == pytest.approx(found)
+    assert 0 < speed["bandwidth_fraction"] < 2  # a toy's weights stay in the cache
 
 
 def test_doctor_finds_this_machine_sound_and_names_what_it_checked() -> None:

@@ -35,6 +35,7 @@ class ScriptedModel:
         self.generation_config = SimpleNamespace(eos_token_id=self.config.eos_token_id)
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self.bytes_per_token = 0
         self.gate = threading.Event()
         self.gate.set()
         self.script = script
