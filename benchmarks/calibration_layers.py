@@ -1,25 +1,38 @@
 """Relative output error and CPU seconds of single layers: writes results/calibration_layers.json.
 
-    .venv/bin/python benchmarks/calibration_layers.py
+    .venv/bin/python benchmarks/calibration_layers.py [efforts|variants|schemes|grids ...]
 
-Four layers of SmolLM2-135M (GGUF dequantised to bfloat16), 2x8g8, H = mean of x x^T over 32 windows
-of 1024 tokens of WikiText-2 validation through the original model in float32, codebooks and scales
-stored in float16. CPU seconds are process time of the fit alone, in one thread.
+Four layers of SmolLM2-135M (GGUF dequantised to bfloat16), H = mean of x x^T over 32 windows of
+1024 tokens of WikiText-2 validation through the original model in float32, what is stored rounded
+to float16. CPU seconds are process time of the fit alone, in one thread. Rows by `part`:
+
+    efforts    2x8g8 at every effort of `pvrt tune`, beside the public reference
+    variants   2x8g8 at effort normal with one thing changed
+    schemes    all other schemes at effort normal, on one layer
+    grids      scalar grids beside plain rounding and plain GPTQ; groups of 64 and 128, because the
+               GGUF's own grid has groups of 32 and would come out nearly lossless
+
+Rows of parts that are not named are kept.
 """
 
 import json
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
+import calibration_variants as variants
 import machine
 import quickstart
 import torch
 
 from pvrt.evaluate import read_text, windows
-from pvrt.scheme import Scheme
-from pvrt_tune.additive import fit_layer
+from pvrt.scheme import GridScheme, Scheme
+from pvrt_tune import additive
+from pvrt_tune.additive import AdditiveFit, FitSettings, fit_layer
+from pvrt_tune.grid import fit_grid
+from pvrt_tune.objective import Objective
 from pvrt_tune.recipe import EFFORTS
 from pvrt_tune.source import load_source
 
@@ -40,6 +53,7 @@ def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """(W, H) of every layer."""
     source = load_source(str(quickstart.smollm2()))
     model = source.dense(torch.float32)
+    model.model.layers = model.model.layers[:11]  # those measured and before
     tokens = windows(read_text(VALIDATION), source.tokenizer, 1024, 32)
     sums: dict[str, torch.Tensor] = {}
 
@@ -61,41 +75,123 @@ def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
+Problem = tuple[torch.Tensor, torch.Tensor]
+NORMAL = EFFORTS["normal"].fit
+#: Name: how it fits, and with what settings.
+VARIANTS: dict[str, tuple[type[AdditiveFit], FitSettings]] = {
+    "beam 1": (AdditiveFit, replace(NORMAL, beam=1)),
+    "beam 4": (AdditiveFit, replace(NORMAL, beam=4)),
+    "beam 16": (AdditiveFit, replace(NORMAL, beam=16)),
+    "beam 32": (AdditiveFit, replace(NORMAL, beam=32)),
+    "beam 1, 20 rounds": (AdditiveFit, replace(NORMAL, beam=1, rounds=20)),
+    "12 k-means iterations": (AdditiveFit, replace(NORMAL, kmeans_iterations=12)),
+    "8 CG iterations": (AdditiveFit, replace(NORMAL, cg_iterations=8)),
+    "no error feedback": (variants.NoFeedback, NORMAL),
+    "feedback in natural order": (variants.NaturalOrder, NORMAL),
+    "start weighted by diag(H)": (variants.PlainImportance, NORMAL),
+    "start in weight space": (variants.WeightSpaceStart, NORMAL),
+    "start in the full metric": (variants.FullMetric, NORMAL),
+    "scales from output energy": (variants.ScaleOfOutputs, NORMAL),
+}
+SCHEMES = ("1x8g8", "1x8g4", "3x8g8", "4x8g8", "2x12g8", "1x16g8", "1x16g16")
+GRIDS = ("w2g64", "w2g64s", "w3g64", "w3g64s", "w4g64", "w4g64s", "w4g128")
+
+
+def fitted(
+    problem: Problem, scheme: str, kind: type[AdditiveFit], settings: FitSettings
+) -> dict[str, Any]:
+    """Error and CPU seconds of one fit."""
+    generator = torch.Generator().manual_seed(0)
+    original = additive.AdditiveFit
+    started = time.process_time()
+    try:
+        additive.AdditiveFit = kind  # type: ignore[misc]
+        fit = fit_layer(*problem, Scheme.parse(scheme), settings, generator, torch.float16)
+    finally:
+        additive.AdditiveFit = original  # type: ignore[misc]
+    seconds = time.process_time() - started
+    return {
+        "scheme": scheme,
+        "relative_error": fit.relative_error,
+        "cpu_seconds": seconds,
+        "settings": asdict(settings),
+    }
+
+
+def efforts(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
+    """2x8g8 at every effort."""
+    for (name, problem), (error, seconds) in zip(cases.items(), REFERENCE, strict=True):
+        reference = {"reference_relative_error": error, "reference_cpu_seconds": seconds}
+        for effort, recipe in EFFORTS.items():
+            row = fitted(problem, "2x8g8", AdditiveFit, recipe.fit)
+            yield {"layer": name, "effort": effort, **row, **reference}
+
+
+def changed(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
+    """2x8g8 at effort normal with one thing changed, and unchanged for comparison."""
+    for variant, (kind, settings) in {"normal": (AdditiveFit, NORMAL), **VARIANTS}.items():
+        for name, problem in cases.items():
+            row = fitted(problem, "2x8g8", kind, settings)
+            yield {"layer": name, "variant": variant, **row}
+
+
+def schemes(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
+    """Other schemes on the layer with most groups of its size."""
+    name = LAYERS[-1]
+    for scheme in SCHEMES:
+        yield {"layer": name, **fitted(cases[name], scheme, AdditiveFit, NORMAL)}
+
+
+def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
+    """Scalar grids against plain rounding and plain GPTQ."""
+    for name, (weight, moment) in cases.items():
+        objective = Objective(weight, moment)
+        for text in GRIDS:
+            scheme = GridScheme.parse(text)
+            if not scheme.divides(*weight.shape):
+                continue
+            started = time.process_time()
+            fit = fit_grid(weight, moment, scheme, NORMAL, torch.float16)
+            seconds = time.process_time() - started
+            rounded, gptq = (
+                objective.relative_error(variants.plain_grid(weight, moment, scheme, feedback))
+                for feedback in (False, True)
+            )
+            yield {
+                "layer": name,
+                "scheme": text,
+                "relative_error": fit.relative_error,
+                "cpu_seconds": seconds,
+                "rounding_relative_error": rounded,
+                "gptq_relative_error": gptq,
+                "ratio_to_gptq": fit.relative_error / gptq,
+            }
+
+
+PARTS = {"efforts": efforts, "variants": changed, "schemes": schemes, "grids": grids}
+
+
 def main() -> None:
-    """Fit every layer at every effort, print a table and store the figures."""
+    """Fit everything in the named parts, print as it goes and store the figures."""
     if not VALIDATION.is_file():
         sys.exit(f"{VALIDATION} is missing: this benchmark needs WikiText-2 validation text")
+    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    rows = {part: [row for row in stored if row.get("part") == part] for part in PARTS}
     cases = problems()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    place = machine.describe()
-    for (name, (weight, moment)), (error, seconds) in zip(cases.items(), REFERENCE, strict=True):
-        for effort, recipe in EFFORTS.items():
-            generator = torch.Generator().manual_seed(0)
-            started = time.process_time()
-            fit = fit_layer(
-                weight, moment, Scheme.parse("2x8g8"), recipe.fit, generator, torch.float16
-            )
-            rows.append(
-                {
-                    "layer": name,
-                    "scheme": "2x8g8",
-                    "effort": effort,
-                    "relative_error": fit.relative_error,
-                    "cpu_seconds": time.process_time() - started,
-                    "reference_relative_error": error,
-                    "reference_cpu_seconds": seconds,
-                    "settings": asdict(recipe.fit),
-                    **place,
-                }
-            )
+    place = {"shared_machine": True, **machine.describe()}
+    for part in sys.argv[1:] or PARTS:
+        rows[part] = []
+        for row in PARTS[part](cases):
+            rows[part].append({**row, "part": part, **place})
+            what = row.get("effort") or row.get("variant") or ""
             print(
-                f"{name:34} {effort:7} {fit.relative_error:.5f} (reference {error:.5f})  "
-                f"{rows[-1]['cpu_seconds']:6.1f} s (reference {seconds} s)",
+                f"{row['layer']:34} {row['scheme']:8} {what:26} {row['relative_error']:.5f}  "
+                f"{row['cpu_seconds']:6.1f} s  {row.get('ratio_to_gptq', '')}",
                 flush=True,
             )
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+            stored = [row for each in rows.values() for row in each]
+            RESULT.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def first_run(result: dict[str, Any]) -> str:
 
 def calibration_layers(rows: list[dict[str, Any]]) -> str:
     """One line per layer: the reference, then every effort, as error and CPU seconds."""
+    rows = [row for row in rows if "effort" in row]
     efforts = list(dict.fromkeys(row["effort"] for row in rows))
     lines = [f"| SmolLM2-135M, {rows[0]['scheme']} | reference | {' | '.join(efforts)} |"]
     lines.append("|---" * (2 + len(efforts)) + "|")

@@ -32,6 +32,8 @@ EXHAUSTIVE = 1024
 # Power of the conditional second moment that weights k-means. Sweeps can still make up for a part
 # of every error, so loud inputs matter less than the plain metric says (benchmarks/results).
 _IMPORTANCE_POWER = 0.65
+# Of every joint choice in a beam, how many continuations compete for the next beam.
+_CONTINUATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,9 @@ class AdditiveFit:
             others = self._value(choices) - self.codebooks[m][choices[..., m]]
             left = (z.unsqueeze(1) - others @ metric).flatten(0, 1)
             count = 1 if m == visited[-1] else self.settings.beam
-            found = self._best(m, left, score, count, index)
+            # From several choices on, the best continuations of each are enough.
+            each = count if choices.shape[1] == 1 else min(count, _CONTINUATIONS)
+            found = self._best(m, left, score, each, index)
             choices = choices.repeat_interleave(found.shape[1], 1)
             choices[..., m] = found.reshape(len(z), -1)
             choices = self._keep(choices, z, metric, count)
