@@ -104,6 +104,25 @@ class AQLMLinear(nn.Module):
             return self.packed.forward(self._index, x)
         return aqlm_linear(x, self.codes, self.codebooks, self.scales, self.bias)
 
+    def unpack(self) -> None:
+        """Back to the three parameters, to be trained, say; nothing happens unless packed."""
+        if self.packed is not None:
+            for name, tensor in zip(_PARTS, self.stored(), strict=True):
+                setattr(self, name, nn.Parameter(tensor.clone(), requires_grad=False))
+            self.packed = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AQLMLinear":
+        """`.to()` and its kin act on the checkpoint's layout; on a GPU a layer packs itself.
+
+        Only layers that are not trained: there is no gradient for packed codebooks.
+        """
+        packed = self.packed is not None
+        self.unpack()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if packed or (_packs_on_arrival(self.codes.device) and not self.codebooks.requires_grad):
+            pack([self], self.codebooks.dtype)
+        return self
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
@@ -135,6 +154,10 @@ _PARTS = ("codes", "codebooks", "scales")
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+def _packs_on_arrival(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def pack(layers: Sequence[AQLMLinear], dtype: torch.dtype) -> PackedLayers | None:
     """Pack layers of one input for their device's kernel, in one weight; None if it has none.
 
@@ -162,23 +185,33 @@ def pack(layers: Sequence[AQLMLinear], dtype: torch.dtype) -> PackedLayers | Non
         for name in _PARTS:
             setattr(layer, name, None)
         layer.packed, layer._index = packed, index
+    weight.warm_up(dtype, bias is not None)
     return packed
 
 
 def pack_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Pack every AQLMLinear whose device has a packed kernel; q, k and v in one, gate and up too.
 
-    Layers without such a kernel stay as they are. dtype as in `pack`.
+    Layers without such a kernel stay as they are, and those that were packed alone are packed
+    anew. dtype as in `pack`.
     """
     for parent in list(model.modules()):
         for names in _SIBLINGS:
             group = [getattr(parent, name, None) for name in names]
             layers = [layer for layer in group if isinstance(layer, AQLMLinear)]
-            if len(layers) == len(names) and _alike(layers):
+            if len(layers) < len(names) or _packed_together(layers):
+                continue
+            for layer in layers:
+                layer.unpack()
+            if _alike(layers):
                 pack(layers, dtype)
     for layer in quantized_linears(model).values():
         if layer.packed is None:
             pack([layer], dtype)
+
+
+def _packed_together(layers: list[AQLMLinear]) -> bool:
+    return layers[0].packed is not None and len({id(layer.packed) for layer in layers}) == 1
 
 
 def _alike(layers: list[AQLMLinear]) -> bool:

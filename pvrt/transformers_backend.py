@@ -32,7 +32,7 @@ from pvrt.checkpoint import (
 )
 from pvrt.errors import CheckpointError
 from pvrt.experts import module_name, unfuse, without_fusing
-from pvrt.linear import AQLMLinear, decode_once, quantized_linears
+from pvrt.linear import AQLMLinear, decode_once, pack_model, quantized_linears
 from pvrt.packed import GridCheckpoint, is_packed
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
             for part in (module.codebooks, module.scales):
                 if not bool(torch.isfinite(part).all()):
                     raise CheckpointError(f"{name} holds codebooks or scales that are not finite")
+        if model.device.type == "cuda":  # on arrival by .to("cuda") layers pack themselves
+            pack_model(model, model.dtype)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
         decode_once(model)
@@ -96,7 +98,10 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
 
     @property
     def is_trainable(self) -> bool:
-        """Codebooks, scales and everything dense train; codes do not."""
+        """Codebooks, scales and everything dense train; codes do not.
+
+        (Codebooks and scales of a model on a GPU after `AQLMLinear.unpack`.)
+        """
         return True
 
 

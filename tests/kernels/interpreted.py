@@ -330,3 +330,21 @@ def test_gluon_lookups(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = case(scheme, [70, 33], 144)
     for split in (1, 2):
         run(Plan("lut_gluon", 1, 64, 1, split), layer, 1, HALF, bias=split == 2)
+
+
+def test_a_model_of_transformers_runs_on_packed_layers(tmp_path: Path) -> None:
+    import pvrt
+    from pvrt.linear import pack_model, quantized_linears
+    from tests.fixtures.toy import write_toy
+
+    exact = write_toy(tmp_path, "qwen2", dtype=HALF)  # q, k and v have biases
+    model = pvrt.load(tmp_path)
+    pack_model(model, model.dtype)
+    layers = quantized_linears(model)
+    assert all(layer.packed is not None for layer in layers.values())
+    assert len({id(layer.packed) for layer in layers.values()}) == 2 * 4  # per block: 4 products
+    tokens = torch.tensor([[5, 77, 200, 9, 31]])
+    with torch.no_grad():
+        logits = model(tokens).logits.float()
+        expected = exact(tokens).logits
+    assert float((logits - expected).norm() / expected.norm()) < 5e-3
