@@ -47,16 +47,36 @@ def calibration_layers(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def grids(rows: list[dict[str, Any]]) -> str:
+    """One line per grid: error of every layer, and its ratio to plain GPTQ's."""
+    rows = [row for row in rows if row.get("part") == "grids"]
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    names = " | ".join(layer.removeprefix("model.layers.") for layer in layers)
+    lines = [f"| SmolLM2-135M | {names} |", "|---" * (1 + len(layers)) + "|"]
+    for scheme in dict.fromkeys(row["scheme"] for row in rows):
+        own = {row["layer"]: row for row in rows if row["scheme"] == scheme}
+        cells = [
+            f"{own[layer]['relative_error']:.4f}, {own[layer]['ratio_to_gptq']:.2f} of GPTQ"
+            if layer in own
+            else "does not divide"
+            for layer in layers
+        ]
+        lines.append(f"| {scheme} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+#: Tables by the name between their markers; before a colon it is the result file's.
 TABLES: dict[str, Callable[[Any], str]] = {
     "first_run": first_run,
     "calibration_layers": calibration_layers,
+    "calibration_layers:grids": grids,
 }
 
 
 def render(text: str) -> str:
     """README text with every table between its markers renewed from its result file."""
     for name, table in TABLES.items():
-        file = RESULTS / f"{name}.json"
+        file = RESULTS / f"{name.partition(':')[0]}.json"
         if file.is_file():
             body = table(json.loads(file.read_text(encoding="utf-8")))
             begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
