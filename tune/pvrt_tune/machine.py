@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -35,6 +37,17 @@ def _cgroup(name: str) -> int | None:
         return int(Path("/sys/fs/cgroup", name).read_text())
     except (OSError, ValueError):
         return None
+
+
+def map_large_tensors() -> None:
+    """Have glibc map every allocation of 4 MiB and more on its own, as it does from 32 MiB on.
+
+    In its heap, tensors of one stage leave holes that those of the next do not fit: fine-tuning a
+    block of a 0.3B model held twice the memory of its tensors. It costs about 3 % of CPU time.
+    """
+    options = getattr(ctypes.CDLL(None), "mallopt", None)
+    if options is not None:
+        options(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def release_memory() -> None:

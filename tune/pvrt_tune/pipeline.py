@@ -15,7 +15,7 @@ from pvrt_tune import calibration, parallel
 from pvrt_tune.blocks import BlockList, find_blocks
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.config import as_yaml
-from pvrt_tune.machine import Machine, release_memory
+from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.output import write
 from pvrt_tune.plan import misfit, summary
 from pvrt_tune.planning import plan_job
@@ -140,6 +140,7 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
 
     Raises RunError when it does not fit here.
     """
+    map_large_tensors()
     machine = Machine.here(job.device, job.out)
     text_at_hand = job.data is not None or has_piece(job.out, "calibration")
     plan = plan_job(job, machine, sampled=not text_at_hand)

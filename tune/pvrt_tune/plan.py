@@ -186,7 +186,7 @@ def finetune_bytes(shape: BlockShape, tokens: int, width: int) -> int:
     """
     largest = max(4 * out * inputs for out, inputs in shape.linears)
     kept = shape.read + shape.written + 1.4 * shape.widest + 2 * shape.norms
-    return int(shape.quantised + 4 * largest + 4 * tokens * kept)
+    return int(shape.quantised + 6 * largest + 4 * tokens * kept)
 
 
 @dataclass(frozen=True)
@@ -310,11 +310,10 @@ class _Planner:
         yield self.phase("block fine-tune", tuning, work / speed.products, **place)
 
     def write(self) -> Phase:
-        """The checkpoint beside the pieces it is made of."""
+        """The checkpoint beside the pieces it is made of; tensors are written from mapped files."""
         size = self.result().file_bytes
         pieces = sum(shape.quantised for shape in self.shapes)
-        largest = max(_bytes(p) for p in self.outside)
-        return self.phase("write", 0, size / DISK_SPEED, host=largest, disk=size + pieces)
+        return self.phase("write", 0, size / DISK_SPEED, disk=size + pieces)
 
     def result(self) -> Result:
         dense = sum(_bytes(parameter) for parameter in self.stored)

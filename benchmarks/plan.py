@@ -1,0 +1,203 @@
+"""Predicted against measured memory and time of tuning runs: `python benchmarks/plan.py`.
+
+Every run is a process of its own, whose resident anonymous and shared memory (RssAnon + RssShmem of
+/proc/self/status) a thread samples every 3 ms while the stages of `tune` report where they are.
+Pages of mapped model files are not in it: the kernel takes them back when memory is short, and the
+plan does not count them either. The work is the least that passes every stage; memory does not
+depend on how long layers are fitted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import quickstart
+
+from pvrt_tune.additive import FitSettings
+from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.machine import Machine, release_memory
+from pvrt_tune.recipe import Recipe, TuneJob
+
+RESULT = machine.ROOT / "benchmarks" / "results" / "plan.json"
+LEAST = Recipe(
+    scheme="2x4g8",
+    samples=8,
+    length=512,
+    fit=FitSettings(rounds=1, kmeans_iterations=2, cg_iterations=2),
+    finetune=FinetuneSettings(epochs=1),
+)
+SHORT = replace(LEAST, length=64)
+#: Functions of a stage: module, name, phase of the plan.
+STAGES = (
+    ("pipeline", "_sampled", "sampling"),
+    ("pipeline", "walk", "block pass"),
+    ("walk", "quantize_linear", "layer fit"),
+    ("walk", "finetune_block", "block fine-tune"),
+    ("pipeline", "write", "write"),
+)
+
+
+class Sampler(threading.Thread):
+    """Peak memory and time by phase of this process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.phase = "start"
+        self.peak: dict[str, int] = defaultdict(int)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def run(self) -> None:
+        while True:
+            self.look()
+            time.sleep(0.003)
+
+    def look(self) -> None:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        parts = (line.split() for line in lines if line.startswith(("RssAnon", "RssShmem")))
+        self.peak[self.phase] = max(self.peak[self.phase], sum(1024 * int(p[1]) for p in parts))
+
+    def around(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            outer, self.phase = self.phase, phase
+            started = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent = time.monotonic() - started
+                self.seconds[phase] += spent
+                self.seconds[outer] -= spent
+                self.look()
+                release_memory()  # what the stage leaves is not the next one's
+                self.phase = outer
+
+        return timed
+
+
+def measured(model: str, short: bool, data: str | None) -> dict[str, Any]:
+    """Tune a model in this process; peaks, times and the plan by phase."""
+    from pvrt_tune import pipeline, walk
+    from pvrt_tune.plan import Plan
+    from pvrt_tune.planning import plan_job
+
+    modules = {"pipeline": pipeline, "walk": walk}
+    sampler = Sampler()
+    for module, name, phase in STAGES:
+        setattr(modules[module], name, sampler.around(getattr(modules[module], name), phase))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        job = TuneJob(model, out, SHORT if short else LEAST, data)
+        plan: Plan = plan_job(job, Machine.here("cpu", out), sampled=data is None)
+        sampler.start()
+        pipeline.tune(job, lambda line: print(line, file=sys.stderr))
+    predicted = {phase.name: asdict(phase) for phase in plan.phases}
+    return {"predicted": predicted, "peak": sampler.peak, "seconds": sampler.seconds}
+
+
+def synthetic(folder: Path, hidden: int, inner: int, vocabulary: int, layers: int) -> Path:
+    """A random Llama in bfloat16 shards, with a byte tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sys.path.insert(0, str(machine.ROOT))
+    from tests.fixtures.toy import toy_tokenizer
+
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=hidden,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+        tie_word_embeddings=False,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="400MB")
+    toy_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    """Run all models, print a table and store the figures."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--child", nargs=3, metavar=("MODEL", "SHORT", "DATA"))
+    parser.add_argument("--only", help="run one model, by name")
+    asked = parser.parse_args()
+    if asked.child:
+        model, short, data = asked.child
+        print(json.dumps(measured(model, short == "yes", data or None)))
+        return
+    from pvrt.evaluate import default_text
+
+    rows = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text(default_text())
+        file = quickstart.smollm2()
+        cases: dict[str, Callable[[], tuple[Path, bool, bool]]] = {
+            "llama-toy": lambda: (synthetic(Path(folder) / "toy", 256, 512, 1000, 2), False, False),
+            "smollm2-135m (GGUF)": lambda: (file, True, False),
+            "smollm2-135m (GGUF), text given": lambda: (file, False, True),
+            "llama-0.3b": lambda: (
+                synthetic(Path(folder) / "0.3b", 2048, 2048, 64000, 1), True, False
+            ),
+            "llama-0.6b, text given": lambda: (
+                synthetic(Path(folder) / "0.6b", 2048, 4096, 128000, 1), False, True
+            ),
+        }  # fmt: skip
+        for name, case in cases.items():
+            if asked.only not in (None, name):
+                continue
+            model, short, given = case()
+            command = [sys.executable, __file__, "--child", str(model), "yes" if short else "no"]
+            done = subprocess.run(
+                [*command, str(text) if given else ""],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            rows = [row for row in rows if row["model"] != name]
+            rows += compared(name, json.loads(done.stdout))
+            RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def compared(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per phase."""
+    rows = []
+    for phase, predicted in found["predicted"].items():
+        peak = found["peak"][phase]
+        row = {
+            "model": model,
+            "phase": phase,
+            "predicted_bytes": predicted["host_bytes"],
+            "measured_bytes": peak,
+            "ratio": predicted["host_bytes"] / peak,
+            "predicted_seconds": predicted["seconds"],
+            "measured_seconds": found["seconds"][phase],
+            **machine.describe(),
+        }
+        rows.append(row)
+        print(
+            f"{model:34} {phase:16} {row['predicted_bytes'] / 1e6:8.0f} MB predicted "
+            f"{peak / 1e6:8.0f} measured  {row['ratio']:.2f}   {row['predicted_seconds']:6.1f} s "
+            f"predicted {row['measured_seconds']:6.1f} measured",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
