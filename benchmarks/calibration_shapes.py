@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pvrt.scheme import Scheme
-from pvrt_tune.additive import EXHAUSTIVE, AdditiveFit, FitSettings
+from pvrt_tune.additive import AdditiveFit, FitSettings, entries_scored
 from pvrt_tune.recipe import Recipe
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_shapes.json"
@@ -58,10 +58,7 @@ def work(out: int, inputs: int, scheme: Scheme, settings: FitSettings) -> dict[s
     """Floating-point operations of products with H, scores computed, and visits of a group."""
     product = 2.0 * out * inputs * inputs
     points = out * inputs / scheme.in_group_size
-    books, size = scheme.num_codebooks, scheme.codebook_size
-    if size > EXHAUSTIVE:
-        cells = 1 << scheme.nbits_per_codebook // 2
-        size = cells + settings.probes * size // cells
+    books, size = scheme.num_codebooks, entries_scored(scheme, settings)
     visit = points * size * (1 + (books - 1) * settings.beam)
     rounds, groups = settings.rounds, inputs / scheme.in_group_size
     return {

@@ -56,6 +56,20 @@ class FitSettings:
     column_block: int = 128
 
 
+def cells_of(scheme: Scheme) -> int:
+    """Into how many cells the codebooks of a scheme are cut for searching; 1: not cut."""
+    small = scheme.codebook_size <= EXHAUSTIVE
+    return 1 if small else 1 << (scheme.nbits_per_codebook // 2)
+
+
+def entries_scored(scheme: Scheme, settings: FitSettings) -> int:
+    """Scores that one search of one codebook computes: of all entries, or of cells and theirs."""
+    cells = cells_of(scheme)
+    if cells == 1:
+        return scheme.codebook_size
+    return cells + min(settings.probes, cells) * (scheme.codebook_size // cells)
+
+
 @dataclass(frozen=True)
 class LayerFit:
     """A fitted layer in checkpoint layout and its relative error tr(EHE^T) / tr(WHW^T)."""
@@ -80,7 +94,7 @@ class AdditiveFit:
             raise ValueError(f"cannot fit scheme {scheme} to a {out} x {in_features} layer")
         self.g, self.size = scheme.in_group_size, scheme.codebook_size
         self.groups = in_features // self.g
-        self.cells = 1 if self.size <= EXHAUSTIVE else 1 << (scheme.nbits_per_codebook // 2)
+        self.cells = cells_of(scheme)
         self.scheme, self.settings, self.generator = scheme, settings, generator
         self.objective = Objective(weight, second_moment)
         self.weight, self.moment = self.objective.weight, self.objective.moment

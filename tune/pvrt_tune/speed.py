@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pvrt.scheme import GridScheme, parse_scheme
+from pvrt_tune.additive import entries_scored
 from pvrt_tune.layerwise import quantize_linear
 from pvrt_tune.recipe import Recipe
 
@@ -50,8 +51,7 @@ def fit_search(out: int, in_features: int, recipe: Recipe) -> float:
     scheme, settings = parse_scheme(recipe.scheme), recipe.fit
     if isinstance(scheme, GridScheme):  # a rounding per weight and round, however many levels
         return 100.0 * (settings.rounds + 2) * out * in_features
-    # Codebooks too large to be searched whole are searched in two levels.
-    entries = min(scheme.codebook_size, 2304)
+    entries = entries_scored(scheme, settings)
     beam = 1 + (settings.beam - 1) * (1 - 1 / scheme.num_codebooks)
     passes = 2 * settings.kmeans_iterations + beam * (settings.rounds + 1)
     return 2.0 * passes * scheme.num_codebooks * entries * out * in_features
