@@ -150,7 +150,16 @@ class Source:
         """The whole model, only to be run, in `dtype` or its own floating type."""
         model = self.partial(self._keys, device)
         model.tie_weights()
-        return model.requires_grad_(False).to(dtype or model.dtype)
+        own = model.dtype
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype or own)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                # Rotary tables are float32 in every model; they stay so.
+                if buffer.dtype == own and own != torch.float32:
+                    setattr(module, name, buffer.to(dtype or own))
+        return model
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: str) -> None:
