@@ -168,7 +168,7 @@ def compile_options(plan: Plan) -> dict[str, Any]:
     """
     options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
     if plan.kernel == "tile":
-        options["maxnreg"] = 168 if plan.tokens <= 16 else 255
+        options["maxnreg"] = 255
     return options
 
 

@@ -332,11 +332,14 @@ def test_gluon_lookups(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
         run(Plan("lut_gluon", 1, 64, 1, split), layer, 1, HALF, bias=split == 2)
 
 
-def test_a_model_of_transformers_runs_on_packed_layers(tmp_path: Path) -> None:
+def test_a_model_of_transformers_runs_on_packed_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pvrt
     from pvrt.linear import pack_model, quantized_linears
     from tests.fixtures.toy import write_toy
 
+    monkeypatch.setattr(gpu, "WARM_TOKENS", ())  # tested by itself, and slow here
     exact = write_toy(tmp_path, "qwen2", dtype=HALF)  # q, k and v have biases
     model = pvrt.load(tmp_path)
     pack_model(model, model.dtype)
