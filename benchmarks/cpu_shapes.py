@@ -1,5 +1,6 @@
 """Models of known shapes with random weights, for speed only: as AQLM, dense and GGUF folders."""
 
+import ctypes
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,3 +107,95 @@ def write_dense(folder: Path, shape: str) -> Path:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config(shape)))
     return folder
+
+
+def write_gguf(folder: Path, shape: str, format: str) -> Path:
+    """The same shape for llama.cpp, quantised by llama.cpp itself; needs gguf and llama_cpp.
+
+    Formats that need an importance matrix get one of ones.
+    """
+    import llama_cpp
+
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{shape}-{format}.gguf"
+    if target.is_file():
+        return target
+    source = folder / f"{shape}-f16.gguf"
+    if not source.is_file():
+        _write_f16(source, shape)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format.upper()}")
+    settings.nthread = 2
+    if format.startswith("iq2"):
+        widths = {_gguf_name(name): inputs for name, _, inputs in linears(shape)}
+        widths["token_embd"] = SHAPES[shape][0]
+        ones = (ctypes.c_float * max(widths.values()))(*[1.0] * max(widths.values()))
+        entries = [
+            llama_cpp.llama_model_imatrix_data(f"{name}.weight".encode(), ones, width)
+            for name, width in widths.items()
+        ]
+        table = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))(*entries)
+        settings.imatrix = ctypes.cast(table, type(settings.imatrix))
+    part = target.with_suffix(".part")
+    failed = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(part).encode(), ctypes.byref(settings)
+    )
+    if failed:
+        raise SystemExit(f"llama.cpp could not quantise {source} to {format}")
+    part.rename(target)
+    return target
+
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_name(name: str) -> str:
+    layer, _, part = name.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.{_GGUF_NAMES[part]}"
+
+
+def _write_f16(path: Path, shape: str) -> None:
+    import gguf
+
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, theta = SHAPES[shape]
+    torch.manual_seed(0)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(intermediate)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(64)
+    writer.add_value_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(64)
+    writer.add_rope_freq_base(theta)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([b"<unk>", b"<s>", b"</s>"] + [b"t%d" % i for i in range(3, vocabulary)])
+    writer.add_token_scores([0.0] * vocabulary)
+    writer.add_token_types([2, 3, 3] + [1] * (vocabulary - 3))
+    for name, tensor in others(shape):
+        if name == "model.embed_tokens.weight":
+            writer.add_tensor("token_embd.weight", tensor.half().numpy())
+            continue
+        layer = name.removeprefix("model.layers.").split(".")[0]
+        short = "attn_norm" if "input" in name else "ffn_norm"
+        own = "output_norm" if name == "model.norm.weight" else f"blk.{layer}.{short}"
+        writer.add_tensor(f"{own}.weight", tensor.float().numpy())
+    for name, out, inputs in linears(shape):
+        weight = torch.randn(out, inputs) * inputs**-0.5
+        writer.add_tensor(f"{_gguf_name(name)}.weight", weight.half().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
