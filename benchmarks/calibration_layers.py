@@ -82,7 +82,6 @@ VARIANTS: dict[str, tuple[type[AdditiveFit], FitSettings]] = {
     "beam 1": (AdditiveFit, replace(NORMAL, beam=1)),
     "beam 4": (AdditiveFit, replace(NORMAL, beam=4)),
     "beam 16": (AdditiveFit, replace(NORMAL, beam=16)),
-    "beam 32": (AdditiveFit, replace(NORMAL, beam=32)),
     "beam 1, 20 rounds": (AdditiveFit, replace(NORMAL, beam=1, rounds=20)),
     "12 k-means iterations": (AdditiveFit, replace(NORMAL, kmeans_iterations=12)),
     "8 CG iterations": (AdditiveFit, replace(NORMAL, cg_iterations=8)),
@@ -129,8 +128,8 @@ def efforts(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
 
 def changed(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
     """2x8g8 at effort normal with one thing changed, and unchanged for comparison."""
-    for variant, (kind, settings) in {"normal": (AdditiveFit, NORMAL), **VARIANTS}.items():
-        for name, problem in cases.items():
+    for name, problem in sorted(cases.items(), key=lambda case: len(case[1][1])):
+        for variant, (kind, settings) in {"normal": (AdditiveFit, NORMAL), **VARIANTS}.items():
             row = fitted(problem, "2x8g8", kind, settings)
             yield {"layer": name, "variant": variant, **row}
 
