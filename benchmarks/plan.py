@@ -9,6 +9,7 @@ depend on how long layers are fitted.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ LEAST = Recipe(
     scheme="2x4g8",
     samples=8,
     length=512,
-    fit=FitSettings(rounds=1, kmeans_iterations=2, cg_iterations=2),
+    fit=FitSettings(rounds=1, kmeans_iterations=1, cg_iterations=1),
     finetune=FinetuneSettings(epochs=1),
 )
 SHORT = replace(LEAST, length=64)
@@ -83,6 +85,17 @@ class Sampler(threading.Thread):
         return timed
 
 
+class Enough(Exception):
+    """The blocks of a model are alike: the first shows the peaks of all."""
+
+
+def stop_early(line: str) -> None:
+    """Progress of a run with many blocks ends with the first of them."""
+    print(line, file=sys.stderr)
+    if line.startswith("block 1/") and len(line.split()[1]) > len("1/2"):
+        raise Enough
+
+
 def measured(model: str, short: bool, data: str | None) -> dict[str, Any]:
     """Tune a model in this process; peaks, times and the plan by phase."""
     from pvrt_tune import pipeline, walk
@@ -98,7 +111,8 @@ def measured(model: str, short: bool, data: str | None) -> dict[str, Any]:
         job = TuneJob(model, out, SHORT if short else LEAST, data)
         plan: Plan = plan_job(job, Machine.here("cpu", out), sampled=data is None)
         sampler.start()
-        pipeline.tune(job, lambda line: print(line, file=sys.stderr))
+        with suppress(Enough):
+            pipeline.tune(job, stop_early)
     predicted = {phase.name: asdict(phase) for phase in plan.phases}
     return {"predicted": predicted, "peak": sampler.peak, "seconds": sampler.seconds}
 
@@ -178,6 +192,8 @@ def compared(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per phase."""
     rows = []
     for phase, predicted in found["predicted"].items():
+        if phase not in found["peak"]:  # stopped before
+            continue
         peak = found["peak"][phase]
         row = {
             "model": model,
@@ -187,6 +203,7 @@ def compared(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:
             "ratio": predicted["host_bytes"] / peak,
             "predicted_seconds": predicted["seconds"],
             "measured_seconds": found["seconds"][phase],
+            "load_average": os.getloadavg()[0],  # above the cores: times are of a shared machine
             **machine.describe(),
         }
         rows.append(row)
