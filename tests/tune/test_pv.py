@@ -171,7 +171,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits(
         F.log_softmax(head.logits(hidden), -1), wanted, log_target=True, reduction="batchmean"
     )
     expected = torch.autograd.grad(whole, (hidden, weight))
-    monkeypatch.setattr(distill, "_CHUNK_BYTES", 4 * vocabulary * 5)  # chunks of 5, 5, 5, 2
+    monkeypatch.setattr(distill, "CHUNK_BYTES", 4 * vocabulary * 5)  # chunks of 5, 5, 5, 2
     loss = kl_loss(hidden, head, target, teacher)
     torch.testing.assert_close(loss, whole)
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):

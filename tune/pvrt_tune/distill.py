@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pvrt.errors import RunError
 
-_CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _ChunkedKL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         total = hidden.new_zeros((), dtype=torch.float64)
-        rows = max(1, _CHUNK_BYTES // (4 * len(weight)))
+        rows = max(1, CHUNK_BYTES // (4 * len(weight)))
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
             wanted = F.log_softmax(target_head.logits(target[part]), -1)

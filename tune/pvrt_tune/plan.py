@@ -23,6 +23,7 @@ from pvrt_tune.calibration import rows_at_once
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.layerwise import empty_like
 from pvrt_tune.machine import Machine
+from pvrt_tune.pvplan import Sizes, needs
 from pvrt_tune.recipe import Recipe
 from pvrt_tune.speed import Speed
 
@@ -247,7 +248,7 @@ class _Planner:
             self.activations,
             self.parameters,
             len(self.shapes),
-            (*first, *self.block_phases(), self.write()),
+            (*first, *self.block_phases(), *self.pv(), self.write()),
             self.result(),
             cache_shape(self.model.config),
             self.speed.basis,
@@ -308,6 +309,32 @@ class _Planner:
         rounds = recipe.finetune.epochs * (3 * share + recipe.finetune.held_out)
         work = sum(2.0 * tokens * rounds * shape.active for shape in shapes)
         yield self.phase("block fine-tune", tuning, work / speed.products, **place)
+
+    def pv(self) -> Iterator[Phase]:
+        """PV-Tuning: the whole student, and the original model unless it goes first."""
+        recipe, shapes = self.recipe, self.shapes
+        if recipe.pv is None:
+            return
+        one = [s.read + s.written + 1.4 * s.widest + 2 * s.norms for s in shapes]
+        config = self.model.config.get_text_config()
+        layers = [out * inputs for shape in shapes for out, inputs in shape.linears]
+        sizes = Sizes(
+            quantised=sum(layers),
+            parameters=self.parameters,
+            outside=sum(parameter.numel() for parameter in self.outside),
+            vocabulary=config.vocab_size,
+            width=self.width,
+            largest=max(layers),
+            stored=sum(shape.quantised for shape in shapes),
+            blocks=len(shapes),
+            kept=sum(one),
+            kept_by_one=max(one),
+        )
+        needed = needs(sizes, recipe.pv, recipe.length, self.itemsize if self.cuda else 4)
+        both = needed.student + needed.original
+        peak = max(needed.student, needed.original) if recipe.pv.teacher_first else both
+        disk = needed.disk + sizes.stored
+        yield self.phase("PV-Tuning", peak, needed.operations / self.speed.products, disk=disk)
 
     def write(self) -> Phase:
         """The checkpoint beside the pieces it is made of; tensors are written from mapped files."""

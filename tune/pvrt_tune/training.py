@@ -40,8 +40,8 @@ class TrainSettings:
     some for nothing).
     """
 
-    windows: int = 512
-    steps: int = 400
+    windows: int = 256
+    steps: int = 200
     batch: int = 4
     microbatch: int = 4
     held_out: int = 8

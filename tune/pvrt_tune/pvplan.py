@@ -1,0 +1,74 @@
+"""What PV-Tuning needs: the arithmetic of docs/tuning.md, for `pvrt plan`."""
+
+from dataclasses import dataclass
+
+from pvrt_tune.distill import CHUNK_BYTES
+from pvrt_tune.pv import STRATEGIES
+from pvrt_tune.training import TrainSettings
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model: quantised weights, all parameters, those outside the blocks, vocabulary and
+    width, the largest layer's weights, bytes of all quantised tensors on disk, and what one token
+    leaves for the backward pass of all blocks (in numbers, summed over blocks) and of the largest
+    block alone.
+    """
+
+    quantised: int
+    parameters: int
+    outside: int
+    vocabulary: int
+    width: int
+    largest: int
+    stored: int
+    blocks: int
+    kept: float
+    kept_by_one: float
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of the student at work and of the original model, of the run folder, and operations."""
+
+    student: float
+    original: float
+    disk: float
+    operations: float
+
+
+def needs(sizes: Sizes, settings: TrainSettings, length: int, item: int) -> Needs:
+    """PV-Tuning of a student that computes in `item` bytes per number (4 on CPUs)."""
+    pv = settings.pv
+    strategy = STRATEGIES[pv.strategy]
+    latent = (2 if pv.low_memory else 4) * strategy.accumulates
+    moment = (0 if pv.low_memory else 4) * strategy.moves_codes
+    per_weight = 2 * item + latent + moment  # the weight, its gradient, and B with its moment
+    trained = 0 if settings.freeze_embeddings else 3 * 4 * sizes.outside
+    # One layer at a time: gradient, decoded weight, direction, root of the moment, distances.
+    layer = 4 * 6 * sizes.largest
+    tokens = settings.microbatch * length
+    kept = sizes.kept
+    if settings.recompute_activations:
+        kept = sizes.blocks * sizes.width + sizes.kept_by_one
+    work = max(layer, item * tokens * kept + 4 * CHUNK_BYTES)
+    student = per_weight * sizes.quantised + sizes.stored + item * sizes.outside + trained + work
+    original = item * sizes.parameters
+    seen = settings.steps * settings.batch
+    windows = min(settings.windows, seen) + settings.held_out
+    states = 2 * windows * length * sizes.width
+    state = (latent + moment) * sizes.quantised + sizes.stored + trained
+    looks = settings.steps // settings.evaluate_every + 1
+    head = sizes.vocabulary * sizes.width
+    passes = 4 if settings.recompute_activations else 3
+    operations = (
+        2.0
+        * length
+        * (
+            windows * (sizes.parameters - sizes.outside)
+            + seen * (passes * (sizes.parameters - sizes.outside) + 3 * head)
+            + looks * settings.held_out * (sizes.parameters - sizes.outside + 2 * head)
+        )
+    )
+    # The newest state and best student are complete before older ones go.
+    return Needs(student, original, 2 * (state + sizes.stored) + states, operations)
