@@ -65,11 +65,40 @@ def grids(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def cpu_kernels(rows: list[dict[str, Any]]) -> str:
+    """Microseconds of one product per kernel and shape, one thread, and the largest error."""
+    rows = [row for row in rows if row["threads"] == 1]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    lines = [f"| us, 1 thread of {rows[0]['machine']} | {' | '.join(shapes)} | error |"]
+    lines.append("|---" * (2 + len(shapes)) + "|")
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        own = {row["shape"]: row for row in rows if row["kernel"] == kernel}
+        cells = [f"{own[s]['microseconds']:.0f}" if s in own else "" for s in shapes]
+        worst = max(row["relative_error"] for row in own.values())
+        lines.append(f"| {kernel} | {' | '.join(cells)} | {worst:.1e} |")
+    return "\n".join(lines)
+
+
+def cpu_decode(rows: list[dict[str, Any]]) -> str:
+    """One line per model, engine, format and number of threads."""
+    head = "bits | threads | tokens/s | first token of 512, s | share of bandwidth"
+    lines = [f"| {rows[0]['machine']} | format | {head} |", "|---" * 7 + "|"]
+    for row in rows:
+        lines.append(
+            f"| {row['model']}, {row['engine']} | {row['format']} | {row['bits']:.2f} | "
+            f"{row['threads']} | {row['decode_tokens_per_s']:.1f} | {row['ttft_512_s']:.2f} | "
+            f"{row['bandwidth_fraction']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 #: Tables by the name between their markers; before a colon it is the result file's.
 TABLES: dict[str, Callable[[Any], str]] = {
     "first_run": first_run,
     "calibration_layers": calibration_layers,
     "calibration_layers:grids": grids,
+    "cpu_kernels": cpu_kernels,
+    "cpu_decode": cpu_decode,
 }
 
 
