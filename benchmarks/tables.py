@@ -65,6 +65,24 @@ def grids(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def calibration_ablation(rows: list[dict[str, Any]]) -> str:
+    """What each part of calibration is worth over the whole model."""
+    measured = [row for row in rows if row["variant"] != "original"]
+    lines = [
+        f"| SmolLM2-135M, {measured[0]['scheme']}, effort {measured[0]['effort']} | "
+        "perplexity | mean layer error | CPU seconds |",
+        "|---|---|---|---|",
+    ]
+    original = next(row for row in rows if row["variant"] == "original")
+    lines.append(f"| original model | {original['perplexity']:.2f} | | |")
+    for row in measured:
+        lines.append(
+            f"| {row['variant']} | {row['perplexity']:.2f} | {row['mean_layer_error']:.4f} | "
+            f"{row['cpu_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def cpu_kernels(rows: list[dict[str, Any]]) -> str:
     """Microseconds of one product per kernel and shape, one thread, and the largest error."""
     rows = [row for row in rows if row["threads"] == 1]
@@ -97,6 +115,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "first_run": first_run,
     "calibration_layers": calibration_layers,
     "calibration_layers:grids": grids,
+    "calibration_ablation": calibration_ablation,
     "cpu_kernels": cpu_kernels,
     "cpu_decode": cpu_decode,
 }

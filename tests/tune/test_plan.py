@@ -66,7 +66,8 @@ def plan_of(folder: Path, machine: Machine = ROOMY, **request: Any) -> Plan:
 def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: str) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     machine = Machine(host=24 * 10**9, device=24 * 10**9, disk=60 * 10**9)
-    plan = plan_of(folder, machine, recipe=EFFORTS[effort], device="cuda")
+    recipe = replace(EFFORTS[effort], pv=None)
+    plan = plan_of(folder, machine, recipe=recipe, device="cuda")
     assert misfit(plan, machine) is None
     assert plan.phases[0].name == "sampling"
     assert plan.parameters == 8_030_261_248
@@ -75,9 +76,31 @@ def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: s
     assert plan.result.file_bytes == pytest.approx(dense + 6.98e9 * 2.005 / 8, rel=0.01)
 
 
+def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    machine = Machine(host=64 * 10**9, device=80 * 10**9, disk=200 * 10**9)
+    usual = EFFORTS["normal"]
+    assert usual.pv is not None
+    problem = misfit(plan_of(folder, machine, recipe=usual, device="cuda"), machine)
+    assert problem is not None and "--no-pv" in problem and "low_memory" in problem
+    saving = replace(
+        usual.pv,
+        microbatch=1,
+        recompute_activations=True,
+        pv=replace(usual.pv.pv, low_memory=True),
+    )
+    plan = plan_of(folder, machine, recipe=replace(usual, pv=saving), device="cuda")
+    assert misfit(plan, machine) is None
+    pv = next(phase for phase in plan.phases if phase.name == "PV-Tuning")
+    # 6.25 bytes for every quantised weight, the original model, and embeddings twice.
+    known = 6.25 * 6.98e9 + 2 * 8.03e9 + 2 * 1.05e9
+    assert known < pv.device_bytes < 1.1 * known
+
+
 def test_the_command_reads_config_json_alone(tmp_path: Path) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
-    command = ["plan", str(folder), "--device-memory", "24", "--host-memory", "24"]
+    place = ["--device-memory", "24", "--host-memory", "24"]
+    command = ["plan", str(folder), "--effort", "fast", *place]
     shown = CliRunner().invoke(app, [*command, "--json"])
     assert shown.exit_code == 0, shown.output
     report = json.loads(shown.output)

@@ -382,6 +382,11 @@ def _sentence(plan: Plan, phase: Phase, needed: int, free: int, what: str, place
     shown = f"{phase.name} needs {gigabytes(needed)} of {what}, {gigabytes(free)} are free; "
     if phase.name == "sampling":
         return shown + "give calibration text with --data, so that the model need not write it"
+    if phase.name == "PV-Tuning":
+        return shown + (
+            "leave it out with --no-pv, or save memory with low_memory, teacher_first and "
+            "recompute_activations in a --config file (docs/tuning.md)"
+        )
     if plan.activations == "memory" and what == "host memory" and phase.name != "write":
         return shown + "keep hidden states on disk with --activations disk, or lower --samples"
     if phase.name in ("block pass", "block fine-tune"):
