@@ -67,7 +67,7 @@ def main() -> None:
         wrong += len(complaints)
         for complaint in complaints:
             print(f"{variant.name}, {variant.scheme}, sm_{architecture}: {complaint}", flush=True)
-        if number % 20 == 0 or number == len(jobs):
+        if number % 10 == 0 or number == len(jobs):
             store(rows)
             print(f"{number} of {len(jobs)} compiled", flush=True)
     print(f"Triton {triton.__version__}: {len(rows)} binaries, {wrong} complaints")

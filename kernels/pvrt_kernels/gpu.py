@@ -31,7 +31,7 @@ DECODE = Plan("decode", rows=128, warps=4)
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
 _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
 _workspaces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-_warm: set[tuple[Any, ...]] = set()
+_warm: set[tuple[object, ...]] = set()
 
 
 def supports(problem: Problem) -> bool:
@@ -151,7 +151,7 @@ def launch(
             BOOKS=count,
             SIZE=size,
             GROUP=g,
-            PARTS=parts,
+            PARTS=1 if parts == 1 else 3,  # two are three of which the last is empty
             HAS_BIAS=bias is not None,
             ROWS=plan.rows,
             **compile_options(plan),
@@ -183,15 +183,21 @@ def warm_up(
     packed: list[Tensor], sizes: list[int], in_features: int, dtype: torch.dtype, has_bias: bool
 ) -> None:
     """Compile and run what any number of tokens can need; layers that share kernels do it once."""
-    rows = packed[0].shape[1]
     for tokens in WARM_TOKENS:
         x = torch.zeros(tokens, in_features, dtype=dtype, device=packed[0].device)
         plan = plan_for(x, packed)
-        key = (plan.kernel, plan.tokens, plan.rows, plan.warps, packed[1].shape, dtype, has_bias)
-        if (x.device, *key) not in _warm:
-            _warm.add((x.device, *key))
-            bias = x.new_zeros(rows) if has_bias else None
+        if _is_new(x.device, plan.kernel, plan.tokens, plan.rows, packed[1].shape, dtype, has_bias):
+            bias = x.new_zeros(packed[0].shape[1]) if has_bias else None
             linear(x, packed, bias, sizes)
+        if _is_new(x.device, "dense", packed[1].shape[1:], dtype):
+            multiply_decoded(x, packed, None, sizes)
+
+
+def _is_new(*key: object) -> bool:
+    """Whether a kernel was not yet warmed up in this process; true once."""
+    known = key in _warm
+    _warm.add(key)
+    return not known
 
 
 def _by_partition(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
