@@ -28,7 +28,7 @@ QUICK = Recipe(
     scheme="2x8g8",
     samples=4,
     length=32,
-    fit=FitSettings(rounds=1, kmeans_iterations=4, cg_iterations=4),
+    fit=FitSettings(rounds=1, kmeans_iterations=4, cg_iterations=4, beam=1),
     finetune=FinetuneSettings(epochs=1),
 )
 

@@ -27,7 +27,7 @@ from tests.fixtures.vllm_generate import vllm_greedy
 LEAST = Recipe(
     samples=4,
     length=256,
-    fit=FitSettings(rounds=1, kmeans_iterations=4, cg_iterations=4),
+    fit=FitSettings(rounds=1, kmeans_iterations=4, cg_iterations=4, beam=1),
     finetune=FinetuneSettings(epochs=0),
 )
 TEXTS = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
