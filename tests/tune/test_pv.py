@@ -281,18 +281,19 @@ def test_choosing_by_gain_spends_the_budget_on_groups_that_move(problem: Problem
 
 
 def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:
-    trainer = problem.trainer(settings_with(strategy="straight-through", trust_ratio=0.01))
+    trainer = problem.trainer(settings_with(strategy="straight-through", trust_ratio=0.05))
     for _ in range(8):
         trainer.train_step()
     name, layer = next(iter(trainer.optimizer.layers.items()))
     before = layer.representation.tensors()["codes"].clone()
     decoded = layer.representation.decode()
-    target = decoded + 0.3 * decoded.std() * torch.randn(decoded.shape)
+    generator = torch.Generator().manual_seed(7)
+    target = decoded + 0.5 * decoded.std() * torch.randn(decoded.shape, generator=generator)
     updated = decoded.clone()
-    moved = layer._move_codes(updated, target, torch.Generator())
+    moved = layer._move_codes(updated, target, generator)
     assert 0 < moved < layer.groups / 2
     assert not torch.equal(before, layer.representation.tensors()["codes"]), name
-    assert (updated - decoded).norm() <= 0.01 * decoded.norm()
+    assert (updated - decoded).norm() <= 0.05 * decoded.norm()
 
 
 def test_the_latent_follows_codebooks_when_asked(problem: Problem) -> None:

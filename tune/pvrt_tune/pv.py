@@ -184,6 +184,8 @@ class PVLayer:
         else:
             allowed = len(distance)
             candidates = torch.arange(allowed, device=distance.device)
+            if self.settings.trust_ratio is not None:
+                candidates = distance.argsort(descending=True, stable=True)
         proposal = self.representation.nearest(
             new[candidates], candidates, generator, self.strategy.stochastic
         )
@@ -196,7 +198,8 @@ class PVLayer:
             kept = torch.zeros_like(kept)
             kept[order] = True
         if self.settings.trust_ratio is not None:
-            # Candidates come largest distance first: keep them until the change gets too large.
+            # Candidates come largest distance first: keep them until the change gets too large,
+            # but one at least, as published.
             bound = self.settings.trust_ratio**2 * float(parallel.total(decoded.square().sum()))
             spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
             kept &= (spent <= bound) | (spent <= change)
