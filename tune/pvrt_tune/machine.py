@@ -43,7 +43,7 @@ def map_large_tensors() -> None:
     """Have glibc map every allocation of 4 MiB and more on its own, as it does from 32 MiB on.
 
     In its heap, tensors of one stage leave holes that those of the next do not fit: fine-tuning a
-    block of a 0.3B model held twice the memory of its tensors. It costs about 3 % of CPU time.
+    block of a 0.3B model held twice the memory of its tensors.
     """
     options = getattr(ctypes.CDLL(None), "mallopt", None)
     if options is not None:

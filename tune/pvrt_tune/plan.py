@@ -2,9 +2,9 @@
 
 Everything is arithmetic on the shapes of the model's skeleton. Memory of a stage is counted in the
 tensors that are alive at its peak; the factors of layer fits and block fine-tuning were counted on
-real runs, storage by storage (a test counts again), and benchmarks/plan.py compares the result with
-the resident memory of whole runs. What is counted is memory that the run itself must have: pages of
-mapped model files come on top where there is room, and go when there is none.
+real runs, storage by storage (for layer fits a test counts again), and benchmarks/plan.py compares
+the result with the resident memory of whole runs. What is counted is memory that the run itself
+must have: pages of mapped model files come on top where there is room, and go when there is none.
 """
 
 from collections.abc import Iterator

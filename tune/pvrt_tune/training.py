@@ -1,6 +1,5 @@
 """The training loop of PV-Tuning: a student, its teacher, held-out text, and states on disk."""
 
-import hashlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pvrt_tune.distill import Head, Teacher, final_hidden, kl_loss
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.progress import Report
 from pvrt_tune.pv import OPTIMIZER_PARTS, PVOptimizer, PVSettings
+from pvrt_tune.randomness import seeded
 from pvrt_tune.representation import Representation, represent
 from pvrt_tune.runstate import RunState
 
@@ -190,7 +190,7 @@ class Trainer:
             share = len(numbers) / len(batch)
             (part * share).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
-        generator = _generator(self.seed, f"V step {self.step}")
+        generator = seeded(self.seed, f"V step {self.step}")
         outcome = self.optimizer.step(self.settings.factor(self.step, self.steps), generator)
         self.step += 1
         return {
@@ -229,7 +229,7 @@ class Trainer:
         return numbers[parallel.rank() :: parallel.world()]
 
     def _order(self, epoch: int) -> list[int]:
-        generator = _generator(self.seed, f"epoch {epoch}")
+        generator = seeded(self.seed, f"epoch {epoch}")
         order: list[int] = torch.randperm(len(self.windows), generator=generator).tolist()
         return order
 
@@ -282,12 +282,6 @@ class Trainer:
 
 def _starts(batch: list[int], settings: TrainSettings) -> range:
     return range(0, len(batch), settings.microbatch)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """Randomness that depends on seed and name only, so a resumed run repeats it."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def _recompute_activations(model: Any) -> None:

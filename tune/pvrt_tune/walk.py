@@ -4,7 +4,6 @@ One block at a time is in memory. Its dense weights come from the source when it
 quantised ones go to the run folder, and only hidden states stay.
 """
 
-import hashlib
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -30,6 +29,7 @@ from pvrt_tune.finetune import finetune_block
 from pvrt_tune.layerwise import empty_like, quantize_linear
 from pvrt_tune.machine import release_memory
 from pvrt_tune.progress import Clock, Report
+from pvrt_tune.randomness import seeded
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.runstate import Piece, RunState
 from pvrt_tune.source import Source, fill
@@ -161,12 +161,12 @@ def _quantize_block(
                 f"no calibration token reached {blocks.prefix(index)}{name}; raise --samples or "
                 "give other text with --data"
             )
-        generator = _generator(job, f"{blocks.prefix(index)}{name}")
+        generator = seeded(recipe.seed, f"{blocks.prefix(index)}{name}", job.device)
         quantised = quantize_linear(linear, moments.pop(name), recipe, generator, dtype)
         block.set_submodule(name, quantised.module)
         errors[name] = quantised.relative_error
         release_memory()
-    generator = _generator(job, f"{blocks.prefix(index)}finetune")
+    generator = seeded(recipe.seed, f"{blocks.prefix(index)}finetune", job.device)
     tuned = finetune_block(
         block, stream.hidden, stream.targets, arguments, recipe.finetune, generator
     )
@@ -176,12 +176,6 @@ def _quantize_block(
         "seconds": time.monotonic() - started,
     }
     return _rounded(block, dtype), report
-
-
-def _generator(job: TuneJob, name: str) -> torch.Generator:
-    """Randomness of one step: depends on seed and name only, so a resumed run repeats it."""
-    digest = hashlib.sha256(f"{job.recipe.seed} {name}".encode()).digest()
-    return torch.Generator(job.device).manual_seed(int.from_bytes(digest[:8]) >> 1)
 
 
 def _float_dtype(block: nn.Module) -> torch.dtype:
