@@ -47,7 +47,7 @@ EFFORTS: dict[str, Recipe] = {
     "fast": Recipe(
         samples=48,
         length=256,
-        fit=FitSettings(rounds=1, kmeans_iterations=12, beam=8),
+        fit=FitSettings(rounds=1, kmeans_iterations=12, beam=4),
         finetune=FinetuneSettings(epochs=2),
     ),
     "normal": Recipe(pv=TrainSettings()),
