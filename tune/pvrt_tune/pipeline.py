@@ -29,18 +29,19 @@ from pvrt_tune.walk import walk
 
 @dataclass(frozen=True)
 class _Run:
-    """A run whose blocks are calibrated."""
+    """A run whose blocks are calibrated; `reports` are the blocks', on the first rank."""
 
     job: TuneJob
     source: Source
     blocks: BlockList
     data: CalibrationData
     state: RunState
+    reports: list[dict[str, Any]]
 
-    def write(self, reports: list[dict[str, Any]]) -> None:
+    def write(self) -> None:
         """The checkpoint as it stands: the best state of PV-Tuning, or calibration's."""
         tuned = tuned_tensors(self.state)
-        write(self.job, self.source, self.blocks, self.data, self.state, reports, *tuned)
+        write(self.job, self.source, self.blocks, self.data, self.state, self.reports, *tuned)
 
 
 def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
@@ -77,13 +78,14 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
     fingerprint = _fingerprint(job, source, text)
     state = open_run(job.out, fingerprint, resume=job.resume, restart=job.restart)
     if state.finished:
-        return _Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), state)
+        return _Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), state, [])
     write_synced(state.folder / "config.yaml", as_yaml(job.recipe).encode())
     data = text or _sampled(job, source, state, report)
-    run = _Run(job, source, blocks, data, state)
-    reports = _walk(run, report)
+    calibrating = replace(data, tokens=data.tokens[job.recipe.calibration])
+    reports = walk(job, source, blocks, calibrating, state, report)
+    run = _Run(job, source, blocks, data, state, reports)
     if job.recipe.pv is not None and not (job.out / CONFIG_FILE).exists():
-        run.write(reports)
+        run.write()
         report(f"{job.out} can be served from here on; PV-Tuning makes it better")
     return run
 
@@ -96,19 +98,12 @@ def _follow(job: TuneJob) -> _Run:
     if data is None:
         saved = state.load("calibration")
         data = CalibrationData(saved.tensors["tokens"] if saved else torch.empty(0), "")
-    return _Run(job, source, find_blocks(source.model), data, state)
-
-
-def _walk(run: _Run, report: Report) -> list[dict[str, Any]]:
-    """Calibrate the blocks that are not finished; the reports of all."""
-    data = replace(run.data, tokens=run.data.tokens[run.job.recipe.calibration])
-    return walk(run.job, run.source, run.blocks, data, run.state, report)
+    return _Run(job, source, find_blocks(source.model), data, state, [])
 
 
 def _finish(run: _Run, report: Report, deadline: float | None) -> None:
     """PV-Tuning, if the recipe has it, and the final checkpoint."""
     job, state = run.job, run.state
-    reports = _walk(run, report)  # finished blocks are only read
     complete = True
     if job.recipe.pv is not None:
         try:
@@ -116,11 +111,11 @@ def _finish(run: _Run, report: Report, deadline: float | None) -> None:
                 job, run.source, run.blocks, run.data.tokens, state, report, deadline
             )
         except KeyboardInterrupt:
-            run.write(reports)
+            run.write()
             raise
-    parallel.first(lambda: run.write(reports))
+    parallel.first(run.write)
     if complete:
-        parallel.first(lambda: state.finish({"blocks": len(reports)}))
+        parallel.first(lambda: state.finish({"blocks": len(run.reports)}))
     else:
         report(f"the time is over: {job.out} holds the best so far, the same command goes on")
 
