@@ -18,6 +18,7 @@ from pvrt.packed import GridCheckpoint, grid_config, pack, parse_grid_config, un
 from pvrt.report import describe
 from pvrt.scheme import GridScheme
 from pvrt_server.launch import _choose
+from tests.fixtures.greedy import greedy
 from tests.fixtures.toy import decoded, random_grid, write_toy_grid
 from tests.fixtures.vllm_generate import Job, run_jobs
 
@@ -25,17 +26,6 @@ PROMPTS = [[256, 10, 20, 30], [256, 1, 2, 3, 4, 5, 6, 7, 8], [256, 99]]
 MAX_TOKENS = 16
 GRIDS = ("w2g64", "w2g64s", "w3g64", "w3g64s", "w4g64", "w4g64s")
 LAYER = "model.layers.0.self_attn.q_proj"
-
-
-def greedy(model: Any) -> list[list[int]]:
-    continuations = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(MAX_TOKENS):
-            with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        continuations.append(ids[len(prompt) :])
-    return continuations
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +93,8 @@ def test_vllm_runs_four_bits_and_no_fewer_on_a_cpu(folder: Path, dense: dict[str
     pytest.importorskip("vllm")
     jobs = [Job(str(folder / scheme)) for scheme in ("w4g64", "w4g64s", "w3g64", "w2g64s")]
     results = run_jobs(jobs, PROMPTS, max_tokens=MAX_TOKENS)
-    assert results[0] == {"tokens": greedy(dense["w4g64"])}
-    assert results[1] == {"tokens": greedy(dense["w4g64s"])}
+    assert results[0] == {"tokens": greedy(dense["w4g64"], PROMPTS, MAX_TOKENS)}
+    assert results[1] == {"tokens": greedy(dense["w4g64s"], PROMPTS, MAX_TOKENS)}
     for result in results[2:]:
         assert result["error"].startswith("ValueError: Failed to find a kernel")
 

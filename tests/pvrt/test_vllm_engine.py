@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from pvrt.checkpoint import WEIGHTS_FILE
+from tests.fixtures.greedy import greedy
 from tests.fixtures.toy import write_toy
 from tests.fixtures.vllm_generate import Job, run_jobs, vllm_greedy
 
@@ -30,17 +30,6 @@ CHECKPOINTS: dict[str, tuple[str, str, bool, bool | None]] = {
 MISSING = "model.layers.1.self_attn.k_proj.codebooks"
 
 
-def greedy(model: Any) -> list[list[int]]:
-    continuations = []
-    for prompt in PROMPTS:
-        ids = list(prompt)
-        for _ in range(MAX_TOKENS):
-            with torch.no_grad():
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        continuations.append(ids[len(prompt) :])
-    return continuations
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoints")
@@ -51,7 +40,8 @@ def dense(folder: Path) -> dict[str, list[list[int]]]:
     """Tokens of the dense models; writes the checkpoints."""
     expected = {}
     for name, (architecture, scheme, published, _) in CHECKPOINTS.items():
-        expected[name] = greedy(write_toy(folder / name, architecture, scheme, published=published))
+        model = write_toy(folder / name, architecture, scheme, published=published)
+        expected[name] = greedy(model, PROMPTS, MAX_TOKENS)
     return expected
 
 

@@ -22,6 +22,7 @@ from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.pipeline import tune
 from pvrt_tune.recipe import Recipe, TuneJob
 from pvrt_tune.source import load_source
+from tests.fixtures.greedy import assert_greedy
 from tests.fixtures.vllm_generate import vllm_greedy
 
 LEAST = Recipe(
@@ -59,16 +60,11 @@ def prompts(folder: Path) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
-def greedy_dense(folder: Path) -> list[list[int]]:
+def assert_like_transformers(folder: Path, continuations: list[list[int]]) -> None:
     model = pvrt.load(folder, dense=True, dtype=torch.float32)
-    continuations = []
-    for prompt in prompts(folder):
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
-        )
-        continuations.append(out[0, len(prompt) :].tolist())
-    return continuations
+    for prompt, continuation in zip(prompts(folder), continuations, strict=True):
+        assert len(continuation) == NEW_TOKENS
+        assert_greedy(model, prompt, continuation)
 
 
 def test_the_checkpoint_is_complete_and_about_two_bits(tuned: Path) -> None:
@@ -98,15 +94,15 @@ def test_packed_and_decoded_models_agree(tuned: Path) -> None:
 
 
 def test_the_embedded_engine_continues_like_transformers(tuned: Path) -> None:
-    expected = greedy_dense(tuned)
     params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
     with Engine.load(tuned) as engine:
-        for prompt, tokens in zip(prompts(tuned), expected, strict=True):
-            events = engine.generate(prompt, params)
-            assert [e.token_id for e in events if isinstance(e, TokenEvent)] == tokens
+        streams = [engine.generate(prompt, params) for prompt in prompts(tuned)]
+        continuations = [[e.token_id for e in s if isinstance(e, TokenEvent)] for s in streams]
+    assert_like_transformers(tuned, continuations)
 
 
 @pytest.mark.vllm
 def test_vllm_continues_like_transformers(tuned: Path) -> None:
     pytest.importorskip("vllm")
-    assert vllm_greedy(tuned, prompts(tuned), max_tokens=NEW_TOKENS) == greedy_dense(tuned)
+    continuations = vllm_greedy(tuned, prompts(tuned), max_tokens=NEW_TOKENS)
+    assert_like_transformers(tuned, continuations)
