@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/calibration_ablation.py [variant ...]
 
-SmolLM2-135M at 2x8g8, effort fast, one sampled calibration text for all variants. Every variant is
+SmolLM2-135M at 2x8g8, effort quick, one sampled calibration text for all variants. Every variant is
 the whole model; perplexity is of WikiText-2 *validation* (first windows of 2048 tokens, float32),
 so that nothing here is chosen on the test split. Results of variants not named are kept.
 """
@@ -75,7 +75,7 @@ class NoFeedback(AdditiveFit):
         """Keep the codes of the start."""
 
 
-BASE = replace(EFFORTS["fast"], scheme=SCHEME)
+BASE = replace(EFFORTS["quick"], scheme=SCHEME)
 VARIANTS: dict[str, tuple[type[AdditiveFit], Recipe]] = {
     "default": (AdditiveFit, BASE),
     "no block fine-tuning": (AdditiveFit, replace(BASE, finetune=FinetuneSettings(epochs=0))),
@@ -131,7 +131,7 @@ def main() -> None:
             "variant": name,
             "model": "SmolLM2-135M-Instruct",
             "scheme": SCHEME,
-            "effort": "fast",
+            "effort": "quick",
             "perplexity": perplexity(tuned, tokens).value,
             "text": f"WikiText-2 validation, first {WINDOWS} windows of 2048",
             "mean_layer_error": sum(errors) / len(errors),

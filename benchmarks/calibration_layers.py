@@ -7,8 +7,8 @@ Four layers of SmolLM2-135M (GGUF dequantised to bfloat16), H = mean of x x^T ov
 to float16. CPU seconds are process time of the fit alone, in one thread. Rows by `part`:
 
     efforts    2x8g8 at every effort of `pvrt tune`, beside the public reference
-    variants   2x8g8 at effort normal with one thing changed
-    schemes    all other schemes at effort normal, on one layer
+    variants   2x8g8 at effort standard with one thing changed
+    schemes    all other schemes at effort standard, on one layer
     grids      scalar grids beside plain rounding and plain GPTQ; groups of 64 and 128, because the
                GGUF's own grid has groups of 32 and would come out nearly lossless
 
@@ -76,21 +76,21 @@ def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 Problem = tuple[torch.Tensor, torch.Tensor]
-NORMAL = EFFORTS["normal"].fit
+STANDARD = EFFORTS["standard"].fit
 #: Name: how it fits, and with what settings.
 VARIANTS: dict[str, tuple[type[AdditiveFit], FitSettings]] = {
-    "beam 1": (AdditiveFit, replace(NORMAL, beam=1)),
-    "beam 4": (AdditiveFit, replace(NORMAL, beam=4)),
-    "beam 16": (AdditiveFit, replace(NORMAL, beam=16)),
-    "beam 1, 20 rounds": (AdditiveFit, replace(NORMAL, beam=1, rounds=20)),
-    "12 k-means iterations": (AdditiveFit, replace(NORMAL, kmeans_iterations=12)),
-    "8 CG iterations": (AdditiveFit, replace(NORMAL, cg_iterations=8)),
-    "no error feedback": (variants.NoFeedback, NORMAL),
-    "feedback in natural order": (variants.NaturalOrder, NORMAL),
-    "start weighted by diag(H)": (variants.PlainImportance, NORMAL),
-    "start in weight space": (variants.WeightSpaceStart, NORMAL),
-    "start in the full metric": (variants.FullMetric, NORMAL),
-    "scales from output energy": (variants.ScaleOfOutputs, NORMAL),
+    "beam 1": (AdditiveFit, replace(STANDARD, beam=1)),
+    "beam 4": (AdditiveFit, replace(STANDARD, beam=4)),
+    "beam 16": (AdditiveFit, replace(STANDARD, beam=16)),
+    "beam 1, 20 rounds": (AdditiveFit, replace(STANDARD, beam=1, rounds=20)),
+    "12 k-means iterations": (AdditiveFit, replace(STANDARD, kmeans_iterations=12)),
+    "8 CG iterations": (AdditiveFit, replace(STANDARD, cg_iterations=8)),
+    "no error feedback": (variants.NoFeedback, STANDARD),
+    "feedback in natural order": (variants.NaturalOrder, STANDARD),
+    "start weighted by diag(H)": (variants.PlainImportance, STANDARD),
+    "start in weight space": (variants.WeightSpaceStart, STANDARD),
+    "start in the full metric": (variants.FullMetric, STANDARD),
+    "scales from output energy": (variants.ScaleOfOutputs, STANDARD),
 }
 SCHEMES = ("1x8g8", "1x8g4", "3x8g8", "4x8g8", "2x12g8", "1x16g8", "1x16g16")
 GRIDS = ("w2g64", "w2g64s", "w3g64", "w3g64s", "w4g64", "w4g64s", "w4g128")
@@ -127,9 +127,9 @@ def efforts(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
 
 
 def changed(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
-    """2x8g8 at effort normal with one thing changed, and unchanged for comparison."""
+    """2x8g8 at effort standard with one thing changed, and unchanged for comparison."""
     for name, problem in sorted(cases.items(), key=lambda case: len(case[1][1])):
-        for variant, (kind, settings) in {"normal": (AdditiveFit, NORMAL), **VARIANTS}.items():
+        for variant, (kind, settings) in {"standard": (AdditiveFit, STANDARD), **VARIANTS}.items():
             row = fitted(problem, "2x8g8", kind, settings)
             yield {"layer": name, "variant": variant, **row}
 
@@ -138,7 +138,7 @@ def schemes(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
     """Other schemes on the layer with most groups of its size."""
     name = LAYERS[-1]
     for scheme in SCHEMES:
-        yield {"layer": name, **fitted(cases[name], scheme, AdditiveFit, NORMAL)}
+        yield {"layer": name, **fitted(cases[name], scheme, AdditiveFit, STANDARD)}
 
 
 def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
@@ -150,7 +150,7 @@ def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
             if not scheme.divides(*weight.shape):
                 continue
             started = time.process_time()
-            fit = fit_grid(weight, moment, scheme, NORMAL, torch.float16)
+            fit = fit_grid(weight, moment, scheme, STANDARD, torch.float16)
             seconds = time.process_time() - started
             rounded, gptq = (
                 objective.relative_error(variants.plain_grid(weight, moment, scheme, feedback))

@@ -4,7 +4,7 @@
 
 Writes results/calibration_shapes.json; rows of cases that are not named are kept. Weights and H
 are synthetic: Gaussian rows of different sizes; inputs with a decaying spectrum and log-normal
-loudness per channel. Two threads, effort normal; process time (CPU seconds of both threads) and
+loudness per channel. Two threads, effort standard; process time (CPU seconds of both threads) and
 wall time, by phase. The machine may be shared: process time is the figure.
 
 The projection counts what the algorithm does (`work`), as it is written today: products in
@@ -141,7 +141,7 @@ def project(recipe: Recipe) -> dict[str, Any]:
     epochs = tuning.epochs * (3 * (1 - tuning.held_out) + tuning.held_out)
     seconds["block fine-tuning"] = 2.0 * weights * tokens * epochs / flops
     return {
-        "projection": f"Llama-2-7B, {recipe.scheme}, effort normal, one A100-class GPU",
+        "projection": f"Llama-2-7B, {recipe.scheme}, effort standard, one A100-class GPU",
         "measured": False,
         "hours": sum(seconds.values()) / 3600,
         "hours_by_phase": {phase: value / 3600 for phase, value in seconds.items()},
@@ -170,7 +170,7 @@ def main() -> None:
             "case": case,
             "shape": [out, inputs],
             "scheme": scheme,
-            "effort": "normal",
+            "effort": "standard",
             "threads": THREADS,
             "measured": True,
             "shared_machine": True,

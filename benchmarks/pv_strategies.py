@@ -68,7 +68,7 @@ class Bench:
     def __init__(self, source: Source, scheme: str, settings: TrainSettings, folder: Path) -> None:
         self.source, self.scheme, self.settings = source, scheme, settings
         self.folder = folder / scheme
-        recipe = replace(EFFORTS["fast"], scheme=scheme, length=LENGTH, pv=settings)
+        recipe = replace(EFFORTS["quick"], scheme=scheme, length=LENGTH, pv=settings)
         self.job = TuneJob(source.name, self.folder, recipe)
         self.blocks = find_blocks(source.model)
         text = str(training_text(folder))

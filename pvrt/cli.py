@@ -51,8 +51,8 @@ EXIT_INTERRUPTED = 130
 class Effort(StrEnum):
     """Presets of `pvrt tune`."""
 
-    fast = "fast"
-    normal = "normal"
+    quick = "quick"
+    standard = "standard"
     best = "best"
 
 
@@ -120,7 +120,7 @@ def tune(
             "(name or name:split). Without it the model writes its own."
         ),
     ] = None,
-    effort: Annotated[Effort, typer.Option(help="Time against quality.")] = Effort.normal,
+    effort: Annotated[Effort, typer.Option(help="Time against quality.")] = Effort.standard,
     config: Annotated[
         Path | None,
         typer.Option(help="A YAML or JSON file with settings of the recipe, over --effort."),
@@ -220,7 +220,7 @@ def plan(
         bool,
         typer.Option("--data/--no-data", help="Whether tune will get --data, or sample its text."),
     ] = False,
-    effort: Annotated[Effort, typer.Option(help="As for tune.")] = Effort.normal,
+    effort: Annotated[Effort, typer.Option(help="As for tune.")] = Effort.standard,
     samples: Annotated[int | None, typer.Option(min=1, help="As for tune.")] = None,
     length: Annotated[int | None, typer.Option(min=8, help="As for tune.")] = None,
     device: Annotated[

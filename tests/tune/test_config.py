@@ -54,15 +54,15 @@ def test_mistakes_are_one_sentence(tmp_path: Path, text: str, sentence: str) -> 
 def test_what_is_typed_beats_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("samples: 7\nseed: 5\nscheme: 1x8g8")
-    recipe, limit = build("fast", file, Changes(scheme="w4g64", length=99), "1h5m")
+    recipe, limit = build("quick", file, Changes(scheme="w4g64", length=99), "1h5m")
     assert (recipe.scheme, recipe.samples, recipe.length, recipe.seed) == ("w4g64", 7, 99, 5)
-    assert recipe.fit == EFFORTS["fast"].fit
+    assert recipe.fit == EFFORTS["quick"].fit
     assert recipe.pv == TrainSettings()  # a time limit asks for it
     assert limit == 3900
-    assert build("normal", None, Changes(pv=False))[0].pv is None
+    assert build("standard", None, Changes(pv=False))[0].pv is None
 
 
 @pytest.mark.parametrize("limit, pv", [("soon", True), ("", True), ("40", True), ("40m", False)])
 def test_bad_limits_are_one_sentence(limit: str, pv: bool) -> None:
     with pytest.raises(RunError, match="--for"):
-        build("normal", None, Changes(pv=pv), limit)
+        build("standard", None, Changes(pv=pv), limit)

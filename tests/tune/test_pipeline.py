@@ -180,7 +180,7 @@ def test_a_damaged_block_file_is_made_again(tmp_path: Path) -> None:
 def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "gemma3_text")
     command = [sys.executable, "-m", "pvrt", "tune", str(tmp_path / "dense"), "--samples", "4"]
-    command += ["--length", "32", "--effort", "fast", "-o", str(tmp_path / "out")]
+    command += ["--length", "32", "--effort", "quick", "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

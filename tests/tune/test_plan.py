@@ -62,7 +62,7 @@ def plan_of(folder: Path, machine: Machine = ROOMY, **request: Any) -> Plan:
     return plan_run(load_skeleton(str(folder)), asked, GPU_OF_A100_CLASS, machine)
 
 
-@pytest.mark.parametrize("effort", ["fast", "normal", "best"])
+@pytest.mark.parametrize("effort", ["quick", "standard", "best"])
 def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: str) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     machine = Machine(host=24 * 10**9, device=24 * 10**9, disk=60 * 10**9)
@@ -79,7 +79,7 @@ def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: s
 def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: Path) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     machine = Machine(host=64 * 10**9, device=80 * 10**9, disk=200 * 10**9)
-    usual = EFFORTS["normal"]
+    usual = EFFORTS["standard"]
     assert usual.pv is not None
     problem = misfit(plan_of(folder, machine, recipe=usual, device="cuda"), machine)
     assert problem is not None and "--no-pv" in problem and "low_memory" in problem
@@ -100,7 +100,7 @@ def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: P
 def test_the_command_reads_config_json_alone(tmp_path: Path) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     place = ["--device-memory", "24", "--host-memory", "24"]
-    command = ["plan", str(folder), "--effort", "fast", *place]
+    command = ["plan", str(folder), "--effort", "quick", *place]
     shown = CliRunner().invoke(app, [*command, "--json"])
     assert shown.exit_code == 0, shown.output
     report = json.loads(shown.output)

@@ -44,13 +44,13 @@ class Recipe:
 
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
 EFFORTS: dict[str, Recipe] = {
-    "fast": Recipe(
+    "quick": Recipe(
         samples=48,
         length=256,
         fit=FitSettings(rounds=1, kmeans_iterations=12, beam=4),
         finetune=FinetuneSettings(epochs=2),
     ),
-    "normal": Recipe(pv=TrainSettings()),
+    "standard": Recipe(pv=TrainSettings()),
     "best": Recipe(
         samples=256,
         length=1024,
