@@ -52,10 +52,10 @@ class Ours:
 
     def prompt(self, tokens: list[int]) -> int:
         self.state = self.model.start()
-        return int(self.model.forward(self.state, tokens, 1, True).argmax())
+        return int(self.model.read(self.state, tokens, 1).argmax())
 
     def step(self, token: int) -> int:
-        return int(self.model.forward(self.state, [token], 1, True).argmax())
+        return int(self.model.step([self.state], [token], True).argmax())
 
 
 class Transformers:

@@ -107,10 +107,9 @@ static size_t tiled_at(int64_t tiles, int64_t tile, int64_t row, int64_t group, 
 
 #define AHEAD 3 /* tiles between what is looked up and what is prefetched */
 
-/* Tiles [first, last) of one token or of eight: visits every partition that has tiles there. */
-static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token) {
+/* Tiles [first, last) of one token or of up to eight: visits every partition that has tiles there. */
+static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token, int lanes) {
     const tiled_weight *w = work->tiled;
-    const int lanes = work->tokens - token >= 2 ? LANES : 1;
     const int64_t live = work->tokens - token < lanes ? work->tokens - token : lanes;
     const int whole = block_groups(w->books);
     /* Tables of 8 tokens are 8 times as large, so a block is cut into pieces. */
@@ -161,7 +160,7 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
             const int64_t n = w->rows[p] - (t - begin) * TILE < TILE
                                   ? w->rows[p] - (t - begin) * TILE : TILE;
             for (int64_t l = 0; l < live; l++) {
-                float *y = (float *)work->y + (token + l) * work->out + at;
+                float *y = (float *)work->y + (token + l) * work->stride + at;
                 for (int64_t r = 0; r < n; r++) {
                     const float sum = sums[r * lanes + l] * w->scales[at + r];
                     y[r] = finish(work, sum, at + r, y[r]);
@@ -174,7 +173,11 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
 void tiled_part(const job *work, int64_t index) {
     const int64_t chunk = index / work->splits, split = index % work->splits;
     const int64_t tiles = count_tiles(work->tiled->rows, work->tiled->parts);
-    tiles_of(work, tiles * split / work->splits, tiles * (split + 1) / work->splits, chunk * LANES);
+    const int64_t from = tiles * split / work->splits, to = tiles * (split + 1) / work->splits;
+    int64_t token = chunk * LANES;
+    /* A table for eight costs about three for one. */
+    if (work->tokens - token > 2) tiles_of(work, from, to, token, LANES);
+    else for (; token < work->tokens; token++) tiles_of(work, from, to, token, 1);
 }
 
 /* y [tokens, out] = x [tokens, in] W^T (+ bias), all fp32. Tokens go in eights: one table lookup
@@ -187,6 +190,7 @@ API void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *b
     work.parts = chunks * work.splits;
     work.in = w->groups * w->group;
     for (int64_t p = 0; p < w->parts; p++) work.out += w->rows[p];
+    work.stride = work.out;
     run(&work, threads);
 }
 
@@ -210,7 +214,7 @@ void plain_part(const job *work, int64_t index) {
             books = copy, local.dtype = F32;
         }
         for (int64_t t = 0; t < work->tokens; t++) {
-            float *y = (float *)work->y + t * work->out + from;
+            float *y = (float *)work->y + t * work->stride + from;
             kernels->direct(&local, books, work->x + t * work->in, from, count, sums);
             for (int64_t r = 0; r < count; r++)
                 y[r] = finish(work, sums[r] * w->scales[from + r], from + r, y[r]);
@@ -225,6 +229,7 @@ API void pvrt_plain_linear(const plain_weight *w, const float *x, const float *b
     work.in = w->groups * w->group;
     for (int64_t p = 0; p < w->parts; p++) work.out += w->rows[p];
     work.parts = threads < work.out ? threads : work.out;
+    work.stride = work.out;
     run(&work, threads);
 }
 
@@ -301,9 +306,9 @@ API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, in
 void matrix_part(const job *work, int64_t index) {
     const int64_t from = work->out * index / work->parts, to = work->out * (index + 1) / work->parts;
     const size_t width = work->dtype == F32 ? 4 : 2;
-    for (int64_t t = 0; t < work->tokens; t++)
-        for (int64_t i = from; i < to; i++) {
-            float *y = (float *)work->y + t * work->out + i;
+    for (int64_t i = from; i < to; i++) /* a row serves all tokens while it is near */
+        for (int64_t t = 0; t < work->tokens; t++) {
+            float *y = (float *)work->y + t * work->stride + i;
             const char *row = (const char *)work->matrix + i * work->in * width;
             *y = finish(work, kernels->dot(work->x + t * work->in, row, work->in, work->dtype), i, *y);
         }
@@ -313,7 +318,7 @@ void matrix_part(const job *work, int64_t index) {
 API void pvrt_dense_linear(const void *w, const float *x, float *y, int64_t tokens, int64_t out,
                        int64_t in, int64_t dtype, int64_t threads) {
     job work = {.part = matrix_part, .matrix = w, .x = x, .y = y, .tokens = tokens, .out = out,
-                .in = in, .dtype = dtype};
+                .stride = out, .in = in, .dtype = dtype};
     work.parts = out < 64 ? 1 : threads * 4;
     run(&work, threads);
 }

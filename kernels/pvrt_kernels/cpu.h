@@ -83,6 +83,7 @@ typedef struct job {
     const float *x, *bias;
     void *y;
     int64_t tokens, splits, in, out, dtype, accumulate;
+    int64_t stride; /* from one token's outputs to the next one's */
 } job;
 
 void tiled_part(const job *work, int64_t index);

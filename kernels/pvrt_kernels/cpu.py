@@ -94,7 +94,7 @@ def library() -> Any:
         "read_memory",
     ):
         getattr(lib, f"pvrt_{name}").restype = None
-    lib.pvrt_run_program.argtypes = [_VOID, _LONG, _LONG, _LONG, _VOID, _LONG, _LONG]
+    lib.pvrt_run_program.argtypes = [_VOID, _LONG, _VOID, _LONG, _VOID, _LONG, _LONG]
     lib.pvrt_use_threads.argtypes = [_VOID, _VOID]
     lib.pvrt_use_threads(*_torch_threads())
     wanted = os.environ.get("PVRT_CPU_ISA", "")

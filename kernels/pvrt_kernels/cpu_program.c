@@ -1,42 +1,50 @@
-/* Programs: a list of operations that turns one token into the logits of the next.
+/* Programs: a list of operations that turns one token of each sequence into logits of its next.
  *
- * The threads enter once per token, not once per layer, and meet at a barrier after every
+ * The threads enter once per step, not once per layer, and meet at a barrier after every
  * operation. What a thread computes depends on its number and nothing else, so the results do not
- * depend on timing.
+ * depend on timing. Vectors have a row per sequence; weights are read once for all of them.
  */
 #include "cpu.h"
 
 #include <math.h>
 #include <sched.h>
 
+#define MOST_ROWS 64 /* sequences of one run */
+
 enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN };
 
-/* x, y: fp32 vectors. norm: root-mean-square norm weights that x passes first (NULL: none).
- * keys, values: [kv_heads][capacity][dim]; cosine, sine: [positions][rotary].
+/* x, y: fp32 [rows][in] and [rows][stride]. norm: root-mean-square norm weights that x passes first
+ * (NULL: none). cosine, sine: [positions][rotary].
  * bytes: the weight again, rounded to int8 times bounds[row][0]; bounds[row][1] and [2]: norms of
  * the row's rounding error and of the rounded row. */
 typedef struct {
-    int64_t kind, in, out, dtype, accumulate;
+    int64_t kind, in, out, stride, dtype, accumulate;
     const float *x;
     float *y;
     const float *norm;
     const void *weight;
     const float *bias;
     double epsilon;
-    float *keys, *values;
     const float *cosine, *sine, *query_norm, *key_norm;
-    int64_t heads, kv_heads, dim, rotary, capacity, window;
+    int64_t heads, kv_heads, dim, rotary, layer, window;
     double scale;
     const int8_t *bytes;
     const float *bounds;
 } operation;
 
+/* What a run appends to one sequence: a token, at a position whose predecessors are all in its
+ * cache [layers][keys, values][kv_heads][capacity][dim]. */
+typedef struct {
+    float *cache;
+    int64_t capacity, token, position;
+} sequence;
+
 typedef struct {
     const operation *operations;
-    int64_t count, token, position, room_floats;
-    float *room; /* [threads][room_floats]: a normed input, or attention scores */
+    const sequence *sequences;
+    int64_t count, rows, room_floats;
+    float *room; /* [threads][room_floats]: normed inputs, or attention scores */
     atomic_int arrived, round, entered;
-    float least[256]; /* by thread: what the largest logit is at least */
 } program;
 
 static void barrier(program *p, int threads) {
@@ -75,10 +83,11 @@ static void rotate(float *x, const float *cosine, const float *sine, int64_t rot
 }
 
 /* A kv head and the query heads that share it: x holds all queries, then keys, then values. */
-static void attend(const operation *o, int64_t head, int64_t position, float *room) {
-    const int64_t dim = o->dim, share = o->heads / o->kv_heads;
-    float *x = (float *)o->x, *keys = o->keys + head * o->capacity * dim;
-    float *values = o->values + head * o->capacity * dim;
+static void attend(const operation *o, const sequence *s, float *x, float *y, int64_t head,
+                   float *room) {
+    const int64_t dim = o->dim, share = o->heads / o->kv_heads, position = s->position;
+    float *keys = s->cache + (2 * o->layer * o->kv_heads + head) * s->capacity * dim;
+    float *values = keys + o->kv_heads * s->capacity * dim;
     const float *cosine = o->cosine + position * o->rotary, *sine = o->sine + position * o->rotary;
     float *key = x + (o->heads + head) * dim;
     const float *value = x + (o->heads + o->kv_heads + head) * dim;
@@ -90,11 +99,11 @@ static void attend(const operation *o, int64_t head, int64_t position, float *ro
         values[position * dim + i] = value[i];
     }
     for (int64_t h = head * share; h < (head + 1) * share; h++) {
-        float *query = x + h * dim, *y = o->y + h * dim;
+        float *query = x + h * dim;
         if (o->query_norm) rms_norm(query, o->query_norm, dim, o->epsilon, query);
         rotate(query, cosine, sine, o->rotary);
         kernels->attend(query, keys + first * dim, values + first * dim, position + 1 - first, dim,
-                        (float)o->scale, room, y);
+                        (float)o->scale, room, y + h * dim);
     }
 }
 
@@ -102,12 +111,14 @@ static void barrier_of(program *p, int64_t threads) {
     if (threads > 1) barrier(p, (int)threads);
 }
 
-/* Logits of which only the largest need be right: products with int8 rows first, then exact ones
- * for every row that the rounding errors (Cauchy-Schwarz) leave a chance to be the largest. */
-static void screen(program *p, const operation *o, const float *x, int16_t *whole, int64_t thread,
-                   int64_t threads) {
-    const int64_t n = o->in, from = o->out * thread / threads, to = o->out * (thread + 1) / threads;
-    const size_t width = o->dtype == F32 ? 4 : 2;
+/* An input of a screened product in whole numbers, and what bounds its products' errors. */
+typedef struct {
+    int16_t *whole;
+    float step, norm, lost, least; /* least: what the largest logit is at least */
+    int usable;
+} screened;
+
+static screened round_input(const float *x, int64_t n, int16_t *whole) {
     double square = 0;
     float largest = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -115,24 +126,45 @@ static void screen(program *p, const operation *o, const float *x, int16_t *whol
         largest = fmaxf(largest, fabsf(x[i]));
     }
     const double room = 2147483647.0 / 127 / ((double)n / 8 + 8);
-    const float step = largest / (float)(room < 32767 ? room : 32767);
-    const float norm = (float)sqrt(square) * 1.001f; /* the slack covers rounding in fp32 */
-    const float lost = step * 0.5f * sqrtf((float)n) * 1.001f;
-    const int usable = largest > 0 && largest < INFINITY && square == square;
-    for (int64_t i = 0; i < n; i++) whole[i] = usable ? (int16_t)lrintf(x[i] / step) : 0;
-    float least = -INFINITY;
-    for (int64_t i = from; usable && i < to; i++) {
-        const float *bound = o->bounds + 3 * i;
-        o->y[i] = bound[0] * step * kernels->dot_bytes(whole, o->bytes + i * n, n);
-        least = fmaxf(least, o->y[i] - bound[1] * norm - bound[2] * lost);
-    }
-    p->least[thread] = least;
-    barrier_of(p, threads);
-    for (int64_t t = 0; t < threads; t++) least = fmaxf(least, p->least[t]);
+    screened s = {.whole = whole, .step = largest / (float)(room < 32767 ? room : 32767)};
+    s.norm = (float)sqrt(square) * 1.001f; /* the slack covers rounding in fp32 */
+    s.lost = s.step * 0.5f * sqrtf((float)n) * 1.001f;
+    s.least = -INFINITY;
+    s.usable = largest > 0 && largest < INFINITY && square == square;
+    for (int64_t i = 0; i < n; i++) whole[i] = s.usable ? (int16_t)lrintf(x[i] / s.step) : 0;
+    return s;
+}
+
+/* Logits of which only the largest need be right: products with int8 rows first, then exact ones
+ * for every row that the rounding errors (Cauchy-Schwarz) leave a chance to be the largest. */
+static void screen(program *p, const operation *o, const float *x, int64_t thread,
+                   int64_t threads) {
+    const int64_t n = o->in, from = o->out * thread / threads, to = o->out * (thread + 1) / threads;
+    const size_t width = o->dtype == F32 ? 4 : 2, after = 2 * p->rows * n; /* x and its rounding */
+    screened s[MOST_ROWS];
+    float *least = p->room + p->room_floats * thread + after;
+    for (int64_t t = 0; t < p->rows; t++)
+        s[t] = round_input(x + t * n, n, (int16_t *)(least - p->rows * n) + t * n);
     for (int64_t i = from; i < to; i++) {
         const float *bound = o->bounds + 3 * i;
-        if (!usable || o->y[i] + bound[1] * norm + bound[2] * lost >= least)
-            o->y[i] = kernels->dot(x, (const char *)o->weight + i * n * width, n, o->dtype);
+        for (int64_t t = 0; t < p->rows; t++) {
+            if (!s[t].usable) continue;
+            const float y = bound[0] * s[t].step * kernels->dot_bytes(s[t].whole, o->bytes + i * n, n);
+            o->y[t * o->stride + i] = y;
+            s[t].least = fmaxf(s[t].least, y - bound[1] * s[t].norm - bound[2] * s[t].lost);
+        }
+    }
+    for (int64_t t = 0; t < p->rows; t++) least[t] = s[t].least;
+    barrier_of(p, threads);
+    for (int64_t t = 0; t < p->rows; t++) {
+        for (int64_t other = 0; other < threads; other++)
+            s[t].least = fmaxf(s[t].least, p->room[p->room_floats * other + after + t]);
+        for (int64_t i = from; i < to; i++) {
+            const float *bound = o->bounds + 3 * i;
+            float *y = o->y + t * o->stride + i;
+            if (!s[t].usable || *y + bound[1] * s[t].norm + bound[2] * s[t].lost >= s[t].least)
+                *y = kernels->dot(x + t * n, (const char *)o->weight + i * n * width, n, o->dtype);
+        }
     }
 }
 
@@ -140,28 +172,47 @@ static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
     float *room = p->room + p->room_floats * thread;
     const int64_t from = o->out * thread / n, to = o->out * (thread + 1) / n;
     if (o->kind == EMBED) {
-        for (int64_t i = from; i < to; i++)
-            o->y[i] = load_float(o->weight, p->token * o->out + i, o->dtype) * (float)o->scale;
+        for (int64_t t = 0; t < p->rows; t++)
+            for (int64_t i = from; i < to; i++)
+                o->y[t * o->stride + i] = (float)o->scale * load_float(
+                    o->weight, p->sequences[t].token * o->out + i, o->dtype);
         return;
     }
     if (o->kind == ATTEND) {
-        for (int64_t h = thread; h < o->kv_heads; h += n) attend(o, h, p->position, room);
+        const int64_t inputs = (o->heads + 2 * o->kv_heads) * o->dim;
+        for (int64_t i = thread; i < p->rows * o->kv_heads; i += n) {
+            const int64_t t = i / o->kv_heads;
+            attend(o, p->sequences + t, (float *)o->x + t * inputs, o->y + t * o->heads * o->dim,
+                   i % o->kv_heads, room);
+        }
         return;
     }
     if (o->kind == GATE) { /* x: gates, then values, of one layer */
-        for (int64_t i = from; i < to; i++)
-            o->y[i] = o->x[i] / (1.0f + expf(-o->x[i])) * o->x[o->out + i];
+        for (int64_t t = 0; t < p->rows; t++) {
+            const float *x = o->x + 2 * t * o->out;
+            for (int64_t i = from; i < to; i++)
+                o->y[t * o->out + i] = x[i] / (1.0f + expf(-x[i])) * x[o->out + i];
+        }
         return;
     }
     const float *x = o->x;
-    if (o->norm) rms_norm(o->x, o->norm, o->in, o->epsilon, room), x = room;
+    if (o->norm) {
+        for (int64_t t = 0; t < p->rows; t++)
+            rms_norm(o->x + t * o->in, o->norm, o->in, o->epsilon, room + t * o->in);
+        x = room;
+    }
     if (o->kind == SCREEN) {
-        screen(p, o, x, (int16_t *)(room + o->in), thread, n);
+        screen(p, o, x, thread, n);
         return;
     }
-    job work = {.x = x, .y = o->y, .bias = o->bias, .tokens = 1, .in = o->in, .out = o->out,
-                .parts = n, .splits = n, .accumulate = (int)o->accumulate, .dtype = o->dtype};
-    if (o->kind == TILED) work.tiled = o->weight, tiled_part(&work, thread);
+    job work = {.x = x, .y = o->y, .bias = o->bias, .tokens = p->rows, .in = o->in, .out = o->out,
+                .stride = o->stride, .parts = n, .splits = n, .accumulate = (int)o->accumulate,
+                .dtype = o->dtype};
+    if (o->kind == TILED) {
+        work.tiled = o->weight;
+        for (int64_t eight = 0; eight * LANES < p->rows; eight++)
+            tiled_part(&work, eight * n + thread);
+    }
     else if (o->kind == PLAIN) work.plain = o->weight, plain_part(&work, thread);
     else work.matrix = o->weight, matrix_part(&work, thread);
 }
@@ -176,11 +227,12 @@ static void enter(void *data) {
     }
 }
 
-/* Run a program for a token at a position (all earlier ones are in the keys and values). room:
- * [threads][room_floats] fp32, enough for the longest normed input and for position + 1 scores. */
-API void pvrt_run_program(const operation *operations, int64_t count, int64_t token,
-                          int64_t position, float *room, int64_t room_floats, int64_t threads) {
-    program p = {.operations = operations, .count = count, .token = token, .position = position,
+/* Run a program for the next tokens of `rows` sequences, at most MOST_ROWS. room:
+ * [threads][room_floats] fp32: enough for rows * (2 * the longest normed input + 1), and for
+ * position + 1 scores of every sequence. */
+API void pvrt_run_program(const operation *operations, int64_t count, const sequence *sequences,
+                          int64_t rows, float *room, int64_t room_floats, int64_t threads) {
+    program p = {.operations = operations, .count = count, .sequences = sequences, .rows = rows,
                  .room = room, .room_floats = room_floats};
     if (parallel && team_size && threads > 1) {
         parallel(enter, &p, (unsigned)(threads < 256 ? threads : 256), 0);

@@ -1,12 +1,14 @@
-"""Programs for the CPU: one call of the C library turns a token into the next one's logits.
+"""Programs for the CPU: one call of the C library turns tokens into the next ones' logits.
 
-A program is a list of operations over fp32 vectors that the caller owns (cpu_program.c). It knows
-no models; who builds one decides what it computes. Tensors are kept alive by the program, and must
-not be resized or replaced while it lives.
+A program is a list of operations over fp32 vectors that the caller owns (cpu_program.c), with one
+row per sequence: weights are read once for all sequences of a run. It knows no models; who builds
+one decides what it computes. Tensors are kept alive by the program, and must not be resized or
+replaced while it lives.
 """
 
 import ctypes
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from pvrt_kernels.packed import PackedWeight
 
 _KINDS = {"embed": 0, "tiled": 1, "plain": 2, "dense": 3, "attend": 4, "gate": 5, "screen": 6}
 _ROUNDED_AT_ONCE = 4096  # rows
+MOST_ROWS = 64  # of one run, as in cpu_program.c
 _LONG, _VOID = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -23,18 +26,38 @@ class Operation(ctypes.Structure):
     """`operation` of cpu_program.c."""
 
     _fields_ = [
-        *((name, _LONG) for name in ("kind", "inputs", "out", "dtype", "accumulate")),
+        *((name, _LONG) for name in ("kind", "inputs", "out", "stride", "dtype", "accumulate")),
         *((name, _VOID) for name in ("x", "y", "norm", "weight", "bias")),
         ("epsilon", ctypes.c_double),
-        *((name, _VOID) for name in ("keys", "values", "cosine", "sine", "query_norm", "key_norm")),
-        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "rotary", "capacity", "window")),
+        *((name, _VOID) for name in ("cosine", "sine", "query_norm", "key_norm")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "rotary", "layer", "window")),
         ("scale", ctypes.c_double),
         *((name, _VOID) for name in ("bytes", "bounds")),
     ]
 
 
+class _Sequence(ctypes.Structure):
+    """`sequence` of cpu_program.c."""
+
+    _fields_ = [("cache", _VOID), *((name, _LONG) for name in ("capacity", "token", "position"))]
+
+
+class Step(NamedTuple):
+    """A token for one sequence, at a position whose predecessors are all in its cache.
+
+    cache [layers, 2 (keys, values), kv_heads, capacity, dim], fp32 and contiguous.
+    """
+
+    token: int
+    position: int
+    cache: Tensor
+
+
 class Program:
-    """Operations in order. Vectors are fp32 and contiguous; so are norms and biases."""
+    """Operations in order, for up to `rows` sequences at once.
+
+    Vectors x, y [rows, n] are fp32 with rows of stride 1; norms and biases [n] are contiguous.
+    """
 
     def __init__(self) -> None:
         self._operations: list[Operation] = []
@@ -42,6 +65,7 @@ class Program:
         self._arrays: list[Any] = []
         self._tails: list[Operation] = []
         self._room = torch.empty(0)
+        self._rows = 1
         self._longest = 0
         self.bytes_read = 0  # of weights, in one run with argmax_only
 
@@ -57,9 +81,9 @@ class Program:
 
     def embed(self, weight: Tensor, y: Tensor, scale: float = 1.0) -> None:
         """y = scale * row `token` of weight [vocabulary, n] (fp32, fp16 or bf16)."""
-        self._add(
-            "embed", weight=weight, y=y, out=y.numel(), dtype=cpu.TYPES[weight.dtype], scale=scale
-        )
+        self._rows = y.shape[0]
+        fields = {"out": y.shape[1], "stride": y.stride(0), "dtype": cpu.TYPES[weight.dtype]}
+        self._add("embed", weight=weight, y=y, scale=scale, **fields)
 
     def linear(
         self,
@@ -76,14 +100,15 @@ class Program:
         fields: dict[str, Any] = {
             "x": x,
             "y": y,
-            "inputs": x.numel(),
-            "out": y.numel(),
+            "inputs": x.shape[1],
+            "out": y.shape[1],
+            "stride": y.stride(0),
             "bias": bias,
             "norm": norm,
             "epsilon": epsilon,
             "accumulate": accumulate,
         }
-        self._longest = max(self._longest, x.numel())
+        self._longest = max(self._longest, x.shape[1])
         if isinstance(weight, Tensor):
             self.bytes_read += weight.nbytes
             self._add("dense", weight=weight, dtype=cpu.TYPES[weight.dtype], **fields)
@@ -107,11 +132,12 @@ class Program:
         key_norm: Tensor | None = None,
         epsilon: float = 0.0,
     ) -> None:
-        """Causal attention of the token at `position`; x [heads + 2 kv_heads, dim] is overwritten.
+        """Causal attention; x [rows, (heads + 2 kv_heads) dim] is overwritten.
 
-        Queries and keys pass the norms, are rotated, and keys and values join those of earlier
-        positions (`use_cache`). y [heads, dim].
+        Queries and keys pass the norms, are rotated (`rotate`), and keys and values join those of
+        earlier positions in the caches. y [rows, heads dim]. The first call is for layer 0.
         """
+        layer = sum(op.kind == _KINDS["attend"] for op in self._operations)
         self._add(
             "attend",
             x=x,
@@ -119,6 +145,7 @@ class Program:
             heads=heads,
             kv_heads=kv_heads,
             dim=dim,
+            layer=layer,
             scale=scale,
             query_norm=query_norm,
             key_norm=key_norm,
@@ -126,15 +153,15 @@ class Program:
         )
 
     def gate(self, x: Tensor, y: Tensor) -> None:
-        """y [n] = silu(x[:n]) * x[n:]."""
-        self._add("gate", x=x, y=y, out=y.numel())
+        """y [rows, n] = silu(x[:, :n]) * x[:, n:]."""
+        self._add("gate", x=x, y=y, out=y.shape[1])
 
     def logits(
         self, x: Tensor, y: Tensor, weight: Tensor, norm: Tensor, epsilon: float, scores: "Rounded"
     ) -> None:
-        """y [vocabulary] = weight norm(x), always last; or, if asked, what has the same argmax.
+        """y [rows, vocabulary] = weight norm(x), always last; or, if asked, what has its argmax.
 
-        Then rows are first multiplied in int8 (a half of the memory to read), and again exactly
+        Then weights are first multiplied in int8 (a half of the memory to read), and again exactly
         where rounding leaves a chance that they give the largest logit.
         """
         self.linear(x, y, weight, norm=norm, epsilon=epsilon)
@@ -146,37 +173,41 @@ class Program:
         copy.bytes, copy.bounds = scores.rows.data_ptr(), scores.bounds.data_ptr()
         self._tails = [exact, copy]
 
-    def use_cache(self, cache: Tensor, cosine: Tensor, sine: Tensor) -> None:
-        """Point all attentions, in order, at cache [layers, 2, kv_heads, capacity, dim], fp32.
+    def rotate(self, cosine: Tensor, sine: Tensor) -> None:
+        """Rotate queries and keys of all attentions by these angles [positions, rotary], fp32.
 
-        cosine and sine [capacity, rotary]. Replaces what was used before.
+        There must be a row for every position that is run. Replaces what was used before.
         """
-        attentions = [op for op in self._operations if op.kind == _KINDS["attend"]]
-        for op, layer in zip(attentions, cache, strict=True):
-            op.keys, op.values = layer[0].data_ptr(), layer[1].data_ptr()
-            op.cosine, op.sine = cosine.data_ptr(), sine.data_ptr()
-            op.rotary, op.capacity = cosine.shape[1], cache.shape[3]
-        self._cache = (cache, cosine, sine)
-        self._room = torch.empty(0)
+        for op in self._operations:
+            if op.kind == _KINDS["attend"]:
+                op.cosine, op.sine = cosine.data_ptr(), sine.data_ptr()
+                op.rotary = cosine.shape[1]
+        self._angles = (cosine, sine)
         self._arrays = []
 
-    def run(self, token: int, position: int, argmax_only: bool = False) -> None:
-        """Run everything for a token at a position whose predecessors are all in the cache.
+    def run(self, steps: Sequence[Step], argmax_only: bool = False) -> None:
+        """Run everything for the next token of each sequence; results are in the first rows of y.
 
         With argmax_only the logits are right in their largest one, and no other reaches it.
         """
-        threads = torch.get_num_threads()
+        threads, rows = torch.get_num_threads(), len(steps)
+        assert 0 < rows <= min(self._rows, MOST_ROWS)
         if not self._arrays:
             count = len(self._operations) + 1
             self._arrays = [(Operation * count)(*self._operations, tail) for tail in self._tails]
-        if self._room.numel() == 0 or self._room.shape[0] < threads:
-            floats = max(2 * self._longest, self._cache[0].shape[3])
-            self._room = torch.empty(threads, -(-floats // 16) * 16)
+        scores = max(step.position for step in steps) + 1
+        floats = -(-max(rows * (2 * self._longest + 1), scores) // 16) * 16
+        if self._room.numel() == 0 or self._room.shape[0] < threads or self._room.shape[1] < floats:
+            # Doubled, because it grows with every position.
+            self._room = torch.empty(threads, max(floats, 2 * scores))
+        sequences = (_Sequence * rows)(
+            *(_Sequence(s.cache.data_ptr(), s.cache.shape[3], s.token, s.position) for s in steps)
+        )
         cpu.library().pvrt_run_program(
             self._arrays[argmax_only],
             len(self._operations) + 1,
-            token,
-            position,
+            sequences,
+            rows,
             self._room.data_ptr(),
             self._room.shape[1],
             threads,

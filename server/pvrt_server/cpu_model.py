@@ -1,12 +1,14 @@
-"""Llama-like models on the CPU: prompts through transformers, tokens through one call of C each.
+"""Llama-like models on the CPU: prompts through transformers, each step through one call of C.
 
 A token of a small model takes milliseconds, of which transformers' Python alone would take most.
-So decoding is a program of the C library (`pvrt_kernels.program`), over the same packed weights and
-the same cache. Everything is computed in float32; embeddings and lm_head are kept in the 16 bits
-that the checkpoint has them in, which halves what a token reads and changes no result.
+So decoding, of one sequence or of many at once, is a program of the C library
+(`pvrt_kernels.program`), over the same packed weights and the same caches. Everything is computed
+in float32; embeddings and lm_head are kept in the 16 bits that the checkpoint has them in, which
+halves what a token reads and changes no result.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,22 +19,22 @@ from transformers.cache_utils import Cache, DynamicLayer
 from pvrt.linear import AQLMLinear
 from pvrt_kernels import cpu
 from pvrt_kernels.packed import PackedWeight
-from pvrt_kernels.program import Program, Rounded
+from pvrt_kernels.program import MOST_ROWS, Program, Rounded, Step
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others depend on the length so far
-_FIRST_CAPACITY = 1024
+_FIRST_CAPACITY = 256
 _FEW_ROWS = 4
 _HEAD_ROWS = 8192  # of lm_head, widened at a time where many tokens need logits
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
-    """Keys and values of one layer, written into a part of the model's buffer."""
+    """Keys and values of one layer, written into a part of a sequence's buffer."""
 
-    def __init__(self, buffer: Tensor) -> None:
+    def __init__(self, buffer: Tensor, length: int) -> None:
         super().__init__()
-        self.buffer = buffer  # [2, 1, kv_heads, capacity, dim]
-        self.length = 0
+        self.buffer = buffer.unsqueeze(1)  # [2, 1, kv_heads, capacity, dim]
+        self.length = length
         self.is_initialized = True
 
     def update(
@@ -49,53 +51,97 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
         return self.length
 
 
-class CpuModel:
-    """A Llama-like model with packed weights. One sequence at a time: all share one cache."""
+@dataclass
+class _State:
+    """One sequence: its first `length` tokens are in cache [layers, 2, kv_heads, capacity, dim]."""
 
-    def __init__(self, model: Any) -> None:
+    cache: Tensor
+    length: int = 0
+
+
+class CpuModel:
+    """A Llama-like model with packed weights, decoding up to `rows` sequences at once."""
+
+    def __init__(self, model: Any, rows: int = 1) -> None:
         self.model = model
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.generation_config = model.generation_config
+        self.most_rows = min(rows, MOST_ROWS)
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         self._kv_heads, self._dim = config.num_key_value_heads, attention.head_dim
         self._limit = config.max_position_embeddings
+        layers = config.num_hidden_layers
+        self.cache_bytes_per_token = layers * 2 * self._kv_heads * self._dim * 4
         tied = model.lm_head.weight is decoder.embed_tokens.weight
         self._embedding = _narrow(decoder.embed_tokens)
         if tied:
             model.lm_head.weight = decoder.embed_tokens.weight
         self._head = self._embedding if tied else _narrow(model.lm_head)
-        self._logits = torch.empty(self._head.shape[0])
+        self._logits = torch.empty(self.most_rows, self._head.shape[0])
         self._program = self._build()
         self.bytes_per_token = self._program.bytes_read
-        self._cache = torch.empty(0)
-        self._grow(min(_FIRST_CAPACITY, self._limit))
+        self._positions = 0  # that queries and keys can be rotated to
 
-    def start(self) -> Any:
+    def start(self) -> _State:
         """See LanguageModel."""
-        return Cache(layers=[_Layer(layer.unsqueeze(1)) for layer in self._cache])
+        return _State(self._room_for(_FIRST_CAPACITY))
 
-    def forward(
-        self, state: Any, tokens: Sequence[int], keep: int, argmax_only: bool = False
-    ) -> Tensor:
+    def read(self, state: _State, tokens: Sequence[int], keep: int) -> Tensor:
         """See LanguageModel."""
-        past = state.layers[0].length
-        if past + len(tokens) > self._cache.shape[3]:
-            self._grow(min(max(past + len(tokens), 2 * self._cache.shape[3]), self._limit))
-            for layer, buffer in zip(state.layers, self._cache, strict=True):
-                layer.buffer = buffer.unsqueeze(1)
         if len(tokens) == 1:
-            self._program.run(tokens[0], past, argmax_only)
-            for layer in state.layers:
-                layer.length = past + 1
-            return self._logits.unsqueeze(0)
+            return self.step([state], tokens)[:keep]
+        self._extend(state, len(tokens))
+        cache = Cache(layers=[_Layer(layer, state.length) for layer in state.cache])
         output = self.model.model(
             inputs_embeds=self._embedding[torch.tensor([tokens])].float(),
-            past_key_values=state,
+            past_key_values=cache,
             use_cache=True,
         )
-        return self._score(output.last_hidden_state[0, -keep:])
+        state.length += len(tokens)
+        return self._score(output.last_hidden_state[0, len(tokens) - keep :])
+
+    def step(
+        self, states: Sequence[_State], tokens: Sequence[int], argmax_only: bool = False
+    ) -> Tensor:
+        """See LanguageModel."""
+        for state in states:
+            self._extend(state, 1)
+        steps = [
+            Step(token, state.length, state.cache)
+            for state, token in zip(states, tokens, strict=True)
+        ]
+        self._program.run(steps, argmax_only)
+        for state in states:
+            state.length += 1
+        return self._logits[: len(steps)]
+
+    def copy(self, state: _State, length: int) -> _State:
+        """See LanguageModel."""
+        cache = self._room_for(length)
+        cache[:, :, :, :length] = state.cache[:, :, :, :length]
+        return _State(cache, length)
+
+    def _room_for(self, tokens: int) -> Tensor:
+        capacity = _FIRST_CAPACITY
+        while capacity < tokens:
+            capacity *= 2
+        layers = self.model.config.num_hidden_layers
+        # Of large buffers the kernel gives memory to those parts only that are written.
+        return torch.empty(layers, 2, self._kv_heads, min(capacity, self._limit), self._dim)
+
+    def _extend(self, state: _State, tokens: int) -> None:
+        end = state.length + tokens
+        if end > state.cache.shape[3]:
+            cache = self._room_for(end)
+            cache[:, :, :, : state.length] = state.cache[:, :, :, : state.length]
+            state.cache = cache
+        if end > self._positions:
+            self._positions = min(max(end, 2 * self._positions, _FIRST_CAPACITY), self._limit)
+            positions = torch.arange(self._positions).unsqueeze(0)
+            cosine, sine = self.model.model.rotary_emb(self._logits, positions)
+            self._program.rotate(cosine[0].contiguous(), sine[0].contiguous())
 
     def _score(self, hidden: Tensor) -> Tensor:
         if hidden.shape[0] <= _FEW_ROWS:
@@ -103,25 +149,16 @@ class CpuModel:
         parts = [F.linear(hidden, rows.float()) for rows in torch.split(self._head, _HEAD_ROWS)]
         return torch.cat(parts, -1)
 
-    def _grow(self, capacity: int) -> None:
-        layers = self.model.config.num_hidden_layers
-        cache = torch.empty(layers, 2, self._kv_heads, capacity, self._dim)
-        if self._cache.numel():
-            cache[:, :, :, : self._cache.shape[3]] = self._cache
-        self._cache = cache
-        positions = torch.arange(capacity).unsqueeze(0)
-        cosine, sine = self.model.model.rotary_emb(cache, positions)
-        self._program.use_cache(cache, cosine[0].contiguous(), sine[0].contiguous())
-
     def _build(self) -> Program:
         model, config = self.model.model, self.model.config
         program, epsilon = Program(), config.rms_norm_eps
         heads, kv_heads, dim = config.num_attention_heads, self._kv_heads, self._dim
-        hidden = torch.empty(config.hidden_size)
-        qkv = torch.empty((heads + 2 * kv_heads) * dim)
-        attended = torch.empty(heads * dim)
-        gates = torch.empty(2 * config.intermediate_size)
-        product = torch.empty(config.intermediate_size)
+        rows = self.most_rows
+        hidden = torch.empty(rows, config.hidden_size)
+        qkv = torch.empty(rows, (heads + 2 * kv_heads) * dim)
+        attended = torch.empty(rows, heads * dim)
+        gates = torch.empty(rows, 2 * config.intermediate_size)
+        product = torch.empty(rows, config.intermediate_size)
         program.embed(self._embedding, hidden)
         for layer in model.layers:
             attention, mlp = layer.self_attn, layer.mlp
@@ -212,5 +249,5 @@ def _linears(
         else:
             weight, rows = layer.weight.detach(), layer.out_features
         bias = None if layer.bias is None else layer.bias.detach().float()
-        program.linear(x, y[at : at + rows], weight, bias, **options)
+        program.linear(x, y[:, at : at + rows], weight, bias, **options)
         at += rows

@@ -1,4 +1,4 @@
-"""The embedded engine: one model, one worker thread, requests in the order of their arrival.
+"""The embedded engine: one model, one worker thread, many requests at once (`scheduler`).
 
     engine = Engine.load(Path("checkpoint"))
     for event in engine.generate(engine.codec.encode("Hello"), SamplingParams(max_tokens=16)):
@@ -11,82 +11,51 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from pvrt_server.errors import (
-    BusyError,
-    EngineStoppedError,
-    GenerationError,
-    RequestError,
-)
+from pvrt_server.errors import BusyError, EngineStoppedError, RequestError
+from pvrt_server.grammar import GrammarCompiler
 from pvrt_server.loading import EngineOptions, load_runtime, sampling_defaults
+from pvrt_server.metrics import Metrics
 from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import (
-    GenerationRequest,
-    PromptEvent,
-    Runtime,
-    TokenEvent,
-    decode,
-)
+from pvrt_server.scheduler import Event, FailureEvent, Job, Scheduler
+from pvrt_server.sequence import GenerationRequest, PromptEvent, Runtime, TokenEvent
 from pvrt_server.text import TextCodec
 
+__all__ = ["Engine", "Event", "FailureEvent", "Job"]
 _log = logging.getLogger("pvrt_server")
 _SHUTTING_DOWN = "the server is shutting down"
-
-
-@dataclass(frozen=True)
-class FailureEvent:
-    """A job ended early; no more events follow. `error` says why."""
-
-    error: GenerationError | EngineStoppedError
-
-
-Event = PromptEvent | TokenEvent | FailureEvent
-
-
-class Job:
-    """Requests that were submitted together, and the callback that gets their events."""
-
-    def __init__(
-        self,
-        requests: Sequence[GenerationRequest],
-        on_event: Callable[[Event], None],
-        on_cancel: Callable[["Job"], None],
-    ) -> None:
-        self.requests = tuple(requests)
-        self.on_event = on_event
-        self.cancelled = False
-        self._on_cancel = on_cancel
-
-    def cancel(self) -> None:
-        """Stop before the next token; harmless when finished. No event tells of it."""
-        self.cancelled = True
-        self._on_cancel(self)
+#: Prompts times n of one request.
+MAX_SEQUENCES = 2048
 
 
 class Engine:
-    """Runs jobs one after another on a worker thread. Close it, or use it in a with statement."""
+    """Runs jobs on a worker thread. Close it, or use it in a with statement.
+
+    on_broken is called once, from that thread, should the engine break for good.
+    """
 
     def __init__(
         self, runtime: Runtime, defaults: SamplingParams, *, folder: Path, queue_size: int
     ) -> None:
         self.folder = folder
         self.defaults = defaults
+        self.metrics = Metrics()
+        self.grammars = GrammarCompiler(
+            runtime.codec.tokenizer, runtime.vocabulary, runtime.eos_ids
+        )
+        self.on_broken: Callable[[], None] = lambda: None
         self._runtime = runtime
         self._queue_size = queue_size
-        self._waiting: deque[Job] = deque()
+        self._scheduler = Scheduler(runtime, self.metrics)
         self._changed = threading.Condition()
-        self._running_job: Job | None = None
         self._stopped: str | None = None
         self._broken: str | None = None
         self._deadline = math.inf
-        self._job_seconds = 1.0
         self._worker = threading.Thread(target=self._work, name="pvrt-engine", daemon=True)
         self._worker.start()
 
@@ -129,6 +98,16 @@ class Engine:
         return self._runtime.model.bytes_per_token
 
     @property
+    def running(self) -> int:
+        """How many sequences run."""
+        return self._scheduler.running
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for their turn."""
+        return self._scheduler.waiting
+
+    @property
     def failure(self) -> str | None:
         """Why the engine is broken, None while it is well."""
         return self._broken
@@ -165,20 +144,24 @@ class Engine:
         request that cannot run, BusyError when the queue is full, EngineStoppedError when the
         engine takes no more.
         """
+        if len(requests) > MAX_SEQUENCES:
+            raise RequestError(
+                f"{len(requests)} answers were asked for at once; the most is {MAX_SEQUENCES}", "n"
+            )
         for request in requests:
             self.check(request)
-        job = Job(requests, on_event, self._forget)
+        job = Job(self._runtime, requests, on_event, self._scheduler.discard)
         with self._changed:
             if self._stopped is not None:
                 raise EngineStoppedError(self._stopped)
-            if len(self._waiting) >= self._queue_size:
-                seconds = max(1, math.ceil(self._job_seconds))
+            if self._scheduler.waiting >= self._queue_size:
+                seconds = max(1, math.ceil(self._scheduler.seconds_to_start))
                 raise BusyError(
                     f"{self._queue_size} requests are waiting already; try again in "
                     f"{seconds} seconds",
                     seconds,
                 )
-            self._waiting.append(job)
+            self._scheduler.add(job)
             self._changed.notify_all()
         return job
 
@@ -218,74 +201,26 @@ class Engine:
             self._changed.notify_all()
         self._worker.join()
 
-    def _forget(self, job: Job) -> None:
-        with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
-
     def _work(self) -> None:
         with torch.inference_mode():
-            while (job := self._next()) is not None:
-                started = time.monotonic()
-                try:
-                    self._run(job)
-                except Exception as error:
-                    self._fail(job, error)
-                self._running_job = None
-                if not job.cancelled:
-                    seconds = time.monotonic() - started
-                    self._job_seconds += 0.2 * (seconds - self._job_seconds)
+            try:
+                while self._has_work():
+                    self._scheduler.step()
+            except BaseException as error:
+                _log.exception("the engine is broken and takes no more requests")
+                self._broken = f"the engine is broken: {type(error).__name__}: {error}"
+                self._stopped = self._broken
         with self._changed:
-            left = list(self._waiting)
-            self._waiting.clear()
-        for job in left:
-            _emit(job, FailureEvent(EngineStoppedError(self._stopped or _SHUTTING_DOWN)))
+            self._scheduler.fail_all(EngineStoppedError(self._stopped or _SHUTTING_DOWN))
+        if self._broken is not None:
+            self.on_broken()
 
-    def _next(self) -> Job | None:
+    def _has_work(self) -> bool:
+        """Wait for work; False once there will be none."""
         with self._changed:
-            while not self._waiting or self._broken:
+            while self._scheduler.idle:
                 if self._stopped is not None:
-                    return None
+                    return False
                 # Bounded, because stop() may be called where nothing can be notified.
                 self._changed.wait(0.5)
-            if time.monotonic() > self._deadline:
-                return None
-            self._running_job = self._waiting.popleft()
-            return self._running_job
-
-    def _run(self, job: Job) -> None:
-        for index, request in enumerate(job.requests):
-            for event in decode(self._runtime, index, request):
-                if job.cancelled:
-                    return
-                if time.monotonic() > self._deadline:
-                    _emit(job, FailureEvent(EngineStoppedError(_SHUTTING_DOWN)))
-                    return
-                if event is not None:
-                    _emit(job, event)
-
-    def _fail(self, job: Job, error: Exception) -> None:
-        """Tell a job that it broke. What is not known to be harmless breaks the engine as well."""
-        if _is_passing(error):
-            _log.error("a generation failed: %s", error)
-            _emit(job, FailureEvent(GenerationError(f"the generation failed: {error}")))
-            return
-        _log.exception("the engine is broken and takes no more requests")
-        self._broken = f"the engine is broken: {type(error).__name__}: {error}"
-        self._stopped = self._broken
-        _emit(job, FailureEvent(EngineStoppedError(self._broken)))
-
-
-def _emit(job: Job, event: Event) -> None:
-    try:
-        job.on_event(event)
-    except Exception:
-        _log.exception("nobody takes the events of a job any more")
-        job.cancelled = True
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether the next generation can be expected to work after this error."""
-    if isinstance(error, (MemoryError, FloatingPointError, torch.OutOfMemoryError)):
-        return True
-    return "can't allocate memory" in str(error)  # torch has no type of its own for this on CPU
+        return time.monotonic() < self._deadline

@@ -11,6 +11,7 @@ import pvrt
 from pvrt.checkpoint import is_aqlm, parse_quantization_config, read_config, weight_files
 from pvrt.errors import ServeError
 from pvrt.linear import pack_model
+from pvrt.memory import free_host_bytes
 from pvrt.scheme import Scheme
 from pvrt_kernels import has_fast_kernel
 from pvrt_server import cpu_model
@@ -36,20 +37,23 @@ class EngineOptions:
 
     dtype auto is the checkpoint's own on a GPU and float32 on CPU, the only type that Llama-like
     models decode in without transformers (`cpu_model`). max_model_len
-    (tokens of prompt and answer) None is what the model was made for. queue_size bounds the
-    requests that wait; longer prompts than prefill_chunk tokens are read in pieces, which bounds
-    memory and lets them be cancelled.
+    (tokens of prompt and answer) None is what the model was made for, or what fits. queue_size
+    bounds the requests that wait, max_sequences those that run at once. Longer prompts than
+    prefill_chunk tokens are read in pieces, which bounds memory and lets others go on meanwhile.
+    cache_bytes is for the keys and values of all sequences; None takes half of the free memory.
     """
 
     dtype: str = "auto"
     max_model_len: int | None = None
-    queue_size: int = 64
+    queue_size: int = 256
     prefill_chunk: int = 512
+    max_sequences: int = 16
+    cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ServeError(f"dtype is {self.dtype!r}; choose auto, {', '.join(DTYPES)}")
-        for name in ("max_model_len", "queue_size", "prefill_chunk"):
+        for name in ("max_model_len", "queue_size", "prefill_chunk", "max_sequences"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ServeError(f"{name} is {value}; it must be at least 1")
@@ -76,9 +80,9 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
         pack_model(model, model.dtype)
     language_model: LanguageModel
     if scheme is not None and cpu_model.runs(model):
-        language_model = cpu_model.CpuModel(model)
+        language_model = cpu_model.CpuModel(model, options.max_sequences)
     else:
-        language_model = TransformersModel(model)
+        language_model = TransformersModel(model, options.max_sequences)
     size = weight_bytes(model)
     if dense:
         stored = sum(file.stat().st_size for file in weight_files(folder))
@@ -89,6 +93,9 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
             size / 1e6,
             stored / 1e6,
         )
+    cache_tokens = _cache_tokens(language_model, options)
+    if cache_tokens < max_model_len:
+        max_model_len = _shorten(max_model_len, cache_tokens, language_model, options)
     runtime = Runtime(
         model=language_model,
         codec=codec,
@@ -96,17 +103,45 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
         vocabulary=model.config.get_text_config().vocab_size,
         max_model_len=max_model_len,
         prefill_chunk=options.prefill_chunk,
+        max_sequences=min(options.max_sequences, language_model.most_rows),
+        cache_tokens=cache_tokens,
     )
     _log.info(
-        "loaded %s: %s, %s on %s, %.0f MB, context %d tokens",
+        "loaded %s: %s, %s on %s, %.0f MB, context %d tokens, cache %d tokens of %.0f KB",
         folder,
         scheme or "dense",
         str(language_model.dtype).removeprefix("torch."),
         device.type,
         size / 1e6,
         runtime.max_model_len,
+        runtime.cache_tokens,
+        language_model.cache_bytes_per_token / 1e3,
     )
     return runtime
+
+
+def _cache_tokens(model: LanguageModel, options: EngineOptions) -> int:
+    """How many tokens' keys and values may be kept."""
+    if options.cache_bytes is not None:
+        free = options.cache_bytes
+    elif model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0] // 2
+    else:
+        free = free_host_bytes() // 2
+    return free // max(1, model.cache_bytes_per_token)
+
+
+def _shorten(length: int, fits: int, model: LanguageModel, options: EngineOptions) -> int:
+    """The context length where the cache is too small for `length`; ServeError if it was asked."""
+    megabytes = fits * model.cache_bytes_per_token / 1e6
+    if options.max_model_len is not None or fits < 1:
+        raise ServeError(
+            f"a context of {length} tokens needs {length * model.cache_bytes_per_token / 1e6:.0f} "
+            f"MB of cache, and there are {megabytes:.0f}; give --max-model-len {max(fits, 1)} or "
+            "less, or free some memory"
+        )
+    _log.warning("the context is cut from %d to %d tokens: %.0f MB", length, fits, megabytes)
+    return fits
 
 
 def sampling_defaults(model: LanguageModel) -> SamplingParams:

@@ -1,7 +1,7 @@
 """From logits to the next token of one sequence.
 
-The order is the one that vLLM uses: logit bias, penalties, temperature, min-p, top-k, top-p.
-Reported log-probabilities are the model's own, before any of these.
+The order is the one that vLLM uses: grammar, logit bias, penalties, temperature, min-p, top-k,
+top-p. Reported log-probabilities are the model's own, before any of these.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvrt_server.errors import RequestError
+from pvrt_server.grammar import Grammar
 
 MAX_LOGPROBS = 20
 # JSON has no infinity; this is what OpenAI and vLLM send in its place.
@@ -115,8 +116,10 @@ class Sampler:
         prompt_ids: Sequence[int],
         vocabulary: int,
         device: torch.device,
+        grammar: Grammar | None = None,
     ) -> None:
         self._params = params
+        self._grammar = grammar
         self._generator = torch.Generator(device)
         if params.seed is None:
             self._generator.seed()
@@ -140,6 +143,8 @@ class Sampler:
 
         Raises FloatingPointError when the model computed no finite logits.
         """
+        if self._grammar is not None:
+            logits = logits.masked_fill(self._grammar.forbidden(logits.device), -math.inf)
         if self._bias is not None:
             logits = logits.index_add(0, *self._bias)
         if self._counts is not None:
@@ -156,6 +161,8 @@ class Sampler:
             token = self._draw((logits - highest) / self._params.temperature)
         if self._counts is not None:
             self._counts[token] += 1
+        if self._grammar is not None:
+            self._grammar.accept(token)
         return token
 
     def _penalised(self, logits: Tensor, counts: Tensor) -> Tensor:

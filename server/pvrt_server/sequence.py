@@ -1,12 +1,15 @@
-"""One sequence from prompt to finish: prefill, then a token at a time, as a stream of events."""
+"""One sequence from prompt to finish: what it has read, what it writes next, and its events."""
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pvrt_server.grammar import Grammar
 from pvrt_server.models import LanguageModel
 from pvrt_server.sampling import Sampler, SamplingParams, TokenLogprob, score
 from pvrt_server.text import StopFilter, TextCodec
@@ -16,10 +19,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt (token ids) and how to continue it."""
+    """One prompt (token ids) and how to continue it.
+
+    grammar makes a fresh grammar that the answer must follow.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    grammar: Callable[[], Grammar] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,13 @@ class PromptEvent:
 
     logprobs has one entry per prompt token (None for the first, which nothing predicts) when
     prompt_logprobs was asked for, otherwise none. finish_reason is set when max_tokens is 0.
+    cached counts the tokens that were known from an earlier sequence.
     """
 
     index: int
     logprobs: tuple[TokenLogprob | None, ...]
     finish_reason: FinishReason | None
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,11 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What all sequences of an engine share. Lengths count tokens."""
+    """What all sequences of an engine share. Lengths count tokens.
+
+    cache_tokens bounds what all sequences, finished ones that may be used again included, keep in
+    the model's cache; it is at least max_model_len.
+    """
 
     model: LanguageModel
     codec: TextCodec
@@ -62,72 +75,149 @@ class Runtime:
     vocabulary: int
     max_model_len: int
     prefill_chunk: int
+    max_sequences: int
+    cache_tokens: int
 
 
-def decode(
-    runtime: Runtime, index: int, request: GenerationRequest
-) -> Iterator[PromptEvent | TokenEvent | None]:
-    """Run one sequence. None is yielded between pieces of a long prompt: a point to give up at.
+class Times:
+    """When things happened to a sequence, in seconds after its arrival."""
 
-    The caller holds torch.inference_mode for the whole iteration.
+    def __init__(self) -> None:
+        self._arrived = time.monotonic()
+        self._last = math.nan
+        self.queued = math.nan
+        self.to_first = math.nan
+
+    @property
+    def whole(self) -> float:
+        """Until now."""
+        return time.monotonic() - self._arrived
+
+    def admit(self) -> bool:
+        """The sequence runs; whether for the first time."""
+        first = math.isnan(self.queued)
+        if first:
+            self.queued = self.whole
+        return first
+
+    def token(self) -> float | None:
+        """There is a token: seconds since the one before, None for the first."""
+        now, last = self.whole, self._last
+        self._last = now
+        if math.isnan(last):
+            self.to_first = now
+            return None
+        return now - last
+
+
+class Sequence:
+    """A request under way. The caller holds torch.inference_mode.
+
+    Its state, once it has one, holds the first of its tokens; all others are pending. Exactly one
+    is pending while it decodes. Losing the state costs time and nothing else.
     """
-    state = runtime.model.start()
-    params, prompt = request.params, request.prompt_ids
-    scores: list[TokenLogprob | None] = []
-    if params.prompt_logprobs is not None:
-        scores.append(None)
-    logits = torch.empty(0)
-    for start in range(0, len(prompt), runtime.prefill_chunk):
-        if start:
-            yield None
-        chunk = prompt[start : start + runtime.prefill_chunk]
-        targets = prompt[start + 1 : start + 1 + len(chunk)]
-        keep = 1 if params.prompt_logprobs is None else len(chunk)
-        rows = runtime.model.forward(state, chunk, keep)
-        if params.prompt_logprobs is not None and targets:
+
+    def __init__(self, runtime: Runtime, index: int, request: GenerationRequest) -> None:
+        self.index = index
+        self.request = request
+        self.tokens = list(request.prompt_ids)  # prompt, then answer
+        self.state: Any | None = None
+        self.finish_reason: FinishReason | None = None
+        self.prompt_read = False
+        self.cached = 0
+        self.times = Times()
+        self._runtime = runtime
+        self._scores: list[TokenLogprob | None] = []
+        self._limit = runtime.max_model_len
+        if request.params.max_tokens is not None:
+            self._limit = min(self._limit, len(self.tokens) + request.params.max_tokens)
+        self._eos_ids = frozenset() if request.params.ignore_eos else runtime.eos_ids
+
+    @property
+    def pending(self) -> int:
+        """How many tokens the model has not read."""
+        return len(self.tokens) - (0 if self.state is None else self.state.length)
+
+    @property
+    def generated(self) -> int:
+        """How many tokens were generated."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the sequence waits for its next token, and for nothing else."""
+        return self.prompt_read and self.pending == 1
+
+    @property
+    def argmax_only(self) -> bool:
+        """Whether nothing but the largest logit is ever asked for."""
+        return self.request.grammar is None and self.request.params.argmax_only
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the model's logits for the prompt are asked for."""
+        return self.request.params.prompt_logprobs is not None and not self.prompt_read
+
+    def read(self, count: int) -> list[PromptEvent | TokenEvent]:
+        """Read at most `count` pending tokens; events once there are none left."""
+        if self.state is None:
+            self.state = self._runtime.model.start()
+        start = self.state.length
+        chunk = self.tokens[start : start + count]
+        keep = len(chunk) if self.scores_prompt else 1
+        rows = self._runtime.model.read(self.state, chunk, keep)
+        if self.scores_prompt:
+            self._score_prompt(rows, start)
+        return [] if self.pending else self.advance(rows[-1])
+
+    def _score_prompt(self, rows: Tensor, start: int) -> None:
+        if start == 0:
+            self._scores = [None]
+        targets = self.tokens[start + 1 : start + 1 + len(rows)]
+        if targets:
             ids = torch.tensor(targets, device=rows.device)
-            scores += score(rows[: len(targets)], ids, params.prompt_logprobs)
-        logits = rows[-1]
-    limit = runtime.max_model_len - len(prompt)
-    if params.max_tokens is not None:
-        limit = min(limit, params.max_tokens)
-    yield PromptEvent(index, tuple(scores), "length" if limit == 0 else None)
-    if limit:
-        yield from _generate(runtime, index, request, state, logits, limit)
+            alternatives = self.request.params.prompt_logprobs or 0
+            self._scores += score(rows[: len(targets)], ids, alternatives)
 
+    def advance(self, logits: Tensor) -> list[PromptEvent | TokenEvent]:
+        """What follows from the logits [V] after the last token: one more token, usually."""
+        events: list[PromptEvent | TokenEvent] = []
+        if not self.prompt_read:
+            self.prompt_read = True
+            if self._limit == len(self.tokens):
+                self.finish_reason = "length"
+            prompt_scores = tuple(self._scores)
+            events.append(PromptEvent(self.index, prompt_scores, self.finish_reason, self.cached))
+            if self.finish_reason is not None:
+                return events
+            self._prepare(logits.device)
+        return [*events, self._next_token(logits)]
 
-def _generate(
-    runtime: Runtime,
-    index: int,
-    request: GenerationRequest,
-    state: Any,
-    logits: Tensor,
-    limit: int,
-) -> Iterator[TokenEvent]:
-    params = request.params
-    sampler = Sampler(params, request.prompt_ids, runtime.vocabulary, logits.device)
-    stream = runtime.codec.stream(request.prompt_ids)
-    stops = StopFilter(params.stop)
-    eos_ids = frozenset() if params.ignore_eos else runtime.eos_ids
-    for number in range(1, limit + 1):
-        token = sampler.choose(logits)
+    def _prepare(self, device: torch.device) -> None:
+        params, prompt = self.request.params, self.request.prompt_ids
+        self._grammar = None if self.request.grammar is None else self.request.grammar()
+        self._sampler = Sampler(params, prompt, self._runtime.vocabulary, device, self._grammar)
+        self._stream = self._runtime.codec.stream(prompt)
+        self._stops = StopFilter(params.stop)
+
+    def _next_token(self, logits: Tensor) -> TokenEvent:
+        params = self.request.params
+        token = self._sampler.choose(logits)
         logprob = None
         if params.logprobs is not None:
             ids = torch.tensor([token], device=logits.device)
             logprob = score(logits[None], ids, params.logprobs)[0]
-        offset, text = stream.length, ""
-        reason: FinishReason | None = None
-        if token in eos_ids:
-            reason = "stop"
+        self.tokens.append(token)
+        offset, text = self._stream.length, ""
+        done = self._grammar is not None and self._grammar.done
+        if token in self._eos_ids or (done and token in self._runtime.eos_ids):
+            self.finish_reason = "stop"
         else:
-            text, stopped = stops.push(stream.push(token))
-            if stopped:
-                reason = "stop"
-            elif number == limit:
-                reason = "length"
-        if reason is not None:
-            text += stops.flush()
-        yield TokenEvent(index, token, text, offset, logprob, reason)
-        if reason is not None:
-            return
-        logits = runtime.model.forward(state, (token,), 1, params.argmax_only)[-1]
+            text, stopped = self._stops.push(self._stream.push(token))
+            if stopped or done:
+                self.finish_reason = "stop"
+            elif len(self.tokens) == self._limit:
+                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            text += self._stops.flush()
+        return TokenEvent(self.index, token, text, offset, logprob, self.finish_reason)

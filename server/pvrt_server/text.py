@@ -47,6 +47,11 @@ class TextCodec:
         """The tokenizer's own end-of-text token."""
         return self._eos_id
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        return self._tokenizer
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; special=True adds what the tokenizer puts around one (BOS).
 

@@ -24,10 +24,10 @@ from pvrt_server.text import TextCodec
 
 
 class ScriptedModel:
-    """Answers every prompt (of at least two tokens) with the same tokens, then end-of-text.
+    """Answers every prompt with the same tokens, then end-of-text.
 
-    While `gate` is clear, the forward passes that write the answer wait for it; a script that
-    holds an exception raises it there.
+    While `gate` is clear, the calls wait for it; a script that holds an exception raises it when
+    its turn comes. `reads` and `steps` are the calls so far: tokens read, sequences in a step.
     """
 
     def __init__(self, folder: Path, script: Sequence[int | Exception]) -> None:
@@ -36,30 +36,54 @@ class ScriptedModel:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.bytes_per_token = 0
+        self.cache_bytes_per_token = 1
+        self.most_rows = 64
         self.gate = threading.Event()
         self.gate.set()
         self.script = script
-        self.forwards = 0
+        self.reads: list[int] = []
+        self.steps: list[int] = []
 
     def start(self) -> Any:
-        return SimpleNamespace(at=0)
+        return SimpleNamespace(at=0, length=0)
 
-    def forward(
-        self, state: Any, tokens: Sequence[int], keep: int, argmax_only: bool = False
+    def read(self, state: Any, tokens: Sequence[int], keep: int) -> Tensor:
+        assert self.gate.wait(20)
+        self.reads.append(len(tokens))
+        state.length += len(tokens)
+        state.at = 0
+        return self._logits(state).repeat(keep, 1)
+
+    def step(
+        self, states: Sequence[Any], tokens: Sequence[int], argmax_only: bool = False
     ) -> Tensor:
         assert self.gate.wait(20)
-        self.forwards += 1
-        at = state.at = 0 if len(tokens) > 1 else state.at + 1
-        token = self.script[at] if at < len(self.script) else self.config.eos_token_id
+        self.steps.append(len(tokens))
+        for state in states:
+            state.length += 1
+            state.at += 1
+        return torch.cat([self._logits(state) for state in states])
+
+    def copy(self, state: Any, length: int) -> None:
+        return None
+
+    def _logits(self, state: Any) -> Tensor:
+        token = self.config.eos_token_id
+        if state.at < len(self.script):
+            token = self.script[state.at]
         if isinstance(token, Exception):
             raise token
-        logits = torch.zeros(keep, self.config.vocab_size)
-        logits[..., token] = 20.0
+        logits = torch.zeros(1, self.config.vocab_size)
+        logits[0, token] = 20.0
         return logits
 
 
 def scripted_engine(
-    folder: Path, script: str | Sequence[int | Exception], queue_size: int = 64
+    folder: Path,
+    script: str | Sequence[int | Exception],
+    queue_size: int = 64,
+    max_sequences: int = 8,
+    prefill_chunk: int = 512,
 ) -> tuple[Engine, ScriptedModel]:
     """An engine that answers everything with a text or with tokens."""
     codec = TextCodec(AutoTokenizer.from_pretrained(folder))
@@ -71,7 +95,9 @@ def scripted_engine(
         eos_ids=frozenset({model.config.eos_token_id}),
         vocabulary=model.config.vocab_size,
         max_model_len=model.config.max_position_embeddings,
-        prefill_chunk=512,
+        prefill_chunk=prefill_chunk,
+        max_sequences=max_sequences,
+        cache_tokens=1 << 20,
     )
     greedy = SamplingParams(temperature=0)
     return Engine(runtime, greedy, folder=folder, queue_size=queue_size), model

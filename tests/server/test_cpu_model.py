@@ -33,10 +33,10 @@ def logits_after(model: Any, steps: int, argmax_only: bool = False) -> Tensor:
     rows = []
     with torch.inference_mode():
         state = model.start()
-        rows.append(model.forward(state, PROMPT, 1)[0].clone())
+        rows.append(model.read(state, PROMPT, 1)[0].clone())
         for _ in range(steps - 1):
             token = int(rows[-1].argmax())
-            rows.append(model.forward(state, [token], 1, argmax_only)[0].clone())
+            rows.append(model.step([state], [token], argmax_only)[0].clone())
     return torch.stack(rows)
 
 
@@ -61,6 +61,61 @@ def test_logits_are_those_of_transformers(
     )
     found = logits_after(CpuModel(model), 12)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(("architecture", "scheme", "dtype"), CASES)
+@pytest.mark.parametrize("argmax_only", [False, True])
+def test_sequences_of_one_step_do_not_meet(
+    tmp_path: Path, architecture: str, scheme: str, dtype: torch.dtype, argmax_only: bool
+) -> None:
+    write_toy(tmp_path, architecture, scheme, dtype=dtype)
+    model = CpuModel(loaded(tmp_path), rows=11)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        lengths = torch.randint(1, 40, (11,), generator=generator).tolist()
+        prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
+        expected, states = [], []
+        for number, prompt in enumerate(prompts):
+            alone, state = model.start(), model.start()
+            model.read(alone, prompt, 1)
+            model.read(state, prompt, 1)
+            expected.append(model.step([alone], [number])[0].clone())
+            states.append(state)
+        found = model.step(states, list(range(11)), argmax_only)
+    for row, target in zip(found, expected, strict=True):
+        if argmax_only:
+            assert int(row.argmax()) == int(target.argmax())
+            assert float(row.max()) == pytest.approx(float(target.max()), abs=1e-4)
+        else:
+            torch.testing.assert_close(row, target, rtol=1e-4, atol=1e-4)
+    assert [state.length for state in states] == [n + 1 for n in lengths]
+
+
+@pytest.mark.parametrize("kind", [CpuModel, TransformersModel])
+def test_a_copy_goes_its_own_way(tmp_path: Path, kind: type) -> None:
+    write_toy(tmp_path, "llama")
+    model = kind(loaded(tmp_path))
+    with torch.inference_mode():
+        state, other = model.start(), model.start()
+        model.read(state, PROMPT, 1)
+        copy = model.copy(state, 5)
+        assert copy.length == 5
+        found = model.read(copy, [7, 8, 9], 1).clone()
+        model.read(other, [*PROMPT[:5], 7, 8, 9], 1)
+        again = model.step([state], [3]).clone()
+        expected = model.start()
+        model.read(expected, PROMPT, 1)
+        torch.testing.assert_close(again, model.step([expected], [3]))
+        torch.testing.assert_close(found, model.read(model.start(), [*PROMPT[:5], 7, 8, 9], 1))
+
+
+def test_models_with_a_window_are_not_copied(tmp_path: Path) -> None:
+    write_toy(tmp_path, "gemma3_text")
+    model = TransformersModel(pvrt.load(tmp_path, dense=True))
+    with torch.inference_mode():
+        state = model.start()
+        model.read(state, PROMPT, 1)
+        assert model.copy(state, 3) is None
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -114,17 +114,17 @@ def test_end_of_text_ends_the_answer_and_shows_nothing(toy: Path) -> None:
         assert len(tokens(engine, [1, 2], ignoring)) == 5
 
 
-def test_jobs_run_in_the_order_of_arrival(toy: Path) -> None:
-    engine, model = scripted_engine(toy, "abc")
+def test_jobs_begin_in_the_order_of_arrival(toy: Path) -> None:
+    engine, model = scripted_engine(toy, "abc", max_sequences=2)
     model.gate.clear()
     order: list[int] = []
     done = threading.Event()
 
     def note(number: int, event: Event) -> None:
-        if not isinstance(event, FailureEvent) and event.finish_reason:
+        if isinstance(event, PromptEvent):
             order.append(number)
-            if number == 4:
-                done.set()
+        elif isinstance(event, TokenEvent) and event.finish_reason and number == 4:
+            done.set()
 
     with engine:
         request = GenerationRequest((1, 2), GREEDY)
@@ -133,15 +133,16 @@ def test_jobs_run_in_the_order_of_arrival(toy: Path) -> None:
         model.gate.set()
         assert done.wait(10)
     assert order == [0, 1, 2, 3, 4]
+    assert max(model.steps) == 2
 
 
 def test_a_full_queue_refuses_with_a_waiting_time_and_recovers(toy: Path) -> None:
-    engine, model = scripted_engine(toy, "abc", queue_size=2)
+    engine, model = scripted_engine(toy, "abc", queue_size=2, max_sequences=1)
     model.gate.clear()
     request = GenerationRequest((1, 2), GREEDY)
     with engine:
         running = engine.submit([request], lambda event: None)
-        wait_until(lambda: not engine._waiting)
+        wait_until(lambda: engine.running)
         waiting = [engine.submit([request], lambda event: None) for _ in range(2)]
         with pytest.raises(BusyError, match="2 requests are waiting") as caught:
             engine.submit([request], lambda event: None)
@@ -150,7 +151,7 @@ def test_a_full_queue_refuses_with_a_waiting_time_and_recovers(toy: Path) -> Non
         engine.submit([request], lambda event: None)
         model.gate.set()
         running.cancel()
-        wait_until(lambda: not engine._waiting)
+        wait_until(lambda: not engine.waiting)
         assert len(tokens(engine, [1, 2])) == 4
 
 
@@ -161,7 +162,7 @@ def test_leaving_the_loop_cancels(toy: Path) -> None:
         next(events)
         events.close()
         assert len(tokens(engine, [1, 2], SamplingParams(temperature=0, max_tokens=3))) == 3
-        assert model.forwards < 100
+        assert len(model.steps) < 100
 
 
 def test_closing_fails_what_runs_and_what_waits(toy: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_key_guards_everything_but_health_and_version(toy: Path) -> None:
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_return(toy: Path) -> None:
-    engine, model = scripted_engine(toy, "ok", queue_size=1)
+    engine, model = scripted_engine(toy, "ok", queue_size=1, max_sequences=1)
     model.gate.clear()
     with serving(engine) as server:
         threads = [
@@ -224,9 +224,9 @@ def test_a_full_queue_is_a_429_that_says_when_to_return(toy: Path) -> None:
             for _ in range(2)
         ]
         threads[0].start()
-        wait_until(lambda: engine._running_job is not None)
+        wait_until(lambda: engine.running == 1)
         threads[1].start()
-        wait_until(lambda: len(engine._waiting) == 1)
+        wait_until(lambda: engine.waiting == 1)
         response = server.post(COMPLETIONS, {"prompt": "ab"})
         assert refused(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["Retry-After"]) >= 1
@@ -244,22 +244,22 @@ def test_a_client_that_leaves_stops_its_generation(toy: Path, stream: bool) -> N
         body = {"prompt": "ab", "max_tokens": 500, "stream": stream}
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}{COMPLETIONS}", json=body, timeout=0.3)
-        wait_until(lambda: engine._running_job is None or engine._running_job.cancelled)
+        time.sleep(0.1)  # the server notices
         model.gate.set()
-        wait_until(lambda: engine._running_job is None)
-        assert model.forwards <= 2
+        wait_until(lambda: engine.running == 0)
+        assert len(model.steps) <= 2
 
 
 def test_a_waiting_client_that_leaves_gives_up_its_place(toy: Path) -> None:
-    engine, model = scripted_engine(toy, "ok")
+    engine, model = scripted_engine(toy, "ok", max_sequences=1)
     model.gate.clear()
     with serving(engine) as server:
         thread = threading.Thread(target=server.post, args=(COMPLETIONS, {"prompt": "ab"}))
         thread.start()
-        wait_until(lambda: engine._running_job is not None)
+        wait_until(lambda: engine.running == 1)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": "ab"}, timeout=0.3)
-        wait_until(lambda: not engine._waiting)
+        wait_until(lambda: engine.waiting == 0)
         model.gate.set()
         thread.join(10)
 
