@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pvrt.errors import ServeError
+from pvrt.vllm_versions import require_supported_vllm
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -177,10 +180,11 @@ def _vllm() -> Iterator[Finding]:
         text = "not installed; pvrt serve uses its embedded engine"
         yield Finding("vllm", "note", text, "pip install 'pvrt[vllm]'")
         return
-    if _parts(version) < (0, 30):
-        yield Finding(
-            "vllm", "problem", f"{version}; the plugin supports 0.30 on", "pip install -U vllm"
-        )
+    try:
+        require_supported_vllm(version)
+    except ServeError as error:
+        found, _, remedy = str(error).partition("; try ")
+        yield Finding("vllm", "problem", found, remedy)
         return
     yield Finding("vllm", "ok", version)
     group = importlib.metadata.entry_points(group="vllm.general_plugins")

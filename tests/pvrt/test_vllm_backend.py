@@ -21,14 +21,14 @@ from vllm.lora.layers.utils import _get_lora_device
 from vllm.model_executor import parameter as vllm_parameter
 from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers import quantization as vllm_quantization
-from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
 from pvrt.checkpoint import QuantizedLayer, quantization_config
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.scheme import Scheme
-from pvrt.vllm_backend import AQLMConfig, AQLMLinearMethod, register, require_supported_vllm
+from pvrt.vllm_backend import AQLMConfig, register
+from pvrt.vllm_linear import AQLMLinearMethod
 from pvrt_kernels import aqlm_dequantize, dispatch, reference
 from tests.fixtures.toy import random_layer
 
@@ -516,24 +516,6 @@ def test_ranks_that_would_cut_through_groups_are_refused(
 def test_a_layer_that_groups_never_divide_is_refused_as_such(ranks: Ranks) -> None:
     with pytest.raises(CheckpointError, match=r"down_proj: groups of 2x8g8 .* 64 x 44 weights; if"):
         single("RowParallelLinear", config(), 64, 44)
-
-
-def test_quantised_experts_are_refused_and_dense_ones_are_not() -> None:
-    name, experts = "model.layers.0.mlp.experts", RoutedExperts.__new__(RoutedExperts)
-    with pytest.raises(NotImplementedError, match=f"{name}: .*mixture-of-experts"):
-        config().get_quant_method(experts, name)
-    assert config(modules_to_not_convert=[name]).get_quant_method(experts, name) is None
-
-
-@pytest.mark.parametrize("version", ["0.29.2", "0.26.0+cpu", "0.9.1"])
-def test_a_vllm_that_is_too_old_is_refused(version: str) -> None:
-    with pytest.raises(ServeError, match=r"0\.30 or newer, found 0\."):
-        require_supported_vllm(version)
-
-
-@pytest.mark.parametrize("version", ["0.30.0", "0.33.1rc1.dev3+g0", "1.0", "dev", "0.1.dev7+g1"])
-def test_newer_and_unnumbered_versions_pass(version: str) -> None:
-    require_supported_vllm(version)
 
 
 def test_a_malformed_configuration_is_refused() -> None:

@@ -1,82 +1,165 @@
-"""The real vLLM engine on a CPU against the dense model in transformers: equal greedy tokens."""
+"""The real vLLM engine on a CPU against the dense model in transformers: equal greedy tokens.
+
+A small part of benchmarks/vllm_matrix.py and vllm_features.py. An engine takes seconds, so all of
+this is two processes of vLLM, one of them with two ranks.
+"""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pvrt.checkpoint import WEIGHTS_FILE
-from tests.fixtures.greedy import greedy
+from tests.fixtures.greedy import assert_greedy
+from tests.fixtures.published import write_published
 from tests.fixtures.toy import write_toy
-from tests.fixtures.vllm_generate import Job, run_jobs, vllm_greedy
+from tests.fixtures.vllm_extras import quantise_ends, write_adapter
+from tests.fixtures.vllm_generate import Job, each_result
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 PROMPTS = [[256, 10, 20, 30], [256, 1, 2, 3, 4, 5, 6, 7, 8], [256, 99]]
 MAX_TOKENS = 16
-# name: architecture, scheme, published layout, packed (None: what pvrt does on this machine)
-CHECKPOINTS: dict[str, tuple[str, str, bool, bool | None]] = {
-    "llama as published": ("llama", "2x8g8", True, None),
-    "llama packed": ("llama", "2x8g8", False, True),
-    "llama decoded at load": ("llama", "2x8g8", False, False),
-    "llama over blocks of outputs": ("llama", "2x8g8o4", False, True),
-    "tied llama with 16-bit codes": ("llama-tied", "1x16g8", True, True),
-    "qwen2 with biases": ("qwen2", "1x12g8", False, True),
-    "phi3 stored fused": ("phi3", "2x8g8", False, True),
-}
+LONG = [[256, *range(100, 180)], [256, *range(100, 170), 5, 6, 7]]  # several blocks of 16 in common
 MISSING = "model.layers.1.self_attn.k_proj.codebooks"
+Case = tuple[Job, Any]  # and the dense model that has to choose the same tokens
+
+
+def llama(folder: Path) -> Case:
+    return Job(str(folder)), write_published(folder, "llama-2", "2x8g8")
+
+
+def phi(folder: Path) -> Case:
+    """Stored fused: one codebook set for q, k and v."""
+    return Job(str(folder)), write_published(folder, "phi-3", "2x8g8")
+
+
+def tied(folder: Path) -> Case:
+    return Job(str(folder)), write_published(folder, "llama-3.2", "1x16g8", short_list=True)
+
+
+def mixtral(folder: Path) -> Case:
+    return Job(str(folder)), write_published(folder, "mixtral", "2x8g8")
+
+
+def biases_decoded(folder: Path) -> Case:
+    return Job(str(folder), packed=False), write_toy(folder, "qwen2", "1x12g8")
+
+
+def blocks_of_outputs(folder: Path) -> Case:
+    return Job(str(folder), packed=True), write_toy(folder, "llama", "2x8g8o4")
+
+
+def codes_everywhere(folder: Path) -> Case:
+    """lm_head and embeddings too, and tied."""
+    model = write_toy(folder, "llama-tied", "2x8g8")
+    quantise_ends(folder, model, "2x8g8")
+    return Job(str(folder)), model
+
+
+def adapted(folder: Path) -> Case:
+    """A LoRA adapter on quantised layers, answered as if it were merged."""
+    model = write_published(folder, "llama-2", "2x8g8")
+    write_adapter(folder / "adapter", model, ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+    engine = {"enable_lora": True, "max_lora_rank": 8}
+    return Job(str(folder), engine=engine, lora=str(folder / "adapter")), model
+
+
+def cached_chunked_and_guessed(folder: Path) -> Case:
+    """Prompts in chunks of 32 tokens, once from the cache, with tokens guessed from n-grams."""
+    engine = {
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 32,
+        "max_num_seqs": 4,
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_max": 2,
+            "prompt_lookup_min": 1,
+        },
+    }
+    model = write_published(folder, "mixtral", "2x8g8")
+    return Job(str(folder), engine=engine, prompts=LONG, rounds=2), model
+
+
+CASES: list[Callable[[Path], Case]] = [
+    llama,
+    phi,
+    tied,
+    mixtral,
+    biases_decoded,
+    blocks_of_outputs,
+    codes_everywhere,
+    adapted,
+    cached_chunked_and_guessed,
+]
+ON_TWO_RANKS = [llama, mixtral, codes_everywhere]
+
+
+def drop(folder: Path, name: str) -> Path:
+    """The folder without one tensor."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensors.pop(name, None) is not None:
+            save_file(tensors, file, metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {case.__name__: case(root / case.__name__) for case in CASES}
 
 
 @pytest.fixture(scope="module")
-def dense(folder: Path) -> dict[str, list[list[int]]]:
-    """Tokens of the dense models; writes the checkpoints."""
-    expected = {}
-    for name, (architecture, scheme, published, _) in CHECKPOINTS.items():
-        model = write_toy(folder / name, architecture, scheme, published=published)
-        expected[name] = greedy(model, PROMPTS, MAX_TOKENS)
-    return expected
-
-
-@pytest.fixture(scope="module")
-def served(folder: Path, dense: dict[str, list[list[int]]]) -> dict[str, dict[str, Any]]:
-    """Results of vLLM for all checkpoints, and for one that lacks a tensor."""
-    broken = shutil.copytree(folder / "llama as published", folder / "broken")
-    tensors = load_file(broken / WEIGHTS_FILE)
-    del tensors[MISSING]
-    save_file(tensors, broken / WEIGHTS_FILE, metadata={"format": "pt"})
-    jobs = {name: Job(str(folder / name), row[3]) for name, row in CHECKPOINTS.items()}
+def served(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of one vLLM for all cases, and for a checkpoint that lacks a tensor."""
+    jobs = {name: job for name, (job, _) in cases.items()}
+    whole, broken = Path(jobs["llama"].folder), tmp_path_factory.mktemp("broken") / "llama"
+    drop(shutil.copytree(whole, broken), MISSING)
     jobs["broken"] = Job(str(broken))
     jobs["dummy"] = Job(str(broken), engine={"load_format": "dummy"})
-    results = run_jobs(list(jobs.values()), PROMPTS, max_tokens=MAX_TOKENS)
+    results = each_result(list(jobs.values()), PROMPTS, max_tokens=MAX_TOKENS)
     return dict(zip(jobs, results, strict=True))
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+def assert_answers(job: Job, model: Any, result: dict[str, Any]) -> None:
+    assert "tokens" in result, result["error"]
+    for prompt, tokens in zip(job.prompts or PROMPTS, result["tokens"], strict=True):
+        assert len(tokens) == MAX_TOKENS
+        assert_greedy(model, prompt, tokens)
+
+
+@pytest.mark.parametrize("name", [case.__name__ for case in CASES])
 def test_vllm_continues_like_the_dense_model(
-    name: str, dense: dict[str, list[list[int]]], served: dict[str, dict[str, Any]]
+    name: str, cases: dict[str, Case], served: dict[str, Any]
 ) -> None:
-    assert served[name] == {"tokens": dense[name]}
+    assert_answers(*cases[name], served[name])
 
 
-def test_a_checkpoint_that_lacks_a_tensor_does_not_start(served: dict[str, dict[str, Any]]) -> None:
+def test_the_cache_and_the_guesses_were_used(served: dict[str, Any]) -> None:
+    counters = served["cached_chunked_and_guessed"]["counters"]
+    assert counters["vllm:prefix_cache_hits"] >= 64
+    assert counters["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_a_checkpoint_that_lacks_a_tensor_does_not_start(served: dict[str, Any]) -> None:
     error = served["broken"]["error"]
     assert error.startswith(f"CheckpointError: the checkpoint lacks {MISSING}, needed because")
 
 
-def test_dummy_weights_start_without_any_tensor(served: dict[str, dict[str, Any]]) -> None:
+def test_dummy_weights_start_without_any_tensor(served: dict[str, Any]) -> None:
     assert [len(tokens) for tokens in served["dummy"]["tokens"]] == [MAX_TOKENS] * len(PROMPTS)
 
 
-def test_two_tensor_parallel_ranks_continue_like_the_dense_model(
-    folder: Path, dense: dict[str, list[list[int]]]
-) -> None:
-    name = "llama as published"
-    assert vllm_greedy(folder / name, PROMPTS, max_tokens=MAX_TOKENS, ranks=2) == dense[name]
+def test_two_tensor_parallel_ranks_continue_like_the_dense_model(cases: dict[str, Case]) -> None:
+    chosen = [cases[case.__name__] for case in ON_TWO_RANKS]
+    jobs = [job for job, _ in chosen]
+    for case, result in zip(
+        chosen, each_result(jobs, PROMPTS, max_tokens=16, ranks=2), strict=True
+    ):
+        assert_answers(*case, result)

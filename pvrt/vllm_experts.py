@@ -1,0 +1,265 @@
+"""Mixtures of AQLM experts in vLLM (Mixtral, Qwen2-MoE and others of their kind).
+
+Files hold three linear layers per expert, each with codebooks of its own. vLLM holds the experts of
+a block in one module; here their tensors are stacked, w13 (gate and up, split by outputs over
+ranks) and w2 (down, split by inputs). Routing, shared experts and the sum over ranks are vLLM's.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn import functional as F
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from pvrt.checkpoint import CONFIG_FILE
+from pvrt.errors import CheckpointError, ServeError
+from pvrt.scheme import Scheme
+from pvrt.vllm_loading import (
+    PARTS,
+    checked,
+    dense_in_quantised,
+    part_shape,
+    require_finite,
+    require_loaded,
+)
+from pvrt.vllm_versions import load_experts_with
+from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
+
+if TYPE_CHECKING:
+    from pvrt.vllm_backend import AQLMConfig
+
+_TENSOR = re.compile(r"(\d+)\.(\w+)\.(?:base_layer\.)?(\w+)")  # expert, projection, part
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_STACKS = ("w13", "w2")
+
+
+@dataclass
+class _Load:
+    """What the experts of one block expect from the checkpoint, and what has come so far.
+
+    `projections` are the names of w1 (gate), w2 (down) and w3 (up) in files; `width` is that
+    between them before the split over ranks. `done` counts experts by their number in files.
+    """
+
+    scheme: Scheme
+    prefix: str
+    projections: dict[str, str]
+    hidden: int
+    width: int
+    rank: int
+    ranks: int
+    done: set[tuple[int, str, str]] = field(default_factory=set)
+
+    def shape(self, shard: str, part: str) -> tuple[int, ...]:
+        """Shape in the checkpoint."""
+        down = (self.hidden, self.width)
+        return part_shape(self.scheme, part, *(down if shard == "w2" else down[::-1]))
+
+    def share(self, shard: str, part: str, tensor: Tensor) -> Tensor:
+        """This rank's part of a tensor."""
+        if part == "codebooks" or (shard == "w2" and part == "scales"):
+            return tensor
+        return tensor.chunk(self.ranks, 1 if shard == "w2" else 0)[self.rank]
+
+
+def _load(
+    layer: Any,
+    param: Any,
+    loaded_weight: Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    """Check and copy one tensor of one expert: the weight_loader of all parameters.
+
+    The signature is that of vLLM's own; `shard_id` is w1, w2 or w3, `expert_id` counts all ranks'.
+    """
+    load: _Load = layer.aqlm_load
+    part = param.aqlm_part
+    name = f"{load.prefix}.{expert_id}.{load.projections[shard_id]}"
+    shape = load.shape(shard_id, part)
+    tensor = checked(load.scheme, name, part, loaded_weight, shape)
+    local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+    if local >= 0:  # not on another rank of expert parallelism
+        target = param.data[local]
+        share = load.share(shard_id, part, tensor)
+        if part == "codebooks":
+            target[1 if shard_id == "w3" else 0].copy_(share)
+        else:
+            first = share.shape[0] if shard_id == "w3" else 0
+            target[first : first + share.shape[0]].copy_(share)
+        load.done.add((expert_id, shard_id, part))
+    return (local >= 0) if return_success else None
+
+
+def _load_all(layer: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """Load tensors named "3.w1.codes"; yields the names of the parameters they went to."""
+    load: _Load = layer.aqlm_load
+    shards = {name: shard for shard, name in load.projections.items()}
+    for name, tensor in weights:
+        match = _TENSOR.fullmatch(name)
+        if match is None or match[2] not in shards or match[3] not in PARTS:
+            raise dense_in_quantised(f"{load.prefix}.{name.removesuffix('.weight')}")
+        shard = shards[match[2]]
+        parameter = f"{'w2' if shard == 'w2' else 'w13'}_{match[3]}"
+        _load(layer, getattr(layer, parameter), tensor, parameter, shard, int(match[1]))
+        yield parameter
+
+
+def _check(layer: Any, load: _Load, width: int) -> None:
+    """Raise ServeError for what these experts cannot do here, CheckpointError for impossible ones.
+
+    `width` is a rank's.
+    """
+    unknown = layer.activation.value not in _ACTIVATIONS
+    limits = [getattr(layer, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta")]
+    if unknown or layer.moe_config.has_bias or any(limit is not None for limit in limits):
+        raise ServeError(
+            f"{load.prefix}: pvrt runs gated experts without biases and clamps, with one of "
+            f"{', '.join(_ACTIVATIONS)}, and not with {layer.activation.value}; keep the experts "
+            "dense (linear_weights_not_to_quantize)"
+        )
+    whole = (load.width, load.hidden), (load.hidden, load.width)
+    if not all(load.scheme.divides(*shape) for shape in whole):
+        raise CheckpointError(
+            f"{load.prefix}: groups of {load.scheme} do not divide its experts of {load.width} x "
+            f"{load.hidden}; if they are dense, {CONFIG_FILE} must list them in "
+            "linear_weights_not_to_quantize"
+        )
+    own = (width, load.hidden), (load.hidden, width)
+    if not all(load.scheme.divides(*shape) for shape in own):
+        raise ServeError(
+            f"{load.prefix}: groups of {load.scheme} do not divide the {width} of {load.width} "
+            "inner features that tensor parallelism leaves to each rank; try a smaller "
+            "--tensor-parallel-size, or --enable-expert-parallel"
+        )
+
+
+class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not typed
+    """Runs the routed experts of one block on AQLM weights."""
+
+    def __init__(self, config: "AQLMConfig", moe: Any) -> None:
+        super().__init__(moe)
+        self.config = config
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register empty parameters for this rank's E experts; sizes are this rank's too.
+
+        w13_codes [E, 2 width/out_group, hidden/g, M], w13_codebooks [E, 2, M, 2^B, out_group, g],
+        w13_scales [E, 2 width/out_group, 1, 1, 1]; w2 likewise with one codebook set.
+        """
+        scheme, width = self.config.scheme, intermediate_size_per_partition
+        names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
+        parallel = layer.moe_config.moe_parallel_config
+        layer.aqlm_load = load = _Load(
+            scheme,
+            layer.layer_name,
+            dict(zip(("w1", "w2", "w3"), names, strict=True)),
+            hidden_size,
+            width * parallel.tp_size,
+            parallel.tp_rank,
+            parallel.tp_size,
+        )
+        _check(layer, load, width)
+        load_experts_with(layer, _load_all)
+        loader = MethodType(_load, layer)
+        shapes = {"w13": (2 * width, hidden_size), "w2": (hidden_size, width)}
+        for stack, shape in shapes.items():
+            for part in PARTS:
+                sets = ((2,) if stack == "w13" else (1,)) if part == "codebooks" else ()
+                size = num_experts, *sets, *part_shape(scheme, part, *shape)
+                # NaN shows scales that never came.
+                dtype = scheme.code_dtype if part == "codes" else params_dtype
+                empty = torch.full(size, torch.nan if part == "scales" else 0, dtype=dtype)
+                parameter = Parameter(empty, requires_grad=False)
+                parameter.aqlm_part, parameter.weight_loader = part, loader  # type: ignore[attr-defined]
+                layer.register_parameter(f"{stack}_{part}", parameter)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: vLLM's own kernels are not used."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that everything was loaded, then pack it for the device's kernel."""
+        if not hasattr(layer, "w13_codes"):
+            return  # packed already
+        load: _Load = layer.aqlm_load
+        local = layer._map_global_expert_id_to_local_expert_id
+        missing = [
+            f"{load.prefix}.{expert}.{name}.{part}"
+            for expert in range(layer.global_num_experts)
+            for shard, name in load.projections.items()
+            for part in PARTS
+            if local(expert) >= 0 and (expert, shard, part) not in load.done
+        ]
+        scales = [getattr(layer, f"{stack}_scales") for stack in _STACKS]
+        require_loaded(load.prefix, missing, bool(load.done), scales)
+        floats = [f"{stack}_{part}" for stack in _STACKS for part in PARTS[1:]]
+        require_finite(layer, load.prefix, floats)
+        load.done.clear()
+        width = load.width // load.ranks
+        layer.aqlm_grouped = {
+            "w13": self._pack(layer, "w13", [width, width]),
+            "w2": self._pack(layer, "w2", [load.hidden]),
+        }
+
+    def _pack(self, layer: Any, stack: str, sizes: list[int]) -> tuple[str, list[int], list[str]]:
+        """Put the kernel's layout in place of the checkpoint's; kernel, sizes and new names."""
+        codes, books, scales = (getattr(layer, f"{stack}_{part}").data for part in PARTS)
+        weight = aqlm_pack_group(codes, books, scales, layer.params_dtype, sizes)
+        for part in PARTS:
+            delattr(layer, f"{stack}_{part}")
+        names = [f"{stack}_packed_{number}" for number in range(len(weight.tensors))]
+        for name, tensor in zip(names, weight.tensors, strict=True):
+            setattr(layer, name, Parameter(tensor, requires_grad=False))
+        return weight.kernel, sizes, names
+
+    def apply(
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:
+        """x [tokens, hidden], topk_weights and topk_ids [tokens, k] -> [tokens, hidden].
+
+        On a rank of tensor parallelism a part of the sum, which vLLM completes.
+        """
+        count = topk_ids.shape[1]
+        experts = layer.expert_map
+        index = (topk_ids if experts is None else experts[topk_ids.long()]).reshape(-1)
+        rows = x.repeat_interleave(count, 0)
+        if layer.apply_router_weight_on_input:
+            rows = rows * topk_weights.reshape(-1, 1).to(x.dtype)
+        # Looked up anew: vLLM may have moved the parameters (offloading, sleep mode).
+        w13, w2 = (self._weight(layer, stack) for stack in _STACKS)
+        gate, up = aqlm_grouped_linear(rows, index, w13).chunk(2, -1)
+        inner = _ACTIVATIONS[layer.activation.value](gate) * up
+        outputs = aqlm_grouped_linear(inner, index, w2).view(x.shape[0], count, -1).float()
+        if not layer.apply_router_weight_on_input:
+            outputs = outputs * topk_weights.unsqueeze(-1)
+        return outputs.sum(1).to(x.dtype)
+
+    def _weight(self, layer: Any, stack: str) -> GroupedWeight:
+        kernel, sizes, names = layer.aqlm_grouped[stack]
+        return GroupedWeight(kernel, [getattr(layer, name) for name in names], sizes)

@@ -1,0 +1,81 @@
+"""Products with a weight per row, against one dense product per row."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pvrt_kernels import aqlm_dequantize, dispatch, grouped
+from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
+
+EXPERTS, IN, SIZES = 5, 64, [24, 40]
+
+
+def stacks(scheme: tuple[int, int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    books, bits, group, out_group = scheme
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(SIZES) // out_group
+    shape = EXPERTS, rows, IN // group, books
+    codes = torch.randint(0, 1 << bits, shape, generator=generator)
+    tables = torch.randn(EXPERTS, 2, books, 1 << bits, out_group, group, generator=generator)
+    scales = torch.rand(EXPERTS, rows, 1, 1, 1, generator=generator) + 0.5
+    return codes.to(torch.int8 if bits <= 8 else torch.int16), tables, scales
+
+
+def expected(x: Tensor, index: Tensor, weight: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    dense = [
+        aqlm_dequantize(weight[0][e], weight[1][e], weight[2][e], SIZES) for e in range(EXPERTS)
+    ]
+    zero = torch.zeros(sum(SIZES), IN)
+    chosen = [dense[e] if e >= 0 else zero for e in index.tolist()]
+    return torch.einsum("noi,ni->no", torch.stack(chosen), x)
+
+
+SCHEMES = [(2, 8, 8, 1), (1, 12, 8, 1), (2, 8, 8, 4)]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_every_row_meets_its_own_weight(scheme: tuple[int, int, int, int], rows: int) -> None:
+    weight = stacks(scheme)
+    packed = aqlm_pack_group(*weight, torch.float32, SIZES)
+    x, index = torch.randn(rows, IN), torch.randint(-1, EXPERTS, (rows,))
+    torch.testing.assert_close(aqlm_grouped_linear(x, index, packed), expected(x, index, weight))
+    assert aqlm_grouped_linear(x[:0], index[:0], packed).shape == (0, sum(SIZES))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rows", [1, 7])  # fewer and more than where all weights are read
+def test_without_looking_at_the_index_values_are_the_same(
+    scheme: tuple[int, int, int, int], rows: int
+) -> None:
+    weight = stacks(scheme)
+    packed = aqlm_pack_group(*weight, torch.float32, SIZES)
+    x, index = torch.randn(rows, IN), torch.randint(-1, EXPERTS, (rows,))
+    linear = grouped._linear_of(packed.kernel, SIZES)
+    zero = torch.zeros(rows, sum(SIZES))
+    y = grouped._without_host(x, index, packed.tensors, zero, linear)
+    torch.testing.assert_close(y, expected(x, index, weight))
+
+
+def test_the_checkpoints_layout_can_be_multiplied_too() -> None:
+    weight = stacks((2, 8, 8, 1))
+    x, index = torch.randn(6, IN), torch.arange(6) % EXPERTS
+    plain = GroupedWeight("plain", list(weight), SIZES)
+    torch.testing.assert_close(aqlm_grouped_linear(x, index, plain), expected(x, index, weight))
+
+
+def test_without_a_kernel_weights_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_packed_kernels", {})
+    weight = stacks((2, 8, 8, 1))
+    packed = aqlm_pack_group(*weight, torch.bfloat16, SIZES)
+    assert [tensor.shape for tensor in packed.tensors] == [(EXPERTS, sum(SIZES), IN)]
+    assert packed.tensors[0].dtype == torch.bfloat16
+
+
+def test_the_op_keeps_the_rules_of_torch_library() -> None:
+    packed = aqlm_pack_group(*stacks((2, 8, 8, 1)), torch.float32, SIZES)
+    x, index = torch.randn(3, IN), torch.tensor([2, -1, 0])
+    torch.library.opcheck(
+        torch.ops.pvrt.aqlm_grouped_linear.default,
+        (x, index, packed.tensors, SIZES, packed.kernel),
+    )

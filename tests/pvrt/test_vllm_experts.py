@@ -1,0 +1,167 @@
+"""AQLM experts in vLLM without an engine: loading, splitting over ranks, refusing."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("vllm")
+
+from pvrt.checkpoint import QuantizedLayer, quantization_config
+from pvrt.errors import CheckpointError, ServeError
+from pvrt.scheme import Scheme
+from pvrt.vllm_backend import AQLMConfig
+from pvrt.vllm_experts import AQLMExpertsMethod
+from pvrt_kernels import aqlm_dequantize
+from tests.fixtures.toy import random_layer
+
+HIDDEN, WIDTH, EXPERTS = 64, 96, 4
+PREFIX = "model.layers.0.block_sparse_moe.experts"
+NAMES = {"w1": (WIDTH, HIDDEN), "w2": (HIDDEN, WIDTH), "w3": (WIDTH, HIDDEN)}
+
+
+class Experts(nn.Module):
+    """What AQLMExpertsMethod asks of vLLM's RoutedExperts, which only an engine can build."""
+
+    def __init__(self, rank: int = 0, ranks: int = 1, owned: list[int] | None = None) -> None:
+        super().__init__()
+        self.layer_name, self.params_dtype = PREFIX, torch.float32
+        self.ckpt_gate_proj_name = "w1"
+        self.ckpt_down_proj_name = "w2"
+        self.ckpt_up_proj_name = "w3"
+        self.activation = SimpleNamespace(value="silu")
+        parallel = SimpleNamespace(tp_size=ranks, tp_rank=rank)
+        self.moe_config = SimpleNamespace(has_bias=False, moe_parallel_config=parallel)
+        self.global_num_experts = EXPERTS
+        self.owned = list(range(EXPERTS)) if owned is None else owned
+        self.expert_map = None
+        if owned is not None:
+            self.expert_map = torch.tensor([self.local(expert) for expert in range(EXPERTS)])
+        self.apply_router_weight_on_input = False
+
+    def local(self, expert: int) -> int:
+        return self.owned.index(expert) if expert in self.owned else -1
+
+    _map_global_expert_id_to_local_expert_id = local
+
+
+def made(layer: Any, scheme: str = "2x8g8") -> tuple[AQLMExpertsMethod, Any]:
+    config = AQLMConfig.from_config(quantization_config(Scheme.parse(scheme), ["lm_head"], []))
+    method = AQLMExpertsMethod(config, layer.moe_config)
+    width = WIDTH // layer.moe_config.moe_parallel_config.tp_size
+    method.create_weights(layer, len(layer.owned), HIDDEN, width, torch.float32)
+    return method, layer
+
+
+def sources(scheme: str = "2x8g8") -> dict[str, QuantizedLayer]:
+    form = Scheme.parse(scheme)
+    return {
+        f"{expert}.{name}": random_layer(form, *shape, seed=10 * expert + number)
+        for expert in range(EXPERTS)
+        for number, (name, shape) in enumerate(NAMES.items())
+    }
+
+
+def tensors(given: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
+    return {key: tensor for name, layer in given.items() for key, tensor in layer.named(name)}
+
+
+def mixture(given: dict[str, QuantizedLayer], x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    dense = {
+        name: aqlm_dequantize(layer.codes, layer.codebooks, layer.scales)
+        for name, layer in given.items()
+    }
+    y = torch.zeros(x.shape[0], HIDDEN)
+    for row in range(x.shape[0]):
+        for expert, weight in zip(ids[row].tolist(), weights[row], strict=True):
+            inner = F.silu(dense[f"{expert}.w1"] @ x[row]) * (dense[f"{expert}.w3"] @ x[row])
+            y[row] += weight * (dense[f"{expert}.w2"] @ inner)
+    return y
+
+
+def routing(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:2] for _ in range(tokens)])
+    return x, torch.rand(tokens, 2, generator=generator), ids.int()
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x12g8", "2x8g8o4"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_add_up_to_the_mixture(scheme: str, ranks: int) -> None:
+    given, (x, weights, ids) = sources(scheme), routing()
+    total = torch.zeros(x.shape[0], HIDDEN)
+    for rank in range(ranks):
+        method, layer = made(Experts(rank, ranks), scheme)
+        loaded = set(layer.load_weights(tensors(given).items()))
+        assert loaded == {name for name, _ in layer.named_parameters()}
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, weights, ids)
+    torch.testing.assert_close(total, mixture(given, x, ids, weights))
+
+
+def test_ranks_of_expert_parallelism_add_up_too() -> None:
+    given, (x, weights, ids) = sources(), routing()
+    total = torch.zeros(x.shape[0], HIDDEN)
+    for owned in ([0, 2], [1, 3]):
+        method, layer = made(Experts(owned=owned))
+        list(layer.load_weights(tensors(given).items()))
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, weights, ids)
+    torch.testing.assert_close(total, mixture(given, x, ids, weights))
+
+
+def test_a_weight_on_the_input_is_no_weight_on_the_output() -> None:
+    given, (x, weights, ids) = sources(), routing()
+    method, layer = made(Experts())
+    list(layer.load_weights(tensors(given).items()))
+    method.process_weights_after_loading(layer)
+    layer.apply_router_weight_on_input = True
+    ones = torch.ones(5, 1)
+    expected = mixture(given, x * weights[:, :1], ids[:, :1], ones)
+    torch.testing.assert_close(method.apply(layer, x, weights[:, :1], ids[:, :1]), expected)
+
+
+def test_vllms_own_way_of_calling_loaders_works_too() -> None:
+    method, layer = made(Experts())
+    for name, tensor in tensors(sources()).items():
+        expert, shard, part = name.split(".")
+        parameter = getattr(layer, f"{'w2' if shard == 'w2' else 'w13'}_{part}")
+        arguments = dict(weight_name=name, shard_id=shard, expert_id=int(expert))
+        assert parameter.weight_loader(parameter, tensor, **arguments, return_success=True)
+    method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("name", ["2.w1.codes", "0.w2.scales", "3.w3.codebooks"])
+def test_a_missing_tensor_is_refused_by_its_name(name: str) -> None:
+    method, layer = made(Experts())
+    list(layer.load_weights((n, t) for n, t in tensors(sources()).items() if n != name))
+    with pytest.raises(CheckpointError, match=f"lacks {PREFIX}.{name}, needed"):
+        method.process_weights_after_loading(layer)
+
+
+def test_a_dense_expert_is_refused_by_its_name() -> None:
+    _, layer = made(Experts())
+    with pytest.raises(CheckpointError, match=f"dense weight for {PREFIX}.1.w2, .*not_to_quant"):
+        list(layer.load_weights([("1.w2.weight", torch.zeros(HIDDEN, WIDTH))]))
+
+
+def test_a_wrong_shape_is_refused_with_both_shapes() -> None:
+    _, layer = made(Experts())
+    codes = sources()["0.w1"].codes
+    with pytest.raises(CheckpointError, match=r"0.w2.codes has shape \[96, 8, 2\].*\[64, 12, 2\]"):
+        list(layer.load_weights([("0.w2.codes", codes)]))
+
+
+def test_experts_that_cannot_be_run_are_refused() -> None:
+    layer = Experts()
+    layer.activation = SimpleNamespace(value="swigluoai")
+    with pytest.raises(ServeError, match=r"silu, gelu, gelu_tanh, and not with swigluoai"):
+        made(layer)
+    with pytest.raises(ServeError, match=r"leaves to each rank; try a smaller"):
+        made(Experts(ranks=8))
+    with pytest.raises(CheckpointError, match=r"groups of 1x8g128 do not divide its experts of 96"):
+        made(Experts(), "1x8g128")
