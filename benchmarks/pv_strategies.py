@@ -29,7 +29,7 @@ from pvrt.evaluate import perplexity, read_text, windows
 from pvrt.linear import decode_once
 from pvrt.scheme import GridScheme, parse_scheme
 from pvrt_tune.blocks import find_blocks
-from pvrt_tune.calibration import CalibrationData, documents, from_text
+from pvrt_tune.calibration import documents, from_text
 from pvrt_tune.pv import STRATEGIES
 from pvrt_tune.pvstage import calibrated, pv_tune, tuned_tensors
 from pvrt_tune.recipe import EFFORTS, TuneJob
@@ -59,7 +59,8 @@ def training_text(folder: Path) -> Path:
 
 def second_text() -> str:
     """C4 documents, joined by blank lines."""
-    return "\n\n".join(documents(str(DATA / "text" / "c4.jsonl")))
+    rows = documents(str(DATA / "text" / "c4.jsonl"))
+    return "\n\n".join(row for row in rows if isinstance(row, str))
 
 
 class Bench:
@@ -74,8 +75,7 @@ class Bench:
         text = str(training_text(folder))
         self.data = from_text(text, source.tokenizer, recipe.windows, LENGTH, recipe.seed)
         self.state = RunState(self.folder / ".run")
-        part = CalibrationData(self.data.tokens[recipe.calibration], self.data.origin)
-        walk(self.job, source, self.blocks, part, self.state, say)
+        walk(self.job, source, self.blocks, self.data[recipe.calibration], self.state, say)
 
     def run(self, strategy: str, seed: int) -> dict[str, Any]:
         """Tune from the calibrated blocks and measure the best state."""
@@ -85,10 +85,10 @@ class Bench:
         recipe = replace(self.job.recipe, pv=settings, seed=seed)
         job, state = replace(self.job, recipe=recipe), RunState(copy / ".run")
         held = settings.held_out
-        order = torch.randperm(len(self.data.tokens) - held, generator=torch.manual_seed(seed))
-        tokens = torch.cat([self.data.tokens[:held], self.data.tokens[held:][order]])
+        order = torch.randperm(len(self.data) - held, generator=torch.manual_seed(seed))
+        data = self.data[[*range(held), *(order + held).tolist()]]
         started = time.monotonic()
-        pv_tune(job, self.source, self.blocks, tokens, state, say, None)
+        pv_tune(job, self.source, self.blocks, data, state, say, None)
         seconds = time.monotonic() - started
         tensors, report = tuned_tensors(state)
         row = {

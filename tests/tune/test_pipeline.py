@@ -305,8 +305,33 @@ def test_a_dataset_is_read_through_the_datasets_library(tmp_path: Path) -> None:
     data = calibration.from_text(f"hf:{tmp_path}", toy_tokenizer(), 2, 16, seed=0)
     assert data.tokens.shape == (2, 16)
     (tmp_path / "train.jsonl").write_text('{"body": "0123456789"}\n')
-    with pytest.raises(DataError, match='no "text" column'):
+    with pytest.raises(DataError, match='no column "text"'):
         calibration.from_text(f"hf:{tmp_path}", toy_tokenizer(), 2, 16, seed=0)
+
+
+def test_conversations_pass_the_chat_template(tmp_path: Path) -> None:
+    tokenizer = toy_tokenizer()
+    chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    rows = [{"text": "plain"}, {"messages": chat}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = tokenizer("plain")["input_ids"]
+    wanted += tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    data = calibration.from_text(str(tmp_path), tokenizer, 1, len(wanted), seed=0)
+    assert data.tokens.tolist() == [wanted]
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        calibration.from_text(str(tmp_path), tokenizer, 1, len(wanted), seed=0)
+
+
+def test_positions_begin_with_every_document_and_window(tmp_path: Path) -> None:
+    rows = ["abc", "defghijklm", "nop"]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
+    tokenizer = toy_tokenizer()
+    data = calibration.from_text(str(tmp_path), tokenizer, 2, 8, seed=0)
+    assert data.positions is not None
+    texts = (tokenizer.decode(window) for window in data.tokens)
+    found = dict(zip(texts, data.positions.tolist(), strict=True))
+    assert found == {"abcdefgh": [0, 1, 2, *range(5)], "ijklmnop": [*range(5), 0, 1, 2]}
 
 
 def test_too_little_text_names_both_numbers(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import pvrt
+from pvrt.errors import RunError
 from pvrt.linear import AQLMLinear
 from pvrt.scheme import GridScheme, Scheme
 from pvrt_kernels import aqlm_dequantize
 from pvrt_tune import distill
-from pvrt_tune.calibration import from_model
-from pvrt_tune.distill import Head, Teacher, kl_loss
+from pvrt_tune.calibration import CalibrationData, from_model
+from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.pipeline import tune
 from pvrt_tune.pv import STRATEGIES, PVSettings
@@ -178,6 +179,33 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits(
         torch.testing.assert_close(ours, theirs)
 
 
+def test_packed_documents_do_not_see_each_other() -> None:
+    model = toy_model("llama")
+    tokens = from_model(model, samples=2, length=12, seed=0).tokens
+    tokens[1, 5:] = tokens[0, :7]  # the second window's second document begins the first window
+    positions = torch.stack([torch.arange(12), torch.cat([torch.arange(5), torch.arange(7)])])
+    data = CalibrationData(tokens, "", positions)
+    separate = Teacher(model, data, 4, lambda number: None, lambda number, kept: None)
+    first, second = separate.hidden([0, 1])
+    torch.testing.assert_close(second[5:], first[:7])
+    joined = replace(data, positions=None)
+    first, second = Teacher(model, joined, 4, separate.load, separate.save).hidden([0, 1])
+    assert float((second[5:] - first[:7]).abs().max()) > 0.1
+
+
+def test_a_model_that_ignores_positions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = toy_model("llama")
+    tokens = from_model(model, samples=1, length=12, seed=0).tokens
+    check_head(model, tokens, separate_documents=True)
+
+    def blind(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        return final_hidden(model, tokens)
+
+    monkeypatch.setattr(distill, "final_hidden", blind)
+    with pytest.raises(RunError, match="lets packed documents see each other"):
+        check_head(model, tokens, separate_documents=True)
+
+
 # ---- strategies ----
 
 
@@ -192,12 +220,11 @@ class Problem:
         """A fresh trainer on the calibrated student."""
         teacher = AutoModelForCausalLM.from_pretrained(self.folder / "dense", dtype=torch.float32)
         student = Student.of(pvrt.load(self.folder / "out", dtype="float32"))
-        states = Teacher(teacher, self.tokens, 4, lambda number: None, lambda number, kept: None)
+        data = CalibrationData(self.tokens, "the teacher")
+        states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
         if settings.teacher_first:
             states.finish(lambda done, total: None)
-        held_out = settings.held_out
-        windows = self.tokens[:-held_out], self.tokens[-held_out:]
-        return Trainer(student, states, *windows, settings, seed=0)
+        return Trainer(student, states, data, settings, seed=0)
 
 
 SETTINGS = TrainSettings(

@@ -1,9 +1,13 @@
-"""Calibration tokens: from files, a Hugging Face dataset, or sampled from the model itself."""
+"""Calibration tokens: from files, a Hugging Face dataset, or sampled from the model itself.
+
+Text is plain ("text" of a row) or a conversation ("messages" of a row, through the model's chat
+template); one file may hold both.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +21,34 @@ from pvrt.plan import cache_shape
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".jsonl"}
 
 
+#: Plain text, or the messages of a conversation.
+Document = str | list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class CalibrationData:
-    """Token windows [samples, length] int64 on CPU, where they came from, and their digest."""
+    """Token windows [samples, length] int64 on CPU, and where they came from.
+
+    positions: alike, the place of each token since its document or its window began; None where
+    every window is one document.
+    """
 
     tokens: Tensor
     origin: str
+    positions: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, which: slice | list[int]) -> "CalibrationData":
+        positions = None if self.positions is None else self.positions[which]
+        return replace(self, tokens=self.tokens[which], positions=positions)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the tokens."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        """SHA-256 of the tokens and positions."""
+        parts = [self.tokens] if self.positions is None else [self.tokens, self.positions]
+        return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
 def from_text(spec: str, tokenizer: Any, samples: int, length: int, seed: int) -> CalibrationData:
@@ -38,14 +59,19 @@ def from_text(spec: str, tokenizer: Any, samples: int, length: int, seed: int) -
     has fewer than samples x length tokens.
     """
     windows: list[Tensor] = []
+    positions: list[Tensor] = []
     pending: list[int] = []
+    places: list[int] = []
     # Enough text for a fair choice of windows, without tokenising a whole dataset.
     wanted = 8 * samples
-    for text in documents(spec):
-        pending += tokenizer(text, verbose=False)["input_ids"]
+    for document in documents(spec):
+        ids = _tokenised(document, tokenizer, spec)
+        pending += ids
+        places += range(len(ids))
         while len(pending) >= length:
             windows.append(torch.tensor(pending[:length]))
-            del pending[:length]
+            positions.append(torch.tensor(places[:length]).minimum(torch.arange(length)))
+            del pending[:length], places[:length]
         if len(windows) >= wanted:
             break
     if len(windows) < samples:
@@ -56,10 +82,26 @@ def from_text(spec: str, tokenizer: Any, samples: int, length: int, seed: int) -
             f"give more text {advice}"
         )
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return CalibrationData(torch.stack([windows[i] for i in order[:samples].tolist()]), spec)
+    chosen = order[:samples].tolist()
+    tokens, kept = (torch.stack([part[i] for i in chosen]) for part in (windows, positions))
+    return CalibrationData(tokens, spec, kept)
 
 
-def documents(spec: str) -> Iterator[str]:
+def _tokenised(document: Document, tokenizer: Any, spec: str) -> list[int]:
+    if isinstance(document, str):
+        ids: list[int] = tokenizer(document, verbose=False)["input_ids"]
+        return ids
+    if not tokenizer.chat_template:
+        raise DataError(f"{spec} holds conversations, but the model has no chat template for them")
+    try:
+        ids = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
+    except Exception as error:  # templates raise what they like
+        shown = json.dumps(document)[:100]
+        raise DataError(f"the model's chat template refuses {shown} of {spec}: {error}") from error
+    return ids
+
+
+def documents(spec: str) -> Iterator[Document]:
     """Documents of a calibration spec, in a fixed order; see `from_text`."""
     path = Path(spec).expanduser()
     if not spec.startswith("hf:") and path.exists():
@@ -77,7 +119,7 @@ def documents(spec: str) -> Iterator[str]:
         yield from _dataset_documents(spec.removeprefix("hf:"))
 
 
-def _file_documents(file: Path) -> Iterator[str]:
+def _file_documents(file: Path) -> Iterator[Document]:
     text = read_utf8(file)
     if file.suffix != ".jsonl":
         yield text
@@ -86,15 +128,32 @@ def _file_documents(file: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            document = json.loads(line)["text"]
-        except (ValueError, TypeError, KeyError):
-            document = None
-        if not isinstance(document, str):
-            raise DataError(f'{file}:{number} is not a JSON object with a string "text"')
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        document = _document(row)
+        if document is None:
+            raise DataError(
+                f'{file}:{number} is not a JSON object with a string "text" or a list "messages" '
+                'of {"role": ..., "content": ...}'
+            )
         yield document
 
 
-def _dataset_documents(name: str) -> Iterator[str]:
+def _document(row: Any) -> Document | None:
+    """The text or the messages of a row; None where it has neither."""
+    if not isinstance(row, dict):
+        return None
+    text, messages = row.get("text"), row.get("messages")
+    if isinstance(text, str):
+        return text
+    if isinstance(messages, list) and messages:
+        chat = all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
+        return messages if chat else None
+    return None
+
+
+def _dataset_documents(name: str) -> Iterator[Document]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -106,9 +165,12 @@ def _dataset_documents(name: str) -> Iterator[str]:
     try:
         rows = load_dataset(repository, split=split or "train", streaming=True)
         for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise DataError(f'dataset {name} has no "text" column; it has {sorted(row)}')
-            yield row["text"]
+            document = _document(row)
+            if document is None:
+                raise DataError(
+                    f'dataset {name} has no column "text" or "messages"; it has {sorted(row)}'
+                )
+            yield document
     except DataError:
         raise
     except Exception as error:  # the library raises dozens of types, all about one cause

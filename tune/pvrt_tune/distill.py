@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvrt.errors import RunError
+from pvrt_tune.calibration import CalibrationData
 
 CHUNK_BYTES = 64 << 20
 
@@ -65,8 +66,16 @@ def final_hidden(model: Any, tokens: Tensor, positions: Tensor | None = None) ->
     return hidden
 
 
-def check_head(model: Any, tokens: Tensor) -> None:
-    """Raise RunError unless `Head` and `final_hidden` reproduce the model's logits on tokens."""
+def on_device(data: CalibrationData, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Tokens and positions, as `final_hidden` takes them."""
+    positions = None if data.positions is None else data.positions.to(device)
+    return data.tokens.to(device), positions
+
+
+def check_head(model: Any, tokens: Tensor, *, separate_documents: bool = False) -> None:
+    """Raise RunError unless `Head` and `final_hidden` reproduce the model's logits on tokens [1, n]
+    and, if documents are to be separate, do so for each of two packed documents.
+    """
     with torch.no_grad():
         ours = Head.of(model).logits(final_hidden(model, tokens))
         theirs = model(tokens, use_cache=False).logits.float()
@@ -76,6 +85,22 @@ def check_head(model: Any, tokens: Tensor) -> None:
             f"{type(model).__name__} computes its logits in a way that distillation cannot follow; "
             "leave PV-Tuning out with --no-pv"
         )
+    if separate_documents and not _separates(model, tokens):
+        raise RunError(
+            f"{type(model).__name__} lets packed documents see each other; leave "
+            "separate_documents out of the recipe"
+        )
+
+
+def _separates(model: Any, tokens: Tensor) -> bool:
+    """Whether a document comes out alike alone and behind another one in its window."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    packed = torch.cat([tokens.flip(1), tokens], 1)
+    with torch.no_grad():
+        alone = final_hidden(model, tokens).float()
+        behind = final_hidden(model, packed, torch.cat([positions, positions], 1)).float()
+    difference = (behind[:, tokens.shape[1] :] - alone).abs().max()
+    return bool(difference < 0.1 * alone.std())
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -130,7 +155,7 @@ def kl_loss(hidden: Tensor, head: Head, target: Tensor, target_head: Head) -> Te
 
 
 class Teacher:
-    """Final hidden states of the original model, computed once per window and kept.
+    """Final hidden states of the original model, computed once per window of `data` and kept.
 
     Windows are handled in chunks of `chunk`: `load(chunk number)` may return what an earlier run
     kept, `save(chunk number, states)` keeps it.
@@ -139,13 +164,13 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
-        windows: Tensor,
+        data: CalibrationData,
         chunk: int,
         load: Callable[[int], Tensor | None],
         save: Callable[[int, Tensor], None],
     ) -> None:
         self.model: nn.Module | None = model
-        self.windows, self.chunk = windows, chunk
+        self.data, self.chunk = data, chunk
         self.load, self.save = load, save
         self.chunks: dict[int, Tensor] = {}
         self.head = Head.of(model)
@@ -160,27 +185,26 @@ class Teacher:
         `progress(done, total)` counts windows.
         """
         self.head = replace(self.head, weight=self.head.weight.clone())
-        for first in range(0, len(self.windows), self.chunk):
+        for first in range(0, len(self.data), self.chunk):
             self._chunk(first // self.chunk)
-            progress(min(first + self.chunk, len(self.windows)), len(self.windows))
+            progress(min(first + self.chunk, len(self.data)), len(self.data))
         self.model = None
 
     def _chunk(self, number: int) -> Tensor:
         if number not in self.chunks:
             states = self.load(number)
             if states is None:
-                part = self.windows[number * self.chunk : (number + 1) * self.chunk]
-                states = self._compute(part)
+                states = self._compute(self.data[number * self.chunk : (number + 1) * self.chunk])
                 self.save(number, states)
             self.chunks[number] = states
         return self.chunks[number]
 
-    def _compute(self, windows: Tensor) -> Tensor:
+    def _compute(self, data: CalibrationData) -> Tensor:
         assert self.model is not None, "finish() computes every chunk before it drops the model"
         device = next(self.model.parameters()).device
         parts = []
         with torch.no_grad():
-            for window in torch.split(windows, 4):
-                states = final_hidden(self.model, window.to(device))
+            for first in range(0, len(data), 4):
+                states = final_hidden(self.model, *on_device(data[first : first + 4], device))
                 parts.append(states.to(torch.bfloat16).cpu())
         return torch.cat(parts)

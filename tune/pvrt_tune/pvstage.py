@@ -1,12 +1,14 @@
 """The stage after calibration: PV-Tuning of the whole model, and the tensors it leaves."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvrt_tune.blocks import BlockList
+from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.distill import Teacher, check_head
 from pvrt_tune.machine import release_memory
 from pvrt_tune.progress import Clock, Report
@@ -24,31 +26,32 @@ def pv_tune(
     job: TuneJob,
     source: Source,
     blocks: BlockList,
-    tokens: Tensor,
+    data: CalibrationData,
     state: RunState,
     report: Report,
     deadline: float | None,
 ) -> bool:
     """Tune the calibrated blocks of `state` against the original model's logits.
 
-    tokens [n, length]: the first `held_out` windows choose the best state, the others train. The
+    data: the first `held_out` windows choose the best state, the others train. The
     best student so far is kept as a piece. Returns whether the planned steps were all done (or
     patience ended them); False when the deadline (time.monotonic) came first.
     """
     settings = job.recipe.pv
     assert settings is not None
-    held_out, windows = tokens[: settings.held_out], tokens[settings.held_out :]
+    data = data if settings.separate_documents else replace(data, positions=None)
     dtype = torch.float32 if job.device == "cpu" else None
     original = source.dense(dtype, job.device)
-    check_head(original, windows[:1, :32].to(job.device))
-    teacher = _teacher(original, torch.cat([windows, held_out]), state)
+    sample = data.tokens[:1, :32].to(job.device)
+    check_head(original, sample, separate_documents=settings.separate_documents)
+    teacher = _teacher(original, data, state)
     del original
     if settings.teacher_first:
-        teacher.finish(_progress(len(tokens), report))
+        teacher.finish(_progress(len(data), report))
         release_memory()
     student = Student.of(calibrated(job, source, blocks, state))
-    trainer = Trainer(student, teacher, windows, held_out, settings, job.recipe.seed)
-    report(_start_line(settings, windows))
+    trainer = Trainer(student, teacher, data, settings, job.recipe.seed)
+    report(_start_line(settings, data))
     return trainer.run(state, report, deadline).complete
 
 
@@ -74,7 +77,7 @@ def calibrated(job: TuneJob, source: Source, blocks: BlockList, state: RunState)
     return model
 
 
-def _teacher(model: Any, windows: Tensor, state: RunState) -> Teacher:
+def _teacher(model: Any, data: CalibrationData, state: RunState) -> Teacher:
     def load(number: int) -> Tensor | None:
         piece = state.load(f"teacher-{number:05d}")
         return None if piece is None else piece.tensors["hidden"]
@@ -82,7 +85,7 @@ def _teacher(model: Any, windows: Tensor, state: RunState) -> Teacher:
     def save(number: int, hidden: Tensor) -> None:
         state.save(f"teacher-{number:05d}", {"hidden": hidden}, {})
 
-    return Teacher(model, windows, _TEACHER_CHUNK, load, save)
+    return Teacher(model, data, _TEACHER_CHUNK, load, save)
 
 
 def _progress(count: int, report: Report) -> Callable[[int, int], None]:
@@ -96,9 +99,9 @@ def _progress(count: int, report: Report) -> Callable[[int, int], None]:
     return progress
 
 
-def _start_line(settings: TrainSettings, windows: Tensor) -> str:
-    tokens = windows.shape[1] * settings.batch
+def _start_line(settings: TrainSettings, data: CalibrationData) -> str:
+    tokens, held_out = data.tokens.shape[1] * settings.batch, settings.held_out
     return (
         f"PV-Tuning ({settings.pv.strategy}): up to {settings.steps} steps of {tokens} tokens "
-        f"over {len(windows)} windows, best state by {settings.held_out} held-out windows"
+        f"over {len(data) - held_out} windows, best state by {held_out} held-out windows"
     )

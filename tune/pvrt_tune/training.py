@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pvrt.linear import AQLMLinear
 from pvrt_tune import parallel
 from pvrt_tune.blocks import find_blocks
-from pvrt_tune.distill import Head, Teacher, final_hidden, kl_loss
+from pvrt_tune.calibration import CalibrationData
+from pvrt_tune.distill import Head, Teacher, final_hidden, kl_loss, on_device
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.progress import Report
 from pvrt_tune.pv import OPTIMIZER_PARTS, PVOptimizer, PVSettings
@@ -37,7 +38,7 @@ class TrainSettings:
     of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
     keeps embeddings and output head. teacher_first: all of the original model's states are computed
     before the student is made, so that the two are never in memory together (with a time limit,
-    some for nothing).
+    some for nothing). separate_documents: documents that share a window do not see each other.
     """
 
     windows: int = 256
@@ -51,6 +52,7 @@ class TrainSettings:
     freeze_embeddings: bool = True
     recompute_activations: bool = False
     teacher_first: bool = False
+    separate_documents: bool = False
     pv: PVSettings = field(default_factory=PVSettings)
 
     def factor(self, step: int, steps: int) -> float:
@@ -116,21 +118,19 @@ class Outcome:
 class Trainer:
     """Runs PV steps; every state that matters goes to the run folder, so that it can be resumed.
 
-    windows: training tokens [n, length]; held_out: other tokens [m, length]. The teacher is asked
-    for windows 0..n-1, then for the held-out ones as n..n+m-1.
+    data: what the teacher knows, its first `settings.held_out` windows only for choosing the best.
     """
 
     def __init__(
         self,
         student: Student,
         teacher: Teacher,
-        windows: Tensor,
-        held_out: Tensor,
+        data: CalibrationData,
         settings: TrainSettings,
         seed: int,
     ) -> None:
         self.student, self.teacher, self.settings, self.seed = student, teacher, settings, seed
-        self.windows, self.held_out = windows, held_out
+        self.data, self.held_out = data, settings.held_out
         model = student.model
         model.requires_grad_(False)
         weights = student.weights()
@@ -186,7 +186,7 @@ class Trainer:
         loss = 0.0
         parts = [batch[i : i + self.settings.microbatch] for i in _starts(batch, self.settings)]
         for numbers in parts:
-            part = self._loss(self.windows[numbers], self.teacher.hidden(numbers))
+            part = self._loss(numbers)
             share = len(numbers) / len(batch)
             (part * share).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
@@ -203,34 +203,35 @@ class Trainer:
 
     def held_out_kl(self) -> float:
         """Mean KL over the held-out windows."""
-        numbers = list(range(len(self.held_out)))[parallel.rank() :: parallel.world()]
+        numbers = list(range(self.held_out))[parallel.rank() :: parallel.world()]
         sums = torch.zeros(2)
         with torch.no_grad():
             for number in numbers:
-                target = self.teacher.hidden([len(self.windows) + number])
-                sums[0] += float(self._loss(self.held_out[number : number + 1], target))
+                sums[0] += float(self._loss([number]))
                 sums[1] += 1
         sums = parallel.total(sums)
         return float(sums[0] / sums[1])
 
-    def _loss(self, tokens: Tensor, target: Tensor) -> Tensor:
-        hidden = final_hidden(self.student.model, tokens.to(self.device))
-        target = target.to(self.device).flatten(0, 1)
+    def _loss(self, numbers: list[int]) -> Tensor:
+        """Mean KL over windows of `data` by number."""
+        hidden = final_hidden(self.student.model, *on_device(self.data[numbers], self.device))
+        target = self.teacher.hidden(numbers).to(self.device).flatten(0, 1)
         return kl_loss(hidden.flatten(0, 1), self.head, target, self.teacher.head)
 
     def _batch(self, step: int) -> list[int]:
         """Windows of a step for this rank: in order at first, in a new random order every epoch."""
-        size, count = self.settings.batch, len(self.windows)
+        size, count = self.settings.batch, len(self.data) - self.held_out
         first = step * size
         numbers = []
         for position in range(first, first + size):
             epoch, offset = divmod(position, count)
-            numbers.append(offset if epoch == 0 else self._order(epoch)[offset])
+            numbers.append(self.held_out + (offset if epoch == 0 else self._order(epoch)[offset]))
         return numbers[parallel.rank() :: parallel.world()]
 
     def _order(self, epoch: int) -> list[int]:
         generator = seeded(self.seed, f"epoch {epoch}")
-        order: list[int] = torch.randperm(len(self.windows), generator=generator).tolist()
+        count = len(self.data) - self.held_out
+        order: list[int] = torch.randperm(count, generator=generator).tolist()
         return order
 
     def _stale(self) -> bool:
