@@ -29,6 +29,7 @@ from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.machine import Machine, release_memory
 from pvrt_tune.recipe import Recipe, TuneJob
+from pvrt_tune.training import TrainSettings
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "plan.json"
 LEAST = Recipe(
@@ -38,13 +39,22 @@ LEAST = Recipe(
     fit=FitSettings(rounds=1, kmeans_iterations=1, cg_iterations=1),
     finetune=FinetuneSettings(epochs=1),
 )
-SHORT = replace(LEAST, length=64)
+#: By name, for the command line of the child process.
+RECIPES = {
+    "calibration": LEAST,
+    "short windows": replace(LEAST, length=64),
+    "PV-Tuning": replace(
+        LEAST,
+        pv=TrainSettings(windows=8, steps=2, batch=4, microbatch=2, held_out=4, evaluate_every=2),
+    ),
+}
 #: Functions of a stage: module, name, phase of the plan.
 STAGES = (
     ("pipeline", "_sampled", "sampling"),
     ("pipeline", "walk", "block pass"),
     ("walk", "quantize_linear", "layer fit"),
     ("walk", "finetune_block", "block fine-tune"),
+    ("pipeline", "pv_tune", "PV-Tuning"),
     ("pipeline", "write", "write"),
 )
 
@@ -64,9 +74,12 @@ class Sampler(threading.Thread):
             time.sleep(0.003)
 
     def look(self) -> None:
+        phase = self.phase
         lines = Path("/proc/self/status").read_text().splitlines()
         parts = (line.split() for line in lines if line.startswith(("RssAnon", "RssShmem")))
-        self.peak[self.phase] = max(self.peak[self.phase], sum(1024 * int(p[1]) for p in parts))
+        size = sum(1024 * int(part[1]) for part in parts)
+        if phase == self.phase:  # else the stage changed meanwhile: whose memory was it?
+            self.peak[phase] = max(self.peak[phase], size)
 
     def around(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +109,7 @@ def stop_early(line: str) -> None:
         raise Enough
 
 
-def measured(model: str, short: bool, data: str | None) -> dict[str, Any]:
+def measured(model: str, recipe: Recipe, data: str | None) -> dict[str, Any]:
     """Tune a model in this process; peaks, times and the plan by phase."""
     from pvrt_tune import pipeline, walk
     from pvrt_tune.plan import Plan
@@ -108,7 +121,7 @@ def measured(model: str, short: bool, data: str | None) -> dict[str, Any]:
         setattr(modules[module], name, sampler.around(getattr(modules[module], name), phase))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        job = TuneJob(model, out, SHORT if short else LEAST, data)
+        job = TuneJob(model, out, recipe, data)
         plan: Plan = plan_job(job, Machine.here("cpu", out), sampled=data is None)
         sampler.start()
         with suppress(Enough):
@@ -144,15 +157,26 @@ def synthetic(folder: Path, hidden: int, inner: int, vocabulary: int, layers: in
     return folder
 
 
+def as_folder(file: Path, folder: str) -> Path:
+    """The model of a GGUF file as safetensors."""
+    from pvrt_tune.source import load_source
+
+    source = load_source(str(file))
+    out = Path(folder) / "smollm2"
+    source.dense(source.model.dtype).save_pretrained(out)
+    source.tokenizer.save_pretrained(out)
+    return out
+
+
 def main() -> None:
     """Run all models, print a table and store the figures."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--child", nargs=3, metavar=("MODEL", "SHORT", "DATA"))
+    parser.add_argument("--child", nargs=3, metavar=("MODEL", "RECIPE", "DATA"))
     parser.add_argument("--only", help="run one model, by name")
     asked = parser.parse_args()
     if asked.child:
-        model, short, data = asked.child
-        print(json.dumps(measured(model, short == "yes", data or None)))
+        model, recipe, data = asked.child
+        print(json.dumps(measured(model, RECIPES[recipe], data or None)))
         return
     from pvrt.evaluate import default_text
 
@@ -161,24 +185,29 @@ def main() -> None:
         text = Path(folder) / "text.txt"
         text.write_text(default_text())
         file = quickstart.smollm2()
-        cases: dict[str, Callable[[], tuple[Path, bool, bool]]] = {
-            "llama-toy": lambda: (synthetic(Path(folder) / "toy", 256, 512, 1000, 2), False, False),
-            "smollm2-135m (GGUF)": lambda: (file, True, False),
-            "smollm2-135m (GGUF), text given": lambda: (file, False, True),
-            "llama-0.3b": lambda: (
-                synthetic(Path(folder) / "0.3b", 2048, 2048, 64000, 1), True, False
+
+        def llama(*sizes: int) -> Callable[[], Path]:
+            return lambda: synthetic(Path(folder) / "x".join(map(str, sizes)), *sizes)
+
+        # Model, recipe, and whether text is given.
+        cases: dict[str, tuple[Callable[[], Path], str, bool]] = {
+            "llama-toy": (llama(256, 512, 1000, 2), "calibration", False),
+            "smollm2-135m (GGUF)": (lambda: file, "short windows", False),
+            "smollm2-135m (GGUF), text given": (lambda: file, "calibration", True),
+            "smollm2-135m (folder), text given": (
+                lambda: as_folder(file, folder),
+                "calibration",
+                True,
             ),
-            "llama-0.6b, text given": lambda: (
-                synthetic(Path(folder) / "0.6b", 2048, 4096, 128000, 1), False, True
-            ),
-        }  # fmt: skip
-        for name, case in cases.items():
+            "llama-0.3b": (llama(2048, 2048, 64000, 1), "short windows", False),
+            "llama-0.6b, text given": (llama(2048, 4096, 128000, 1), "calibration", True),
+            "llama-0.1b, PV-Tuning": (llama(1024, 2816, 8000, 8), "PV-Tuning", True),
+        }
+        for name, (make, recipe, given) in cases.items():
             if asked.only not in (None, name):
                 continue
-            model, short, given = case()
-            command = [sys.executable, __file__, "--child", str(model), "yes" if short else "no"]
             done = subprocess.run(
-                [*command, str(text) if given else ""],
+                [sys.executable, __file__, "--child", make(), recipe, text if given else ""],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,

@@ -81,8 +81,8 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
         return _Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), state, [])
     write_synced(state.folder / "config.yaml", as_yaml(job.recipe).encode())
     data = text or _sampled(job, source, state, report)
-    calibrating = replace(data, tokens=data.tokens[job.recipe.calibration])
-    reports = walk(job, source, blocks, calibrating, state, report)
+    release_memory()  # of reading the model and its text
+    reports = walk(job, source, blocks, data[job.recipe.calibration], state, report)
     run = _Run(job, source, blocks, data, state, reports)
     if job.recipe.pv is not None and not (job.out / CONFIG_FILE).exists():
         run.write()
@@ -107,9 +107,7 @@ def _finish(run: _Run, report: Report, deadline: float | None) -> None:
     complete = True
     if job.recipe.pv is not None:
         try:
-            complete = pv_tune(
-                job, run.source, run.blocks, run.data.tokens, state, report, deadline
-            )
+            complete = pv_tune(job, run.source, run.blocks, run.data, state, report, deadline)
         except KeyboardInterrupt:
             run.write()
             raise

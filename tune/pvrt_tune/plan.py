@@ -27,8 +27,11 @@ from pvrt_tune.pvplan import Sizes, needs
 from pvrt_tune.recipe import Recipe
 from pvrt_tune.speed import Speed
 
-#: Python with torch and transformers; on a GPU, CUDA's libraries besides.
+#: Python with torch and transformers; each entry of the tokenizer's vocabulary with its merge; what
+#: reading a GGUF file leaves besides its tensors; on a GPU, CUDA's libraries.
 PROCESS_BYTES = 280_000_000
+TOKENIZER_BYTES = 500
+GGUF_BYTES = 30_000_000
 CUDA_HOST_BYTES = 1_000_000_000
 #: CUDA's context and cuBLAS' workspaces on the device.
 CUDA_DEVICE_BYTES = 700_000_000
@@ -239,7 +242,8 @@ class _Planner:
         self.cuda = request.device != "cpu"
         # A GGUF file stays in host memory, dequantised.
         self.host = PROCESS_BYTES + CUDA_HOST_BYTES * self.cuda
-        self.host += self.itemsize * self.parameters if request.gguf else 0
+        self.host += TOKENIZER_BYTES * model.config.get_text_config().vocab_size
+        self.host += self.itemsize * self.parameters + GGUF_BYTES if request.gguf else 0
 
     def plan(self) -> Plan:
         first = [self.sampling()] if self.request.sampled else []
