@@ -126,7 +126,9 @@ def run(method: Callable[..., Array], count: int, seed: int) -> list[float]:
     """phi after every P and every V step from one random start."""
     problem = Quadratic(np.random.default_rng(0))
     generator = np.random.default_rng([seed, count])
-    codes = generator.integers(count, size=DIMENSIONS)
+    # A start with exactly c values, as in the paper: a V step cannot bring back one that none uses.
+    rest = generator.integers(count, size=DIMENSIONS - count)
+    codes = generator.permutation(np.concatenate([np.arange(count), rest]))
     curve = []
     for _ in range(STEPS):
         values = problem.p_step(codes, count)
