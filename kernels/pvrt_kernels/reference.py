@@ -42,7 +42,7 @@ def decode_unscaled(codes: Tensor, codebooks: Tensor) -> Tensor:
     entries = codebooks.float().reshape(num_codebooks, size, out_group * g)
     total = F.embedding(index[..., 0], entries[0])
     for m in range(1, num_codebooks):
-        total = total + F.embedding(index[..., m], entries[m])
+        total += F.embedding(index[..., m], entries[m])
     return total
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pvrt_tune.kmeans import Schedule, kmeans
-from pvrt_tune.search import Cells, _min, halve, in_metric, lowest, weighted
+from pvrt_tune.search import Cells, halve, in_metric, lowest, row_minima, weighted
 
 
 def clustered(count: int, width: int, seed: int) -> Tensor:
@@ -82,7 +82,7 @@ def test_the_fast_minimum_is_the_plain_one_up_to_near_ties(columns: int) -> None
     scores = torch.randn(500, columns, generator=torch.Generator().manual_seed(0))
     scores[::7] *= 1e-20
     exact = scores.min(1).values
-    values, chosen = _min(scores.clone())
+    values, chosen = row_minima(scores.clone())
     assert chosen.dtype is torch.int64
     picked = scores.gather(1, chosen[:, None])[:, 0]
     assert bool(((picked - exact) <= 2**-14 * exact.abs()).all())

@@ -116,8 +116,8 @@ class PVLayer:
         shared = self.representation.shared()
         return {k: parallel.total(g) if k in shared else g for k, g in grads.items()}
 
-    def step(self, grad: Tensor, number: int, factor: float, generator: torch.Generator) -> int:
-        """V step number `number` (from 1) after the continuous parameters have moved.
+    def step(self, grad: Tensor, factor: float, generator: torch.Generator) -> int:
+        """The V step after the continuous parameters have moved.
 
         grad: dL/dW [rows, in] float32. factor: of the learning rate's schedule. Returns how many
         groups here changed their codes, and renews `weight`.
@@ -125,28 +125,23 @@ class PVLayer:
         decoded = self.representation.decode()
         changed = 0
         if self.second_moment:
-            target = self._target(decoded, grad, number, factor, generator)
+            target = self._target(decoded, grad, factor, generator)
             changed = self._move_codes(decoded, target, generator)
         with torch.no_grad():
             self.weight.copy_(decoded)
         return changed
 
     def _target(
-        self,
-        decoded: Tensor,
-        grad: Tensor,
-        number: int,
-        factor: float,
-        generator: torch.Generator,
+        self, decoded: Tensor, grad: Tensor, factor: float, generator: torch.Generator
     ) -> Tensor:
         """B after its LAMB step, in float32."""
         settings = self.settings
         target = decoded.clone() if self.latent is None else self.latent.float()
         if self.latent is not None and settings.follow_codebooks:
             target += decoded - self.weight.detach().float()
-        direction = grad / self._root_moment(grad, number).add_(1e-12)
-        norms = torch.stack([target.square().sum(), direction.square().sum()])
-        size, length = parallel.total(norms).sqrt().tolist()
+        direction = torch.div(grad, root := self._root_moment(grad).add_(1e-12), out=root)
+        norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
+        size, length = parallel.total(norms.square_()).sqrt().tolist()
         rate = settings.code_learning_rate * factor
         target.sub_(direction, alpha=rate * size / max(length, 1e-30))
         if self.latent is not None:
@@ -156,28 +151,27 @@ class PVLayer:
                 self.latent = target
         return target
 
-    def _root_moment(self, grad: Tensor, number: int) -> Tensor:
-        """Root of the running mean of squared gradients (or of its factors), debiased."""
+    def _root_moment(self, grad: Tensor) -> Tensor:
+        """Root of the running mean of squared gradients, or of its factors (a new tensor).
+
+        It is not debiased: LAMB's normalisation takes any common factor out.
+        """
         beta, moment = self.settings.code_beta, self.second_moment
-        debias = 1 - beta**number
         if "second_moment" in moment:
-            kept = moment["second_moment"]
-            kept.mul_(beta).addcmul_(grad, grad, value=1 - beta)
-            return (kept / debias).sqrt_()
+            return moment["second_moment"].mul_(beta).addcmul_(grad, grad, value=1 - beta).sqrt()
         square = grad.square()
         counts = parallel.total(torch.tensor([float(len(grad))]))
         rows = moment["moment_rows"].lerp_(square.mean(1), 1 - beta)
         columns = parallel.total(square.sum(0)) / float(counts)
         moment["moment_columns"].lerp_(columns, 1 - beta)
         mean = parallel.total(rows.sum()) / float(counts)
-        across = moment["moment_columns"] / (mean * debias).clamp_min(1e-30)
-        return torch.outer(rows, across).sqrt_()
+        return torch.outer(rows, moment["moment_columns"] / mean.clamp_min(1e-30)).sqrt_()
 
     def _move_codes(self, decoded: Tensor, target: Tensor, generator: torch.Generator) -> int:
         """Give groups the codes nearest to the target; `decoded` is brought up to date."""
         g = self.representation.group_size
         new, old = target.view(-1, g), decoded.view(-1, g)
-        distance = (new - old).square_().sum(1)
+        distance = torch.linalg.vector_norm(new - old, dim=1)
         if self.strategy.subspace:
             allowed = self._allowed()
             candidates = parallel.top_share(distance, allowed * self.settings.gain_pool)
@@ -193,7 +187,7 @@ class PVLayer:
         kept = change > 0
         if self.strategy.subspace and self.settings.gain_pool > 1:
             left = (new[candidates] - proposal.values).square().sum(1)
-            gain = torch.where(kept, distance[candidates] - left, 0)
+            gain = torch.where(kept, distance[candidates].square() - left, 0)
             order = parallel.top_share(gain, allowed)
             kept = torch.zeros_like(kept)
             kept[order] = True
@@ -277,7 +271,7 @@ class PVOptimizer:
         changed = groups = 0
         started = time.perf_counter()
         for name, layer in self.layers.items():
-            changed += layer.step(self._gradient(name), self.number, factor, generator)
+            changed += layer.step(self._gradient(name), factor, generator)
             groups += layer.groups
             self.weights[name].grad = None
         seconds = time.perf_counter() - started

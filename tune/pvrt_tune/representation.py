@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pvrt.linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_tune.grid import GridLinear
+from pvrt_tune.search import row_minima
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,10 @@ def _closest(
     for part, old in zip(torch.split(wanted, step), torch.split(present, step), strict=True):
         scores = torch.addmm(offset, part, book.T, alpha=-2)
         if not draw:
-            best = scores.min(1)
-            kept = scores.gather(1, old.unsqueeze(1)).squeeze(1) <= best.values
-            parts.append(torch.where(kept, old, best.indices))
+            present_score = scores.gather(1, old.unsqueeze(1)).squeeze(1)
+            best = row_minima(scores)[1]  # to some bits, so its score is taken once more
+            score = offset[best] - 2 * (part * book[best]).sum(1)
+            parts.append(torch.where(present_score <= score, old, best))
             continue
         two = scores.topk(min(2, len(book)), largest=False).indices
         first, last = book[two[:, 0]], book[two[:, -1]]

@@ -108,7 +108,7 @@ def _inside(
         span = slice(start * _CHUNK, (start + len(part)) * _CHUNK)
         block = features[query[span]].view(len(part), _CHUNK, -1)
         product = torch.baddbmm(offset[part].unsqueeze(1), block, columns[part])
-        scores[span], entry[span] = _min(product.view(-1, size))
+        scores[span], entry[span] = row_minima(product.view(-1, size))
     place = torch.empty_like(slots)
     place[order] = slots
     return scores[place].view(cells.shape), entry[place].view(cells.shape)
@@ -139,14 +139,14 @@ def _fewest(scores: Tensor, count: int) -> Tensor:
     if count > 8 or (count > 1 and (scores.shape[1] > 256 or scores.device.type != "cpu")):
         return scores.topk(count, largest=False, sorted=False).indices
     # A few vectorised minima in cache are cheaper than one scalar selection.
-    found = [_min(scores)[1]]
+    found = [row_minima(scores)[1]]
     while len(found) < count:
         scores.scatter_(1, found[-1].unsqueeze(1), torch.inf)
         found.append((scores.amin(1).view(torch.int32) & 255).long())
     return torch.stack(found, 1)
 
 
-def _min(scores: Tensor) -> tuple[Tensor, Tensor]:
+def row_minima(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum and its column in every row of float32 scores [n, K], which it overwrites.
 
     torch's min with indices is scalar code on CPU, its amin is vectorised. So up to 256 columns
