@@ -1,51 +1,39 @@
-"""OpenAI's protocol over the embedded engine: completions, chat completions, models.
+"""OpenAI's protocol over the embedded engine: completions, chat completions, models, metrics.
 
 `create_app(engine, "name")` is an ASGI application; `launch.serve` runs it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 import pvrt
+from pvrt_server.answer import Responder
 from pvrt_server.engine import Engine
-from pvrt_server.errors import (
-    EngineStoppedError,
-    GenerationError,
-    ModelNotFoundError,
-    RequestError,
-)
-from pvrt_server.failures import add_handlers, failure_response
+from pvrt_server.errors import EngineStoppedError, ModelNotFoundError, RequestError
+from pvrt_server.failures import ERROR_RESPONSES, add_handlers, failure_response
 from pvrt_server.gate import MAX_BODY_BYTES, Gate
-from pvrt_server.generation import ClientGone, Generation
-from pvrt_server.responses import (
-    DONE,
-    KEEP_ALIVE,
-    ChatForm,
-    CompletionForm,
-    Echo,
-    Form,
-    Piece,
-    Usage,
-    error_body,
-    merge,
-    new_header,
-    sse,
-)
+from pvrt_server.grammar import Grammar
+from pvrt_server.messages import template_messages
+from pvrt_server.metrics import CONTENT_TYPE
+from pvrt_server.page import Page
+from pvrt_server.responses import ChatForm, CompletionForm, Echo, Form, Usage
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.schema import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     GenerateRequest,
     TokenizeRequest,
-    template_messages,
 )
-from pvrt_server.sequence import GenerationRequest, TokenEvent
+from pvrt_server.sequence import GenerationRequest
+from pvrt_server.tool_params import offer
+from pvrt_server.tools import Tools
 
 
 def create_app(
@@ -58,7 +46,7 @@ def create_app(
 ) -> FastAPI:
     """The application. It closes the engine when it shuts down.
 
-    With an api_key everything but /health and /version needs it as a bearer token.
+    With an api_key everything but /health and the page at / needs it as a bearer token.
     Streams carry an SSE comment whenever nothing else was sent for keep_alive_seconds, because
     proxies cut connections that are silent while a long prompt is read.
     """
@@ -77,14 +65,24 @@ def create_app(
         redoc_url=None,
     )
     api = _Api(engine, served_model_name, keep_alive_seconds)
-    app.add_api_route("/health", api.health, methods=["GET"])
-    app.add_api_route("/version", api.version, methods=["GET"])
-    app.add_api_route("/v1/models", api.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", api.model, methods=["GET"])
-    app.add_api_route("/v1/completions", api.completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", api.chat_completions, methods=["POST"])
-    app.add_api_route("/tokenize", api.tokenize, methods=["POST"])
+    get: dict[str, Callable[..., Any]] = {
+        "/health": api.health,
+        "/version": api.version,
+        "/metrics": api.metrics,
+        "/v1/models": api.models,
+        "/v1/models/{name:path}": api.model,
+    }
+    post: dict[str, Callable[..., Any]] = {
+        "/v1/completions": api.completions,
+        "/v1/chat/completions": api.chat_completions,
+        "/tokenize": api.tokenize,
+        "/detokenize": api.detokenize,
+    }
+    for method, routes in (("GET", get), ("POST", post)):
+        for path, endpoint in routes.items():
+            app.add_api_route(path, endpoint, methods=[method], responses=ERROR_RESPONSES)
     add_handlers(app)
+    app.add_middleware(Page, folder=engine.folder)
     app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
     return app
 
@@ -93,7 +91,7 @@ class _Api:
     def __init__(self, engine: Engine, name: str, keep_alive_seconds: float) -> None:
         self._engine = engine
         self._name = name
-        self._keep_alive_seconds = keep_alive_seconds
+        self._responder = Responder(engine, name, keep_alive_seconds)
         # What people type: the name, the folder they served, its last part.
         self._names = {name, str(engine.folder), engine.folder.name}
         self._created = int((engine.folder / "config.json").stat().st_mtime)
@@ -113,15 +111,20 @@ class _Api:
     async def version(self) -> dict[str, str]:
         return {"version": pvrt.__version__}
 
+    async def metrics(self) -> Response:
+        return Response(self._engine.metrics.expose(self._name), media_type=CONTENT_TYPE)
+
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("send either prompt or messages", "prompt")
         codec = self._engine.codec
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
         if body.messages is not None:
             ids = await asyncio.to_thread(
                 codec.encode_chat,
-                template_messages(body.messages),
+                template_messages(body.messages, codec.template(tools)),
+                tools=tools,
                 add_generation_prompt=body.add_generation_prompt is not False,
                 template_kwargs=body.chat_template_kwargs,
             )
@@ -135,6 +138,11 @@ class _Api:
             "tokens": ids,
             "token_strs": names,
         }
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
+        self._check_model(body.model)
+        self._engine.check_tokens("tokens", body.tokens)
+        return {"prompt": await asyncio.to_thread(self._engine.codec.decode, body.tokens)}
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -162,13 +170,18 @@ class _Api:
         self._check_model(body.model)
         body.refuse_unsupported()
         params = body.sampling(self._engine.defaults)
+        codec = self._engine.codec
+        given = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
+        template = codec.template(given)
+        tools = offer(template, body.tools, body.tool_choice, body.parallel_tool_calls)
         ids = await asyncio.to_thread(
-            self._engine.codec.encode_chat,
-            template_messages(body.messages),
+            codec.encode_chat,
+            template_messages(body.messages, template),
+            tools=None if tools is None else given,
             template_kwargs=body.chat_template_kwargs,
         )
-        form = ChatForm(self._engine.codec, bool(body.logprobs))
-        return await self._answer(body, request, form, [ids], params)
+        form = ChatForm(codec, bool(body.logprobs), tools)
+        return await self._answer(body, request, form, [ids], params, tools)
 
     async def _answer(
         self,
@@ -177,62 +190,32 @@ class _Api:
         form: Form,
         prompts: Sequence[list[int]],
         params: SamplingParams,
+        tools: Tools | None = None,
     ) -> Response:
+        grammar = await asyncio.to_thread(self._grammar, body.schema_to_follow(), tools)
         requests = [
-            GenerationRequest(tuple(ids), _for_choice(params, number))
+            GenerationRequest(tuple(ids), _for_choice(params, number), grammar)
             for ids in prompts
             for number in range(body.choices)
         ]
-        try:
-            generation = Generation(self._engine, requests, request)
-        except RequestError as error:
-            if error.param == "prompt":  # the engine does not know where it came from
-                error.param = form.prompt_field
-            raise
-        usage = Usage(sum(len(ids) for ids in prompts))
-        if body.stream:
-            chunks = self._stream(generation, form, usage, body.include_usage)
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
-        pieces: list[list[Piece]] = [[] for _ in requests]
-        async for event in generation.events():
-            if event is None:
-                continue
-            usage.completion_tokens += isinstance(event, TokenEvent)
-            pieces[event.index] += form.pieces(event)
-        choices = [form.choice(merge(parts)) for parts in pieces]
-        header = new_header(self._name, form.prefix)
-        return JSONResponse(header.body(form.kind, choices, usage=usage.body()))
+        return await self._responder.answer(
+            requests,
+            form,
+            request,
+            Usage(sum(len(ids) for ids in prompts), body.choices),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+        )
 
-    async def _stream(
-        self, generation: Generation, form: Form, usage: Usage, include_usage: bool
-    ) -> AsyncIterator[bytes]:
-        header = new_header(self._name, form.prefix)
-        # With include_usage all chunks carry the field, null up to the last.
-        more = {"usage": None} if include_usage else {}
-        opened: set[int] = set()
-        try:
-            async for event in generation.events(self._keep_alive_seconds):
-                if event is None:
-                    yield KEEP_ALIVE
-                    continue
-                usage.completion_tokens += isinstance(event, TokenEvent)
-                for piece in form.pieces(event):
-                    opening = None if piece.index in opened else form.opening(piece.index)
-                    opened.add(piece.index)
-                    if opening is not None:
-                        yield sse(header.body(form.chunk_kind, [opening], **more))
-                    if piece.text or piece.tokens or piece.finish_reason:
-                        yield sse(header.body(form.chunk_kind, [form.chunk(piece)], **more))
-        except (GenerationError, EngineStoppedError) as error:
-            # Never just close: to clients a cut stream looks like a complete answer.
-            yield sse(error_body(str(error), "server_error", None, None))
-        except ClientGone:
-            return
-        else:
-            if include_usage:
-                yield sse(header.body(form.chunk_kind, [], usage=usage.body()))
-        yield DONE
+    def _grammar(
+        self, schema: dict[str, Any] | None, tools: Tools | None
+    ) -> Callable[[], Grammar] | None:
+        """What the answer must follow: the form of calls, a JSON schema, or nothing."""
+        grammars = self._engine.grammars
+        rules = None if tools is None else tools.grammar(schema)
+        if rules is not None:
+            return grammars.lark(rules, "tools")
+        return None if schema is None else grammars.json_schema(schema, "response_format")
 
     def _card(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -117,12 +117,8 @@ class Engine:
         prompt, params = request.prompt_ids, request.params
         if not prompt:
             raise RequestError("the prompt is empty; it needs at least one token", "prompt")
-        vocabulary = self._runtime.vocabulary
-        for field, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
-            if (bad := max(ids, default=0)) >= vocabulary or (bad := min(ids, default=0)) < 0:
-                raise RequestError(
-                    f"{field} holds token {bad}; this model has tokens 0 to {vocabulary - 1}", field
-                )
+        self.check_tokens("prompt", prompt)
+        self.check_tokens("logit_bias", params.logit_bias)
         wanted = params.max_tokens
         # Without a limit of its own, a prompt must at least leave room for one token.
         total = len(prompt) + (1 if wanted is None else wanted)
@@ -133,6 +129,14 @@ class Engine:
                 f"prompt has {len(prompt)}{asked}",
                 "prompt",
                 "context_length_exceeded",
+            )
+
+    def check_tokens(self, field: str, ids: Collection[int]) -> None:
+        """Raise RequestError, naming `field`, if the model has no such tokens."""
+        vocabulary = self._runtime.vocabulary
+        if (bad := max(ids, default=0)) >= vocabulary or (bad := min(ids, default=0)) < 0:
+            raise RequestError(
+                f"{field} holds token {bad}; this model has tokens 0 to {vocabulary - 1}", field
             )
 
     def submit(

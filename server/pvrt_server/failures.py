@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -21,6 +23,26 @@ from pvrt_server.errors import (
 )
 from pvrt_server.generation import ClientGone
 from pvrt_server.responses import error_body
+
+
+class _ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """OpenAI's error envelope, for the server's own description of itself."""
+
+    error: _ErrorDetail
+
+
+#: What every route may answer.
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": HTTPStatus(status).phrase}
+    for status in (400, 401, 404, 413, 429, 500, 503)
+}
 
 # Names that pydantic puts into an error's place for the branches of a union.
 _BRANCH = re.compile(r"str|int|float|bool|dict|list|.*\W.*")

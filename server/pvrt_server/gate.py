@@ -10,7 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pvrt_server.responses import error_body
 
 MAX_BODY_BYTES = 16 << 20  # a prompt of a million tokens as a list of numbers fits
-_OPEN = frozenset({"/health", "/version"})  # load balancers have no key
+# Load balancers have no key, and a browser can send one only from the page, which holds no secret.
+_OPEN = frozenset({"/health", "/"})
 
 
 class Gate:
@@ -27,7 +28,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(scope["method"], scope["path"], headers)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -43,11 +44,12 @@ class Gate:
 
         await self._app(scope, counting, send)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
+    def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
         given = headers.get(b"authorization", b"")
         if (
             self._header is not None
             and path not in _OPEN
+            and method != "OPTIONS"  # a browser's question before a call of another origin
             and not hmac.compare_digest(given, self._header)
         ):
             message = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"

@@ -6,13 +6,19 @@ millisecond, so that a schema costs nothing at the start.
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from pvrt_server.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+#: As people and programs write JSON. Without a bound, small models write spaces to the end.
+JSON_STYLE: "JsonCompileOptions" = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
 
 
 class Grammar:
@@ -55,7 +61,11 @@ class GrammarCompiler:
 
     def json_schema(self, schema: Mapping[str, Any], field: str) -> Callable[[], Grammar]:
         """Answers that are JSON of a schema. Raises RequestError naming `field`."""
-        return self._compile(LLMatcher.grammar_from_json_schema(json.dumps(schema)), field)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE)
+        except ValueError as error:
+            raise RequestError(f"{field} cannot be enforced: {error}", field) from error
+        return self._compile(grammar, field)
 
     def lark(self, grammar: str, field: str) -> Callable[[], Grammar]:
         """Answers of a grammar in llguidance's Lark. Raises RequestError naming `field`."""

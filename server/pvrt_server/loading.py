@@ -40,7 +40,8 @@ class EngineOptions:
     (tokens of prompt and answer) None is what the model was made for, or what fits. queue_size
     bounds the requests that wait, max_sequences those that run at once. Longer prompts than
     prefill_chunk tokens are read in pieces, which bounds memory and lets others go on meanwhile.
-    cache_bytes is for the keys and values of all sequences; None takes half of the free memory.
+    cache_bytes is for the keys and values of all sequences; None takes half of the free memory,
+    or more where one sequence needs it. prefix_reuse: prompts do not read again what is known.
     """
 
     dtype: str = "auto"
@@ -49,6 +50,7 @@ class EngineOptions:
     prefill_chunk: int = 512
     max_sequences: int = 16
     cache_bytes: int | None = None
+    prefix_reuse: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -93,7 +95,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
             size / 1e6,
             stored / 1e6,
         )
-    cache_tokens = _cache_tokens(language_model, options)
+    cache_tokens = _cache_tokens(language_model, options, max_model_len)
     if cache_tokens < max_model_len:
         max_model_len = _shorten(max_model_len, cache_tokens, language_model, options)
     runtime = Runtime(
@@ -105,6 +107,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
         prefill_chunk=options.prefill_chunk,
         max_sequences=min(options.max_sequences, language_model.most_rows),
         cache_tokens=cache_tokens,
+        prefix_reuse=options.prefix_reuse,
     )
     _log.info(
         "loaded %s: %s, %s on %s, %.0f MB, context %d tokens, cache %d tokens of %.0f KB",
@@ -120,15 +123,14 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
     return runtime
 
 
-def _cache_tokens(model: LanguageModel, options: EngineOptions) -> int:
-    """How many tokens' keys and values may be kept."""
+def _cache_tokens(model: LanguageModel, options: EngineOptions, length: int) -> int:
+    """How many tokens' keys and values may be kept: one sequence's, and what else fits well."""
+    each = max(1, model.cache_bytes_per_token)
     if options.cache_bytes is not None:
-        free = options.cache_bytes
-    elif model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0] // 2
-    else:
-        free = free_host_bytes() // 2
-    return free // max(1, model.cache_bytes_per_token)
+        return options.cache_bytes // each
+    cuda = model.device.type == "cuda"
+    free = torch.cuda.mem_get_info(model.device)[0] if cuda else free_host_bytes()
+    return max(min(length, free // each), free // 2 // each)
 
 
 def _shorten(length: int, fits: int, model: LanguageModel, options: EngineOptions) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -57,10 +58,18 @@ def weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in [*model.parameters(), *tensors])
 
 
-@dataclass
+@dataclass(eq=False)
 class _State:
-    cache: Any
+    cache: Any  # of transformers; None while the sequence is part of a batch
     length: int = 0
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences whose keys and values are stacked, shorter ones padded at the beginning."""
+
+    members: tuple[_State, ...]
+    cache: Any
 
 
 class TransformersModel:
@@ -75,6 +84,7 @@ class TransformersModel:
         if not getattr(model.config, "tie_word_embeddings", False):
             self.bytes_per_token -= model.get_input_embeddings().weight.nbytes
         self.most_rows = rows
+        self._batch = _Batch((), None)
         self.cache_bytes_per_token = self._measure_cache()
 
     def start(self) -> _State:
@@ -85,6 +95,9 @@ class TransformersModel:
 
     def read(self, state: _State, tokens: Sequence[int], keep: int) -> Tensor:
         """See LanguageModel."""
+        if state.cache is None:
+            self._unstack(self._batch.members)
+            self._batch = _Batch((), None)
         output = self.model(
             input_ids=torch.tensor([tokens], device=self.device),
             past_key_values=state.cache,
@@ -99,26 +112,79 @@ class TransformersModel:
         self, states: Sequence[_State], tokens: Sequence[int], argmax_only: bool = False
     ) -> Tensor:
         """See LanguageModel."""
-        rows = [self.read(state, (token,), 1) for state, token in zip(states, tokens, strict=True)]
-        return torch.cat(rows)
+        if not all(self._is_plain(state) for state in states) or len(states) == 1:
+            pairs = zip(states, tokens, strict=True)
+            return torch.cat([self.read(state, (token,), 1) for state, token in pairs])
+        if self._batch.members != tuple(states):
+            self._batch = self._stack(tuple(states))
+        lengths = torch.tensor([state.length for state in states], device=self.device)
+        places = torch.arange(int(lengths.max()) + 1, device=self.device)
+        batch, self._batch = self._batch, _Batch((), None)  # an error leaves none
+        output = self.model(
+            input_ids=torch.tensor(tokens, device=self.device)[:, None],
+            past_key_values=batch.cache,
+            attention_mask=(places >= lengths.max() - lengths[:, None]).long(),
+            position_ids=lengths[:, None],
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._batch = batch
+        for state in states:
+            state.length += 1
+        logits: Tensor = output.logits[:, 0]
+        return logits.float()
 
     def copy(self, state: _State, length: int) -> _State | None:
         """See LanguageModel."""
-        if any(type(layer) is not DynamicLayer for layer in state.cache.layers):
+        if not self._is_plain(state):
             return None  # windows and recurrent states have forgotten what came before
+        return _State(self._cache(self._kept(state, length)), length)
+
+    def _is_plain(self, state: _State) -> bool:
+        """Whether the cache holds keys and values of all tokens, and nothing else."""
+        cache = self._batch.cache if state.cache is None else state.cache
+        return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+    def _kept(self, state: _State, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Views of a sequence's first keys and values [1, heads, length, dim], by layer."""
+        row, first, cache = 0, 0, state.cache
+        if cache is None:
+            row, cache = self._batch.members.index(state), self._batch.cache
+            first = max(member.length for member in self._batch.members) - state.length
+        part = slice(row, row + 1), slice(None), slice(first, first + length)
+        return [(layer.keys[part], layer.values[part]) for layer in cache.layers]
+
+    def _cache(self, layers: list[tuple[Tensor, Tensor]]) -> Any:
+        """A cache of its own that holds copies."""
         cache = DynamicCache(config=self.model.config)
-        for index, layer in enumerate(state.cache.layers):
-            cache.update(
-                layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index
-            )
-        return _State(cache, length)
+        for index, (keys, values) in enumerate(layers):
+            cache.update(keys.clone(), values.clone(), index)
+        return cache
+
+    def _stack(self, states: tuple[_State, ...]) -> _Batch:
+        longest = max(state.length for state in states)
+        kept = [(self._kept(state, state.length), longest - state.length) for state in states]
+        cache = DynamicCache(config=self.model.config)
+        for index in range(len(kept[0][0])):
+            pairs = [
+                [functional.pad(tensor, (0, 0, missing, 0)) for tensor in layers[index]]
+                for layers, missing in kept
+            ]
+            keys, values = zip(*pairs, strict=True)
+            cache.update(torch.cat(keys), torch.cat(values), index)
+        self._unstack([state for state in self._batch.members if state not in states])
+        for state in states:
+            state.cache = None
+        return _Batch(states, cache)
+
+    def _unstack(self, states: Sequence[_State]) -> None:
+        for state in states:
+            state.cache = self._cache(self._kept(state, state.length))
 
     def _measure_cache(self) -> int:
         """Bytes that one token takes in the cache, from a sequence of one token."""
         with torch.inference_mode():
             state = self.start()
             self.read(state, (0,), 1)
-        kept = [
-            (layer.keys, layer.values) for layer in state.cache.layers if hasattr(layer, "keys")
-        ]
-        return sum(tensor.nbytes for pair in kept for tensor in pair)
+        layers = [layer for layer in state.cache.layers if hasattr(layer, "keys")]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

@@ -12,10 +12,14 @@ LEAST = 16
 
 
 class PrefixCache:
-    """States of finished sequences, the one used last at the end. Sizes count tokens."""
+    """States of at most `most` finished sequences, the one used last at the end; 0 is off.
 
-    def __init__(self, model: LanguageModel) -> None:
+    Sizes count tokens.
+    """
+
+    def __init__(self, model: LanguageModel, most: int) -> None:
         self._model = model
+        self._most = most
         self._states: OrderedDict[tuple[int, ...], Any] = OrderedDict()
         self.size = 0
 
@@ -28,13 +32,14 @@ class PrefixCache:
             self._take(known)  # the new one serves all that this one did
         self._states[tokens] = sequence.state
         self.size += len(tokens)
+        self.shrink(self.size)
 
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
         """Give a sequence that has read nothing the longest beginning that is known.
 
         What a finished sequence left is taken as it is where all of it is used, else copied.
         """
-        if sequence.scores_prompt:
+        if not self._most or sequence.scores_prompt:
             return  # the logits of all tokens are asked for
         prompt = sequence.tokens[:-1]  # the last must be read for its logits
         best, length, origin = None, LEAST - 1, None
@@ -59,7 +64,7 @@ class PrefixCache:
 
     def shrink(self, size: int) -> None:
         """Forget what was not used for longest, until at most `size` tokens are kept."""
-        while self._states and self.size > size:
+        while self._states and (self.size > size or len(self._states) > self._most):
             self._take(next(iter(self._states)))
 
     def _take(self, tokens: tuple[int, ...]) -> Any:
@@ -70,7 +75,7 @@ class PrefixCache:
 def shared(first: "list[int] | tuple[int, ...]", second: "list[int] | tuple[int, ...]") -> int:
     """How many tokens two sequences have in common at their beginnings."""
     low, high = 0, min(len(first), len(second))
-    if first[:1] != second[:1]:
+    if not high or first[0] != second[0]:
         return 0
     first, second = list(first[:high]), list(second[:high])
     while low < high:  # comparing whole slices is a hundred times faster than a loop

@@ -8,11 +8,13 @@ import time
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pvrt_server.sampling import TokenLogprob
-from pvrt_server.sequence import FinishReason, PromptEvent, TokenEvent
+from pvrt_server.sequence import PromptEvent, TokenEvent
 from pvrt_server.text import TextCodec
+from pvrt_server.tool_stream import CallDelta, ToolStream
+from pvrt_server.tools import Tools
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -32,27 +34,43 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of one choice: some text, the tokens behind it if asked for, and whether it ends."""
+    """Part of one choice: text and tool calls, the tokens behind them if asked for, and its end."""
 
     index: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
-    finish_reason: FinishReason | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
+    calls: tuple[CallDelta, ...] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to send."""
+        return not (self.text or self.tokens or self.finish_reason or self.calls)
 
 
 @dataclass
 class Usage:
-    """Token counts of a request."""
+    """Token counts of a request with a number of choices per prompt."""
 
     prompt_tokens: int
+    choices: int = 1
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
-    def body(self) -> dict[str, int]:
+    def count(self, event: PromptEvent | TokenEvent) -> None:
+        """Add an event of any choice."""
+        if isinstance(event, TokenEvent):
+            self.completion_tokens += 1
+        elif event.index % self.choices == 0:  # a prompt counts once
+            self.cached_tokens += event.cached
+
+    def body(self) -> dict[str, Any]:
         """The `usage` object."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
@@ -182,9 +200,11 @@ class ChatForm:
     chunk_kind = "chat.completion.chunk"
     prompt_field = "messages"
 
-    def __init__(self, codec: TextCodec, logprobs: bool) -> None:
+    def __init__(self, codec: TextCodec, logprobs: bool, tools: Tools | None = None) -> None:
         self._codec = codec
         self._logprobs = logprobs
+        self._tools = tools
+        self._streams: dict[int, ToolStream] = {}
 
     def opening(self, index: int) -> dict[str, Any]:
         """See Form; says who speaks."""
@@ -193,23 +213,38 @@ class ChatForm:
 
     def pieces(self, event: PromptEvent | TokenEvent) -> Iterable[Piece]:
         """See Form."""
-        if isinstance(event, TokenEvent):
-            yield _token_piece(event, 0)
+        if not isinstance(event, TokenEvent):
+            return
+        piece = _token_piece(event, 0)
+        if self._tools is not None:
+            stream = self._streams.setdefault(event.index, ToolStream(self._tools))
+            piece = _with_calls(piece, stream)
+        yield piece
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """See Form."""
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            delta["tool_calls"] = _call_entries(piece.calls)
         return {
             "index": piece.index,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": delta,
             "logprobs": self._scores(piece.tokens),
             "finish_reason": piece.finish_reason,
         }
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         """See Form."""
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        if piece.calls:
+            message["content"] = piece.text or None
+            calls = _call_entries(piece.calls)
+            message["tool_calls"] = [
+                {key: value for key, value in call.items() if key != "index"} for call in calls
+            ]
         return {
             "index": piece.index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
+            "message": message,
             "logprobs": self._scores(piece.tokens),
             "finish_reason": piece.finish_reason,
         }
@@ -242,6 +277,7 @@ def merge(pieces: Sequence[Piece]) -> Piece:
         "".join(piece.text for piece in pieces),
         tuple(token for piece in pieces for token in piece.tokens),
         pieces[-1].finish_reason,
+        tuple(call for piece in pieces for call in piece.calls),
     )
 
 
@@ -256,6 +292,36 @@ def sse(body: dict[str, Any]) -> bytes:
     ASCII only: some clients also split lines at U+2028 and its like.
     """
     return b"data: " + json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+def _with_calls(piece: Piece, stream: ToolStream) -> Piece:
+    """A piece whose text has been taken apart into content and calls."""
+    parts = list(stream.push(piece.text))
+    reason = piece.finish_reason
+    if reason is not None:
+        parts += stream.flush()
+        if reason == "stop" and stream.calls:
+            reason = "tool_calls"
+    text = "".join(part for part in parts if isinstance(part, str))
+    calls = tuple(part for part in parts if isinstance(part, CallDelta))
+    return Piece(piece.index, text, piece.tokens, reason, calls)
+
+
+def _call_entries(deltas: Iterable[CallDelta]) -> list[dict[str, Any]]:
+    """`tool_calls`: one entry per call; the first part of a call brings its id and name."""
+    entries: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        if delta.name is not None:
+            entries[delta.number] = {
+                "index": delta.number,
+                "id": f"call_{uuid.uuid4().hex[:24]}",
+                "type": "function",
+                "function": {"name": delta.name, "arguments": ""},
+            }
+        empty = {"index": delta.number, "function": {"arguments": ""}}
+        entry = entries.setdefault(delta.number, empty)
+        entry["function"]["arguments"] += delta.arguments
+    return list(entries.values())
 
 
 def _token_piece(event: TokenEvent, shift: int) -> Piece:

@@ -15,6 +15,7 @@ from pvrt_server.errors import RequestError
 from pvrt_server.grammar import Grammar
 
 MAX_LOGPROBS = 20
+MAX_STOPS = 64
 # JSON has no infinity; this is what OpenAI and vLLM send in its place.
 LOWEST_LOGPROB = -9999.0
 _FEW = 256
@@ -61,6 +62,10 @@ class SamplingParams:
             _check("logit_bias", value, -100, 100)
         if "" in self.stop:
             raise RequestError("stop must not hold an empty string", "stop")
+        if len(self.stop) > MAX_STOPS:
+            raise RequestError(
+                f"stop holds {len(self.stop)} strings; the most is {MAX_STOPS}", "stop"
+            )
 
     @property
     def argmax_only(self) -> bool:

@@ -89,7 +89,9 @@ class Scheduler:
         self._lock = threading.Lock()
         self._jobs: list[Job] = []  # with pending sequences
         self._running: list[tuple[Job, Sequence]] = []
-        self._prefixes = PrefixCache(runtime.model)
+        self._prefixes = PrefixCache(
+            runtime.model, most=2 * runtime.max_sequences if runtime.prefix_reuse else 0
+        )
         self._turn = 0
         self._seconds = 1.0  # that a job takes, lately
 
@@ -139,7 +141,7 @@ class Scheduler:
         Errors that concern some sequences only end the jobs of these; all others are raised, and
         leave the scheduler unusable.
         """
-        self._running = [(job, s) for job, s in self._running if not self._left(job)]
+        self._running = [(job, s) for job, s in self._running if not self._left(job, s)]
         self._admit()
         decoding = [(job, s) for job, s in self._running if s.decoding]
         reading = [(job, s) for job, s in self._running if not s.decoding]
@@ -154,9 +156,10 @@ class Scheduler:
         self._keep_within_memory()
         self._report()
 
-    def _left(self, job: Job) -> bool:
+    def _left(self, job: Job, sequence: Sequence) -> bool:
         if job.cancelled:
             job.running -= 1
+            self._prefixes.add(sequence)  # whoever stops an answer often goes on from there
         return job.cancelled
 
     # Who runs
@@ -174,6 +177,7 @@ class Scheduler:
                 job.running += 1
             self._prefixes.find(sequence, (other for _, other in self._running))
             self._running.append((job, sequence))
+            self._prefixes.shrink(self._room())
             self._metrics.admitted(sequence)
 
     def _waits(self, sequence: Sequence) -> bool:
@@ -185,21 +189,20 @@ class Scheduler:
             for _, other in self._running
         )
 
+    def _room(self) -> int:
+        """How many more tokens the cache takes beside the sequences that run."""
+        return self._runtime.cache_tokens - sum(len(s.tokens) + 1 for _, s in self._running)
+
     def _fits(self, sequence: Sequence) -> bool:
-        used = sum(len(other.tokens) for _, other in self._running)
-        room = self._runtime.cache_tokens - used - len(sequence.tokens) - 1
-        if room >= 0 or not self._running:
-            self._prefixes.shrink(max(room, 0))
-            return True
-        return False
+        return not self._running or self._room() > len(sequence.tokens)
 
     def _keep_within_memory(self) -> None:
         """Forget finished sequences, then put the youngest back that does not fit."""
-        room = self._runtime.cache_tokens - sum(len(s.tokens) for _, s in self._running)
-        self._prefixes.shrink(max(room, 0))
+        room = self._room()
+        self._prefixes.shrink(room)
         while room < 0 and len(self._running) > 1:
             job, sequence = self._running.pop()
-            room += len(sequence.tokens)
+            room += len(sequence.tokens) + 1
             sequence.state = None
             job.running -= 1
             self._metrics.preempted()

@@ -11,7 +11,9 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict
 
 from pvrt_server.errors import RequestError
+from pvrt_server.messages import Message
 from pvrt_server.sampling import MAX_LOGPROBS, SamplingParams
+from pvrt_server.tool_params import ResponseFormat, ToolChoice, ToolParams
 
 MAX_CHOICES = 128
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -32,12 +34,8 @@ _SAMPLING = (
 # Fields that we know and do not offer, with the values that ask for nothing.
 _NOTHING: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none",),
     "function_call": ("none",),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "min_tokens": (0,),
     "length_penalty": (1,),
@@ -81,6 +79,7 @@ class GenerateRequest(BaseModel):
     logit_bias: dict[str, float] | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
 
     def refuse_unsupported(self) -> None:
         """Raise RequestError naming the first field that asks for something not offered."""
@@ -108,6 +107,10 @@ class GenerateRequest(BaseModel):
         if not 1 <= number <= MAX_CHOICES:
             raise RequestError(f"n is {number}; it must be between 1 and {MAX_CHOICES}", "n")
         return number
+
+    def schema_to_follow(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer, None for any text. Raises RequestError."""
+        return None if self.response_format is None else self.response_format.schema_to_follow()
 
     @property
     def include_usage(self) -> bool:
@@ -151,58 +154,6 @@ class CompletionRequest(GenerateRequest):
         )
 
 
-class Message(BaseModel):
-    """One message of a conversation."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
-
-    def for_template(self, where: str) -> dict[str, Any]:
-        """The message as chat templates expect it: text content, no developer role.
-
-        `where` names the message in errors. Raises RequestError for tools, images and the like.
-        """
-        if self.role in ("tool", "function"):
-            raise RequestError(
-                f"{where} has role {self.role}; this engine does not support tools",
-                f"{where}.role",
-                "unsupported_parameter",
-            )
-        kept = {}
-        for name, value in (self.model_extra or {}).items():
-            if value is None or value == [] or name in ("refusal", "annotations"):
-                continue
-            if name not in ("name", "reasoning_content"):
-                raise RequestError(
-                    f"{where}.{name} is not supported by this engine",
-                    f"{where}.{name}",
-                    "unsupported_parameter",
-                )
-            kept[name] = value
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self._text(f"{where}.content"), **kept}
-
-    def _text(self, where: str) -> str:
-        if self.content is None:
-            raise RequestError(f"{where} is missing; every message needs text", where)
-        if isinstance(self.content, str):
-            return self.content
-        texts = []
-        for part in self.content:
-            if part.get("type") != "text":
-                raise RequestError(
-                    f"{where} has a part of type {part.get('type')!r}; only text is supported",
-                    where,
-                    "unsupported_parameter",
-                )
-            if not isinstance(part.get("text"), str):
-                raise RequestError(f"{where} has a text part without a text", where)
-            texts.append(part["text"])
-        return "\n".join(texts)
-
-
 class ChatRequest(GenerateRequest):
     """The body of POST /v1/chat/completions."""
 
@@ -211,6 +162,9 @@ class ChatRequest(GenerateRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[ToolParams] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """See GenerateRequest."""
@@ -246,15 +200,18 @@ class TokenizeRequest(BaseModel):
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    tools: list[ToolParams] | None = None
     return_token_strs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages for a chat template. Raises RequestError naming the message at fault."""
-    if not messages:
-        raise RequestError("messages is an empty list", "messages")
-    return [message.for_template(f"messages[{i}]") for i, message in enumerate(messages)]
+class DetokenizeRequest(BaseModel):
+    """The body of POST /detokenize (as in vLLM)."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = None
+    tokens: list[int]
 
 
 def _token_keys(bias: Mapping[str, float] | None) -> dict[int, float]:

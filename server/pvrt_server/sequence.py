@@ -77,6 +77,7 @@ class Runtime:
     prefill_chunk: int
     max_sequences: int
     cache_tokens: int
+    prefix_reuse: bool = True
 
 
 class Times:

@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from pvrt_server.errors import RequestError
 
 if TYPE_CHECKING:
@@ -59,16 +57,26 @@ class TextCodec:
         """
         return self._encode(text, special, "prompt")
 
+    def template(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+        """The chat template for conversations with or without tools; None where there is none."""
+        try:
+            template: str = self._tokenizer.get_chat_template(tools=tools)
+        except ValueError:
+            return None
+        return template
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template.
 
-        template_kwargs are variables that the template knows (enable_thinking and the like).
+        tools are what the model may call, as the request has them; template_kwargs are variables
+        that the template knows (enable_thinking and the like).
         Raises RequestError when there is no template or it refuses the messages.
         """
         variables = template_kwargs or {}
@@ -85,11 +93,13 @@ class TextCodec:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
+                tools=None if tools is None else list(tools),
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        # Templates are programs: they fail in every way on messages that they do not expect.
+        except Exception as error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", "messages"
             ) from error
@@ -206,7 +216,7 @@ class StopFilter:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -216,8 +226,8 @@ class StopFilter:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+def overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

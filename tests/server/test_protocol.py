@@ -52,9 +52,16 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 1}}}},
+            "response_format",
+        ),
         ({"best_of": 2}, "best_of"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"temprature": 0.5}, "temprature"),
@@ -71,7 +78,7 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
         (
             {"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
+            "messages[0].tool_calls[0].function",
         ),
     ],
 )
@@ -111,7 +118,12 @@ def test_a_completion_request_is_refused_by_the_name_of_its_field(
     "extra",
     [
         {"user": "ann", "metadata": {"a": "b"}, "store": False},
-        {"tools": None, "response_format": {"type": "text"}, "tool_choice": "none"},
+        {
+            "tools": None,
+            "parallel_tool_calls": False,
+            "response_format": {"type": "text"},
+            "tool_choice": "none",
+        },
         {"max_tokens": 4, "max_completion_tokens": 4},
         {"n": 1, "best_of": 1, "top_k": -1, "min_p": 0, "logit_bias": {}},
         {"some_new_field": None},
@@ -202,7 +214,7 @@ def test_the_official_client_reads_our_errors(says: Server) -> None:
     assert "between 0 and 2" in caught.value.message
 
 
-def test_a_key_guards_everything_but_health_and_version(toy: Path) -> None:
+def test_a_key_guards_everything_but_health_and_the_page(toy: Path) -> None:
     engine, _ = scripted_engine(toy, "ok")
     with serving(engine, api_key="secret") as server:
         assert server.client(api_key="secret").models.list().data
@@ -211,8 +223,13 @@ def test_a_key_guards_everything_but_health_and_version(toy: Path) -> None:
         assert caught.value.code == "invalid_api_key"
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
         assert httpx.get(f"{server.url}/nothing").status_code == 401
+        assert httpx.get(f"{server.url}/version").status_code == 401
+        assert httpx.get(f"{server.url}/pvrt/status").status_code == 401
         assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-        assert httpx.get(f"{server.url}/version").json() == {"version": pvrt.__version__}
+        assert "<title>" in httpx.get(server.url).text
+        headers = {"Authorization": "Bearer secret"}
+        version = httpx.get(f"{server.url}/version", headers=headers)
+        assert version.json() == {"version": pvrt.__version__}
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_return(toy: Path) -> None:

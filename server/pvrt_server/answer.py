@@ -1,0 +1,99 @@
+"""From submitted requests to one HTTP response: a whole body, or a stream of events."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from pvrt_server.engine import Engine
+from pvrt_server.errors import EngineStoppedError, GenerationError, RequestError
+from pvrt_server.generation import ClientGone, Generation
+from pvrt_server.responses import (
+    DONE,
+    KEEP_ALIVE,
+    Form,
+    Piece,
+    Usage,
+    error_body,
+    merge,
+    new_header,
+    sse,
+)
+from pvrt_server.sequence import GenerationRequest
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+@dataclass(frozen=True)
+class Responder:
+    """Answers requests in the name of a model.
+
+    Streams carry an SSE comment whenever nothing else was sent for keep_alive_seconds.
+    """
+
+    engine: Engine
+    name: str
+    keep_alive_seconds: float
+
+    async def answer(
+        self,
+        requests: Sequence[GenerationRequest],
+        form: Form,
+        request: Request,
+        usage: Usage,
+        *,
+        stream: bool,
+        include_usage: bool,
+    ) -> Response:
+        """Run requests, one choice each, and write what becomes of them.
+
+        Raises RequestError, BusyError, EngineStoppedError, and GenerationError without a stream.
+        """
+        try:
+            generation = Generation(self.engine, requests, request)
+        except RequestError as error:
+            if error.param == "prompt":  # the engine does not know where it came from
+                error.param = form.prompt_field
+            raise
+        if stream:
+            chunks = self._stream(generation, form, usage, include_usage)
+            return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
+        pieces: list[list[Piece]] = [[] for _ in requests]
+        async for event in generation.events():
+            if event is not None:
+                usage.count(event)
+                pieces[event.index] += form.pieces(event)
+        choices = [form.choice(merge(parts)) for parts in pieces]
+        header = new_header(self.name, form.prefix)
+        return JSONResponse(header.body(form.kind, choices, usage=usage.body()))
+
+    async def _stream(
+        self, generation: Generation, form: Form, usage: Usage, include_usage: bool
+    ) -> AsyncIterator[bytes]:
+        header = new_header(self.name, form.prefix)
+        # With include_usage all chunks carry the field, null up to the last.
+        more = {"usage": None} if include_usage else {}
+        opened: set[int] = set()
+        try:
+            async for event in generation.events(self.keep_alive_seconds):
+                if event is None:
+                    yield KEEP_ALIVE
+                    continue
+                usage.count(event)
+                for piece in form.pieces(event):
+                    opening = None if piece.index in opened else form.opening(piece.index)
+                    opened.add(piece.index)
+                    if opening is not None:
+                        yield sse(header.body(form.chunk_kind, [opening], **more))
+                    if not piece.empty:
+                        yield sse(header.body(form.chunk_kind, [form.chunk(piece)], **more))
+        except (GenerationError, EngineStoppedError) as error:
+            # Never just close: to clients a cut stream looks like a complete answer.
+            yield sse(error_body(str(error), "server_error", None, None))
+        except ClientGone:
+            return
+        else:
+            if include_usage:
+                yield sse(header.body(form.chunk_kind, [], usage=usage.body()))
+        yield DONE

@@ -1,0 +1,140 @@
+"""Tools: what a request offers, how a model is told to call them, and grammars that make it call.
+
+A model writes calls in the form that its chat template shows. Two forms are read here:
+    Hermes (Qwen, Hermes, SmolLM3)   <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>
+    Llama 3                          {"name": ..., "parameters": {...}}; ...
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pvrt_server.errors import RequestError
+from pvrt_server.grammar import JSON_STYLE
+
+# Templates with the mark of Hermes that show another form inside of it.
+_NOT_HERMES = ("<function=", "<arg_key>", "<function_calls>")
+
+
+@dataclass(frozen=True)
+class ToolForm:
+    """How calls are written: each between `begin` and `end`, or from the start of the answer on.
+
+    arguments is the name of the field that holds them, separator what stands between two calls.
+    """
+
+    begin: str
+    end: str
+    arguments: str
+    separator: str
+
+
+HERMES = ToolForm("<tool_call>", "</tool_call>", "arguments", "\n")
+LLAMA3 = ToolForm("", "", "parameters", "; ")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that the model may call; parameters is a JSON schema."""
+
+    name: str
+    parameters: dict[str, Any]
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What one request offers. most_calls None is any number.
+
+    must_call: the answer is calls and nothing else.
+    """
+
+    form: ToolForm
+    functions: tuple[Function, ...]
+    must_call: bool
+    most_calls: int | None
+
+    def grammar(self, content: dict[str, Any] | None) -> str | None:
+        """A grammar (llguidance's Lark) for the answer; None where any text will do.
+
+        content is the JSON schema of answers that are not calls, None for any text.
+        """
+        calls = self._calls(self.functions)
+        if self.must_call:
+            return f"start: {calls}\n{self._rules(self.functions)}"
+        if content is not None:
+            answer = _json("content", content)
+            return f"start: content | {calls}\n{self._rules(self.functions)}{answer}"
+        if self.form.begin and any(function.strict for function in self.functions):
+            # Free text, until it opens a call: lazy lexemes end at their first match.
+            end = json.dumps(f"\n{self.form.end}")
+            return (
+                f"start: (opening body {end})* TEXT\n"
+                f"opening[lazy]: TEXT {json.dumps(self.form.begin)}\n"
+                f"TEXT: /(.|\\n)*/\n{_json('body', self._schema(self.functions))}"
+            )
+        return None
+
+    def _calls(self, functions: Sequence[Function]) -> str:
+        if self.most_calls == 1:
+            return "call"
+        return f"call ({json.dumps(self.form.separator)} call)*"
+
+    def _rules(self, functions: Sequence[Function]) -> str:
+        parts = ["body"]
+        if self.form.begin:
+            parts = [json.dumps(f"{self.form.begin}\n"), "body", json.dumps(f"\n{self.form.end}")]
+        return f"call: {' '.join(parts)}\n{_json('body', self._schema(functions))}"
+
+    def _schema(self, functions: Sequence[Function]) -> dict[str, Any]:
+        choices = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    self.form.arguments: function.parameters,
+                },
+                "required": ["name", self.form.arguments],
+                "additionalProperties": False,
+            }
+            for function in functions
+        ]
+        return {"anyOf": choices}
+
+
+def tool_form(template: str | None) -> ToolForm:
+    """The form of calls that a chat template shows. Raises RequestError where it shows none."""
+    if template and "tools" in template:
+        if "<tool_call>" in template and not any(mark in template for mark in _NOT_HERMES):
+            return HERMES
+        if "<|python_tag|>" in template or '{"name": function name, "parameters":' in template:
+            return LLAMA3
+    known = template is not None and "tools" in template
+    raise RequestError(
+        "this model's chat template shows a form of tool calls that this engine does not read "
+        "(it reads those of Hermes and Llama 3)"
+        if known
+        else "this model's chat template knows no tools",
+        "tools",
+        "unsupported_parameter",
+    )
+
+
+def offered(
+    form: ToolForm, functions: Sequence[Function], choice: str | None, parallel: bool
+) -> Tools:
+    """Tools under a tool_choice: "auto", "required" or the name of a function."""
+    if choice in (None, "auto", "required"):
+        most = None if parallel else 1
+        return Tools(form, tuple(functions), choice == "required", most)
+    chosen = tuple(function for function in functions if function.name == choice)
+    if not chosen:
+        raise RequestError(
+            f"tool_choice names {choice!r}, which is not among the tools", "tool_choice"
+        )
+    return Tools(form, chosen, must_call=True, most_calls=1)
+
+
+def _json(rule: str, schema: dict[str, Any]) -> str:
+    return f"{rule}: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}\n"

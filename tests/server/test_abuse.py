@@ -1,0 +1,154 @@
+"""Bytes that no client should send, and many that send them: never a 5xx, never a dead server."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.server.running import Server, scripted_engine, serving
+from tests.server.test_engine import wait_until
+
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def target(toy: Path) -> Iterator[Server]:
+    engine, _ = scripted_engine(toy, "one two three")
+    with serving(engine) as running:
+        yield running
+        assert running.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200  # it lives
+
+
+def connect(server: Server) -> socket.socket:
+    where = urlsplit(server.url)
+    return socket.create_connection((where.hostname, where.port or 0), timeout=10)
+
+
+def raw(server: Server, data: bytes, *, end: bool = False) -> bytes:
+    """Send bytes, and the end of all if asked; what comes back until the server closes."""
+    with connect(server) as connection:
+        connection.sendall(data)
+        if end:
+            connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+        return received
+
+
+def post(body: bytes, *headers: bytes, path: str = COMPLETIONS) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1".encode(),
+        b"Host: x",
+        b"Content-Type: application/json",
+        f"Content-Length: {len(body)}".encode(),
+        b"Connection: close",
+        *headers,
+    ]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+DEEP = b"[" * 200_000
+BODIES = {
+    "no UTF-8": b'{"prompt": "\xff\xfe"}',
+    "half a surrogate": b'{"prompt": "\\ud800"}',
+    "half JSON": b'{"prompt": "a',
+    "deep JSON": b'{"prompt": ' + DEEP,
+    "deep value": b'{"prompt": "a", "metadata": ' + b'{"a":' * 500 + b"1" + b"}" * 500 + b"}",
+    "a huge number": b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}",
+    "a large exponent": b'{"prompt": "a", "temperature": 1e999}',
+    "NaN": b'{"prompt": "a", "temperature": NaN}',
+    "a list": b"[1, 2]",
+    "a string": b'"prompt"',
+    "null": b"null",
+    "nothing": b"",
+    "a null byte": b'{"prompt": "a\\u0000b", "max_tokens": 1}',
+    "an unknown field": b'{"prompt": "a", "\\u0000": 1}',
+    "two prompts": b'{"prompt": "a", "prompt": 3}',
+    "a token too large": b'{"prompt": [1e30]}',
+    "a negative token": b'{"prompt": [-9223372036854775809]}',
+    "a deep schema": b'{"prompt": "a", "response_format": {"type": "json_schema", "json_schema": '
+    b'{"schema": ' + b'{"items":' * 300 + b"{}" + b"}" * 302 + b"}",
+    "endless stops": b'{"prompt": "a", "stop": ' + json.dumps(["x" * 50] * 3000).encode() + b"}",
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/chat/completions", "/tokenize"])
+def test_bodies_of_all_kinds_get_an_answer_that_is_no_5xx(
+    target: Server, name: str, path: str
+) -> None:
+    answer = raw(target, post(BODIES[name], path=path))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = int(head.split()[1])
+    assert status in (200, 400, 413), answer
+    if status != 200:
+        assert json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\r\n\r\n",
+        b"hello\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),  # TLS
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(5000)) + b"\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /v1/models/%ff%00%2e%2e%2f HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: x\r\nAuthorization: \xff\xfe\r\nConnection: close\r\n\r\n",
+    ],
+)
+def test_bytes_that_are_no_request_do_no_harm(target: Server, data: bytes) -> None:
+    answer = raw(target, data, end=True)
+    assert not answer or not answer.split()[1].startswith(b"5"), answer
+    assert httpx.get(f"{target.url}/health").status_code == 200
+
+
+def test_a_body_that_never_ends_is_cut_off(toy: Path) -> None:
+    engine, _ = scripted_engine(toy, "ok")
+    with serving(engine, max_body_bytes=100_000) as server, connect(server) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises(OSError):  # it answers, then closes
+            for _ in range(1000):
+                connection.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
+                connection.settimeout(0.005)
+                try:
+                    assert b"413" in connection.recv(200)
+                except TimeoutError:
+                    continue
+                raise OSError
+        assert server.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
+
+
+def test_clients_that_leave_in_the_middle_leave_nothing_behind(toy: Path) -> None:
+    engine, _ = scripted_engine(toy, "x" * 400)
+    body = json.dumps({"prompt": "ab", "max_tokens": 400, "stream": True}).encode()
+    with serving(engine) as server:
+
+        def abuse() -> None:
+            for number in range(25):
+                with connect(server) as connection:
+                    request = post(body)
+                    whole = number % 3 != 0
+                    connection.sendall(request if whole else request[: number * 5])
+                    if whole and number % 2:
+                        connection.recv(100)
+
+        threads = [threading.Thread(target=abuse) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        wait_until(lambda: engine.running == 0 and engine.waiting == 0)
+        assert server.post(COMPLETIONS, {"prompt": "ab", "max_tokens": 2}).status_code == 200

@@ -1,0 +1,49 @@
+"""The server's own OpenAPI document, and requests that schemathesis makes up from it."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.running import scripted_engine, serving
+
+OPERATIONS = {
+    ("GET", "/health"),
+    ("GET", "/version"),
+    ("GET", "/metrics"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/{name}"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+}
+
+
+def test_made_up_requests_never_break_the_server(toy: Path) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    hypothesis = pytest.importorskip("hypothesis")
+    engine, _ = scripted_engine(toy, "ok")
+    seen = set()
+    with serving(engine) as server:
+        schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        for operation in (result.ok() for result in schema.get_all_operations()):
+            seen.add((operation.method.upper(), operation.path))
+
+            def check(case: Any) -> None:
+                response = case.call(timeout=20)
+                assert response.status_code < 500, response.text
+                if response.status_code >= 400:
+                    assert response.json()["error"]["message"]
+
+            settings = hypothesis.settings(
+                max_examples=12,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                suppress_health_check=list(hypothesis.HealthCheck),
+            )
+            settings(hypothesis.given(case=operation.as_strategy())(check))()
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    assert seen == OPERATIONS
