@@ -359,7 +359,8 @@ def bench(
     from pvrt_server.sampling import SamplingParams
     from pvrt_server.sequence import TokenEvent
 
-    with Engine.load(path, EngineOptions(dtype=dtype.value)) as engine:
+    # The same prompt again and again, which must be read every time.
+    with Engine.load(path, EngineOptions(dtype=dtype.value, prefix_reuse=False)) as engine:
         prompt = [1 + i % 200 for i in range(prompt_tokens)]
 
         def generate(prompt_ids: Any, count: int) -> Any:
@@ -420,13 +421,20 @@ def serve(
     ] = EngineChoice.auto,
     dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = Dtype.auto,
     max_model_len: Annotated[
-        int | None, typer.Option(min=1, help="Longest prompt plus answer, in tokens.")
+        int | None,
+        typer.Option(min=1, help="Longest prompt plus answer, in tokens (default: what fits)."),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name in the API (default: the folder's).")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(help="Key that clients must send.")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="PVRT_API_KEY", help="Key that clients must send."),
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    check: Annotated[
+        bool, typer.Option("--check", help="Start, test the server, print a table and end.")
+    ] = False,
 ) -> None:
     """Serve a checkpoint over the OpenAI API. Flags after -- go to vLLM as they are."""
     from pvrt_server.launch import serve as run
@@ -441,6 +449,7 @@ def serve(
         served_model_name=served_model_name,
         api_key=api_key,
         log_level=log_level,
+        check=check,
         extra=list(context.args),
     )
     raise typer.Exit(code)

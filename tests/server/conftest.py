@@ -1,3 +1,7 @@
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -5,6 +9,7 @@ import openai
 import pytest
 
 from pvrt_server.engine import Engine
+from pvrt_server.smoke import Target
 from tests.fixtures.toy import write_toy
 from tests.server.running import Server, scripted_engine, serving
 
@@ -36,3 +41,35 @@ def says(toy: Path) -> Iterator[Server]:
     engine, _ = scripted_engine(toy, "one two three 😀 four")
     with serving(engine) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def vllm_server(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """vLLM, started by `serve` on the toy checkpoint in float32, with a key. Starts once."""
+    code = (
+        "import sys; from pathlib import Path; from pvrt_server.launch import serve; "
+        f"sys.exit(serve(Path({str(toy)!r}), engine='vllm', port=0, served_model_name='toy', "
+        "api_key='secret', dtype='float32', extra=['--enforce-eager', '--max-num-seqs', '4']))"
+    )
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert process.stdout is not None
+        try:
+            line = next((line for line in process.stdout if "is served at" in line), None)
+            if line is None:
+                pytest.fail(log.read_text()[-3000:])
+            yield Target(line.split()[-1].removesuffix("/v1"), "toy", "secret", chat=True)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()

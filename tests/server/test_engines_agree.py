@@ -1,53 +1,23 @@
 """vLLM with our plugin and the embedded engine give the same answers over the same protocol."""
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
+from pvrt_server.smoke import Target, run_checks
 from tests.server.running import Server
-from tests.server.test_launch import RUN, announced_url
 
 pytestmark = pytest.mark.vllm
 PROMPTS = ["Once upon a time", "def main():", "0, 1, 1, 2, 3, 5,", "x"]
 
 
 @pytest.fixture(scope="module")
-def vllm(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    """The official client of vLLM, started by `serve` on the toy checkpoint in float32."""
-    code = (
-        f"{RUN}Path({str(toy)!r}), engine='vllm', port=0, served_model_name='toy', "
-        "dtype='float32', extra=['--enforce-eager', '--max-num-seqs', '4']))"
+def vllm(vllm_server: Target) -> openai.OpenAI:
+    """The official client of vLLM."""
+    return openai.OpenAI(
+        base_url=f"{vllm_server.url}/v1", api_key=vllm_server.api_key, max_retries=0, timeout=120
     )
-    quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=sink,
-            text=True,
-            env={**os.environ, **quiet},
-        )
-        try:
-            try:
-                url = announced_url(process)
-            except AssertionError:
-                pytest.fail(log.read_text()[-3000:])
-            yield openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -112,3 +82,8 @@ def test_stop_strings_and_echoed_scores_agree(
     assert ours.tokens[:7] == theirs.tokens[:7]
     assert ours.token_logprobs[1:] == pytest.approx(theirs.token_logprobs[1:], abs=1e-3)
     assert ours.text_offset[:7] == theirs.text_offset[:7]
+
+
+def test_vllm_passes_every_check_of_ours(vllm_server: Target) -> None:
+    failed = {r.name: r.problem for r in run_checks(vllm_server) if r.problem is not None}
+    assert failed == {}

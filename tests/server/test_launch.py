@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import signal
@@ -16,7 +17,11 @@ import openai
 import pytest
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt_server.launch import Plan, serve, vllm_command, vllm_environment
+from pvrt.plan import CacheShape
+from pvrt_server.fits import Device, Fit
+from pvrt_server.launch import serve
+from pvrt_server.options import Plan
+from pvrt_server.vllm_process import gpu_count, vllm_command, vllm_environment
 from tests.fixtures.toy import write_toy
 
 RUN = "import sys; from pathlib import Path; from pvrt_server.launch import serve; sys.exit(serve("
@@ -59,6 +64,12 @@ def plan(**changes: Any) -> Plan:
     return Plan(**{**values, **changes})
 
 
+def room(kind: str = "cpu", free: int = 10**10, wanted: int = 512) -> Fit:
+    """A model of 1 GB that has 1 MB of cache per token and was made for 4096 tokens."""
+    device = Device(kind, free, 2 * 10**10)
+    return Fit(device, 10**9, CacheShape(((10**6, None),), 4096), free - 10**9, wanted)
+
+
 def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(toy: Path) -> None:
     with taken_port() as port, pytest.raises(ServeError) as caught:
         serve(toy, port=port, engine="local")
@@ -86,6 +97,7 @@ def test_a_folder_that_is_not_sound_is_refused_first(tmp_path: Path) -> None:
         ({"engine": "local", "dtype": "int4", "port": 0}, "dtype is 'int4'"),
         ({"engine": "local", "max_model_len": 4096, "port": 0}, "made for 512 tokens"),
         ({"engine": "local", "log_level": "loud"}, "log level 'loud'"),
+        ({"engine": "local", "api_key": ""}, "the API key must be"),
     ],
 )
 def test_options_that_cannot_be_met_are_one_sentence(
@@ -118,23 +130,56 @@ def test_a_missing_chat_template_and_an_open_door_are_warned_of(
 
 
 def test_vllm_gets_our_defaults_and_the_users_flags_last() -> None:
-    command = vllm_command(plan(max_model_len=2048), ["--dtype", "float16"])
+    command = vllm_command(plan(max_model_len=512), room(), ["--dtype", "float16"])
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     joined = " ".join(command)
     assert "--model /models/m --served-model-name m /models/m" in joined
     assert "--host 127.0.0.1 --port 8123" in joined
-    assert "--max-model-len 2048" in joined
+    assert "--max-model-len 512" in joined
+    assert "--middleware pvrt_server.frontend.Frontend" in joined
     assert command[-2:] == ["--dtype", "float16"]
+
+
+def test_vllm_finds_its_own_context_unless_one_is_asked_for_or_less_fits() -> None:
+    assert "--max-model-len" not in vllm_command(plan(), room(), [])
+    command = vllm_command(plan(), room(free=2 * 10**9, wanted=4096), [])
+    assert command[command.index("--max-model-len") + 1] == "1000"
+
+
+def test_vllm_reserves_what_is_free_and_not_more() -> None:
+    command = vllm_command(plan(), room("cuda"), [])
+    assert command[command.index("--gpu-memory-utilization") + 1] == "0.49"
+    assert "0.49" not in vllm_command(plan(), room("cuda"), ["--gpu-memory-utilization=0.7"])
+    # On a CPU: four sequences of 512 MB, in GiB; what the user says stays.
+    assert vllm_environment(plan(), room(), [], {})["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    given = {"VLLM_CPU_KVCACHE_SPACE": "7"}
+    assert vllm_environment(plan(), room(), [], given)["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    flags = ["--kv-cache-memory-bytes", "9"]
+    assert "VLLM_CPU_KVCACHE_SPACE" not in vllm_environment(plan(), room(), flags, {})
+
+
+def test_the_number_of_gpus_is_read_from_the_flags_for_vllm() -> None:
+    assert gpu_count([]) == 1
+    assert gpu_count(["--tensor-parallel-size", "2", "-pp=3"]) == 6
+    assert gpu_count(["--tensor_parallel_size=4"]) == 4
+
+
+@pytest.mark.parametrize("flag", ["--port", "--api-key=x", "--served_model_name"])
+def test_flags_of_our_own_are_refused_behind_the_dashes(toy: Path, flag: str) -> None:
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    with pytest.raises(ServeError, match="give it before the --"):
+        serve(toy, engine="vllm", port=0, extra=[flag])
 
 
 def test_vllm_gets_the_key_unseen_and_our_plugin_always() -> None:
     guarded = plan(api_key="secret")
-    assert "secret" not in " ".join(vllm_command(guarded, [])) + repr(guarded)
-    assert vllm_environment(guarded, {})["VLLM_API_KEY"] == "secret"
+    assert "secret" not in " ".join(vllm_command(guarded, room(), [])) + repr(guarded)
+    assert vllm_environment(guarded, room(), [], {})["VLLM_API_KEY"] == "secret"
     for given, expected in {"": "pvrt", "other": "other,pvrt", "a,pvrt": "a,pvrt"}.items():
-        environment = vllm_environment(plan(), {"VLLM_PLUGINS": given})
+        environment = vllm_environment(plan(), room(), [], {"VLLM_PLUGINS": given})
         assert environment["VLLM_PLUGINS"] == expected
-    assert "VLLM_PLUGINS" not in vllm_environment(plan(), {})
+    assert "VLLM_PLUGINS" not in vllm_environment(plan(), room(), [], {})
 
 
 def test_signals_reach_vllm_and_its_exit_code_comes_back(
@@ -203,3 +248,14 @@ def announced_url(process: "subprocess.Popen[str]") -> str:
         if "is served at" in line:
             return line.split()[-1]
     raise AssertionError("the server ended before it was ready")
+
+
+@pytest.mark.vllm
+def test_a_start_that_vllm_refuses_ends_in_one_sentence(toy: Path) -> None:
+    with pytest.raises(ServeError, match=r"this vLLM has no tool-call parser nonsense\. Try"):
+        serve(
+            toy,
+            engine="vllm",
+            port=0,
+            extra=["--enable-auto-tool-choice", "--tool-call-parser", "nonsense"],
+        )

@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from pvrt.memory import free_host_bytes
+
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
@@ -21,22 +23,10 @@ class Machine:
     @classmethod
     def here(cls, device: str, out: Path) -> "Machine":
         """This machine; a container's memory limit counts where it is lower."""
-        free = psutil.virtual_memory().available
-        limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
-        if limit is not None and used is not None:
-            free = min(free, max(limit - used, 0))
         folders = [out.absolute(), *out.absolute().parents]
         disk = psutil.disk_usage(str(next(folder for folder in folders if folder.exists()))).free
         device_free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
-        return cls(free, device_free, disk)
-
-
-def _cgroup(name: str) -> int | None:
-    """A number of the container's memory controller, where there is one that says a number."""
-    try:
-        return int(Path("/sys/fs/cgroup", name).read_text())
-    except (OSError, ValueError):
-        return None
+        return cls(free_host_bytes(), device_free, disk)
 
 
 def map_large_tensors() -> None:

@@ -1,0 +1,65 @@
+"""What fits: sizes against the tensors that engines really hold, and the sentences."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import pvrt
+from pvrt.errors import ServeError
+from pvrt_kernels import has_fast_kernel
+from pvrt_server.fits import Device, fit
+from tests.fixtures.toy import toy_model, write_toy, write_toy_grid
+
+ROOMY = Device("cpu", 10**11, 10**11)
+
+
+def test_the_weights_are_counted_as_the_engine_will_hold_them(tmp_path: Path) -> None:
+    write_toy(tmp_path / "aqlm", dtype=torch.float16)
+    dense = toy_model("llama")
+    dense.half().save_pretrained(tmp_path / "dense")
+    write_toy_grid(tmp_path / "grid", "llama", "w4g128")
+    # The embedded engine computes in float32 on a CPU: every float takes 4 bytes.
+    decoded = not has_fast_kernel("cpu", 2, 8, 8, 1)
+    loaded = pvrt.load(tmp_path / "aqlm", dtype=torch.float32, dense=decoded)
+    tensors = [*loaded.parameters(), *loaded.buffers()]
+    held = sum(t.nbytes for t in tensors if t.dtype != torch.int64)
+    found = fit(tmp_path / "aqlm", "local", ROOMY).weight_bytes
+    assert found == pytest.approx(held, rel=0.01)
+    parameters = sum(p.numel() for p in dense.parameters())
+    assert fit(tmp_path / "dense", "local", ROOMY).weight_bytes == 4 * parameters
+    assert fit(tmp_path / "dense", "vllm", ROOMY).weight_bytes == 2 * parameters
+    assert fit(tmp_path / "dense", "vllm", ROOMY, "float32").weight_bytes == 4 * parameters
+    assert fit(tmp_path / "grid", "local", ROOMY).weight_bytes == 4 * parameters
+    assert fit(tmp_path / "grid", "vllm", ROOMY).weight_bytes < 1.1 * parameters
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "deepseek_v3"])
+def test_the_cache_is_counted_as_transformers_fills_it(tmp_path: Path, architecture: str) -> None:
+    model = toy_model(architecture)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        cache = model(torch.randint(200, (1, 100)), use_cache=True).past_key_values
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    found = fit(tmp_path, "local", ROOMY)
+    # transformers keeps a window's last token but one: the new one makes it whole.
+    assert found.cache.bytes_for(100) == pytest.approx(held, rel=0.03)
+
+
+def test_less_memory_means_a_shorter_context_and_says_what_is_missing(toy: Path) -> None:
+    roomy = fit(toy, "local", ROOMY)
+    assert (roomy.max_model_len, roomy.wanted_len) == (512, 512)
+    assert roomy.concurrency > 1000
+    fixed = ROOMY.free_bytes - roomy.cache_bytes
+    half = Device("cpu", fixed + roomy.cache.bytes_for(256), 10**11)
+    tight = fit(toy, "local", half)
+    assert (tight.max_model_len, tight.concurrency) == (256, 1)
+    assert any("256 tokens of 512" in line and "more" in line for line in tight.lines())
+    assert fit(toy, "local", ROOMY, max_model_len=100).max_model_len == 100
+
+
+def test_a_model_that_cannot_start_is_refused_with_both_numbers(toy: Path) -> None:
+    with pytest.raises(ServeError, match=r"needs 70\d MB to start, .* the CPU, 300 MB free"):
+        fit(toy, "local", Device("cpu", 3 * 10**8, 10**11))
+    with pytest.raises(ServeError, match=r"needs 3\.0 GB .* 2 GPUs, 1\.0 GB free"):
+        fit(toy, "vllm", Device("cuda", 10**9, 10**11, count=2))

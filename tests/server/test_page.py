@@ -1,0 +1,176 @@
+"""The page at /: what it may load, what it knows, and what it does in a browser."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from pvrt_server.page import model_card
+from tests.server.running import Server, scripted_engine, serving
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_runs_no_other_code(says: Server) -> None:
+    page = httpx.get(says.url)
+    assert page.headers["Content-Type"].startswith("text/html")
+    policy = page.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert "*" not in policy
+    # The only address in it names the vocabulary of SVG, which nobody fetches.
+    assert set(re.findall(r"https?://[^'\" )]+", page.text)) == {"http://www.w3.org/2000/svg"}
+    assert not re.search(r"<[a-z]+[^>]*\s(on\w+|style)=", page.text)
+    assert httpx.head(says.url).status_code == 200
+    assert httpx.post(says.url, json={}).status_code in (404, 405)
+
+
+def test_the_status_names_the_model_and_its_memory(says: Server, toy: Path) -> None:
+    body = httpx.get(f"{says.url}/pvrt/status").json()
+    card = body["model"]
+    assert (card["name"], card["scheme"], card["context"]) == (toy.name, "2x8g8", 512)
+    assert card["architecture"] == "LlamaForCausalLM"
+    assert card["chat"] is True
+    assert card["file_bytes"] == (toy / "model.safetensors").stat().st_size
+    assert body["memory"]["resident_bytes"] > 50_000_000  # torch alone takes more
+
+
+def test_a_manifest_tells_where_a_model_comes_from_and_a_broken_one_nothing(toy: Path) -> None:
+    copy = toy.parent / "with-manifest"
+    shutil.copytree(toy, copy)
+    (copy / "pvrt.json").write_text('{"base_model": {"name": "original", "sha256": "0"}}')
+    assert model_card(copy)["base_model"] == "original"
+    (copy / "pvrt.json").write_text("{")
+    assert "base_model" not in model_card(copy)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here")
+    with api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        instance = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield instance
+        instance.close()
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    """A fresh tab; whatever it complains of (a violated policy, a broken script) fails the test."""
+    context = browser.new_context(color_scheme="light", viewport={"width": 1180, "height": 760})
+    page = context.new_page()
+    page.set_default_timeout(15_000)
+    said: list[str] = []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda entry: said.append(entry.text) if entry.type == "error" else None)
+    yield page
+    context.close()
+    # Refused requests are logged too, and one test is about them.
+    assert [line for line in said if not re.search("status of 40[014]", line)] == []
+
+
+def test_a_question_is_answered_as_a_stream_with_its_speed(tab: Any, says: Server) -> None:
+    tab.goto(says.url)
+    tab.wait_for_selector("#card dd")
+    assert tab.title() == "toy"
+    tab.keyboard.type("Hello")  # the field has the focus
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(".figures")
+    assert tab.inner_text(".said.user .text") == "Hello"
+    assert tab.inner_text(".said.assistant .text") == "one two three 😀 four"
+    figures = tab.inner_text(".figures")
+    assert re.fullmatch(r"\d+ tokens, [\d.]+ tokens/s, first after [\d.]+ m?s", figures), figures
+    assert tab.inner_text("#ttft") in figures
+    assert tab.get_attribute("#line", "d").startswith("M0")
+    assert re.fullmatch(r"\d+ MB|[\d.]+ GB", tab.inner_text("#memory"))
+    assert "2x8g8" in tab.inner_text("#card")
+    assert tab.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_a_conversation_is_sent_whole_with_the_settings(tab: Any, says: Server) -> None:
+    tab.goto(says.url)
+    tab.wait_for_selector("#card dd")
+    tab.fill("#system", "Be brief.")
+    tab.fill("#temperature", "0.5")
+    bodies: list[Any] = []
+    tab.on("request", lambda r: bodies.append(r.post_data_json) if r.method == "POST" else None)
+    for number in (1, 2):
+        tab.fill("#prompt", f"Question {number}")
+        tab.click("#send")
+        tab.locator(".figures").nth(number - 1).wait_for()
+    assert [m["role"] for m in bodies[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert bodies[1]["temperature"] == 0.5
+    tab.click("#fresh")
+    assert tab.query_selector(".said") is None
+
+
+def test_escape_stops_an_answer_and_keeps_what_came(tab: Any, toy: Path) -> None:
+    engine, _ = scripted_engine(toy, "word " * 90)
+    with serving(engine) as server:
+        tab.goto(server.url)
+        tab.wait_for_selector("#card dd")
+        tab.evaluate("""() => {
+            const once = new MutationObserver(() => {
+                if (!document.querySelector('.said.assistant .text')?.textContent.includes('word'))
+                    return;
+                once.disconnect();
+                document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape' }));
+            });
+            once.observe(document.querySelector('#log'), { childList: true, subtree: true });
+        }""")
+        tab.fill("#prompt", "Go on")
+        tab.click("#send")
+        tab.wait_for_selector(".figures")
+        assert 0 < len(tab.inner_text(".said.assistant .text")) < 440
+        assert tab.is_visible("#send")
+
+
+def test_a_key_is_asked_for_and_an_error_is_shown(tab: Any, toy: Path) -> None:
+    engine, _ = scripted_engine(toy, "a `b` and\n```python\nx = 1 < 2\n```\n<b>no mark-up</b>")
+    with serving(engine, api_key="secret") as server:
+        tab.goto(server.url)
+        tab.wait_for_selector("#key")
+        assert tab.evaluate("document.activeElement.id") == "key"
+        tab.keyboard.type("secret")
+        tab.keyboard.press("Tab")
+        tab.wait_for_selector("#card dd")
+        tab.fill("#temperature", "9")
+        tab.fill("#prompt", "Hello")
+        tab.keyboard.press("Enter")
+        tab.wait_for_selector(".problem")
+        assert "temperature" in tab.inner_text(".problem")
+        tab.fill("#temperature", "")
+        tab.fill("#prompt", "Hello")
+        tab.keyboard.press("Enter")
+        tab.wait_for_selector(".figures")
+        # Code is drawn; mark-up that a model writes stays text.
+        assert tab.inner_text(".text pre code") == "x = 1 < 2"
+        assert "<b>no mark-up</b>" in tab.inner_text(".said.assistant .text")
+        assert tab.query_selector(".said.assistant b") is None
+
+
+def test_light_and_dark_follow_the_system_and_the_button(tab: Any, says: Server) -> None:
+    tab.emulate_media(color_scheme="dark")
+    tab.goto(says.url)
+    theme = "document.documentElement.dataset.theme"
+    assert tab.evaluate(theme) == "dark"
+    tab.click("#theme")
+    assert tab.evaluate(theme) == "light"
+    tab.reload()
+    assert tab.evaluate(theme) == "light"
+
+
+def test_a_narrow_window_hides_the_details_behind_a_button(tab: Any, says: Server) -> None:
+    tab.set_viewport_size({"width": 400, "height": 700})
+    tab.goto(says.url)
+    assert not tab.is_visible("#side")
+    tab.click("#panel")
+    assert tab.is_visible("#side")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 400
