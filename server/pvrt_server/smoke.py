@@ -171,9 +171,9 @@ def _guarded(client: _Client) -> None:
 
 def _models(client: _Client, name: str) -> None:
     cards = _good(client.ask("/v1/models"))["data"]
-    own = next((card for card in cards if card["id"] == name), None)
-    _expect(own is not None, f"{name} is not in the list")
-    _expect(own["max_model_len"] > 0, "no max_model_len")
+    own = [card for card in cards if card["id"] == name]
+    _expect(len(own) == 1, f"{name} is not in the list")
+    _expect(own[0]["max_model_len"] > 0, "no max_model_len")
 
 
 def _completion(client: _Client) -> None:
