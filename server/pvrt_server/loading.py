@@ -98,6 +98,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
     cache_tokens = _cache_tokens(language_model, options, max_model_len)
     if cache_tokens < max_model_len:
         max_model_len = _shorten(max_model_len, cache_tokens, language_model, options)
+    codec.bound(max_model_len)
     runtime = Runtime(
         model=language_model,
         codec=codec,

@@ -98,7 +98,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """How many jobs have not begun."""
-        return sum(not job.running for job in self._jobs)
+        return sum(bool(job.pending) and not job.running for job in self._jobs)
 
     @property
     def running(self) -> int:
@@ -184,7 +184,9 @@ class Scheduler:
         """Whether another sequence is just reading most of what this one would read."""
         prompt = sequence.tokens
         least = max(LEAST, len(prompt) // 2)
-        return not sequence.scores_prompt and any(
+        if sequence.scores_prompt or not self._runtime.prefix_reuse:
+            return False
+        return any(
             not other.prompt_read and shared(other.tokens, prompt) > least
             for _, other in self._running
         )

@@ -1,6 +1,7 @@
 """Text to tokens and back: prompts, chat templates, and text that arrives token by token."""
 
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,12 +39,17 @@ class TextCodec:
         self._bytes: dict[int, bytes] = {}
         self._eos_id: int | None = tokenizer.eos_token_id
         # A request may set variables of the template, not choose another one or its own output.
+        self._longest_text = math.inf
         self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
 
     @property
     def eos_id(self) -> int | None:
         """The tokenizer's own end-of-text token."""
         return self._eos_id
+
+    def bound(self, tokens: int) -> None:
+        """Refuse texts that cannot fit a number of tokens, without the time to tokenize them."""
+        self._longest_text = tokens * max(map(len, self._tokenizer.get_vocab()), default=1)
 
     @property
     def tokenizer(self) -> Any:
@@ -53,7 +59,8 @@ class TextCodec:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; special=True adds what the tokenizer puts around one (BOS).
 
-        Raises RequestError for a string that is no text, which JSON can write.
+        Raises RequestError for a string that is no text, which JSON can write, and for one beyond
+        `bound`.
         """
         return self._encode(text, special, "prompt")
 
@@ -106,6 +113,12 @@ class TextCodec:
         return self._encode(text, False, "messages")  # a template writes its own special tokens
 
     def _encode(self, text: str, special: bool, field: str) -> list[int]:
+        if len(text) > self._longest_text:
+            raise RequestError(
+                f"{field} has {len(text)} characters, more than this model's context can hold",
+                field,
+                "context_length_exceeded",
+            )
         try:
             text.encode()
         except UnicodeEncodeError as error:

@@ -47,3 +47,12 @@ def test_made_up_requests_never_break_the_server(toy: Path) -> None:
             settings(hypothesis.given(case=operation.as_strategy())(check))()
         assert httpx.get(f"{server.url}/health").status_code == 200
     assert seen == OPERATIONS
+
+
+def test_endpoints_that_are_not_there_say_which_are(toy: Path) -> None:
+    engine, _ = scripted_engine(toy, "ok")
+    with serving(engine) as server:
+        response = server.post("/v1/responses", {"model": "toy", "input": "Hello"})
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "route_not_found"
+    assert "POST /v1/chat/completions" in response.json()["error"]["message"]

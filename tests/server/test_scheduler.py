@@ -228,3 +228,11 @@ def test_shared_beginnings_are_counted(length: int) -> None:
     second = [*first[:length], -1, *first[length:]]
     assert shared(tuple(first), second) == length
     assert shared(first[:length], first) == length
+
+
+def test_reuse_can_be_turned_off(toy: Path) -> None:
+    with Engine.load(toy, EngineOptions(prefix_reuse=False)) as engine:
+        for _ in range(2):
+            first = next(iter(engine.generate(prompts(1)[0], GREEDY)))
+            assert isinstance(first, PromptEvent)
+            assert first.cached == 0

@@ -102,6 +102,15 @@ def test_tokens_know_their_bytes(byte_level: TextCodec, byte_fallback: TextCodec
         assert raw.decode().replace("▁", " ") == "é a😀"
 
 
+def test_a_text_beyond_the_bound_is_refused_before_it_is_tokenized() -> None:
+    codec = TextCodec(toy_tokenizer())
+    codec.bound(10)  # the longest token is <|assistant|>
+    assert len(codec.encode("x" * 130)) == 130
+    with pytest.raises(RequestError, match="131 characters") as caught:
+        codec.encode("x" * 131)
+    assert caught.value.code == "context_length_exceeded"
+
+
 def test_a_template_that_refuses_is_the_clients_error() -> None:
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
