@@ -27,6 +27,7 @@ from tests.fixtures.vllm_generate import Job, each_result
 RESULTS = machine.ROOT / "benchmarks" / "results" / "vllm_features.json"
 LONG = [[256, *range(100, 180)], [256, *range(100, 170), 5, 6, 7]]
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -68,6 +69,7 @@ def short(path: Path, layout: str) -> Any:
 def features() -> list[Feature]:
     """All of them."""
     lora = {"enable_lora": True, "max_lora_rank": 8}
+    attention = {**lora, "lora_target_modules": ATTENTION}
     compiled = {"enforce_eager": False}
     cache = {"enable_prefix_caching": True, "block_size": 32}
     cached = Feature("prefix caching", engine=cache, long=True)
@@ -83,7 +85,7 @@ def features() -> list[Feature]:
         *(cached, chunked, guessed, drafted, adapted, in_codes, listed, parallel),
         replace(parallel, layout="qwen2-moe"),
         *(replace(feature, layout="mixtral") for feature in (cached, chunked, guessed, listed)),
-        replace(adapted, layout="mixtral", adapter=("q_proj", "v_proj", "o_proj")),
+        Feature("LoRA on attention", "mixtral", attention, adapter=tuple(ATTENTION)),
         replace(in_codes, layout="llama-tied"),
         Feature("modelling code of transformers", engine={"model_impl": "transformers"}),
         *(replace(feature, ranks=2) for feature in (adapted, in_codes, guessed)),

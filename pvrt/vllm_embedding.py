@@ -1,7 +1,7 @@
 """Embeddings and lm_head in AQLM codes, in vLLM. No published checkpoint has them.
 
 The rows of a vocabulary are padded and split over ranks. They stay in the checkpoint's layout: a
-lookup decodes single rows, and a tied lm_head multiplies by the same tensors.
+lookup decodes single rows, and a tied lm_head multiplies by the embeddings' tensors.
 """
 
 from types import MethodType
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn import functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
@@ -20,8 +21,9 @@ from pvrt.vllm_loading import (
     part_shape,
     require_finite,
     require_loaded,
+    tell_decoding,
 )
-from pvrt_kernels import aqlm_dequantize, aqlm_linear
+from pvrt_kernels import aqlm_dequantize, aqlm_linear, has_fast_kernel
 
 if TYPE_CHECKING:
     from pvrt.vllm_backend import AQLMConfig
@@ -84,22 +86,37 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
             layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything was loaded."""
-        if not hasattr(layer, "aqlm_done"):
-            return  # tied to embeddings that are checked themselves
+        """Check that everything was loaded; on a CPU without a kernel, decode it."""
+        if _holder(layer) is not layer or not hasattr(layer, "codes"):
+            return  # tied to embeddings, or decoded already
         name = getattr(layer, "prefix", "") or "embed_tokens"
         missing = [f"{name}.{part}" for part in PARTS if part not in layer.aqlm_done]
         require_loaded(name, missing, bool(layer.aqlm_done), [layer.scales])
         require_finite(layer, name, PARTS[1:])
         layer.aqlm_done.clear()
-        let_lora_find(layer, layer.codes)
+        scheme, device = self.config.scheme, layer.codes.device.type
+        shape = scheme.num_codebooks, scheme.nbits_per_codebook, scheme.in_group_size
+        if device == "cpu" and not has_fast_kernel(device, *shape, scheme.out_group_size):
+            tensors = [getattr(layer, part).data for part in PARTS]
+            weight = aqlm_dequantize(*tensors)
+            for part in PARTS:
+                delattr(layer, part)
+            layer.weight = Parameter(weight, requires_grad=False)
+            tell_decoding(self.config, name, [weight], tensors)
+        else:
+            let_lora_find(layer, layer.codes)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits: x [..., hidden] -> [..., rows of this rank]."""
-        return aqlm_linear(x, layer.codes, layer.codebooks, layer.scales, bias)
+        held = _holder(layer)
+        if hasattr(held, "weight"):
+            return F.linear(x, held.weight, bias)
+        return aqlm_linear(x, held.codes, held.codebooks, held.scales, bias)
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Rows [..., hidden] of tokens [...], which count from this rank's first."""
+        if hasattr(layer, "weight"):
+            return F.embedding(input_, layer.weight)
         group = self.config.scheme.out_group_size
         tokens = input_.reshape(-1).long()
         rows = tokens // group
@@ -110,9 +127,13 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         return weight.view(*input_.shape, -1)
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
-        """Let lm_head multiply by the embeddings' tensors."""
+        """Let lm_head multiply by what the embeddings hold."""
         for part in PARTS:
-            setattr(layer, part, getattr(embed_tokens, part))
-        if hasattr(layer, "aqlm_done"):
-            del layer.aqlm_done
+            delattr(layer, part)
+        object.__setattr__(layer, "aqlm_tied", embed_tokens)  # no submodule: counted once
         return layer
+
+
+def _holder(layer: Any) -> Any:
+    """The layer that holds the weight: a tied lm_head has none."""
+    return layer.__dict__.get("aqlm_tied", layer)

@@ -27,6 +27,7 @@ from pvrt.vllm_loading import (
     part_shape,
     require_finite,
     require_loaded,
+    tell_decoding,
 )
 from pvrt.vllm_versions import load_experts_with
 from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
@@ -225,6 +226,8 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         """Put the kernel's layout in place of the checkpoint's; kernel, sizes and new names."""
         codes, books, scales = (getattr(layer, f"{stack}_{part}").data for part in PARTS)
         weight = aqlm_pack_group(codes, books, scales, layer.params_dtype, sizes)
+        if weight.decoded:
+            tell_decoding(self.config, layer.layer_name, weight.tensors, (codes, books, scales))
         for part in PARTS:
             delattr(layer, f"{stack}_{part}")
         names = [f"{stack}_packed_{number}" for number in range(len(weight.tensors))]

@@ -4,7 +4,6 @@ vLLM fuses layers (q, k and v; gate and up) and splits them over ranks; every so
 own codebooks, complete on every rank.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from pvrt.vllm_loading import (
     part_shape,
     require_finite,
     require_loaded,
+    tell_decoding,
 )
 from pvrt_kernels import aqlm_dequantize, aqlm_linear, has_fast_kernel
 from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pvrt.vllm_backend import AQLMConfig
 
 _QKV = {"q": 0, "k": 1, "v": 2}
-_logger = logging.getLogger("vllm.pvrt")  # printed by the handlers of vLLM's logger
 
 # Which source layers of a fused layer a tensor holds: one of q, k and v; one or several by number;
 # None where the checkpoint itself stores the layer fused (or it is not fused at all).
@@ -249,17 +248,7 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         for part in PARTS:
             delattr(layer, part)
         layer.weight = Parameter(weight, requires_grad=False)
-        if not self.config.told_decoding:
-            self.config.told_decoding = True
-            _logger.warning(
-                "no CPU kernel for %s: decoding all weights once, to %s. %s takes %d bytes "
-                "instead of %d.",
-                self.config.scheme,
-                weight.dtype,
-                layer.aqlm_load.prefix,
-                weight.nbytes,
-                sum(tensor.nbytes for tensor in packed),
-            )
+        tell_decoding(self.config, layer.aqlm_load.prefix, [weight], packed)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x, on this rank's part of the weight."""

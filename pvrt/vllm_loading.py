@@ -4,8 +4,9 @@ vLLM does not notice tensors that a quantised checkpoint lacks, nor ones of a wr
 assertion without a name. So each layer records what has come, and refuses what cannot be right.
 """
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from pvrt.checkpoint import CONFIG_FILE, check_codes
 from pvrt.errors import CheckpointError
 from pvrt.scheme import Scheme
 
+if TYPE_CHECKING:
+    from pvrt.vllm_backend import AQLMConfig
+
+_logger = logging.getLogger("vllm.pvrt")  # printed by the handlers of vLLM's logger
 PARTS = ("codes", "codebooks", "scales")
 
 
@@ -75,6 +80,23 @@ def dense_in_quantised(name: str) -> CheckpointError:
         f"the checkpoint holds a dense weight for {name}, which {CONFIG_FILE} says is "
         "quantised; list it in linear_weights_not_to_quantize"
     )
+
+
+def tell_decoding(
+    config: "AQLMConfig", prefix: str, weights: Sequence[Tensor], packed: Sequence[Tensor]
+) -> None:
+    """Say once per model what decoding its weights at load costs."""
+    if not config.told_decoding:
+        config.told_decoding = True
+        _logger.warning(
+            "no CPU kernel for %s: decoding all weights once, to %s. %s takes %d bytes "
+            "instead of %d.",
+            config.scheme,
+            weights[0].dtype,
+            prefix,
+            sum(tensor.nbytes for tensor in weights),
+            sum(tensor.nbytes for tensor in packed),
+        )
 
 
 def let_lora_find(layer: Any, tensor: Tensor) -> None:

@@ -32,6 +32,11 @@ class GroupedWeight:
     tensors: list[Tensor]
     partition_sizes: list[int]
 
+    @property
+    def decoded(self) -> bool:
+        """Whether these are dense weights, for want of a kernel."""
+        return self.kernel == _DENSE
+
 
 def aqlm_pack_group(
     codes: Tensor,

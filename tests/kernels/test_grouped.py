@@ -70,6 +70,7 @@ def test_without_a_kernel_weights_are_decoded(monkeypatch: pytest.MonkeyPatch) -
     packed = aqlm_pack_group(*weight, torch.bfloat16, SIZES)
     assert [tensor.shape for tensor in packed.tensors] == [(EXPERTS, sum(SIZES), IN)]
     assert packed.tensors[0].dtype == torch.bfloat16
+    assert packed.decoded
 
 
 def test_the_op_keeps_the_rules_of_torch_library() -> None:

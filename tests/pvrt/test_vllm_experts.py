@@ -1,5 +1,6 @@
 """AQLM experts in vLLM without an engine: loading, splitting over ranks, refusing."""
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,3 +166,16 @@ def test_experts_that_cannot_be_run_are_refused() -> None:
         made(Experts(ranks=8))
     with pytest.raises(CheckpointError, match=r"groups of 1x8g128 do not divide its experts of 96"):
         made(Experts(), "1x8g128")
+
+
+def test_decoding_for_want_of_a_kernel_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # vLLM's loggers may or may not pass messages on to the root, where caplog listens.
+    monkeypatch.setattr(logging.getLogger("vllm.pvrt"), "handlers", [caplog.handler])
+    monkeypatch.setattr(logging.getLogger("vllm.pvrt"), "propagate", False)
+    method, layer = made(Experts(), "2x8g8o4")
+    list(layer.load_weights(tensors(sources("2x8g8o4")).items()))
+    method.process_weights_after_loading(layer)
+    (message,) = caplog.messages
+    assert f"{PREFIX} takes {EXPERTS * 2 * WIDTH * HIDDEN * 4} bytes instead of" in message
