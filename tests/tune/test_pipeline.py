@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pvrt
 from pvrt.checkpoint import Checkpoint
 from pvrt.errors import CheckpointError, DataError, RunError, SourceError
 from pvrt.linear import quantized_linears
-from pvrt_tune import calibration
+from pvrt_tune import calibration, walk
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.pipeline import tune
@@ -79,6 +80,22 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
         tune(TuneJob(str(tmp_path / "dense"), tmp_path / name, QUICK), silent)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
+
+
+def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+
+    def load(*args: Any) -> torch.nn.Module:
+        assert all(block() is None for block in loaded), "the block before is still there"
+        block = original(*args)
+        loaded.append(weakref.ref(block))
+        return block
+
+    original = walk._dense
+    monkeypatch.setattr(walk, "_dense", load)
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
+    assert len(loaded) == 2
 
 
 def test_block_finetuning_lowers_the_held_out_error(tmp_path: Path) -> None:

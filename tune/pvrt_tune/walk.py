@@ -90,6 +90,7 @@ def walk(
         if index + 1 < count:
             decode_once(block.float())
             _advance(block, stream.hidden, stream.arguments[index])
+        del block, dense  # before the next one comes
     return reports
 
 
