@@ -306,12 +306,20 @@ API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, in
 void matrix_part(const job *work, int64_t index) {
     const int64_t from = work->out * index / work->parts, to = work->out * (index + 1) / work->parts;
     const size_t width = work->dtype == F32 ? 4 : 2;
-    for (int64_t i = from; i < to; i++) /* a row serves all tokens while it is near */
-        for (int64_t t = 0; t < work->tokens; t++) {
-            float *y = (float *)work->y + t * work->stride + i;
-            const char *row = (const char *)work->matrix + i * work->in * width;
-            *y = finish(work, kernels->dot(work->x + t * work->in, row, work->in, work->dtype), i, *y);
+    for (int64_t i = from; i < to; i++) { /* a row serves all tokens while it is near */
+        const char *row = (const char *)work->matrix + i * work->in * width;
+        for (int64_t t = 0; t < work->tokens;) {
+            const int64_t count = work->tokens - t >= 4 ? 4 : 1;
+            const float *x = work->x + t * work->in;
+            float sums[4];
+            if (count == 4) kernels->dot4(x, work->in, row, work->in, work->dtype, sums);
+            else sums[0] = kernels->dot(x, row, work->in, work->dtype);
+            for (int64_t k = 0; k < count; k++, t++) {
+                float *y = (float *)work->y + t * work->stride + i;
+                *y = finish(work, sums[k], i, *y);
+            }
         }
+    }
 }
 
 /* y [tokens, out] = x W^T for a dense W [out, in] of any of the three types, summed in fp32. */

@@ -70,6 +70,10 @@ typedef struct {
     float (*dot)(const float *a, const void *b, int64_t n, int64_t dtype);
     /* a . b in whole numbers; the caller bounds a so that n / 8 products fit 31 bits */
     float (*dot_bytes)(const int16_t *a, const int8_t *b, int64_t n);
+    /* y[k] = (a + k * stride) . b for k < 4, reading b once */
+    void (*dot4)(const float *a, int64_t stride, const void *b, int64_t n, int64_t dtype, float *y);
+    /* y = silu(x) * values; an element's result does not depend on where it is, in whole eights */
+    void (*gate)(const float *x, const float *values, float *y, int64_t n);
 } isa;
 
 /* One call, cut into parts that threads take. */

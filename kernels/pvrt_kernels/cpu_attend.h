@@ -1,4 +1,4 @@
-/* Attention of one query, and exp. Included once per instruction set: GNU C's own vectors of 8. */
+/* Attention of one query, gates, and exp. Included once per instruction set: GNU C's own vectors of 8. */
 #include <math.h>
 #include <string.h>
 
@@ -71,4 +71,17 @@ static void attend(const float *query, const float *keys, const float *values, i
         y[i] = 0;
         for (t = 0; t < count; t++) y[i] += weights[t] * values[t * dim + i];
     }
+}
+
+static void gate(const float *x, const float *values, float *y, int64_t n) {
+    const ints8 sign = (ints8){0} + INT32_MIN;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        const floats8 v = *(const floats8 *)(x + i), one = (floats8){0} + 1.0f;
+        const ints8 negative = (ints8)v >> 31;
+        const floats8 e = exp8((floats8)((ints8)v | sign)); /* of -|v|: never too large */
+        const floats8 above = (floats8)(((ints8)e & negative) | ((ints8)one & ~negative));
+        *(floats8 *)(y + i) = v * above / (e + one) * *(const floats8 *)(values + i);
+    }
+    for (; i < n; i++) y[i] = x[i] / (1.0f + expf(-x[i])) * values[i];
 }

@@ -295,6 +295,32 @@ static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     return sum;
 }
 
+static void dot4(const float *a, int64_t stride, const void *b, int64_t n, int64_t dtype,
+                 float *y) {
+    const float *a1 = a + stride, *a2 = a1 + stride, *a3 = a2 + stride;
+    __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0, r0 = s0, r1 = s0, r2 = s0, r3 = s0;
+    int64_t i = 0;
+#define DOT4(kind)                                                                                 \
+    for (; i + 16 <= n; i += 16) {                                                                 \
+        const __m256 b0 = load8(b, i, kind), b1 = load8(b, i + 8, kind);                           \
+        s0 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), b0, s0);                                      \
+        s1 = _mm256_fmadd_ps(_mm256_loadu_ps(a1 + i), b0, s1);                                     \
+        s2 = _mm256_fmadd_ps(_mm256_loadu_ps(a2 + i), b0, s2);                                     \
+        s3 = _mm256_fmadd_ps(_mm256_loadu_ps(a3 + i), b0, s3);                                     \
+        r0 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8), b1, r0);                                  \
+        r1 = _mm256_fmadd_ps(_mm256_loadu_ps(a1 + i + 8), b1, r1);                                 \
+        r2 = _mm256_fmadd_ps(_mm256_loadu_ps(a2 + i + 8), b1, r2);                                 \
+        r3 = _mm256_fmadd_ps(_mm256_loadu_ps(a3 + i + 8), b1, r3);                                 \
+    }
+    if (dtype == F32) DOT4(F32)
+    else if (dtype == F16) DOT4(F16)
+    else DOT4(BF16)
+    y[0] = total(_mm256_add_ps(s0, r0)), y[1] = total(_mm256_add_ps(s1, r1));
+    y[2] = total(_mm256_add_ps(s2, r2)), y[3] = total(_mm256_add_ps(s3, r3));
+    for (; i < n; i++)
+        for (int k = 0; k < 4; k++) y[k] += a[k * stride + i] * load_float(b, i, dtype);
+}
+
 static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
     __m256i s0 = _mm256_setzero_si256(), s1 = s0;
     int64_t i = 0;
@@ -310,5 +336,5 @@ static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
 }
 
 const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, build, lookup, build8, lookup8, direct,
-                      decode, attend, dot, dot_bytes};
+                      decode, attend, dot, dot_bytes, dot4, gate};
 #endif

@@ -167,9 +167,18 @@ static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
     return isa_avx2.dot_bytes(a, b, n);
 }
 
+static void dot4(const float *a, int64_t stride, const void *b, int64_t n, int64_t dtype,
+                 float *y) {
+    isa_avx2.dot4(a, stride, b, n, dtype, y);
+}
+
+static void gate(const float *x, const float *values, float *y, int64_t n) {
+    isa_avx2.gate(x, values, y, n);
+}
+
 const isa isa_avx512 = {"avx512", ENTRIES * 4, 0, build, lookup, build8, lookup8, direct,
-                        decode, attend, dot, dot_bytes};
+                        decode, attend, dot, dot_bytes, dot4, gate};
 const isa isa_vbmi = {"avx512-vbmi", PLANES, 8, build_bytes, lookup_bytes, build8, lookup8,
                       direct,
-                        decode, attend, dot, dot_bytes};
+                        decode, attend, dot, dot_bytes, dot4, gate};
 #endif

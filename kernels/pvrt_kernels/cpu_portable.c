@@ -89,6 +89,11 @@ static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
     return (float)sum;
 }
 
+static void dot4(const float *a, int64_t stride, const void *b, int64_t n, int64_t dtype,
+                 float *y) {
+    for (int k = 0; k < 4; k++) y[k] = dot(a + k * stride, b, n, dtype);
+}
+
 const isa isa_portable = {"portable", ENTRIES * 4, 0, build, lookup, build8, lookup8,
                           direct,     decode,      attend,
-                          dot,        dot_bytes};
+                          dot,        dot_bytes,   dot4,         gate};

@@ -187,11 +187,11 @@ static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
         }
         return;
     }
-    if (o->kind == GATE) { /* x: gates, then values, of one layer */
+    if (o->kind == GATE) { /* x: gates, then values, of one layer; threads take whole eights */
+        const int64_t first = from / 8 * 8, end = thread + 1 == n ? to : to / 8 * 8;
         for (int64_t t = 0; t < p->rows; t++) {
-            const float *x = o->x + 2 * t * o->out;
-            for (int64_t i = from; i < to; i++)
-                o->y[t * o->out + i] = x[i] / (1.0f + expf(-x[i])) * x[o->out + i];
+            const float *x = o->x + 2 * t * o->out + first;
+            kernels->gate(x, x + o->out, o->y + t * o->out + first, end - first);
         }
         return;
     }
