@@ -131,12 +131,9 @@ def measured(model: str, recipe: Recipe, data: str | None) -> dict[str, Any]:
 
 
 def synthetic(folder: Path, hidden: int, inner: int, vocabulary: int, layers: int) -> Path:
-    """A random Llama in bfloat16 shards, with a byte tokenizer."""
+    """A random Llama in bfloat16 shards, with a tokenizer of its vocabulary's size."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    sys.path.insert(0, str(machine.ROOT))
-    from tests.fixtures.toy import toy_tokenizer
 
     config = AutoConfig.for_model(
         "llama",
@@ -153,8 +150,27 @@ def synthetic(folder: Path, hidden: int, inner: int, vocabulary: int, layers: in
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="400MB")
-    toy_tokenizer().save_pretrained(folder)
+    tokenizer(vocabulary).save_pretrained(folder)
     return folder
+
+
+def tokenizer(size: int) -> Any:
+    """Byte-pair encoding with one merge for each of `size` entries beyond the bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate([*alphabet, "<s>", "</s>"])}
+    merges: list[tuple[str, str]] = []
+    left = iter([*alphabet, *(a + b for a in alphabet for b in alphabet)])
+    while len(vocabulary) < size:
+        first = next(left)
+        for second in alphabet[: size - len(vocabulary)]:
+            vocabulary[first + second] = len(vocabulary)
+            merges.append((first, second))
+    pairs = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, bos_token="<s>", eos_token="</s>")
 
 
 def as_folder(file: Path, folder: str) -> Path:
@@ -201,7 +217,7 @@ def main() -> None:
             ),
             "llama-0.3b": (llama(2048, 2048, 64000, 1), "short windows", False),
             "llama-0.6b, text given": (llama(2048, 4096, 128000, 1), "calibration", True),
-            "llama-0.1b, PV-Tuning": (llama(1024, 2816, 8000, 8), "PV-Tuning", True),
+            "llama-0.06b, PV-Tuning": (llama(1024, 2816, 8000, 4), "PV-Tuning", True),
         }
         for name, (make, recipe, given) in cases.items():
             if asked.only not in (None, name):
