@@ -61,6 +61,11 @@ CAUSES: Sequence[Cause] = (
         _shorter,
     ),
     _cause(
+        r"The worker already uses (?P<used>[\d.]+) GiB .{0,120}?leaving none for the KV cache",
+        "the weights take {used} GiB, all that vLLM was given, and leave none for the KV cache",
+        f"VLLM_CPU_KVCACHE_SPACE=1 {_RETRY}",
+    ),
+    _cause(
         r"No available memory for the cache blocks|Cannot auto-fit max_model_len",
         "the weights fit, but leave no memory for the KV cache",
         f"{_RETRY} --max-model-len 2048 -- --gpu-memory-utilization 0.95 --enforce-eager",

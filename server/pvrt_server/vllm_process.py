@@ -77,7 +77,8 @@ def serve_vllm(plan: Plan, fit: Fit, extra: list[str], on_ready: Callable[[], bo
 def vllm_command(plan: Plan, fit: Fit, extra: list[str]) -> list[str]:
     """The command line of vLLM's own server: our defaults, then the user's flags, which win.
 
-    As a module, because the `vllm` script of the CPU package does not start.
+    As a module, because the `vllm` script of the CPU package does not start. All flags here are
+    known to vLLM 0.30 to 0.33.
     """
     folder = installed() or Path()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -91,10 +92,8 @@ def vllm_command(plan: Plan, fit: Fit, extra: list[str]) -> list[str]:
     command += ["--middleware", "pvrt_server.frontend.Frontend"]
     if plan.max_model_len is not None or fit.max_model_len < fit.wanted_len:
         command += ["--max-model-len", str(fit.max_model_len)]
-    if _mentions(folder / "entrypoints/launchers/cli_args.py", "sse_keep_alive_interval"):
-        command += ["--sse-keep-alive-interval", str(_SSE_SECONDS)]
-    if _mentions(folder / "engine/arg_utils.py", "--shutdown-timeout"):
-        command += ["--shutdown-timeout", str(int(GRACE_SECONDS))]
+    command += ["--sse-keep-alive-interval", str(_SSE_SECONDS)]
+    command += ["--shutdown-timeout", str(int(GRACE_SECONDS))]
     config = read_config(plan.model) if plan.model.is_dir() else {}
     parser = tool_parser(chat_template(plan.model), str(config.get("model_type")), folder)
     if parser is not None and not _given(extra, "--tool-call-parser"):
@@ -147,10 +146,6 @@ def gpu_count(extra: list[str]) -> int:
 
 def _given(extra: list[str], *names: str) -> bool:
     return any(flag.partition("=")[0].replace("_", "-") in names for flag in extra)
-
-
-def _mentions(file: Path, word: str) -> bool:
-    return file.is_file() and word in file.read_text(encoding="utf-8")
 
 
 class _Tee:

@@ -182,9 +182,9 @@ def test_vllm_gets_the_key_unseen_and_our_plugin_always() -> None:
     assert "VLLM_PLUGINS" not in vllm_environment(plan(), room(), [], {})
 
 
-def test_signals_reach_vllm_and_its_exit_code_comes_back(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package in vLLM's place that answers /health and nothing else; the file of its flags."""
     package = tmp_path / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
@@ -192,6 +192,23 @@ def test_signals_reach_vllm_and_its_exit_code_comes_back(
     flags = tmp_path / "flags.json"
     (package / "api_server.py").write_text(f"FLAGS_FILE = {str(flags)!r}\n{FAKE_VLLM}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("pvrt_server.launch._choose", lambda *_: "vllm")
+    return flags
+
+
+def test_a_check_that_fails_ends_the_server_and_says_so_by_its_exit_code(
+    toy: Path, fake_vllm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve(toy, engine="vllm", port=0, check=True) == 1
+    said = capsys.readouterr().out
+    assert "ok    health, without a key" in said
+    assert "FAIL  completion: text, usage, finish_reason" in said
+    assert "--disable-uvicorn-access-log" in json.loads(fake_vllm.read_text())
+
+
+def test_signals_reach_vllm_and_its_exit_code_comes_back(
+    toy: Path, fake_vllm: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     said: list[str] = []
 
     def terminate_when_ready() -> None:
@@ -207,7 +224,7 @@ def test_signals_reach_vllm_and_its_exit_code_comes_back(
     code = serve(toy, engine="vllm", port=0, served_model_name="toy", extra=["--enforce-eager"])
     thread.join()
     assert code == 7
-    given = json.loads(flags.read_text())
+    given = json.loads(fake_vllm.read_text())
     assert given[-1] == "--enforce-eager"
     port = given[given.index("--port") + 1]
     assert f"toy is served at http://127.0.0.1:{port}/v1" in "".join(said)

@@ -18,6 +18,14 @@ PRINTED = [
         "a context of 32768 tokens needs 3.5 GiB of KV cache and 1.2 GiB are free",
         "pvrt serve /m --max-model-len 11232",
     ),
+    (  # of vLLM 0.33
+        "ValueError: The worker already uses 9.1 GiB (model weights and runtime), more than the "
+        "8.0 GiB of CPU memory reserved for it on node 0, leaving none for the KV cache. On the",
+        None,
+        "",
+        "the weights take 9.1 GiB, all that vLLM was given",
+        "VLLM_CPU_KVCACHE_SPACE=1 pvrt serve /m",
+    ),
     (
         "ValueError: No available memory for the cache blocks. Try increasing "
         "`gpu_memory_utilization` when initializing the engine",
