@@ -1,6 +1,8 @@
-"""Write the tables of README.md from benchmarks/results/*.json: `python benchmarks/tables.py`.
+"""Write the tables of README.md, docs/server.md and docs/engine.md from benchmarks/results/*.json.
 
-With --check nothing is written and the exit code says whether the README is up to date.
+    python benchmarks/tables.py
+
+With --check nothing is written and the exit code says whether they are up to date.
 """
 
 import json
@@ -11,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "server.md", ROOT / "docs" / "engine.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -110,6 +113,57 @@ def cpu_decode(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def server_conformance(rows: list[dict[str, Any]]) -> str:
+    """One line per feature, one column per client: the engines that pass."""
+    clients = list(dict.fromkeys(row["client"] for row in rows))
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    lines = [f"| feature | {' | '.join(clients)} |", "|---" * (1 + len(clients)) + "|"]
+    for feature in dict.fromkeys(row["feature"] for row in rows):
+        own = [row for row in rows if row["feature"] == feature]
+        cells = []
+        for client in clients:
+            tried = {row["engine"]: row["pass"] for row in own if row["client"] == client}
+            passed = [engine for engine in engines if tried.get(engine)]
+            said = "both" if len(passed) == len(engines) else ", ".join(passed) or "no"
+            cells.append(said if tried else "")
+        lines.append(f"| {feature} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def server_load(result: dict[str, Any]) -> str:
+    """The sustained load of one server."""
+    load = result.get("load")
+    if load is None:
+        return "Not measured yet."
+    rows = {
+        "requests, errors": f"{load['requests']}, {load['errors']}",
+        "tokens per second": f"{load['tokens_per_second']:.1f}",
+        "time to first token, p50 / p95": "{p50_ms:.0f} / {p95_ms:.0f} ms".format(**load["ttft"]),
+        "time between tokens, p50 / p95": "{p50_ms:.0f} / {p95_ms:.0f} ms".format(**load["itl"]),
+        "memory at the start, at most": "{:.2f}, {:.2f} GB".format(
+            *(size / 1e9 for size in load["memory_bytes"])
+        ),
+        "growth of memory, second half": f"{load['memory_bytes_per_minute'] / 1e6:.1f} MB/min",
+    }
+    title = f"{load['streams']} streams for {load['seconds']:.0f} s, {load['engine']} engine"
+    lines = [f"| {title}, {result['machine']} | |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def server_throughput(result: dict[str, Any]) -> str:
+    """Tokens per second of each server, by requests at once."""
+    rows = result.get("throughput")
+    if rows is None:
+        return "Not measured yet."
+    counts = list(dict.fromkeys(row["at_once"] for row in rows))
+    lines = [f"| tokens/s, requests at once | {' | '.join(map(str, counts))} |"]
+    lines.append("|---" * (1 + len(counts)) + "|")
+    for server in dict.fromkeys(row["server"] for row in rows):
+        rates = {r["at_once"]: r["tokens_per_second"] for r in rows if r["server"] == server}
+        lines.append(f"| {server} | {' | '.join(f'{rates[n]:.1f}' for n in counts)} |")
+    return "\n".join(lines)
+
+
 #: Tables by the name between their markers; before a colon it is the result file's.
 TABLES: dict[str, Callable[[Any], str]] = {
     "first_run": first_run,
@@ -118,16 +172,20 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration_ablation": calibration_ablation,
     "cpu_kernels": cpu_kernels,
     "cpu_decode": cpu_decode,
+    "server_conformance": server_conformance,
+    "server_load": server_load,
+    "server_load:throughput": server_throughput,
+    "engine_batching": server_throughput,
 }
 
 
 def render(text: str) -> str:
-    """README text with every table between its markers renewed from its result file."""
+    """A page's text with every table between its markers renewed from its result file."""
     for name, table in TABLES.items():
         file = RESULTS / f"{name.partition(':')[0]}.json"
-        if file.is_file():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        if file.is_file() and begin in text:
             body = table(json.loads(file.read_text(encoding="utf-8")))
-            begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
             before, _, rest = text.partition(begin)
             _, _, after = rest.partition(end)
             text = f"{before}{begin}{body}\n{end}{after}"
@@ -135,17 +193,18 @@ def render(text: str) -> str:
 
 
 def renew() -> None:
-    """Write README.md with the tables of the stored results."""
-    README.write_text(render(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write the pages with the tables of the stored results."""
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main() -> None:
-    """Renew README.md, or check it."""
+    """Renew the pages, or check them."""
     if "--check" not in sys.argv[1:]:
         renew()
         return
-    text = README.read_text(encoding="utf-8")
-    sys.exit(0 if render(text) == text else "README.md is stale: python benchmarks/tables.py")
+    stale = [page.name for page in PAGES if render(text := page.read_text("utf-8")) != text]
+    sys.exit(f"stale: {', '.join(stale)}; python benchmarks/tables.py" if stale else 0)
 
 
 if __name__ == "__main__":

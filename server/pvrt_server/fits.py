@@ -6,6 +6,7 @@ Reads config.json and the headers of the weights, and asks the device for its fr
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pvrt.packed import GridCheckpoint, is_quantised, open_checkpoint
 from pvrt.plan import CacheShape, cache_shape
 from pvrt.stored import TensorInfo
 from pvrt_kernels import has_fast_kernel
+from pvrt_server import cpu_model
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Beside weights and cache, measured on SmolLM2-135M (CPU) and rounded up: Python, torch and
@@ -119,7 +121,7 @@ def fit(
     config = AutoConfig.from_pretrained(folder)
     itemsize = _itemsize(read_config(folder), engine, device, dtype)
     cache = cache_shape(config, itemsize)
-    weights = _weight_bytes(folder, engine, device, itemsize)
+    weights = _weight_bytes(folder, engine, device, itemsize, config)
     own = _VLLM_HOST_BYTES if engine == "vllm" else _LOCAL_HOST_BYTES
     if device.kind == "cuda":
         own = device.count * _GPU_BYTES
@@ -147,18 +149,33 @@ def _itemsize(config: Mapping[str, Any], engine: str, device: Device, dtype: str
     return _ITEMSIZE.get(dtype, 2)  # vLLM computes 32-bit checkpoints in 16 bits
 
 
-def _weight_bytes(folder: Path, engine: str, device: Device, itemsize: int) -> int:
+def _weight_bytes(folder: Path, engine: str, device: Device, itemsize: int, config: Any) -> int:
     model: Checkpoint | GridCheckpoint | None = None
     if is_quantised(read_config(folder)):
         model = open_checkpoint(folder)
     tensors = dict(model.tensors if model else read_headers(weight_files(folder)))
     total = 0
+    if isinstance(model, Checkpoint) and _in_c(config, engine, device, itemsize):
+        for name in model.dense_bytes():
+            if len(tensors[name].shape) == 2:  # embedding and head stay as narrow as they are
+                info = tensors.pop(name)
+                total += info.elements * info.float_bits // 8
     if model is not None and _is_decoded(model, engine, device):
         for layer in model.layers.values():
             total += layer.out_features * layer.in_features * itemsize
             for part in model.PARTS:
                 tensors.pop(f"{layer.name}.{part}", None)
+    elif device.kind == "cpu":  # the kernels keep codebooks in two layouts
+        books = [info for name, info in tensors.items() if name.endswith(".codebooks")]
+        total += sum(_loaded_bytes(info, itemsize) for info in books)
     return total + sum(_loaded_bytes(info, itemsize) for info in tensors.values())
+
+
+def _in_c(config: Any, engine: str, device: Device, itemsize: int) -> bool:
+    """Whether the embedded engine will run the model in C."""
+    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
+    asked = SimpleNamespace(config=config, device=torch.device(device.kind), dtype=dtype)
+    return engine == "local" and cpu_model.runs(asked)
 
 
 def _is_decoded(model: Checkpoint | GridCheckpoint, engine: str, device: Device) -> bool:

@@ -1,0 +1,132 @@
+"""Features x engines x clients of `pvrt serve` -> benchmarks/results/server_conformance.json.
+
+    python benchmarks/server_conformance.py CHECKPOINT [--clients PYTHON] [--engines local vllm]
+
+Rows of engines that are not asked for stay as they are. PYTHON is an interpreter with
+langchain-openai, litellm and mcp (they want an older openai than pvrt's tests have); without it
+their rows are left out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tables import RESULTS, renew
+
+KEY = "conformance"
+OURS = ("openai", "openai async", "raw HTTP")
+THEIRS = ("langchain", "litellm")
+#: Without eager execution vLLM compiles for minutes on a CPU.
+FLAGS: dict[str, list[str]] = {
+    "local": [],
+    "vllm": ["--", "--enforce-eager", "--max-num-seqs", "8"],
+}
+
+
+#: ChatML with tools in Hermes' form, for checkpoints whose own template knows none.
+TOOL_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+Call a tool as <tool_call>{"name": ..., "arguments": {...}}</tool_call>. Tools:
+{%- for tool in tools %}
+{{ tool.function | tojson }}
+{%- endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@contextmanager
+def with_tools(checkpoint: Path) -> Iterator[Path]:
+    """A checkpoint whose template knows tools: itself, or links to it beside such a template."""
+    template = checkpoint / "chat_template.jinja"
+    if template.is_file() and "tools" in template.read_text(encoding="utf-8"):
+        yield checkpoint
+        return
+    with TemporaryDirectory() as room:
+        folder = Path(room) / checkpoint.name
+        folder.mkdir()
+        for file in checkpoint.iterdir():
+            if file.is_file() and file.name != template.name:
+                (folder / file.name).symlink_to(file.absolute())
+        (folder / template.name).write_text(TOOL_TEMPLATE, encoding="utf-8")
+        yield folder
+
+
+@contextmanager
+def served(checkpoint: Path, engine: str, *flags: str, key: str | None = KEY) -> Iterator[str]:
+    """The URL of a server that runs while the block does; its log goes to stderr."""
+    command = [sys.executable, "-m", "pvrt", "serve", str(checkpoint), "--engine", engine]
+    command += ["--port", "0", *flags, *(["--api-key", key] if key else []), *FLAGS[engine]]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if "is served at" in line:
+                break
+        else:
+            sys.exit(f"the {engine} engine did not start")
+        yield line.split()[-1].removesuffix("/v1")
+    finally:
+        process.terminate()
+        process.communicate(timeout=120)
+
+
+def rows(checkpoint: Path, engine: str, clients: str | None) -> Iterator[dict[str, Any]]:
+    """One row per client and feature on one engine."""
+    script = Path(__file__).with_name("server_clients.py")
+    with (
+        with_tools(checkpoint) as folder,
+        served(folder, engine, "--served-model-name", "model", "--log-level", "warning") as url,
+    ):
+        for name in (*OURS, *(THEIRS if clients else ())):
+            python = str(clients) if name in THEIRS else sys.executable
+            command = [python, str(script), name, url, "model", KEY]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            for line in run.stdout.splitlines():
+                if not line.startswith('{"client"'):
+                    continue  # libraries print too
+                row = json.loads(line)
+                problem = row.pop("problem")
+                said = {} if problem is None else {"problem": problem}
+                yield {"engine": engine, **row, "pass": problem is None, **said}
+
+
+def main() -> None:
+    """Measure, store, renew the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--clients", help="an interpreter with langchain-openai and litellm")
+    parser.add_argument("--engines", nargs="+", default=["local", "vllm"], choices=FLAGS)
+    arguments = parser.parse_args()
+    file = RESULTS / "server_conformance.json"
+    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    result = [row for row in stored if row["engine"] not in arguments.engines]
+    for engine in arguments.engines:
+        for row in rows(arguments.checkpoint, engine, arguments.clients):
+            result.append(row)
+            mark = "ok  " if row["pass"] else "FAIL"
+            print(
+                f"{mark} {engine:6} {row['client']:22} {row['feature']:36} "
+                f"{row.get('problem', '')}",
+                flush=True,
+            )
+    result.sort(key=lambda row: list(FLAGS).index(row["engine"]))
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    renew()
+    failed = sum(not row["pass"] for row in result)
+    print(f"{len(result) - failed} of {len(result)} pass")
+
+
+if __name__ == "__main__":
+    main()

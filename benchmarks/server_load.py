@@ -1,0 +1,301 @@
+"""A server under load, and beside `transformers serve` -> benchmarks/results/server_load.json.
+
+    python benchmarks/server_load.py CHECKPOINT [--dense FOLDER] [--engine local] [--seconds 300]
+
+First `--streams` clients stream completions from one server for `--seconds`: errors, time to first
+token, time between tokens, and the memory of the server's processes over time. Then, with --dense,
+tokens per second at 1, 4 and 16 requests at once of the embedded engine and of `transformers serve`
+on the same dense model, and of the embedded engine on CHECKPOINT, one after the other in this run.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+from machine import describe
+from server_conformance import KEY, served
+from tables import RESULTS, renew
+from tokenizers import Tokenizer
+
+WORDS = ("the", "river", "old", "tower", "light", "stone", "garden", "winter", "road", "voice")
+QUIET = ("--served-model-name", "model", "--log-level", "warning")
+AT_ONCE = (1, 4, 16)
+TOKENS = 32
+
+
+@dataclass
+class Measured:
+    """What the streams of one phase gave. Times in seconds."""
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    tokens: int = 0
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, Any], into: Measured) -> None:
+    """One streamed completion; whatever is not a whole answer is an error."""
+    started = last = time.perf_counter()
+    count, finished, text = 0, False, ""
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                raise ValueError(f"{response.status_code} {(await response.aread())[:200]!r}")
+            async for line in response.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise ValueError(str(event["error"]))
+                choice = event["choices"][0] if event["choices"] else {}
+                finished = finished or bool(choice.get("finish_reason"))
+                if event.get("usage"):
+                    into.tokens += event["usage"]["completion_tokens"]
+                if choice.get("text"):
+                    text += choice["text"]
+                    now = time.perf_counter()
+                    (into.between if count else into.first).append(now - last)
+                    last, count = now, count + 1
+        if not finished:
+            raise ValueError("the stream ended without a finish_reason")
+        into.texts.append(text)
+    except Exception as error:  # counted, whatever it is
+        into.errors.append(f"{type(error).__name__}: {error}"[:200])
+        # A server that refuses at once would be asked a thousand times a second.
+        await asyncio.sleep(max(0.0, 0.5 - (time.perf_counter() - started)))
+
+
+def request(number: int) -> dict[str, Any]:
+    """A completion of random length: short and long prompts and answers mixed, all different."""
+    chance = random.Random(number)
+    prompt = " ".join(chance.choices(WORDS, k=chance.choice((8, 30, 120))))
+    return {
+        "model": "model",
+        "prompt": f"{number} {prompt}",
+        "max_tokens": chance.choice((16, 48, 96)),
+        "temperature": 0.8,
+        "seed": number,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "ignore_eos": True,
+    }
+
+
+async def sustain(url: str, streams: int, seconds: float) -> Measured:
+    """Keep so many streams busy for so long."""
+    result, end, numbers = Measured(), time.monotonic() + seconds, iter(range(10**9))
+    limits = httpx.Limits(max_connections=streams, max_keepalive_connections=streams)
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=600, limits=limits
+    ) as client:
+
+        async def worker() -> None:
+            while time.monotonic() < end:
+                await stream(client, request(next(numbers)), result)
+
+        await asyncio.gather(*(worker() for _ in range(streams)))
+    return result
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of a process and its children."""
+    total = 0
+    process = psutil.Process(pid)
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            total += each.memory_info().rss
+        except psutil.Error:
+            continue
+    return total
+
+
+def server_pid(url: str) -> int:
+    """The process tree that listens at a URL: our child."""
+    port = int(url.rpartition(":")[2])
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if any(c.laddr and c.laddr.port == port for c in child.net_connections()):
+                return int(child.pid)
+        except psutil.Error:
+            continue
+    raise SystemExit(f"nothing of ours listens at {url}")
+
+
+def slope(points: list[tuple[float, int]]) -> float:
+    """Growth in bytes per minute by the Theil-Sen estimator over the second half of the points.
+
+    The first half warms up: caches fill and allocators grow to what the load needs.
+    """
+    late = points[len(points) // 2 :]
+    rises = [(b[1] - a[1]) / (b[0] - a[0]) for i, a in enumerate(late) for b in late[i + 1 :]]
+    return 60 * statistics.median(rises) if rises else 0.0
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Median and 95th percentile in milliseconds."""
+    ordered = sorted(values)
+    places = {"p50_ms": 0.5, "p95_ms": 0.95}
+    return {
+        name: round(1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)], 1)
+        for name, share in places.items()
+        if ordered
+    }
+
+
+def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[str, Any]:
+    """One server under so many streams."""
+    with served(checkpoint, engine, *QUIET) as url:
+        pid, points = server_pid(url), []
+        started = time.monotonic()
+
+        async def run() -> Measured:
+            async def watch() -> None:
+                while True:
+                    points.append((time.monotonic() - started, resident(pid)))
+                    await asyncio.sleep(max(seconds / 100, 0.5))
+
+            watcher = asyncio.create_task(watch())
+            try:
+                return await sustain(url, streams, seconds)
+            finally:
+                watcher.cancel()
+
+        result = asyncio.run(run())
+        elapsed = time.monotonic() - started
+    return {
+        "engine": engine,
+        "streams": streams,
+        "seconds": round(elapsed, 1),
+        "requests": len(result.texts),
+        "errors": len(result.errors),
+        "error_examples": sorted(set(result.errors))[:5],
+        "tokens_per_second": round(result.tokens / elapsed, 1),
+        "ttft": percentiles(result.first),
+        "itl": percentiles(result.between),
+        "memory_bytes": [points[0][1], max(size for _, size in points), points[-1][1]],
+        "memory_bytes_per_minute": round(slope(points)),
+    }
+
+
+@contextmanager
+def transformers_serve(model: Path) -> Iterator[str]:
+    """The URL of `transformers serve` on a model folder, in float32 as the embedded engine."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--device", "cpu", "--continuous-batching", "--log-level", "error"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            if process.poll() is not None:
+                sys.exit("transformers serve did not start")
+            try:
+                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def burst(url: str, model: str, at_once: int, number: int, tokenizer: Tokenizer) -> float:
+    """Tokens per second of so many greedy completions started together.
+
+    The tokens are those of the answers' texts, by the model's tokenizer: chunks may hold several.
+    """
+    done = Measured()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600) as client:
+
+        def body(place: int) -> dict[str, Any]:
+            prompt = " ".join(random.Random(1000 * number + place).choices(WORDS, k=30))
+            fields = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+            return {**fields, "stream": True}
+
+        started = time.perf_counter()
+        await asyncio.gather(*(stream(client, body(place), done) for place in range(at_once)))
+        seconds = time.perf_counter() - started
+    if done.errors:
+        raise SystemExit(f"{url}: {done.errors[0]}")
+    return sum(len(tokenizer.encode(text).ids) for text in done.texts) / seconds
+
+
+def throughput(checkpoint: Path, dense: Path, repeats: int) -> list[dict[str, Any]]:
+    """Median tokens per second of three servers, one after the other on this machine."""
+    tokenizer = Tokenizer.from_file(str(dense / "tokenizer.json"))
+    servers: dict[str, tuple[Callable[[], Any], str]] = {
+        "pvrt, 2 bits": (lambda: served(checkpoint, "local", *QUIET), "model"),
+        "pvrt, dense": (lambda: served(dense, "local", *QUIET), "model"),
+        "transformers serve, dense": (lambda: transformers_serve(dense), str(dense)),
+    }
+    rates: dict[tuple[str, int], list[float]] = {}
+    for name, (start, model) in servers.items():
+        with start() as url:
+            asyncio.run(burst(url, model, 1, 0, tokenizer))  # first requests compile and allocate
+            for number in range(1, repeats + 1):
+                for at_once in AT_ONCE:
+                    rate = asyncio.run(burst(url, model, at_once, number, tokenizer))
+                    rates.setdefault((name, at_once), []).append(rate)
+                    print(f"{name:28} {at_once:3} at once {rate:8.1f} tokens/s", flush=True)
+    return [
+        {
+            "server": name,
+            "at_once": at_once,
+            "tokens_per_second": round(statistics.median(values), 2),
+            "repeats": len(values),
+        }
+        for (name, at_once), values in rates.items()
+    ]
+
+
+def main() -> None:
+    """Measure, store, renew the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dense", type=Path, help="the dense model, for the comparison")
+    parser.add_argument("--engine", default="local", choices=["local", "vllm"])
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--note", default="", help="what else the machine was doing")
+    parser.add_argument("--out", type=Path, default=RESULTS / "server_load.json")
+    arguments = parser.parse_args()
+    result: dict[str, Any] = {**describe(), "checkpoint": arguments.checkpoint.name}
+    if arguments.note:
+        result["note"] = arguments.note
+    if arguments.seconds:
+        result["load"] = load(
+            arguments.checkpoint, arguments.engine, arguments.streams, arguments.seconds
+        )
+        print(json.dumps(result["load"], indent=1), flush=True)
+    if arguments.dense is not None:
+        result["throughput"] = throughput(arguments.checkpoint, arguments.dense, arguments.repeats)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    renew()
+
+
+if __name__ == "__main__":
+    main()
