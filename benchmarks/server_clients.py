@@ -25,7 +25,12 @@ SCHEMA = {
 }
 TOOL = {
     "type": "function",
-    "function": {"name": "weather", "description": "Weather of a city", "parameters": SCHEMA},
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": SCHEMA,
+        "strict": True,  # else OpenAI promises no arguments of this form either
+    },
 }
 HELLO: Any = [{"role": "user", "content": "Say hello."}]
 # Grammars of JSON allow white space, and small models write it without end unless it costs them.
@@ -100,9 +105,10 @@ def openai_sync(where: Where) -> Iterator[Feature]:
         expect(plain.choices[0].text != other.choices[0].text)
 
     def sampling() -> None:
+        # Few tokens: in 16 bits two may be the likeliest, and greedy decoding takes either.
         extra = {"top_k": 1, "min_p": 0.1}
-        greedy = complete(temperature=1, top_p=0.9, extra_body=extra)
-        expect(greedy.choices[0].text == complete().choices[0].text)
+        greedy = complete(temperature=1, top_p=0.9, max_tokens=2, extra_body=extra)
+        expect(greedy.choices[0].text == complete(max_tokens=2).choices[0].text)
 
     def message() -> None:
         answer = chat(max_tokens=None, max_completion_tokens=5, user="someone")
@@ -162,7 +168,7 @@ def openai_sync(where: Where) -> Iterator[Feature]:
             openai.NotFoundError,
             lambda: client.completions.create(model="none", prompt="a", max_tokens=1),
         )
-        expect(error.code in ("model_not_found", 404) and "none" in error.message, str(error))
+        expect("none" in error.message, error.message)
 
     def bad_value() -> None:
         error: Any = raises(openai.BadRequestError, lambda: chat(temperature=-1))

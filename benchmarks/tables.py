@@ -160,7 +160,8 @@ def server_throughput(result: dict[str, Any]) -> str:
     lines.append("|---" * (1 + len(counts)) + "|")
     for server in dict.fromkeys(row["server"] for row in rows):
         rates = {r["at_once"]: r["tokens_per_second"] for r in rows if r["server"] == server}
-        lines.append(f"| {server} | {' | '.join(f'{rates[n]:.1f}' for n in counts)} |")
+        cells = (f"{rates[n]:.1f}" if rates[n] is not None else "broke" for n in counts)
+        lines.append(f"| {server} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
