@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
-from starlette.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
@@ -23,6 +25,61 @@ def guarded(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     )
     app.add_middleware(Frontend)
     return TestClient(app)
+
+
+@pytest.fixture
+def client(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    """The same without a key, over routes that answer as vLLM's do."""
+    monkeypatch.setenv("PVRT_SERVED_FOLDER", str(toy))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": "org/m", "max_model_len": 9}]})
+
+    async def good(request: Request) -> Response:
+        return JSONResponse({"detail": "no error"})
+
+    async def parsing(request: Request) -> Response:
+        return JSONResponse({"detail": "There was an error parsing the body"}, 400)
+
+    async def own(request: Request) -> Response:
+        error = {"message": "no", "type": "BadRequestError", "param": "n", "code": 400}
+        return JSONResponse({"error": error}, 400)
+
+    app = FastAPI()
+    for path, endpoint in {
+        "/v1/models": models,
+        "/good": good,
+        "/parsing": parsing,
+        "/own": own,
+    }.items():
+        app.add_route(path, endpoint, methods=["GET"])
+    app.add_middleware(Frontend)
+    return TestClient(app)
+
+
+def test_a_model_is_found_by_its_name(client: TestClient) -> None:
+    assert client.get("/v1/models").json()["data"][0]["id"] == "org/m"
+    assert client.get("/v1/models/org/m").json() == {"id": "org/m", "max_model_len": 9}
+    refusal = client.get("/v1/models/other")
+    assert refusal.status_code == 404
+    assert refusal.json()["error"]["code"] == "model_not_found"
+    assert "'org/m'" in refusal.json()["error"]["message"]
+
+
+def test_errors_of_every_route_have_one_form(client: TestClient) -> None:
+    unknown = client.get("/v1/v1/models")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "route_not_found")
+    assert "/v1/v1/models" in unknown.json()["error"]["message"]
+    method = client.post("/good")
+    assert method.status_code == 405
+    assert method.json()["error"]["code"] == "method_not_allowed"
+    assert method.headers["Allow"]
+    parsing = client.get("/parsing").json()["error"]
+    assert parsing["message"] == "There was an error parsing the body"
+    # What has the form already, and what is no error, stays.
+    assert client.get("/own").json()["error"]["param"] == "n"
+    assert client.get("/good").json() == {"detail": "no error"}
 
 
 def test_the_key_guards_what_vllm_leaves_open(guarded: TestClient) -> None:
