@@ -94,7 +94,7 @@ def main() -> None:
     generator = random.Random(0)
     engines: dict[str, Any] = {"pvrt": Ours(options.model)}
     engines["transformers, generate_batch"] = Transformers(options.model)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in REQUESTS:
         best: dict[str, float] = {}
         for _ in range(ROUNDS):
