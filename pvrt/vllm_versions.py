@@ -1,6 +1,7 @@
 """Which vLLM pvrt serves on, and everything that differs between those versions.
 
-Tested: 0.30, 0.31 and 0.32 with the engine on a CPU, 0.33 with its Python files (docs/vllm.md).
+Run: 0.30, 0.31 and 0.32 with the engine on a CPU (docs/vllm.md). 0.33 has no CPU package: its
+interfaces to plugins were compared with those of 0.32, and registering was run.
 """
 
 import os
