@@ -1,4 +1,4 @@
-"""Write the tables of README.md, docs/server.md and docs/engine.md from benchmarks/results/*.json.
+"""Write the tables of README.md and of pages in docs/ from benchmarks/results/*.json.
 
     python benchmarks/tables.py
 
@@ -13,7 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "docs" / "server.md", ROOT / "docs" / "engine.md")
+PAGES = (README, *(ROOT / "docs" / name for name in ("tuning.md", "server.md", "engine.md")))
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -100,6 +100,31 @@ def cpu_kernels(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def calibration_shapes(rows: list[dict[str, Any]]) -> str:
+    """One line per layer."""
+    lines = ["| layer | scheme | relative error | CPU seconds |", "|---|---|---|---|"]
+    for row in rows:
+        if row["measured"]:
+            shape = " x ".join(map(str, row["shape"]))
+            error, seconds = row["relative_error"], row["cpu_seconds"]
+            lines.append(f"| {shape} | {row['scheme']} | {error:.4f} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def plan(rows: list[dict[str, Any]]) -> str:
+    """One line per run, one column per phase: measured peak, and predicted over measured."""
+    phases = ("sampling", "block pass", "layer fit", "block fine-tune", "PV-Tuning", "write")
+    lines = [f"| predicted / measured | {' | '.join(phases)} |", "|---" * (1 + len(phases)) + "|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {row["phase"]: row for row in rows if row["model"] == model}
+        cells = [
+            f"{own[p]['ratio']:.2f} of {own[p]['measured_bytes'] / 1e6:.0f} MB" if p in own else ""
+            for p in phases
+        ]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cpu_decode(rows: list[dict[str, Any]]) -> str:
     """One line per model, engine, format and number of threads."""
     head = "bits | threads | tokens/s | first token of 512, s | share of bandwidth"
@@ -171,6 +196,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration_layers": calibration_layers,
     "calibration_layers:grids": grids,
     "calibration_ablation": calibration_ablation,
+    "calibration_shapes": calibration_shapes,
+    "plan": plan,
     "cpu_kernels": cpu_kernels,
     "cpu_decode": cpu_decode,
     "server_conformance": server_conformance,
