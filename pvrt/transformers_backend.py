@@ -47,6 +47,7 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
 
     requires_calibration = True
     _experts: Sequence[str] = ()
+    _dtypes: dict[str, torch.dtype]
     quantization_config: AqlmConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -74,12 +75,18 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
                 linear = _target(model, name, layer, tensors)
                 module = AQLMLinear(linear.in_features, linear.out_features, scheme, layer.has_bias)
                 model.set_submodule(name, module.requires_grad_(False))
+        self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
         """Experts that were taken apart must not be fused."""
         return without_fusing(weight_conversions) if self._experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:
+        # transformers keeps the file's type for every tensor that it renames (a router, an expert).
+        kept = model._get_dtype_plan(model.dtype)
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not any(part in name for part in kept):
+                parameter.data = parameter.data.to(self._dtypes[name])
         for name, module in quantized_linears(model).items():
             check_codes(module.codes, module.scheme, f"{name}.codes")
             for part in (module.codebooks, module.scales):

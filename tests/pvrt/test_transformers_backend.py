@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import pvrt
 from pvrt.errors import CheckpointError
 from pvrt.linear import AQLMLinear, quantized_linears
+from tests.fixtures.published import LAYOUTS, write_published
 from tests.fixtures.toy import ARCHITECTURES, write_toy
 
 pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for cpu")
@@ -54,6 +55,18 @@ def test_the_published_layout_keeps_its_lm_head(tmp_path: Path) -> None:
     model = pvrt.load(tmp_path, dtype=torch.float32)
     assert type(model.lm_head) is torch.nn.Linear
     assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_half_precision_layouts_of_the_hub_load_in_any_type(tmp_path: Path, layout: str) -> None:
+    """Tensors that transformers renames while it loads, of experts say, among them."""
+    dense = write_published(tmp_path, layout, "2x8g8")
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    with torch.inference_mode():
+        loaded = pvrt.load(tmp_path, dtype=torch.float32)
+        torch.testing.assert_close(loaded(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+        loaded = pvrt.load(tmp_path, dtype=torch.bfloat16)
+        assert bool(torch.isfinite(loaded(ids).logits).all())
 
 
 def test_import_alone_teaches_transformers_and_stays_light(tmp_path: Path) -> None:
