@@ -37,7 +37,6 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "bfloat16": lambda row: row["dtype"] == "bfloat16" and _plain(row),
     "float16": lambda row: row["dtype"] == "float16" and _plain(row),
     "TP 2": lambda row: row["tensor_parallel"] == 2,
-    "PP 2": lambda row: row["pipeline_parallel"] == 2,
     "compiled": lambda row: row["compiled"],
 }
 
