@@ -19,6 +19,7 @@ from pvrt.vllm_loading import (
     checked,
     let_lora_find,
     part_shape,
+    register_part,
     require_finite,
     require_loaded,
     tell_decoding,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def _load(layer: Any, param: Any, loaded_weight: Tensor) -> None:
     """Check and copy this rank's rows of one tensor; what is beyond the vocabulary stays zero."""
     scheme, part = layer.aqlm_scheme, param.aqlm_part
-    name = getattr(layer, "prefix", "") or "embed_tokens"
+    name = _name(layer)
     shape = part_shape(scheme, part, layer.org_vocab_size, layer.embedding_dim)
     tensor = checked(scheme, name, part, loaded_weight, shape)
     if part != "codebooks":
@@ -64,7 +65,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
     ) -> None:
         """Register empty parameters for this rank's rows. Raises ServeError if they cut groups."""
         scheme, (rows,) = self.config.scheme, output_partition_sizes
-        name = getattr(layer, "prefix", "") or "embed_tokens"
+        name = _name(layer)
         if not scheme.divides(layer.org_vocab_size, input_size):
             raise CheckpointError(
                 f"{name}: groups of {scheme} do not divide its {layer.org_vocab_size} x "
@@ -79,17 +80,13 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         loader = MethodType(_load, layer)
         for part in PARTS:
             shape = part_shape(scheme, part, rows, input_size)
-            dtype = scheme.code_dtype if part == "codes" else params_dtype
-            empty = torch.full(shape, torch.nan if part == "scales" else 0, dtype=dtype)
-            parameter = Parameter(empty, requires_grad=False)
-            parameter.aqlm_part, parameter.weight_loader = part, loader  # type: ignore[attr-defined]
-            layer.register_parameter(part, parameter)
+            register_part(layer, part, part, shape, scheme, params_dtype, loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything was loaded; on a CPU without a kernel, decode it."""
         if _holder(layer) is not layer or not hasattr(layer, "codes"):
             return  # tied to embeddings, or decoded already
-        name = getattr(layer, "prefix", "") or "embed_tokens"
+        name = _name(layer)
         missing = [f"{name}.{part}" for part in PARTS if part not in layer.aqlm_done]
         require_loaded(name, missing, bool(layer.aqlm_done), [layer.scales])
         require_finite(layer, name, PARTS[1:])
@@ -132,6 +129,10 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
             delattr(layer, part)
         object.__setattr__(layer, "aqlm_tied", embed_tokens)  # no submodule: counted once
         return layer
+
+
+def _name(layer: Any) -> str:
+    return getattr(layer, "prefix", "") or "embed_tokens"
 
 
 def _holder(layer: Any) -> Any:

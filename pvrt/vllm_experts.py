@@ -25,6 +25,7 @@ from pvrt.vllm_loading import (
     checked,
     dense_in_quantised,
     part_shape,
+    register_part,
     require_finite,
     require_loaded,
     tell_decoding,
@@ -188,12 +189,7 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
             for part in PARTS:
                 sets = ((2,) if stack == "w13" else (1,)) if part == "codebooks" else ()
                 size = num_experts, *sets, *part_shape(scheme, part, *shape)
-                # NaN shows scales that never came.
-                dtype = scheme.code_dtype if part == "codes" else params_dtype
-                empty = torch.full(size, torch.nan if part == "scales" else 0, dtype=dtype)
-                parameter = Parameter(empty, requires_grad=False)
-                parameter.aqlm_part, parameter.weight_loader = part, loader  # type: ignore[attr-defined]
-                layer.register_parameter(f"{stack}_{part}", parameter)
+                register_part(layer, f"{stack}_{part}", part, size, scheme, params_dtype, loader)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: vLLM's own kernels are not used."""

@@ -5,11 +5,12 @@ assertion without a name. So each layer records what has come, and refuses what 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from pvrt.checkpoint import CONFIG_FILE, check_codes
 from pvrt.errors import CheckpointError
@@ -31,6 +32,23 @@ def part_shape(scheme: Scheme, part: str, out_features: int, in_features: int) -
         "bias": (out_features,),
     }
     return shapes[part]
+
+
+def register_part(
+    layer: Any,
+    name: str,
+    part: str,
+    shape: Sequence[int],
+    scheme: Scheme,
+    dtype: torch.dtype,
+    loader: Callable[..., Any],
+) -> None:
+    """Give a layer an empty parameter for one of `PARTS`; NaN shows scales that never came."""
+    dtype = scheme.code_dtype if part == "codes" else dtype
+    empty = torch.full(tuple(shape), torch.nan if part == "scales" else 0, dtype=dtype)
+    parameter = Parameter(empty, requires_grad=False)
+    parameter.aqlm_part, parameter.weight_loader = part, loader  # type: ignore[attr-defined]
+    layer.register_parameter(name, parameter)
 
 
 def checked(scheme: Scheme, name: str, part: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -139,7 +139,8 @@ class PVLayer:
         target = decoded.clone() if self.latent is None else self.latent.float()
         if self.latent is not None and settings.follow_codebooks:
             target += decoded - self.weight.detach().float()
-        direction = torch.div(grad, root := self._root_moment(grad).add_(1e-12), out=root)
+        root = self._root_moment(grad).add_(1e-12)
+        direction = torch.div(grad, root, out=root)
         norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
         size, length = parallel.total(norms.square_()).sqrt().tolist()
         rate = settings.code_learning_rate * factor
