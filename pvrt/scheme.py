@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pvrt_kernels import has_fast_kernel
+
 _PATTERN = re.compile(r"(\d+)x(\d+)g(\d+)(?:o(\d+))?")
 
 
@@ -55,6 +57,16 @@ class Scheme:
     def code_dtype(self) -> torch.dtype:
         """Type of codes on disk: two's-complement wrap of an unsigned index."""
         return torch.int8 if self.nbits_per_codebook <= 8 else torch.int16
+
+    def has_fast_kernel(self, device_type: str) -> bool:
+        """Whether a device decodes this scheme faster than by the reference; see `dispatch`."""
+        return has_fast_kernel(
+            device_type,
+            self.num_codebooks,
+            self.nbits_per_codebook,
+            self.in_group_size,
+            self.out_group_size,
+        )
 
     def divides(self, out_features: int, in_features: int) -> bool:
         """Whether a linear layer of this shape can be quantised."""

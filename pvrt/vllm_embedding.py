@@ -24,7 +24,7 @@ from pvrt.vllm_loading import (
     require_loaded,
     tell_decoding,
 )
-from pvrt_kernels import aqlm_dequantize, aqlm_linear, has_fast_kernel
+from pvrt_kernels import aqlm_dequantize, aqlm_linear
 
 if TYPE_CHECKING:
     from pvrt.vllm_backend import AQLMConfig
@@ -92,8 +92,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         require_finite(layer, name, PARTS[1:])
         layer.aqlm_done.clear()
         scheme, device = self.config.scheme, layer.codes.device.type
-        shape = scheme.num_codebooks, scheme.nbits_per_codebook, scheme.in_group_size
-        if device == "cpu" and not has_fast_kernel(device, *shape, scheme.out_group_size):
+        if device == "cpu" and not scheme.has_fast_kernel(device):
             tensors = [getattr(layer, part).data for part in PARTS]
             weight = aqlm_dequantize(*tensors)
             for part in PARTS:

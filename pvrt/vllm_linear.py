@@ -28,7 +28,7 @@ from pvrt.vllm_loading import (
     require_loaded,
     tell_decoding,
 )
-from pvrt_kernels import aqlm_dequantize, aqlm_linear, has_fast_kernel
+from pvrt_kernels import aqlm_dequantize, aqlm_linear
 from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
 
 if TYPE_CHECKING:
@@ -212,13 +212,7 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         for part in PARTS:
             setattr(layer, part, Parameter(getattr(layer, part).data, requires_grad=False))
         scheme, device = self.config.scheme, layer.codes.device.type
-        layer.aqlm_decoded = device == "cpu" and not has_fast_kernel(
-            device,
-            scheme.num_codebooks,
-            scheme.nbits_per_codebook,
-            scheme.in_group_size,
-            scheme.out_group_size,
-        )
+        layer.aqlm_decoded = device == "cpu" and not scheme.has_fast_kernel(device)
         layer.aqlm_packed = None
         if layer.aqlm_decoded:
             self._decode(layer)

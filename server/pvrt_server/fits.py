@@ -17,7 +17,6 @@ from pvrt.memory import free_host_bytes
 from pvrt.packed import GridCheckpoint, is_quantised, open_checkpoint
 from pvrt.plan import CacheShape, cache_shape
 from pvrt.stored import TensorInfo
-from pvrt_kernels import has_fast_kernel
 from pvrt_server import cpu_model
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -182,14 +181,7 @@ def _is_decoded(model: Checkpoint | GridCheckpoint, engine: str, device: Device)
     """Whether an engine decodes the weights once and keeps them dense."""
     if isinstance(model, GridCheckpoint):
         return engine == "local"
-    form = model.scheme
-    return not has_fast_kernel(
-        device.kind,
-        form.num_codebooks,
-        form.nbits_per_codebook,
-        form.in_group_size,
-        form.out_group_size,
-    )
+    return not model.scheme.has_fast_kernel(device.kind)
 
 
 def _loaded_bytes(info: TensorInfo, itemsize: int) -> int:

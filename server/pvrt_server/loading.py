@@ -13,7 +13,6 @@ from pvrt.errors import ServeError
 from pvrt.linear import pack_model
 from pvrt.memory import free_host_bytes
 from pvrt.scheme import Scheme
-from pvrt_kernels import has_fast_kernel
 from pvrt_server import cpu_model
 from pvrt_server.models import LanguageModel, TransformersModel, weight_bytes
 from pvrt_server.sampling import SamplingParams
@@ -65,13 +64,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
     """Load model and tokenizer. Raises CheckpointError and ServeError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scheme = _scheme(folder)
-    dense = scheme is not None and not has_fast_kernel(
-        device.type,
-        scheme.num_codebooks,
-        scheme.nbits_per_codebook,
-        scheme.in_group_size,
-        scheme.out_group_size,
-    )
+    dense = scheme is not None and not scheme.has_fast_kernel(device.type)
     dtype: torch.dtype | str = DTYPES.get(options.dtype, "auto")
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
