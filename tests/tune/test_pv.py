@@ -97,6 +97,27 @@ def test_a_proposal_is_never_further_away_and_means_what_it_says(scheme: str) ->
     torch.testing.assert_close(after[1::2], before[1::2])
 
 
+def test_codes_of_several_codebooks_move_together() -> None:
+    """Near a weight the nearest other sum mostly differs in both codes."""
+    layer = layer_of("2x6g8")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        layer.codebooks[1] *= 0.6  # later codebooks hold what the earlier ones left
+    representation = AdditiveRepresentation(layer)
+    everything = torch.arange(96)
+    before = groups_of(representation).clone()
+    target = before + 0.3 * before.std() * torch.randn(before.shape, generator=generator)
+    proposal = representation.nearest(target, everything, generator)
+    first, second = representation.codebooks.squeeze(2)
+    sums = (first[:, None] + second).reshape(-1, 8)
+    every = representation.scales.view(-1)[everything // 4][:, None, None] * sums
+    best = (every - target[:, None]).square().sum(2).min(1).values
+    old = (before - target).square().sum(1)
+    new = (proposal.values - target).square().sum(1)
+    assert (best < old).sum() > 10
+    assert float((old - new).sum()) > 0.95 * float((old - best).sum())
+
+
 def test_at_the_weight_itself_nothing_moves() -> None:
     representation = AdditiveRepresentation(layer_of())
     codes = representation.codes.clone()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pvrt.linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_tune.grid import GridLinear
-from pvrt_tune.search import row_minima
+from pvrt_tune.search import nearest_sums
 
 
 @dataclass(frozen=True)
@@ -115,16 +115,19 @@ class AdditiveRepresentation(Representation):
         scale = self.scales.detach().reshape(-1)[groups // self._groups_per_row].unsqueeze(1)
         # A scale of zero says nothing about codes: leave such groups where they are.
         wanted = torch.where(scale == 0, 0, target / scale)
-        index = self._flat_codes[groups].long() & self._mask
-        values = [book[index[:, m]] for m, book in enumerate(books)]
-        order = torch.randperm(len(books), generator=generator).tolist()
-        # Coordinate descent over the codebooks; with one codebook a single pass is exact.
-        for m in order if len(books) == 1 else [*order, *order]:
-            others = sum((v for k, v in enumerate(values) if k != m), torch.zeros_like(wanted))
-            draw = stochastic and m == order[-1]
-            index[:, m] = _closest(wanted - others, books[m], index[:, m], generator, draw)
-            values[m] = books[m][index[:, m]]
-        return Proposal(index.to(self.codes.dtype), torch.stack(values).sum(0) * scale)
+        present = self._flat_codes[groups].long() & self._mask
+        found = nearest_sums(wanted, books, 2 if stochastic else 1)
+        index = torch.cat([present.unsqueeze(1), found], 1)  # [n, candidates, M]
+        values = torch.stack([book[index[..., m]] for m, book in enumerate(books)]).sum(0)
+        error = (wanted.unsqueeze(1) - values).square().sum(2)
+        # Of equals the present codes stay; where they are among those found, they count once.
+        error[:, 1:][(found == present.unsqueeze(1)).all(2)] = torch.inf
+        order = error.argsort(dim=1, stable=True)
+        pick = order[:, 0]
+        if stochastic:
+            pick = _draw(wanted, values, order, generator)
+        row = torch.arange(len(pick), device=pick.device)
+        return Proposal(index[row, pick].to(self.codes.dtype), values[row, pick] * scale)
 
     def assign(self, groups: Tensor, codes: Tensor) -> None:
         self._flat_codes[groups] = codes
@@ -190,32 +193,18 @@ class GridRepresentation(Representation):
         self.codes.view(-1)[groups] = codes
 
 
-def _closest(
-    wanted: Tensor, book: Tensor, present: Tensor, generator: torch.Generator, draw: bool
-) -> Tensor:
-    """Entries [n] of a codebook [K, g] nearest to [n, g]; ties keep the present entry.
+def _draw(wanted: Tensor, values: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:
+    """One of the two nearest candidates [n], unbiased along the line between them.
 
-    With `draw` one of the two nearest, unbiased along the line between them.
+    wanted [n, g], values [n, candidates, g], order [n, candidates] by distance.
     """
-    offset = book.square().sum(1)
-    parts = []
-    step = max(1, (1 << 22) // len(book))  # 16 MiB of scores at once
-    for part, old in zip(torch.split(wanted, step), torch.split(present, step), strict=True):
-        scores = torch.addmm(offset, part, book.T, alpha=-2)
-        if not draw:
-            present_score = scores.gather(1, old.unsqueeze(1)).squeeze(1)
-            best = row_minima(scores)[1]  # to some bits, so its score is taken once more
-            score = offset[best] - 2 * (part * book[best]).sum(1)
-            parts.append(torch.where(present_score <= score, old, best))
-            continue
-        two = scores.topk(min(2, len(book)), largest=False).indices
-        first, last = book[two[:, 0]], book[two[:, -1]]
-        between = last - first
-        along = ((part - first) * between).sum(1)
-        chance = along / between.square().sum(1).clamp_min(1e-30)
-        second = torch.rand(len(part), generator=generator).to(part.device) < chance
-        parts.append(two.gather(1, second.long().unsqueeze(1)).squeeze(1))
-    return torch.cat(parts) if parts else present
+    row = torch.arange(len(order), device=order.device)
+    first, second = values[row, order[:, 0]], values[row, order[:, 1]]
+    between = second - first
+    along = ((wanted - first) * between).sum(1)
+    chance = along / between.square().sum(1).clamp_min(1e-30)
+    drawn = torch.rand(len(row), generator=generator).to(chance.device) < chance
+    return torch.where(drawn, order[:, 1], order[:, 0])
 
 
 def represent(layer: nn.Module, rows: slice = slice(None)) -> Representation:
