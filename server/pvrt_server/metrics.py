@@ -5,7 +5,7 @@ too. Times are in seconds. Requests are counted per sequence: one with n=3 count
 there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -66,11 +66,16 @@ class Metrics:
         """Everything in Prometheus' text format, labelled with a model's name."""
         return generate_latest(_Labelled(self._registry, model_name))
 
-    def load(self, running: int, waiting: int, cache_share: float) -> None:
-        """How much is under way."""
-        self._running.set(running)
-        self._waiting.set(waiting)
-        self._cache.set(cache_share)
+    def watch(
+        self,
+        running: Callable[[], float],
+        waiting: Callable[[], float],
+        cache_share: Callable[[], float],
+    ) -> None:
+        """Who tells how much is under way; asked whenever the metrics are read, from any thread."""
+        self._running.set_function(running)
+        self._waiting.set_function(waiting)
+        self._cache.set_function(cache_share)
 
     def preempted(self) -> None:
         """A sequence was put back."""

@@ -94,6 +94,7 @@ class Scheduler:
         )
         self._turn = 0
         self._seconds = 1.0  # that a job takes, lately
+        metrics.watch(lambda: self.running, lambda: self.waiting, lambda: self.cache_share)
 
     @property
     def waiting(self) -> int:
@@ -104,6 +105,12 @@ class Scheduler:
     def running(self) -> int:
         """How many sequences run."""
         return len(self._running)
+
+    @property
+    def cache_share(self) -> float:
+        """Tokens in the cache, those of finished sequences too, of all that it takes: 0 to 1."""
+        held = sum(sequence.held for _, sequence in self._running)
+        return (held + self._prefixes.size) / self._runtime.cache_tokens
 
     @property
     def seconds_to_start(self) -> float:
@@ -133,7 +140,6 @@ class Scheduler:
         for job in dict.fromkeys([*(job for job, _ in self._running), *jobs]):
             job.fail(error)
         self._running = []
-        self._report()
 
     def step(self) -> None:
         """A token for all that decode, and a piece of a prompt.
@@ -141,7 +147,7 @@ class Scheduler:
         Errors that concern some sequences only end the jobs of these; all others are raised, and
         leave the scheduler unusable.
         """
-        self._running = [(job, s) for job, s in self._running if not self._left(job, s)]
+        self._let_go()
         self._admit()
         decoding = [(job, s) for job, s in self._running if s.decoding]
         reading = [(job, s) for job, s in self._running if not s.decoding]
@@ -154,13 +160,13 @@ class Scheduler:
             self._turn += 1
             self._advance(job, sequence, partial(sequence.read, size))
         self._keep_within_memory()
-        self._report()
 
-    def _left(self, job: Job, sequence: Sequence) -> bool:
-        if job.cancelled:
+    def _let_go(self) -> None:
+        """Drop the sequences of jobs that were cancelled."""
+        for job, sequence in [pair for pair in self._running if pair[0].cancelled]:
             job.running -= 1
+            self._running.remove((job, sequence))
             self._prefixes.add(sequence)  # whoever stops an answer often goes on from there
-        return job.cancelled
 
     # Who runs
 
@@ -175,8 +181,8 @@ class Scheduler:
                     return
                 sequence = job.pending.popleft()
                 job.running += 1
+                self._running.append((job, sequence))
             self._prefixes.find(sequence, (other for _, other in self._running))
-            self._running.append((job, sequence))
             self._prefixes.shrink(self._room())
             self._metrics.admitted(sequence)
 
@@ -257,10 +263,6 @@ class Scheduler:
             raise error
         _log.error("a generation failed: %s", error)
         job.fail(GenerationError(f"the generation failed: {error}"))
-
-    def _report(self) -> None:
-        used = sum(len(s.tokens) - s.pending for _, s in self._running) + self._prefixes.size
-        self._metrics.load(self.running, self.waiting, used / self._runtime.cache_tokens)
 
 
 def _is_passing(error: Exception) -> bool:

@@ -135,9 +135,15 @@ class Sequence:
         self._eos_ids = frozenset() if request.params.ignore_eos else runtime.eos_ids
 
     @property
+    def held(self) -> int:
+        """How many tokens its state holds. May be asked from any thread."""
+        state = self.state
+        return 0 if state is None else int(state.length)
+
+    @property
     def pending(self) -> int:
         """How many tokens the model has not read."""
-        return len(self.tokens) - (0 if self.state is None else self.state.length)
+        return len(self.tokens) - self.held
 
     @property
     def generated(self) -> int:

@@ -11,7 +11,7 @@ import pytest
 from pvrt_server.engine import Engine
 from pvrt_server.smoke import Target
 from tests.fixtures.toy import write_toy
-from tests.server.running import Server, scripted_engine, serving
+from tests.server.running import PATIENCE, Server, scripted_engine, serving
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +69,7 @@ def vllm_server(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         finally:
             process.send_signal(signal.SIGINT)
             try:
-                process.communicate(timeout=60)
+                process.communicate(timeout=PATIENCE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()

@@ -1,13 +1,15 @@
 """Servers for tests: on a free port, in a thread, over the toy model or over a script."""
 
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -22,12 +24,24 @@ from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import Runtime
 from pvrt_server.text import TextCodec
 
+#: Seconds that nothing takes, however slow or busy the machine is, unless it hangs.
+PATIENCE = 120
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Return once something holds that will hold from then on, or until the test changes it."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
 
 class ScriptedModel:
     """Answers every prompt with the same tokens, then end-of-text.
 
-    While `gate` is clear, the calls wait for it; a script that holds an exception raises it when
-    its turn comes. `reads` and `steps` are the calls so far: tokens read, sequences in a step.
+    While `gate` is clear, the calls wait for it; it closes by itself after `hold_after` steps. A
+    script that holds an exception raises it when its turn comes. `reads` and `steps` are the calls
+    so far: tokens read, sequences in a step.
     """
 
     def __init__(self, folder: Path, script: Sequence[int | Exception]) -> None:
@@ -40,6 +54,7 @@ class ScriptedModel:
         self.most_rows = 64
         self.gate = threading.Event()
         self.gate.set()
+        self.hold_after: int | None = None
         self.script = script
         self.reads: list[int] = []
         self.steps: list[int] = []
@@ -48,7 +63,7 @@ class ScriptedModel:
         return SimpleNamespace(at=0, length=0)
 
     def read(self, state: Any, tokens: Sequence[int], keep: int) -> Tensor:
-        assert self.gate.wait(20)
+        assert self.gate.wait(PATIENCE)
         self.reads.append(len(tokens))
         state.length += len(tokens)
         state.at = 0
@@ -57,11 +72,13 @@ class ScriptedModel:
     def step(
         self, states: Sequence[Any], tokens: Sequence[int], argmax_only: bool = False
     ) -> Tensor:
-        assert self.gate.wait(20)
+        assert self.gate.wait(PATIENCE)
         self.steps.append(len(tokens))
         for state in states:
             state.length += 1
             state.at += 1
+        if len(self.steps) == self.hold_after:
+            self.gate.clear()
         return torch.cat([self._logits(state) for state in states])
 
     def copy(self, state: Any, length: int) -> None:
@@ -112,29 +129,50 @@ class Server:
 
     def client(self, **options: Any) -> openai.OpenAI:
         """The official client; it retries nothing, so that tests see the first answer."""
-        options = {"api_key": "none", "max_retries": 0, "timeout": 20, **options}
+        options = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
-    def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        """POST a JSON body as it is."""
-        return httpx.post(f"{self.url}{path}", json=body, timeout=20, **options)
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """GET a path."""
+        return httpx.get(f"{self.url}{path}", timeout=PATIENCE, **options)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        """POST a JSON body as it is, or what the options say."""
+        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE, **options)
+
+    def connect(self) -> socket.socket:
+        """A connection without any client."""
+        where = urlsplit(self.url)
+        return socket.create_connection((where.hostname, where.port or 0), timeout=PATIENCE)
+
+
+def post_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
+    """What a POST is on the wire; the server closes after its answer."""
+    lines = [
+        f"POST {path} HTTP/1.1".encode(),
+        b"Host: x",
+        b"Content-Type: application/json",
+        f"Content-Length: {len(body)}".encode(),
+        b"Connection: close",
+        *headers,
+    ]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 @contextmanager
 def serving(engine: Engine, **options: Any) -> Iterator[Server]:
     """Serve an engine as "toy" while the block runs."""
     app = create_app(engine, "toy", **options)
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=30)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
+    wait_until(lambda: server.started or not thread.is_alive())
+    assert server.started
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
         yield Server(f"http://127.0.0.1:{port}", engine)
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         assert not thread.is_alive()

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from pvrt_server.smoke import Target, run_checks
-from tests.server.running import Server
+from tests.server.running import PATIENCE, Server
 
 pytestmark = pytest.mark.vllm
 PROMPTS = ["Once upon a time", "def main():", "0, 1, 1, 2, 3, 5,", "x"]
@@ -16,7 +16,10 @@ PROMPTS = ["Once upon a time", "def main():", "0, 1, 1, 2, 3, 5,", "x"]
 def vllm(vllm_server: Target) -> openai.OpenAI:
     """The official client of vLLM."""
     return openai.OpenAI(
-        base_url=f"{vllm_server.url}/v1", api_key=vllm_server.api_key, max_retries=0, timeout=120
+        base_url=f"{vllm_server.url}/v1",
+        api_key=vllm_server.api_key,
+        max_retries=0,
+        timeout=5 * PATIENCE,
     )
 
 

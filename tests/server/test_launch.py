@@ -6,13 +6,12 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 import openai
 import pytest
 
@@ -23,8 +22,24 @@ from pvrt_server.launch import serve
 from pvrt_server.options import Plan
 from pvrt_server.vllm_process import gpu_count, vllm_command, vllm_environment
 from tests.fixtures.toy import write_toy
+from tests.server.running import PATIENCE, wait_until
 
 RUN = "import sys; from pathlib import Path; from pvrt_server.launch import serve; sys.exit(serve("
+
+# Serves; before a sequence of 30 tokens gets the next one, a statement runs.
+RUN_WITH = """
+import sys
+from pathlib import Path
+from pvrt_server import cpu_model, launch, models
+for kind in (cpu_model.CpuModel, models.TransformersModel):
+    def step(self, states, tokens, argmax_only=False, step=kind.step):
+        if states[0].length == 30:
+            {statement}
+        return step(self, states, tokens, argmax_only)
+    kind.step = step
+launch.GRACE_SECONDS = 600
+sys.exit(launch.serve(Path(sys.argv[1]), engine="local", port=0, api_key="k"))
+"""
 
 FAKE_VLLM = """
 import http.server, json, pathlib, signal, sys
@@ -210,19 +225,22 @@ def test_signals_reach_vllm_and_its_exit_code_comes_back(
     toy: Path, fake_vllm: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     said: list[str] = []
+    ended = threading.Event()
 
     def terminate_when_ready() -> None:
-        for _ in range(200):
+        while "is served at" not in "".join(said):
             said.append(capfd.readouterr().out)
-            if "is served at" in "".join(said):
-                break
-            time.sleep(0.05)
+            if ended.wait(0.05):
+                return
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=terminate_when_ready)
     thread.start()
-    code = serve(toy, engine="vllm", port=0, served_model_name="toy", extra=["--enforce-eager"])
-    thread.join()
+    try:
+        code = serve(toy, engine="vllm", port=0, served_model_name="toy", extra=["--enforce-eager"])
+    finally:
+        ended.set()
+        thread.join()
     assert code == 7
     given = json.loads(fake_vllm.read_text())
     assert given[-1] == "--enforce-eager"
@@ -231,31 +249,43 @@ def test_signals_reach_vllm_and_its_exit_code_comes_back(
 
 
 def test_the_embedded_engine_serves_and_ends_cleanly_when_told_to(toy: Path) -> None:
-    code = f"{RUN}Path({str(toy)!r}), engine='local', port=0, api_key='k'))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    code = RUN_WITH.format(statement="sys.stdin.readline()  # until the test says so")
+    command = [sys.executable, "-c", code, str(toy)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         url = announced_url(process)
-        client = openai.OpenAI(base_url=url, api_key="k", max_retries=0, timeout=30)
+        client = openai.OpenAI(base_url=url, api_key="k", max_retries=0, timeout=PATIENCE)
         stream = client.completions.create(
             model=toy.name,
             prompt="ab",
             stream=True,
-            max_tokens=300,
+            max_tokens=60,
             extra_body={"ignore_eos": True},
         )
         first = next(iter(stream))
         process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not listens(url))
+        # What runs may finish.
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
         chunks = [first, *stream]
-        # What runs may finish; nothing new is taken.
         assert chunks[-1].choices[0].finish_reason == "length"
         stream.close()
         client.close()
-        assert process.wait(20) == 0
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(url)
+        assert process.wait(PATIENCE) == 0
     finally:
         process.kill()
         process.wait()
+
+
+def listens(url: str) -> bool:
+    where = urlsplit(url)
+    try:
+        socket.create_connection((where.hostname, where.port or 0), timeout=PATIENCE).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 def announced_url(process: "subprocess.Popen[str]") -> str:

@@ -1,18 +1,17 @@
 """GET /metrics: what Prometheus reads."""
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.running import Server, scripted_engine, serving
+from tests.server.running import Server, scripted_engine, serving, wait_until
 
 
 def read(server: Server) -> dict[str, float]:
     """Samples by name and labels other than the model's."""
-    response = httpx.get(f"{server.url}/metrics")
+    response = server.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     found = {}
     for family in text_string_to_metric_families(response.text):
@@ -50,21 +49,26 @@ def test_requests_tokens_and_times_are_counted(toy: Path) -> None:
 
 
 def test_what_runs_and_waits_is_seen_while_it_does(toy: Path) -> None:
-    engine, _ = scripted_engine(toy, "x" * 2000, max_sequences=1)
-    with serving(engine) as server:
-        body = {"prompt": "ab", "max_tokens": 400}
-        threads = [
-            threading.Thread(target=server.post, args=("/v1/completions", body)) for _ in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        seen = read(server)
-        # Both wait for a moment before the first one is taken up.
-        while (seen["vllm:num_requests_running"], seen["vllm:num_requests_waiting"]) != (1, 1):
-            assert all(thread.is_alive() for thread in threads)
-            seen = read(server)
-        for thread in threads:
-            thread.join(20)
+    engine, model = scripted_engine(toy, "abc", max_sequences=1)
+    model.gate.clear()
+    with serving(engine) as server, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(server.post, "/v1/completions", {"prompt": "ab"}) for _ in range(2)]
+        wait_until(lambda: engine.running == 1 and engine.waiting == 1)
+        # The model is still in its first call: no step has ended that could have told of it.
+        during = read(server)
+        model.hold_after = 1
+        model.gate.set()
+        wait_until(lambda: not model.gate.is_set())
+        reading = read(server)
+        model.gate.set()
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        after = read(server)
+    names = [f"vllm:num_requests_{what}" for what in ("running", "waiting")]
+    assert [during[name] for name in names] == [1, 1]
+    assert [after[name] for name in names] == [0, 0]
+    cache = "vllm:kv_cache_usage_perc"
+    assert during[cache] == 0
+    assert reading[cache] == 3 / (1 << 20)  # two tokens of the prompt, one of the answer
 
 
 def test_known_beginnings_are_counted(server: Server) -> None:

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.server.running import scripted_engine, serving
+from tests.server.running import PATIENCE, scripted_engine, serving
 
 OPERATIONS = {
     ("GET", "/health"),
@@ -32,7 +31,7 @@ def test_made_up_requests_never_break_the_server(toy: Path) -> None:
             seen.add((operation.method.upper(), operation.path))
 
             def check(case: Any) -> None:
-                response = case.call(timeout=20)
+                response = case.call(timeout=PATIENCE)
                 assert response.status_code < 500, response.text
                 if response.status_code >= 400:
                     assert response.json()["error"]["message"]
@@ -45,7 +44,7 @@ def test_made_up_requests_never_break_the_server(toy: Path) -> None:
                 suppress_health_check=list(hypothesis.HealthCheck),
             )
             settings(hypothesis.given(case=operation.as_strategy())(check))()
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.get("/health").status_code == 200
     assert seen == OPERATIONS
 
 

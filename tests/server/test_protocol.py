@@ -1,9 +1,8 @@
 """What goes wrong, and what surrounds answers: errors, limits, keys, leaving clients."""
 
 import json
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import openai
 import pytest
 
 import pvrt
-from pvrt_server.engine import Engine
-from tests.server.running import Server, scripted_engine, serving
+from pvrt_server.engine import Engine, Job
+from pvrt_server.sequence import GenerationRequest
+from tests.server.running import Server, post_bytes, scripted_engine, serving, wait_until
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = "/v1/chat/completions"
@@ -142,7 +142,7 @@ def test_a_body_that_is_no_json_object_is_a_400_and_the_server_lives(
     says: Server, content: bytes
 ) -> None:
     headers = {"Content-Type": "application/json"}
-    response = httpx.post(f"{says.url}{COMPLETIONS}", content=content, headers=headers)
+    response = says.post(COMPLETIONS, content=content, headers=headers)
     assert refused(response)["message"]
     assert says.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
 
@@ -160,7 +160,7 @@ def test_values_that_json_lets_through_are_refused(
     says: Server, content: bytes, param: str
 ) -> None:
     headers = {"Content-Type": "application/json"}
-    response = httpx.post(f"{says.url}{COMPLETIONS}", content=content, headers=headers)
+    response = says.post(COMPLETIONS, content=content, headers=headers)
     assert refused(response)["param"] == param
 
 
@@ -176,8 +176,8 @@ def test_a_body_that_is_too_large_is_a_413(toy: Path, chunked: bool) -> None:
     engine, _ = scripted_engine(toy, "ok")
     content = json.dumps({"prompt": "a" * 5000}).encode()
     with serving(engine, max_body_bytes=1000) as server:
-        response = httpx.post(
-            f"{server.url}{COMPLETIONS}",
+        response = server.post(
+            COMPLETIONS,
             content=iter([content[:2500], content[2500:]]) if chunked else content,
             headers={"Content-Type": "application/json"},
         )
@@ -188,7 +188,7 @@ def test_a_body_that_is_too_large_is_a_413(toy: Path, chunked: bool) -> None:
 def test_an_unknown_route_lists_those_that_exist(says: Server) -> None:
     error = refused(says.post("/v1/v1/chat/completions", {}), 404)
     assert "POST /v1/chat/completions" in error["message"]
-    error = refused(httpx.get(f"{says.url}{CHAT}"), 405)
+    error = refused(says.get(CHAT), 405)
     assert error["code"] == "method_not_allowed"
 
 
@@ -221,74 +221,87 @@ def test_a_key_guards_everything_but_health_and_the_page(toy: Path) -> None:
         with pytest.raises(openai.AuthenticationError) as caught:
             server.client(api_key="wrong").completions.create(model="toy", prompt="ab")
         assert caught.value.code == "invalid_api_key"
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
-        assert httpx.get(f"{server.url}/nothing").status_code == 401
-        assert httpx.get(f"{server.url}/version").status_code == 401
-        assert httpx.get(f"{server.url}/pvrt/status").status_code == 401
-        assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
-        assert "<title>" in httpx.get(server.url).text
+        assert server.get("/v1/models").status_code == 401
+        assert server.get("/nothing").status_code == 401
+        assert server.get("/version").status_code == 401
+        assert server.get("/pvrt/status").status_code == 401
+        assert server.get("/health").json() == {"status": "ok"}
+        assert "<title>" in server.get("/").text
         headers = {"Authorization": "Bearer secret"}
-        version = httpx.get(f"{server.url}/version", headers=headers)
+        version = server.get("/version", headers=headers)
         assert version.json() == {"version": pvrt.__version__}
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_return(toy: Path) -> None:
     engine, model = scripted_engine(toy, "ok", queue_size=1, max_sequences=1)
     model.gate.clear()
-    with serving(engine) as server:
-        threads = [
-            threading.Thread(target=server.post, args=(COMPLETIONS, {"prompt": "ab"}))
-            for _ in range(2)
-        ]
-        threads[0].start()
+    with serving(engine) as server, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(server.post, COMPLETIONS, {"prompt": "ab"})
         wait_until(lambda: engine.running == 1)
-        threads[1].start()
+        second = pool.submit(server.post, COMPLETIONS, {"prompt": "ab"})
         wait_until(lambda: engine.waiting == 1)
         response = server.post(COMPLETIONS, {"prompt": "ab"})
         assert refused(response, 429)["type"] == "rate_limit_error"
         assert int(response.headers["Retry-After"]) >= 1
         model.gate.set()
-        for thread in threads:
-            thread.join(10)
+        assert [answer.result().status_code for answer in (first, second)] == [200, 200]
         assert server.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_stops_its_generation(toy: Path, stream: bool) -> None:
-    engine, model = scripted_engine(toy, "x" * 500)
+def test_a_client_that_leaves_stops_its_generation(
+    toy: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, model = scripted_engine(toy, "x" * 400)
     model.gate.clear()
+    jobs: list[Job] = []
+    submit = engine.submit
+
+    def noted(requests: Sequence[GenerationRequest], on_event: Any) -> Job:
+        jobs.append(submit(requests, on_event))
+        return jobs[-1]
+
+    monkeypatch.setattr(engine, "submit", noted)
+    body = json.dumps({"prompt": "ab", "max_tokens": 400, "stream": stream}).encode()
     with serving(engine) as server:
-        body = {"prompt": "ab", "max_tokens": 500, "stream": stream}
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}{COMPLETIONS}", json=body, timeout=0.3)
-        time.sleep(0.1)  # the server notices
+        with server.connect() as connection:
+            connection.sendall(post_bytes(COMPLETIONS, body))
+            wait_until(lambda: engine.running == 1)
+        wait_until(lambda: jobs[0].cancelled)
         model.gate.set()
         wait_until(lambda: engine.running == 0)
-        assert len(model.steps) <= 2
+        assert model.steps == []
 
 
 def test_a_waiting_client_that_leaves_gives_up_its_place(toy: Path) -> None:
     engine, model = scripted_engine(toy, "ok", max_sequences=1)
     model.gate.clear()
-    with serving(engine) as server:
-        thread = threading.Thread(target=server.post, args=(COMPLETIONS, {"prompt": "ab"}))
-        thread.start()
+    with serving(engine) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.post, COMPLETIONS, {"prompt": "ab"})
         wait_until(lambda: engine.running == 1)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": "ab"}, timeout=0.3)
+        with server.connect() as connection:
+            connection.sendall(post_bytes(COMPLETIONS, b'{"prompt": "ab"}'))
+            wait_until(lambda: engine.waiting == 1)
         wait_until(lambda: engine.waiting == 0)
         model.gate.set()
-        thread.join(10)
+        assert first.result().status_code == 200
 
 
 def test_a_silent_stream_is_kept_alive_with_comments(toy: Path) -> None:
     engine, model = scripted_engine(toy, "ok")
     model.gate.clear()
-    with serving(engine, keep_alive_seconds=0.05) as server:
-        threading.Timer(0.3, model.gate.set).start()
-        response = server.post(COMPLETIONS, {"prompt": "ab", "stream": True})
-    assert response.text.startswith(": keep-alive\n\n")
-    assert response.text.endswith("data: [DONE]\n\n")
+    text = ""
+    with (
+        serving(engine, keep_alive_seconds=0.01) as server,
+        server.connect() as connection,
+    ):
+        connection.sendall(post_bytes(COMPLETIONS, b'{"prompt": "ab", "stream": true}'))
+        while piece := connection.recv(65536).decode():
+            text += piece
+            if ": keep-alive\n\n" in text:
+                model.gate.set()
+    assert text.index(": keep-alive") < text.index("data: ")
+    assert "data: [DONE]\n\n" in text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("device lost"), MemoryError("no room")])
@@ -309,14 +322,14 @@ def test_a_stream_that_breaks_still_says_done(toy: Path) -> None:
         # One answer lacked memory; the next may not.
         error = refused(server.post(COMPLETIONS, {"prompt": "ab"}), 500)
         assert error["type"] == "server_error"
-        assert httpx.get(f"{server.url}/health").status_code == 200
+        assert server.get("/health").status_code == 200
 
 
 def test_a_broken_engine_is_unhealthy_and_says_so(toy: Path) -> None:
     engine, _ = scripted_engine(toy, [65, RuntimeError("device lost")])
     with serving(engine) as server:
         assert "device lost" in refused(server.post(COMPLETIONS, {"prompt": "ab"}), 503)["message"]
-        assert "device lost" in refused(httpx.get(f"{server.url}/health"), 503)["message"]
+        assert "device lost" in refused(server.get("/health"), 503)["message"]
         refused(server.post(COMPLETIONS, {"prompt": "ab"}), 503)
 
 
@@ -338,10 +351,3 @@ def test_a_checkpoint_without_a_template_names_the_file(toy: Path) -> None:
         error = refused(server.post(CHAT, {"messages": HELLO}))
         assert "chat_template.jinja" in error["message"]
         assert server.post(COMPLETIONS, {"prompt": "ab"}).status_code == 200
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -15,8 +15,7 @@ from pvrt_server.prefix import shared
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import GenerationRequest, PromptEvent, TokenEvent
 from tests.fixtures.toy import write_toy
-from tests.server.running import scripted_engine
-from tests.server.test_engine import wait_until
+from tests.server.running import PATIENCE, scripted_engine, wait_until
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -28,18 +27,16 @@ def prompts(number: int, length: int = 40) -> list[list[int]]:
 def at_once(
     engine: Engine, asked: Sequence[Sequence[int]], params: SamplingParams = GREEDY
 ) -> list[list[int]]:
-    """Answers to prompts that are all submitted before the first can finish."""
-    events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
-    for number, prompt in enumerate(asked):
-        request = GenerationRequest(tuple(prompt), params)
-        engine.submit([request], lambda event, number=number: events.put((number, event)))  # type: ignore[misc]
+    """Answers to prompts of one job, none of which can finish before all are there."""
+    events: SimpleQueue[Event] = SimpleQueue()
+    engine.submit([GenerationRequest(tuple(prompt), params) for prompt in asked], events.put)
     answers: list[list[int]] = [[] for _ in asked]
     left = len(asked)
     while left:
-        number, event = events.get(timeout=30)
+        event = events.get(timeout=PATIENCE)
         assert not isinstance(event, FailureEvent)
         if isinstance(event, TokenEvent):
-            answers[number].append(event.token_id)
+            answers[event.index].append(event.token_id)
         left -= event.finish_reason is not None
     return answers
 
@@ -74,19 +71,19 @@ def test_sequences_join_a_running_batch_and_leave_it(toy: Path) -> None:
 
 def test_others_go_on_while_a_long_prompt_is_read(toy: Path) -> None:
     engine, model = scripted_engine(toy, "x" * 300, prefill_chunk=64)
-    events: SimpleQueue[str] = SimpleQueue()
+    model.hold_after = 4
     with engine:
         first = GenerationRequest((1, 2), SamplingParams(temperature=0, max_tokens=300))
-        job = engine.submit([first], lambda event: events.put("first"))
-        wait_until(lambda: len(model.steps) > 3)
-        before = len(model.steps)
+        job = engine.submit([first], lambda event: None)
+        wait_until(lambda: not model.gate.is_set())
         read = threading.Event()
         long = GenerationRequest(tuple(range(1, 201)), GREEDY)
         engine.submit([long], lambda event: read.set())
-        assert read.wait(10)
+        model.gate.set()
+        assert read.wait(PATIENCE)
         pieces = model.reads[1:]
         assert max(pieces) == 8  # an eighth of 64
-        assert len(model.steps) - before >= len(pieces) - 1  # one step between any two
+        assert len(model.steps) - 4 >= len(pieces) - 1  # one step between any two
         job.cancel()
 
 
@@ -99,7 +96,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(toy: Path) -> None:
             request = GenerationRequest((7,) * length, GREEDY)
             engine.submit([request], lambda event, name=name: order.put(name))  # type: ignore[misc]
         model.gate.set()
-        assert order.get(timeout=10) == "short"
+        assert order.get(timeout=PATIENCE) == "short"
 
 
 def test_a_job_of_many_prompts_is_no_wall(toy: Path) -> None:
@@ -119,7 +116,7 @@ def test_a_job_of_many_prompts_is_no_wall(toy: Path) -> None:
         engine.submit(many, lambda event: note("many", event))
         engine.submit([GenerationRequest((1, 2), GREEDY)], lambda event: note("one", event))
         model.gate.set()
-        assert done.wait(10)
+        assert done.wait(PATIENCE)
     assert order.index("one") <= 2
 
 
@@ -149,7 +146,7 @@ def test_choices_of_one_prompt_read_it_once(toy: Path) -> None:
 
     with Engine.load(toy, EngineOptions(prefill_chunk=64)) as engine:
         engine.submit([GenerationRequest(tuple(prompt), params)] * 4, note)
-        found = sorted(cached.get(timeout=10) for _ in range(4))
+        found = sorted(cached.get(timeout=PATIENCE) for _ in range(4))
     assert found == [0, 199, 199, 199]
 
 
@@ -185,7 +182,12 @@ def test_a_step_that_lacks_memory_costs_the_youngest_only(
         expected = [alone(engine, prompt) for prompt in asked]
     with Engine.load(toy) as engine:
         model = engine._runtime.model
-        step, calls = model.step, [0]
+        read, step, calls = model.read, model.step, [0]
+        submitted = threading.Event()
+
+        def waiting(state: Any, tokens: Any, keep: int) -> Any:
+            assert submitted.wait(PATIENCE)
+            return read(state, tokens, keep)
 
         def failing(states: Any, tokens: Any, argmax_only: bool = False) -> Any:
             calls[0] += len(states) == 3
@@ -194,15 +196,17 @@ def test_a_step_that_lacks_memory_costs_the_youngest_only(
                 raise MemoryError("no room")
             return step(states, tokens, argmax_only)
 
+        monkeypatch.setattr(model, "read", waiting)
         monkeypatch.setattr(model, "step", failing)
         results: list[SimpleQueue[Event]] = [SimpleQueue() for _ in asked]
         for prompt, queue in zip(asked, results, strict=True):
             engine.submit([GenerationRequest(tuple(prompt), GREEDY)], queue.put)
+        submitted.set()
         answers: list[Any] = []
         for queue in results:
             tokens: list[int] = []
             while True:
-                event = queue.get(timeout=20)
+                event = queue.get(timeout=PATIENCE)
                 if isinstance(event, FailureEvent):
                     answers.append(event.error)
                     break

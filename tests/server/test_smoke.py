@@ -12,13 +12,15 @@ from pvrt_server.app import create_app
 from pvrt_server.engine import Engine
 from pvrt_server.smoke import Target, report, run_checks
 from tests.server import running
-from tests.server.running import Server
+from tests.server.running import PATIENCE, Server
 from tests.server.test_launch import RUN
 
 
 def test_the_embedded_engine_passes_every_check_on_the_command_line(toy: Path) -> None:
     code = f"{RUN}Path({str(toy)!r}), engine='local', port=0, api_key='k', check=True))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=5 * PATIENCE
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "FAIL" not in run.stdout
     assert "nothing else without the key" in run.stdout
