@@ -170,13 +170,31 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
     }
 }
 
+/* The first tile of a thread's share, so that all shares cost about the same. Every partition that a
+ * share touches has tables of its own to build, at the price of `build` tiles. */
+static int64_t cut_tiles(const tiled_weight *w, int64_t split, int64_t splits, int64_t build) {
+    const int64_t tiles = count_tiles(w->rows, w->parts);
+    if (split == 0 || split == splits) return split ? tiles : 0;
+    /* Each cut makes one partition pay twice. */
+    const int64_t total = tiles + build * (w->parts + splits - 1);
+    int64_t before = 0, left = total * split / splits - build * (split - 1);
+    for (int64_t p = 0; p < w->parts; p++) {
+        const int64_t own = (w->rows[p] + TILE - 1) / TILE;
+        if (left <= build + own) return before + (left > build ? left - build : 0);
+        before += own, left -= build + own;
+    }
+    return tiles;
+}
+
 void tiled_part(const job *work, int64_t index) {
     const int64_t chunk = index / work->splits, split = index % work->splits;
-    const int64_t tiles = count_tiles(work->tiled->rows, work->tiled->parts);
-    const int64_t from = tiles * split / work->splits, to = tiles * (split + 1) / work->splits;
     int64_t token = chunk * LANES;
     /* A table for eight costs about three for one. */
-    if (work->tokens - token > 2) tiles_of(work, from, to, token, LANES);
+    const int eight = work->tokens - token > 2;
+    const int64_t build = eight ? 2 * work->tiled->group : work->tiled->group / 2; /* measured */
+    const int64_t from = cut_tiles(work->tiled, split, work->splits, build);
+    const int64_t to = cut_tiles(work->tiled, split + 1, work->splits, build);
+    if (eight) tiles_of(work, from, to, token, LANES);
     else for (; token < work->tokens; token++) tiles_of(work, from, to, token, 1);
 }
 
