@@ -3,8 +3,10 @@
 `python benchmarks/vllm_bench.py --quantised DIR --original DIR [--minutes 4] [--bench serve]`
 runs `vllm serve` with `vllm bench serve`, and `vllm bench latency` and `throughput`, with and
 without torch.compile, for what results/vllm_bench.json lacks. Wall times of a shared machine say
-little; "cpu_seconds" are those of vLLM's processes from the first request to the last. Memory is
-what these processes have allocated when all is answered, 1 GiB of key-value cache among it.
+little: "others" is how many cores all other processes kept busy meanwhile, and --alone measures
+again what had more than 0.1 of them. "cpu_seconds" are those of vLLM's processes from the first
+request to the last. Memory is what these processes have allocated, 1 GiB of key-value cache among
+it: of a server when all is answered, of the other two the peak, loading included.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +32,8 @@ from pvrt.durable import as_json, write_synced
 RESULTS = machine.ROOT / "benchmarks" / "results" / "vllm_bench.json"
 BENCHES = ("serve", "latency", "throughput")
 TOKENS, PROMPTS, AT_ONCE = 32, 8, 4
+THROUGHPUT_PROMPTS = 32  # four batches of --max-num-seqs
+ALONE = 0.1  # cores
 COMMON = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "8"]
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
@@ -56,9 +60,30 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """Of all processes of a family."""
-    times = [member.cpu_times() for member in family(process)]
-    return float(sum(time.user + time.system for time in times))
+    """Of all processes of a family, and of those that they waited for."""
+    return float(sum(sum(member.cpu_times()[:4]) for member in family(process)))
+
+
+class Others:
+    """How many cores processes that are not of a family keep busy, between first and last look."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.process = process
+        self.first = self.last = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        times = psutil.cpu_times()
+        idle = times.idle + times.iowait
+        return time.monotonic(), sum(times[:8]) - idle - cpu_seconds(self.process)
+
+    def look(self) -> None:
+        """Take the present as the end."""
+        self.last = self._now()
+
+    def cores(self) -> float:
+        """Mean over the time between."""
+        seconds = self.last[0] - self.first[0]
+        return round(max(0.0, self.last[1] - self.first[1]) / seconds, 2) if seconds else 0.0
 
 
 def allocated_mib(process: psutil.Process) -> int:
@@ -130,8 +155,9 @@ def serve(model: str, compiled: bool, folder: Path) -> dict[str, Any]:
     with running(server, folder) as process:
         wait_until_healthy(url, process, folder)
         ready = time.perf_counter() - started
-        before = cpu_seconds(process)
+        before, others = cpu_seconds(process), Others(psutil.Process())  # client included
         subprocess.run(client, env=environment(folder), check=True, capture_output=True)
+        others.look()
         used, memory = cpu_seconds(process) - before, allocated_mib(process)
     found = json.loads((folder / "serve.json").read_text())
     names = ("output_throughput", "median_ttft_ms", "median_tpot_ms", "median_itl_ms", "completed")
@@ -139,6 +165,7 @@ def serve(model: str, compiled: bool, folder: Path) -> dict[str, Any]:
         "start_seconds": round(ready, 1),
         "cpu_seconds": round(used, 2),
         "memory_mib": memory,
+        "others": others.cores(),
         **{name: round(found[name], 2) for name in names},
     }
 
@@ -152,32 +179,36 @@ def offline(bench: str, model: str, compiled: bool, folder: Path) -> dict[str, A
         ],
         "throughput": [
             *("--dataset-name", "random", "--random-input-len", str(TOKENS)),
-            *("--random-output-len", str(TOKENS), "--num-prompts", str(PROMPTS)),
+            *("--random-output-len", str(TOKENS), "--num-prompts", str(THROUGHPUT_PROMPTS)),
         ],
     }[bench]
     output = folder / "result.json"
+    eager = [] if compiled else ["--enforce-eager"]
     command = [
-        *CLI,
-        "bench",
-        bench,
-        "--model",
-        model,
-        *COMMON,
-        *shape,
-        "--output-json",
-        str(output),
+        *(*CLI, "bench", bench, "--model", model, *COMMON, *shape, *eager),
+        *("--output-json", str(output)),
     ]
-    command += [] if compiled else ["--enforce-eager"]
-    log = folder / "log"
-    with log.open("w") as file:
-        subprocess.run(
-            command, env=environment(folder), check=True, stdout=file, stderr=subprocess.STDOUT
-        )
+    peak = 0
+    with running(command, folder) as process:
+        others = Others(process)
+        while process.is_running():
+            try:
+                process.wait(2)
+            except psutil.TimeoutExpired:
+                with suppress(psutil.Error, OSError):  # one of the family may end meanwhile
+                    others.look()
+                    peak = max(peak, allocated_mib(process))
+    if not output.is_file():
+        raise RuntimeError((folder / "log").read_text()[-4000:])
     found = json.loads(output.read_text())
+    memory = {"peak_memory_mib": peak, "others": others.cores()}
     if bench == "throughput":
-        return {"tokens_per_second": round(found["tokens_per_second"], 2)}
+        seconds = found["elapsed_time"]
+        speed = THROUGHPUT_PROMPTS * TOKENS / seconds  # vLLM's own figure counts prompts too
+        return {"seconds": round(seconds, 2), "tokens_per_second": round(speed, 2), **memory}
     median = found["percentiles"]["50"]
-    return {"median_seconds": round(median, 3), "tokens_per_second": round(TOKENS / median, 2)}
+    speed = TOKENS / median
+    return {"median_seconds": round(median, 3), "tokens_per_second": round(speed, 2), **memory}
 
 
 def main() -> None:
@@ -187,10 +218,13 @@ def main() -> None:
     parser.add_argument("--original", required=True)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--bench", action="append", choices=BENCHES)
+    parser.add_argument("--alone", action="store_true", help="measure shared rows again")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what was started
     end = time.monotonic() + 60 * arguments.minutes
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    have = {(row["bench"], row["model"], row["compiled"]) for row in known}
+    good = [row for row in known if not (arguments.alone and row.get("others", 1) > ALONE)]
+    have = {(row["bench"], row["model"], row["compiled"]) for row in good}
     models = {"2x8g8": arguments.quantised, "bfloat16": arguments.original}
     for bench in arguments.bench or BENCHES:
         for compiled in (False, True):
@@ -202,10 +236,12 @@ def main() -> None:
                         found = serve(model, compiled, Path(folder))
                     else:
                         found = offline(bench, model, compiled, Path(folder))
-                row = {"bench": bench, "model": name, "compiled": compiled, **found}
-                shape = {"input_tokens": TOKENS, "output_tokens": TOKENS, "machine_shared": True}
-                row = {**row, **shape, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+                cell = {"bench": bench, "model": name, "compiled": compiled}
+                shape = {"input_tokens": TOKENS, "output_tokens": TOKENS}
+                threads = os.environ.get("OMP_NUM_THREADS", "all")
+                row = {**cell, **found, **shape, "threads": threads}
                 print(json.dumps(row), flush=True)
+                known = [old for old in known if any(old[key] != cell[key] for key in cell)]
                 known.append({**row, **machine.describe()})
                 write_synced(RESULTS, as_json(known))
 

@@ -164,7 +164,7 @@ def main() -> None:
     print(f"{len(missing)} features to measure on vLLM {here}", flush=True)
     while missing and time.monotonic() < end:
         alike = [feature for feature in missing if feature.ranks == missing[0].ranks][:8]
-        # Where numba was loaded for n-grams, no other engine starts.
+        # vLLM starts no other engine where numba was loaded for n-grams (docs/vllm.md).
         first_guess = next((n for n, f in enumerate(alike) if "n-gram" in f.name), len(alike))
         batch = alike[: first_guess + 1]
         with TemporaryDirectory() as folder:

@@ -69,6 +69,7 @@ def parts() -> dict[str, list[Cell]]:
     every = [Cell(architecture) for architecture in LAYOUTS]
     both = [*every, *(replace(cell, scheme="1x16g8") for cell in every)]
     others = [Cell("llama-2", scheme) for scheme in ("1x16g16", "1x8g8", "8x8g32", "2x16g8")]
+    others += [Cell(architecture, "1x16g16") for architecture in ("llama-3.1", "phi-3", "qwen2")]
     two = [replace(cell, tensor_parallel=2) for cell in every]
     compiled = [replace(cell, compiled=True) for cell in every]
     return {

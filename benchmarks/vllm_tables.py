@@ -113,12 +113,12 @@ def load(rows: Rows) -> str:
 
 
 def bench(rows: Rows) -> str:
-    """One line per benchmark and mode: two bits, bfloat16 and their ratio."""
+    """One line per benchmark and mode: two bits beside bfloat16."""
     lines = [
-        "| SmolLM2-135M | 2x8g8 tokens/s | bfloat16 tokens/s | CPU seconds | memory MiB |",
-        "|---|---|---|---|---|",
+        "| SmolLM2-135M | 2x8g8 tokens/s | bfloat16 tokens/s | ratio | CPU seconds | memory MiB |",
+        "|---|---|---|---|---|---|",
     ]
-    keys = dict.fromkeys((row["bench"], row["compiled"]) for row in rows)
+    keys = sorted({(row["bench"], row["compiled"]) for row in rows})
     for name, compiled in keys:
         pair = {
             row["model"]: row for row in rows if (row["bench"], row["compiled"]) == (name, compiled)
@@ -127,23 +127,42 @@ def bench(rows: Rows) -> str:
             continue
         ours, theirs = pair["2x8g8"], pair["bfloat16"]
         speed = "output_throughput" if name == "serve" else "tokens_per_second"
+        memory = "memory_mib" if name == "serve" else "peak_memory_mib"
         both = [
             f"{ours[key]} and {theirs[key]}" if key in ours else ""
-            for key in ("cpu_seconds", "memory_mib")
+            for key in ("cpu_seconds", memory)
         ]
         mode = "compiled" if compiled else "eager"
+        shared = "" if max(row.get("others", 1) for row in (ours, theirs)) <= 0.1 else " (shared)"
         lines.append(
-            f"| {name}, {mode} | {ours[speed]} | {theirs[speed]} | {both[0]} | {both[1]} |"
+            f"| {name}, {mode}{shared} | {ours[speed]:.1f} | {theirs[speed]:.1f} | "
+            f"{ours[speed] / theirs[speed]:.2f}x | {both[0]} | {both[1]} |"
         )
     return "\n".join(lines)
 
 
-TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
+def experts(measured: dict[str, Any]) -> str:
+    """One line per number of tokens: milliseconds of one block of experts, dense and in codes."""
+    names = list(dict.fromkeys(row["weights"] for row in measured["rows"]))
+    lines = [f"| tokens | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for tokens in dict.fromkeys(row["tokens"] for row in measured["rows"]):
+        own = {row["weights"]: row for row in measured["rows"] if row["tokens"] == tokens}
+        cells = [
+            f"{own[name]['cpu_ms']:.1f} ms"
+            + ("" if name == "bfloat16" else f", {own[name]['speed']:.2f}x")
+            for name in names
+        ]
+        lines.append(f"| {tokens} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "verified": ("vllm_matrix", verified),
     "versions": ("vllm_matrix", versions),
     "features": ("vllm_features", features),
     "load": ("vllm_load", load),
     "bench": ("vllm_bench", bench),
+    "experts": ("vllm_experts", experts),
 }
 
 

@@ -96,7 +96,7 @@ CASES: list[Callable[[Path], Case]] = [
     blocks_of_outputs,
     codes_everywhere,
     adapted,
-    cached_chunked_and_guessed,  # last: no other engine starts where numba was loaded for n-grams
+    cached_chunked_and_guessed,  # last: vLLM starts no other engine once numba is loaded
 ]
 ON_TWO_RANKS = [llama, mixtral, codes_everywhere]
 
