@@ -119,9 +119,8 @@ class Llama:
     def _forward(self, tokens: list[int]) -> int:
         import numpy as np
 
-        batch = self.api.llama_batch_get_one(
-            (self.api.llama_token * len(tokens))(*tokens), len(tokens)
-        )
+        array = (self.api.llama_token * len(tokens))(*tokens)  # the batch has a pointer to it only
+        batch = self.api.llama_batch_get_one(array, len(tokens))
         if self.api.llama_decode(self.context, batch):
             raise SystemExit("llama.cpp could not decode")
         found = self.api.llama_get_logits_ith(self.context, -1)

@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/kernels_aot.py                # the installed Triton, 10 minutes
     .venv/bin/python benchmarks/kernels_aot.py --also OTHER/bin/python    # and another version
+    .venv/bin/python benchmarks/kernels_aot.py --missing      # only what the file does not have
 
 Needs no GPU. Fails when a binary spills, reads codes other than 16 bytes at a time where it is made
 to, or needs more registers or shared memory than an SM has. Turing (sm_75) is compiled for the one
@@ -38,14 +39,20 @@ def row(variant: aot.Variant, architecture: int) -> tuple[dict[str, Any], list[s
     return record, aot.complaints(variant, architecture, binary)
 
 
+def stored() -> dict[tuple[str, ...], dict[str, Any]]:
+    """The records of the file by what they are about."""
+    records = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    return {key(record): record for record in records}
+
+
+def key(record: dict[str, Any]) -> tuple[str, ...]:
+    """What names a binary."""
+    return record["triton"], record["scheme"], record["kernel"], record["arch"]
+
+
 def store(rows: list[dict[str, Any]]) -> None:
     """Put records into the file, in place of those of the same binaries."""
-
-    def key(record: dict[str, Any]) -> tuple[str, ...]:
-        return record["triton"], record["scheme"], record["kernel"], record["arch"]
-
-    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
-    merged = {key(record): record for record in [*stored, *rows]}
+    merged = stored() | {key(record): record for record in rows}
     lines = ",\n ".join(json.dumps(merged[k]) for k in sorted(merged))
     RESULT.write_text(f"[\n {lines}\n]\n")
 
@@ -55,10 +62,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--also", help="a Python with another Triton to run this with as well")
     parser.add_argument("--schemes", nargs="+", help="only these, 2x8g8 for example")
+    parser.add_argument("--missing", action="store_true", help="leave out what the file has")
     options = parser.parse_args()
     variants = [v for v in aot.shipped_variants() if v.scheme in (options.schemes or v.scheme)]
     jobs = [(v, a) for v in variants for a in aot.ARCHITECTURES]
     jobs += [(v, 75) for v in variants if v.plan.kernel == "decode"]
+    known = stored() if options.missing else {}
+    jobs = [
+        (v, a) for v, a in jobs if (triton.__version__, v.scheme, v.name, f"sm_{a}") not in known
+    ]
     rows: list[dict[str, Any]] = []
     wrong = 0
     for number, (variant, architecture) in enumerate(jobs, 1):
@@ -72,7 +84,9 @@ def main() -> None:
             print(f"{number} of {len(jobs)} compiled", flush=True)
     print(f"Triton {triton.__version__}: {len(rows)} binaries, {wrong} complaints")
     if options.also is not None:
-        wrong += subprocess.run([options.also, __file__]).returncode
+        wrong += subprocess.run(
+            [options.also, __file__, *["--missing"] * options.missing]
+        ).returncode
     sys.exit(1 if wrong else 0)
 
 
