@@ -5,8 +5,8 @@ runs `vllm serve` with `vllm bench serve`, and `vllm bench latency` and `through
 without torch.compile, for what results/vllm_bench.json lacks. Wall times of a shared machine say
 little: "others" is how many cores all other processes kept busy meanwhile, and --alone measures
 again what had more than 0.1 of them. "cpu_seconds" are those of vLLM's processes from the first
-request to the last. Memory is what these processes have allocated, 1 GiB of key-value cache among
-it: of a server when all is answered, of the other two the peak, loading included.
+request to the last. Memory is what these processes have allocated when all is answered, 1 GiB of
+key-value cache among it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,6 +34,11 @@ BENCHES = ("serve", "latency", "throughput")
 TOKENS, PROMPTS, AT_ONCE = 32, 8, 4
 THROUGHPUT_PROMPTS = 32  # four batches of --max-num-seqs
 ALONE = 0.1  # cores
+#: What vLLM's offline benchmarks print when they begin to measure, and when they are done.
+MARKS = {
+    "latency": ("Bench iterations", "Avg latency"),
+    "throughput": ("Rendering prompts", "Throughput:"),
+}
 COMMON = ["--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "8"]
 CLI = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
@@ -188,27 +193,36 @@ def offline(bench: str, model: str, compiled: bool, folder: Path) -> dict[str, A
         *(*CLI, "bench", bench, "--model", model, *COMMON, *shape, *eager),
         *("--output-json", str(output)),
     ]
-    peak = 0
+    begin, end = MARKS[bench]
+    at: dict[str, float] = {}  # CPU seconds when a mark was first seen
     with running(command, folder) as process:
         others = Others(process)
         while process.is_running():
             try:
-                process.wait(2)
+                process.wait(0.1)
             except psutil.TimeoutExpired:
-                with suppress(psutil.Error, OSError):  # one of the family may end meanwhile
-                    others.look()
-                    peak = max(peak, allocated_mib(process))
-    if not output.is_file():
+                text = (folder / "log").read_text(errors="replace")
+                for mark in (begin, end):
+                    if mark in text and mark not in at:
+                        at[mark] = cpu_seconds(process)
+                        others = Others(process) if mark == begin else others
+                        others.look()
+                        memory = allocated_mib(process)
+    if not output.is_file() or len(at) < 2:
         raise RuntimeError((folder / "log").read_text()[-4000:])
     found = json.loads(output.read_text())
-    memory = {"peak_memory_mib": peak, "others": others.cores()}
+    measured = {
+        "cpu_seconds": round(at[end] - at[begin], 2),
+        "memory_mib": memory,
+        "others": others.cores(),
+    }
     if bench == "throughput":
         seconds = found["elapsed_time"]
         speed = THROUGHPUT_PROMPTS * TOKENS / seconds  # vLLM's own figure counts prompts too
-        return {"seconds": round(seconds, 2), "tokens_per_second": round(speed, 2), **memory}
+        return {"seconds": round(seconds, 2), "tokens_per_second": round(speed, 2), **measured}
     median = found["percentiles"]["50"]
     speed = TOKENS / median
-    return {"median_seconds": round(median, 3), "tokens_per_second": round(speed, 2), **memory}
+    return {"median_seconds": round(median, 3), "tokens_per_second": round(speed, 2), **measured}
 
 
 def main() -> None:

@@ -127,10 +127,9 @@ def bench(rows: Rows) -> str:
             continue
         ours, theirs = pair["2x8g8"], pair["bfloat16"]
         speed = "output_throughput" if name == "serve" else "tokens_per_second"
-        memory = "memory_mib" if name == "serve" else "peak_memory_mib"
         both = [
             f"{ours[key]} and {theirs[key]}" if key in ours else ""
-            for key in ("cpu_seconds", memory)
+            for key in ("cpu_seconds", "memory_mib")
         ]
         mode = "compiled" if compiled else "eager"
         shared = "" if max(row.get("others", 1) for row in (ours, theirs)) <= 0.1 else " (shared)"
