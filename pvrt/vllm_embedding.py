@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
@@ -17,12 +16,12 @@ from pvrt.errors import CheckpointError, ServeError
 from pvrt.vllm_loading import (
     PARTS,
     checked,
+    decode_without_kernel,
     let_lora_find,
     part_shape,
     register_part,
     require_finite,
     require_loaded,
-    tell_decoding,
 )
 from pvrt_kernels import aqlm_dequantize, aqlm_linear
 
@@ -91,15 +90,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         require_loaded(name, missing, bool(layer.aqlm_done), [layer.scales])
         require_finite(layer, name, PARTS[1:])
         layer.aqlm_done.clear()
-        scheme, device = self.config.scheme, layer.codes.device.type
-        if device == "cpu" and not scheme.has_fast_kernel(device):
-            tensors = [getattr(layer, part).data for part in PARTS]
-            weight = aqlm_dequantize(*tensors)
-            for part in PARTS:
-                delattr(layer, part)
-            layer.weight = Parameter(weight, requires_grad=False)
-            tell_decoding(self.config, name, [weight], tensors)
-        else:
+        if not decode_without_kernel(layer, self.config, name):
             let_lora_find(layer, layer.codes)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,14 +21,14 @@ from pvrt.errors import CheckpointError, ServeError
 from pvrt.vllm_loading import (
     PARTS,
     checked,
+    decode_without_kernel,
     dense_in_quantised,
     let_lora_find,
     part_shape,
     require_finite,
     require_loaded,
-    tell_decoding,
 )
-from pvrt_kernels import aqlm_dequantize, aqlm_linear
+from pvrt_kernels import aqlm_linear
 from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
 
 if TYPE_CHECKING:
@@ -211,12 +211,11 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         # Plain ones from here: vLLM's subclasses serve loading and would slow down tracing.
         for part in PARTS:
             setattr(layer, part, Parameter(getattr(layer, part).data, requires_grad=False))
-        scheme, device = self.config.scheme, layer.codes.device.type
-        layer.aqlm_decoded = device == "cpu" and not scheme.has_fast_kernel(device)
         layer.aqlm_packed = None
-        if layer.aqlm_decoded:
-            self._decode(layer)
-        elif not self._pack(layer):
+        layer.aqlm_decoded = decode_without_kernel(
+            layer, self.config, layer.aqlm_load.prefix, layer.aqlm_partition_sizes
+        )
+        if not layer.aqlm_decoded and not self._pack(layer):
             let_lora_find(layer, layer.codes)
 
     def _pack(self, layer: Any) -> bool:
@@ -235,14 +234,6 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         packed.warm_up(dtype, getattr(layer, "bias", None) is not None)
         let_lora_find(layer, layer.packed_0)
         return True
-
-    def _decode(self, layer: Any) -> None:
-        packed = (layer.codes, layer.codebooks, layer.scales)
-        weight = aqlm_dequantize(*packed, layer.aqlm_partition_sizes)
-        for part in PARTS:
-            delattr(layer, part)
-        layer.weight = Parameter(weight, requires_grad=False)
-        tell_decoding(self.config, layer.aqlm_load.prefix, [weight], packed)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x, on this rank's part of the weight."""

@@ -1,4 +1,4 @@
-"""What every quantised layer checks while vLLM hands it the tensors of a checkpoint.
+"""What every quantised layer does while vLLM hands it the tensors of a checkpoint, and after.
 
 vLLM does not notice tensors that a quantised checkpoint lacks, nor ones of a wrong shape before an
 assertion without a name. So each layer records what has come, and refuses what cannot be right.
@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from pvrt.checkpoint import CONFIG_FILE, check_codes
 from pvrt.errors import CheckpointError
 from pvrt.scheme import Scheme
+from pvrt_kernels import aqlm_dequantize
 
 if TYPE_CHECKING:
     from pvrt.vllm_backend import AQLMConfig
@@ -98,6 +99,25 @@ def dense_in_quantised(name: str) -> CheckpointError:
         f"the checkpoint holds a dense weight for {name}, which {CONFIG_FILE} says is "
         "quantised; list it in linear_weights_not_to_quantize"
     )
+
+
+def decode_without_kernel(
+    layer: Any, config: "AQLMConfig", prefix: str, sizes: list[int] | None = None
+) -> bool:
+    """On a CPU that has no kernel for the scheme put a dense `weight` in place of the parts.
+
+    `sizes` are the output features per codebook set of a fused layer. Returns whether it was done.
+    """
+    device = layer.codes.device.type
+    if device != "cpu" or config.scheme.has_fast_kernel(device):
+        return False
+    codes, codebooks, scales = (getattr(layer, part).data for part in PARTS)
+    weight = aqlm_dequantize(codes, codebooks, scales, sizes)
+    for part in PARTS:
+        delattr(layer, part)
+    layer.weight = Parameter(weight, requires_grad=False)
+    tell_decoding(config, prefix, [weight], [codes, codebooks, scales])
+    return True
 
 
 def tell_decoding(

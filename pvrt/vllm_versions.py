@@ -1,7 +1,7 @@
 """Which vLLM pvrt serves on, and everything that differs between those versions.
 
-Run: 0.30, 0.31 and 0.32 with the engine on a CPU (docs/vllm.md). 0.33 has no CPU package: its
-interfaces to plugins were compared with those of 0.32, and registering was run.
+The engines of all of them were run on a CPU (docs/vllm.md): 0.30, 0.31 and 0.32 as packaged, 0.33,
+which has no CPU package, with its Python files over the compiled operators of 0.32.
 """
 
 import os
