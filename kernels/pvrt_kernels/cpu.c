@@ -297,17 +297,24 @@ API void pvrt_decode_rows(const plain_weight *w, int64_t first, int64_t count, f
     run(&work, threads);
 }
 
+/* Ask for large pages where weights will be written: reading them misses fewer translations. Only a
+ * hint: its failure costs time. */
+API void pvrt_huge_pages(void *memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21, end = (uintptr_t)memory + (size_t)bytes;
+    const uintptr_t first = ((uintptr_t)memory + page - 1) / page * page;
+    if (end >= first + page) madvise((void *)first, (end - first) / page * page, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 /* Checkpoint layout [out][groups][books] to tiles, or back; padding rows get code 0. */
 API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, int64_t parts,
                      int64_t groups, int64_t books, int64_t back) {
     const int64_t tiles = count_tiles(rows, parts);
     int64_t tile = 0;
-#ifdef MADV_HUGEPAGE
-    const size_t bytes = (size_t)(tiles * TILE * groups * books), page = 1 << 21;
-    uint8_t *aligned = (uint8_t *)(((uintptr_t)tiled + page - 1) / page * page);
-    if (!back && tiled + bytes >= aligned + page) /* a hint: its failure costs time only */
-        madvise(aligned, (size_t)(tiled + bytes - aligned) / page * page, MADV_HUGEPAGE);
-#endif
+    if (!back) pvrt_huge_pages(tiled, tiles * TILE * groups * books);
     for (int64_t p = 0; p < parts; tile += (rows[p] + TILE - 1) / TILE, p++)
         for (int64_t r = 0; r < (rows[p] + TILE - 1) / TILE * TILE; r++) {
             for (int64_t j = 0; j < groups; j++) {

@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,9 @@ def library() -> Any:
     lib.pvrt_tile_codes.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_dense_linear.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]
+    lib.pvrt_huge_pages.argtypes = [_VOID, _LONG]
     for name in (
+        "huge_pages",
         "tiled_linear",
         "plain_linear",
         "decode_rows",
@@ -297,6 +300,11 @@ def tiled_weight(packed: list[Tensor], in_features: int) -> TiledWeight:
     )
 
 
+def huge_pages(weight: Tensor) -> None:
+    """Ask the system for large pages below a large tensor that nothing was written to yet."""
+    library().pvrt_huge_pages(weight.data_ptr(), weight.nbytes)
+
+
 def view(packed: list[Tensor], in_features: int) -> tuple[str, TiledWeight | PlainWeight]:
     """The C view of packed tensors, "tiled" or "plain"; valid as long as they live."""
     if packed[5].numel():
@@ -304,19 +312,24 @@ def view(packed: list[Tensor], in_features: int) -> tuple[str, TiledWeight | Pla
     return "plain", _packed_plain(packed, in_features)
 
 
-def read_bandwidth(seconds: float = 0.5, megabytes: int = 512) -> float:
+def read_bandwidth(
+    seconds: float = 0.5, megabytes: int = 512, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Bytes per second that torch's threads read from memory: the best of repeated sweeps.
 
-    Far more than any cache, read once per sweep, each thread a contiguous part.
+    Far more than any cache, read once per sweep, each thread a contiguous part. For one thread on a
+    shared machine the clock may be time.process_time.
     """
-    memory = torch.ones(megabytes << 17, dtype=torch.int64)  # written: zeros would share a page
+    memory = torch.empty(megabytes << 17, dtype=torch.int64)
+    huge_pages(memory)
+    memory.fill_(1)  # what was never written would share one page
     threads = torch.get_num_threads()
     sums = torch.empty(threads, 8, dtype=torch.int64)
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        started = time.perf_counter()
+        started = clock()
         library().pvrt_read_memory(memory.data_ptr(), memory.nbytes, sums.data_ptr(), threads)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, clock() - started)
     return memory.nbytes / best
 
 

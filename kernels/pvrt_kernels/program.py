@@ -223,6 +223,7 @@ class Rounded:
     def __init__(self, weight: Tensor) -> None:
         count, inputs = weight.shape
         self.rows = torch.empty(count, inputs, dtype=torch.int8)
+        cpu.huge_pages(self.rows)
         self.bounds = torch.empty(count, 3)
         for first in range(0, count, _ROUNDED_AT_ONCE):
             part = slice(first, first + _ROUNDED_AT_ONCE)
