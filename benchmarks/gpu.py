@@ -196,16 +196,8 @@ def gemv(bench: Bench) -> list[Row]:
             plan = gpu.plan_for(x, copies[0].tensors)
             seconds = time_plan(bench.clock, plan, x, copies)
             dense = kernel_tuning.time_dense(bench.clock, x, shape)
-            read = shape.blocks * 16 * shape.out_features
-            row = {
-                "layer": [shape.out_features, shape.in_features],
-                "tokens": tokens,
-                "plan": vars(plan),
-                "microseconds": seconds * 1e6,
-                "code_bytes_per_second": read / seconds,
-                "of_copy_bandwidth": read / seconds / bench.copy_rate,
-                "over_cublas_fp16": dense / seconds,
-            }
+            row = rate(bench, shape, vars(plan), seconds)
+            row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
             for name, kernel in peers.items():
                 row[f"over_{name}"] = time_peer(bench, kernel, x, copies) / seconds
             rows.append(row)
@@ -236,11 +228,14 @@ def time_peer(
 
 
 def design(bench: Bench) -> list[Row]:
-    """Which kernel, tile and split for one token: every candidate of the tuner.
+    """Which kernel, tile and split for one token: candidates of the tuner, and `gpu_variants`.
 
-    Lookups against direct decoding, rows per thread and per program, float32 against float16 tables
-    (the kernel for two tokens, given one), Gluon where this Triton has it.
+    Lookups against direct decoding (from one and from several copies of the codebooks), rows per
+    thread and per program, float32 against float16 tables (the kernel for two tokens, given one),
+    tables in shared memory or in L1 and over how many groups, Gluon where this Triton has it.
     """
+    import gpu_variants  # imports Triton, which --dry-run first has to tell so
+
     card = plans.describe_gpu(bench.device)
     rows: list[Row] = []
     layers = bench.some(((4096, 4096), (11008, 4096), (1024, 4096), (28672, 8192)), ((70, 96),))
@@ -256,16 +251,28 @@ def design(bench: Bench) -> list[Row]:
             if bench.late("design"):
                 return rows
             seconds = time_plan(bench.clock, plan, x, copies)
-            read = shape.blocks * 16 * shape.out_features
-            rows.append(
-                {
-                    "layer": [shape.out_features, shape.in_features],
-                    "plan": vars(plan),
-                    "microseconds": seconds * 1e6,
-                    "of_copy_bandwidth": read / seconds / bench.copy_rate,
-                }
-            )
+            rows.append(rate(bench, shape, vars(plan), seconds))
+        exact = gpu.multiply_decoded(x, weight.tensors, None, weight.partition_sizes).double()
+        for name, calls in gpu_variants.variants(card, x, copies):
+            if bench.late("design"):
+                return rows
+            error = float((calls[0]().double() - exact).norm() / exact.norm())
+            rows.append(rate(bench, shape, name, bench.clock.time(calls)) | {"error": error})
+            if error > 4 * torch.finfo(x.dtype).eps:
+                raise AssertionError(f"{name} is wrong: {error}")
     return rows
+
+
+def rate(bench: Bench, shape: Shape, plan: Row, seconds: float) -> Row:
+    """The record of a design's time."""
+    read = shape.blocks * 16 * shape.out_features
+    return {
+        "layer": [shape.out_features, shape.in_features],
+        "plan": plan,
+        "microseconds": seconds * 1e6,
+        "code_bytes_per_second": read / seconds,
+        "of_copy_bandwidth": read / seconds / bench.copy_rate,
+    }
 
 
 def crossover(bench: Bench) -> list[Row]:
@@ -284,16 +291,9 @@ def crossover(bench: Bench) -> list[Row]:
                 dense = kernel_tuning.time_dense(bench.clock, x, shape)
                 for plan in kernel_tuning.candidates(card, shape, tokens):
                     seconds = time_plan(bench.clock, plan, x, copies)
-                    rows.append(
-                        {
-                            "scheme": shape.scheme,
-                            "layer": [shape.out_features, shape.in_features],
-                            "tokens": tokens,
-                            "plan": vars(plan),
-                            "microseconds": seconds * 1e6,
-                            "over_cublas_fp16": dense / seconds,
-                        }
-                    )
+                    row = rate(bench, shape, vars(plan), seconds)
+                    row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
+                    rows.append({"scheme": shape.scheme, **row})
     return rows
 
 
@@ -392,11 +392,14 @@ def tools(bench: Bench) -> Row:
 def small_case() -> None:
     """One launch of every kernel, for tools that slow a program down a hundred times."""
     bench = Bench(torch.device("cuda"), False, 0.0)
-    for scheme, tokens in (("2x8g8", 1), ("2x8g8", 2), ("1x16g8", 1), ("2x8g8", 16)):
+    cases = (("2x8g8", 1), ("2x8g8", 2), ("1x16g8", 1), ("2x8g8", 16), ("2x8g8", 300))
+    for scheme, tokens in cases:
         layer, exact = checked_layer(bench, scheme, 2100, 512, torch.float16)
         x = bench.x(tokens, 512)
         error = float((aqlm_packed_linear(x, layer).double() - x.double() @ exact.T).abs().max())
         print(scheme, tokens, error)
+        if (scheme, tokens) == ("2x8g8", 1) and gpu.gluon_gathers():
+            gpu.launch(Plan("lut_gluon", 1, 1024, 8, 2), x, layer.tensors, None, [1400, 700])
 
 
 SECTIONS: dict[str, Callable[[Bench], Any]] = {
