@@ -164,10 +164,10 @@ def compile_options(plan: Plan) -> dict[str, Any]:
 
     One stage: pipelining would stage codewords in shared memory. Fused multiply-add: Triton 3.10
     no longer assumes it. A limit of registers: without one, ptxas may spill a few bytes to come
-    down to 128 (seen with tiles).
+    down to 128 (seen with tiles and with direct decoding).
     """
     options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if plan.kernel == "tile":
+    if plan.kernel in ("tile", "direct"):
         options["maxnreg"] = 255
     return options
 
