@@ -7,6 +7,7 @@ engine is a process with its model loaded; in every round each in turn reads a p
 and then decodes greedily, while the others sleep. With one thread times are process CPU time, which
 other work on the machine barely disturbs, and the median counts; with two the best wall time.
 bandwidth_fraction: weights that a token reads, over what as many threads read from memory at best.
+Rows are stored after every answer, so a run that is stopped loses nothing.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -153,9 +155,10 @@ def work(engine: str, folder: Path, shape: str, format: str, threads: int) -> No
 
 def measure(
     folder: Path, shape: str, threads: int, rounds: int, tokens: int, formats: list[str]
-) -> list[dict[str, Any]]:
-    """All engines on one shape."""
+) -> Iterator[list[dict[str, Any]]]:
+    """All engines on one shape: the rows so far, after every answer."""
     jobs = [(engine, f) for engine, own in ENGINES.items() for f in own if f in formats]
+    bandwidth = _bandwidth(threads)
     workers = []
     for engine, format in jobs:  # loaded one by one: loading takes both cores and memory
         names = ["--worker", engine, format, shape, str(threads)]
@@ -168,39 +171,32 @@ def measure(
         )
         workers.append((process, json.loads(_line(process))))
     answers: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    choose = median if threads == 1 else min
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for number in range(rounds):
-        for (process, _), (engine, format), found in zip(workers, jobs, answers, strict=True):
+        for (process, facts), job, found in zip(workers, jobs, answers, strict=True):
             assert process.stdin is not None
             process.stdin.write(f"{tokens}\n")
             process.stdin.flush()
             found.append(json.loads(_line(process)))
-            rate = 1 / median(found[-1]["steps"])
-            first = found[-1]["first"]
-            print(
-                f"{shape} {threads} {number}: {engine} {format} {rate:.1f} tokens/s, {first:.2f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-    for process, _ in workers:
-        process.communicate("")
-    bandwidth = _bandwidth(threads)
-    rows = []
-    choose = median if threads == 1 else min
-    for (engine, format), (_, facts), found in zip(jobs, workers, answers, strict=True):
-        rate = 1 / choose([step for answer in found for step in answer["steps"]])
-        rows.append(
-            {
+            rate = 1 / choose([step for answer in found for step in answer["steps"]])
+            first = choose([answer["first"] for answer in found])
+            rows[job] = {
                 "model": shape,
-                "engine": engine,
-                "format": format,
+                "engine": job[0],
+                "format": job[1],
                 "bits": round(facts["file_bytes"] * 8 / cpu_shapes.parameters(shape), 2),
                 "threads": threads,
                 "decode_tokens_per_s": round(rate, 2),
-                "ttft_512_s": round(choose([answer["first"] for answer in found]), 3),
+                "ttft_512_s": round(first, 3),
                 "bandwidth_fraction": round(rate * facts["bytes_per_token"] / bandwidth, 3),
+                "rounds": len(found),
             }
-        )
-    return rows
+            said = f"{' '.join(job)} {rate:.1f} tokens/s, {first:.2f} s"
+            print(f"{shape} {threads} {number}: {said}", file=sys.stderr, flush=True)
+            yield list(rows.values())
+    for process, _ in workers:
+        process.communicate("")
 
 
 def _line(process: "subprocess.Popen[str]") -> str:
@@ -217,7 +213,8 @@ def _bandwidth(threads: int) -> float:
     from pvrt_kernels import cpu
 
     torch.set_num_threads(threads)
-    return cpu.read_bandwidth(5.0)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    return cpu.read_bandwidth(3.0, clock=clock)
 
 
 def main() -> None:
@@ -239,14 +236,13 @@ def main() -> None:
     stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
     for shape in options.shapes:
         for threads in options.threads:
-            rows = measure(
-                options.models, shape, threads, options.rounds, options.tokens, options.formats
-            )
-            about = {"shared_machine": os.getloadavg()[0] > 3, **machine.describe()}
-            fresh = {_key(row) for row in rows}
-            stored = [row for row in stored if _key(row) not in fresh]
-            stored += [{**row, **about} for row in rows]
-            RESULT.write_text(json.dumps(stored, indent=1) + "\n")
+            done = options.rounds, options.tokens, options.formats
+            for rows in measure(options.models, shape, threads, *done):
+                about = {"shared_machine": os.getloadavg()[0] > 3, **machine.describe()}
+                fresh = {_key(row) for row in rows}
+                stored = [row for row in stored if _key(row) not in fresh]
+                stored += [{**row, **about} for row in rows]
+                RESULT.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -13,7 +13,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = (README, *(ROOT / "docs" / name for name in ("tuning.md", "server.md", "engine.md")))
+PAGES = (
+    README,
+    *(ROOT / "docs" / name for name in ("tuning.md", "server.md", "engine.md", "cpu.md")),
+)
 RESULTS = ROOT / "benchmarks" / "results"
 
 
