@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -130,33 +129,32 @@ def test_targets_from_the_original_model_mend_what_earlier_blocks_broke(tmp_path
 
 
 KILL_SCRIPT = """
-import sys; sys.path[:0] = {paths!r}
+import signal, sys; sys.path[:0] = {paths!r}
 from pathlib import Path
+from tests.fixtures.strike import strike
 from tests.tune.test_pipeline import QUICK
 from pvrt_tune.pipeline import tune
 from pvrt_tune.recipe import TuneJob
+strike("block 2/", 3000, signal.SIGKILL)  # somewhere inside the third
 tune(TuneJob({model!r}, Path({out!r}), QUICK), lambda line: print(line, flush=True))
 """
-
-
-def start(model: Path, out: Path) -> subprocess.Popen[str]:
-    script = KILL_SCRIPT.format(paths=sys.path, model=str(model), out=str(out))
-    return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+CLI_SCRIPT = """
+import signal, sys; sys.path[:0] = {paths!r}
+from pvrt.cli import main
+from tests.fixtures.strike import strike
+strike("block 1/", 3000, signal.SIGINT)
+sys.argv = ["pvrt", *{arguments!r}]
+main()
+"""
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "gemma3_text")  # six blocks
     out = tmp_path / "killed"
-    process = start(tmp_path / "dense", out)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("block 2/"):
-            break
-    time.sleep(0.1)  # somewhere inside the next block
-    process.kill()
-    process.wait()
+    script = KILL_SCRIPT.format(paths=sys.path, model=str(tmp_path / "dense"), out=str(out))
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert "block 3/" not in killed.stdout
     assert not (out / "config.json").exists()
     lines: list[str] = []
     job = TuneJob(str(tmp_path / "dense"), out, QUICK, resume=True)
@@ -196,24 +194,14 @@ def test_a_damaged_block_file_is_made_again(tmp_path: Path) -> None:
 
 def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "gemma3_text")
-    command = [sys.executable, "-m", "pvrt", "tune", str(tmp_path / "dense"), "--samples", "4"]
-    command += ["--length", "32", "--effort", "quick", "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A suite in the background of a shell has SIGINT ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("block 1/"):
-            break
-    process.send_signal(signal.SIGINT)
-    rest = process.stdout.read()
-    assert process.wait() == 130, rest
-    assert "The same command goes on" in rest
+    arguments = ["tune", str(tmp_path / "dense"), "--samples", "4", "--length", "32"]
+    arguments += ["--effort", "quick", "-o", str(tmp_path / "out")]
+    script = CLI_SCRIPT.format(paths=sys.path, arguments=arguments)
+    struck = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert struck.returncode == 130, struck.stdout + struck.stderr
+    assert "block 6/" not in struck.stdout
+    assert "The same command goes on" in struck.stdout + struck.stderr
+    command = [sys.executable, "-m", "pvrt", *arguments]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "block 1/" not in again.stdout
