@@ -432,6 +432,12 @@ def serve(
         typer.Option(envvar="PVRT_API_KEY", help="Key that clients must send."),
     ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="Sequences that run at once (embedded engine: 16).")
+    ] = None,
+    max_num_queued_reqs: Annotated[
+        int | None, typer.Option(min=1, help="Requests that run or wait (embedded engine: 256).")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Start, test the server, print a table and end.")
     ] = False,
@@ -449,6 +455,8 @@ def serve(
         served_model_name=served_model_name,
         api_key=api_key,
         log_level=log_level,
+        max_num_seqs=max_num_seqs,
+        max_num_queued_reqs=max_num_queued_reqs,
         check=check,
         extra=list(context.args),
     )

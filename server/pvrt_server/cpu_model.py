@@ -3,11 +3,13 @@
 A token of a small model takes milliseconds, of which transformers' Python alone would take most.
 So decoding, of one sequence or of many at once, is a program of the C library
 (`pvrt_kernels.program`), over the same packed weights and the same caches. Everything is computed
-in float32; embeddings and lm_head are kept in the 16 bits that the checkpoint has them in, which
-halves what a token reads and changes no result.
+in float32; what is not quantised is kept in the 16 bits that the checkpoint has it in, which halves
+what a token reads and changes no result.
 """
 
-from collections.abc import Sequence
+import math
+import mmap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +27,7 @@ _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others depend on the length so far
 _FIRST_CAPACITY = 256
 _FEW_ROWS = 4
-_HEAD_ROWS = 8192  # of lm_head, widened at a time where many tokens need logits
+_WIDENED_ROWS = 1024  # of a 16-bit weight, at a time, where it is multiplied by many tokens
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
@@ -60,7 +62,11 @@ class _State:
 
 
 class CpuModel:
-    """A Llama-like model with packed weights, decoding up to `rows` sequences at once."""
+    """A Llama-like model, packed or dense, decoding up to `rows` sequences at once.
+
+    A dense model may be given in 16 bits: all sums are in float32 in any case. Its layers are
+    replaced.
+    """
 
     def __init__(self, model: Any, rows: int = 1) -> None:
         self.model = model
@@ -79,6 +85,12 @@ class CpuModel:
         if tied:
             model.lm_head.weight = decoder.embed_tokens.weight
         self._head = self._embedding if tied else _narrow(model.lm_head)
+        for parent, name, linear in _linears_of(model):
+            if type(linear) is nn.Linear:
+                setattr(parent, name, _DenseLinear(linear))
+        for parameter in model.parameters():  # norms and biases
+            if parameter.dim() == 1:
+                parameter.data = parameter.data.float()
         self._logits = torch.empty(self.most_rows, self._head.shape[0])
         self._program = self._build()
         self.bytes_per_token = self._program.bytes_read
@@ -100,7 +112,7 @@ class CpuModel:
             use_cache=True,
         )
         state.length += len(tokens)
-        return self._score(output.last_hidden_state[0, len(tokens) - keep :])
+        return _product(output.last_hidden_state[0, len(tokens) - keep :], self._head)
 
     def step(
         self, states: Sequence[_State], tokens: Sequence[int], argmax_only: bool = False
@@ -129,8 +141,11 @@ class CpuModel:
         while capacity < tokens:
             capacity *= 2
         layers = self.model.config.num_hidden_layers
-        # Of large buffers the kernel gives memory to those parts only that are written.
-        return torch.empty(layers, 2, self._kv_heads, min(capacity, self._limit), self._dim)
+        shape = (layers, 2, self._kv_heads, min(capacity, self._limit), self._dim)
+        # Mapped, not allocated: the system gives memory to those parts only that are written, and
+        # has all of it back with the tensor, where malloc would keep it for others, as written.
+        room = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(room, dtype=torch.float32).view(shape)
 
     def _extend(self, state: _State, tokens: int) -> None:
         end = state.length + tokens
@@ -143,12 +158,6 @@ class CpuModel:
             positions = torch.arange(self._positions).unsqueeze(0)
             cosine, sine = self.model.model.rotary_emb(self._logits, positions)
             self._program.rotate(cosine[0].contiguous(), sine[0].contiguous())
-
-    def _score(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[0] <= _FEW_ROWS:
-            return cpu.dense_linear(hidden, self._head)
-        parts = [F.linear(hidden, rows.float()) for rows in torch.split(self._head, _HEAD_ROWS)]
-        return torch.cat(parts, -1)
 
     def _build(self) -> Program:
         model, config = self.model.model, self.model.config
@@ -187,10 +196,49 @@ class CpuModel:
         return program
 
 
+class _DenseLinear(nn.Module):
+    """A layer of transformers with its weight in 16 bits where that loses nothing."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.out_features = layer.out_features
+        self.weight = nn.Parameter(_narrow(layer), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _product(x.flatten(0, -2), self.weight).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [tokens, in] in float32 times a weight [out, in] of 32 or 16 bits."""
+    if x.shape[0] <= _FEW_ROWS:
+        return cpu.dense_linear(x, weight)
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight)
+    return torch.cat([F.linear(x, rows.float()) for rows in torch.split(weight, _WIDENED_ROWS)], -1)
+
+
 def runs(model: Any) -> bool:
-    """Whether CpuModel computes exactly what a model of transformers does."""
-    config = model.config
-    if cpu.library() is None or model.device.type != "cpu" or model.dtype != torch.float32:
+    """Whether CpuModel computes exactly what a model of transformers does in float32."""
+    if not supports(model.config, model.device):
+        return False
+    kinds = {type(linear) for _, _, linear in _linears_of(model)}
+    return kinds <= {AQLMLinear, nn.Linear}
+
+
+def _linears_of(model: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The layers of attentions and MLPs, with what they are part of and as what."""
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, module in list(parent.named_children()):
+                if name.endswith("_proj"):
+                    yield parent, name, module
+
+
+def supports(config: Any, device: torch.device) -> bool:
+    """Whether CpuModel computes models of a configuration; their layers may be of other kinds."""
+    if cpu.library() is None or device.type != "cpu":
         return False
     rope = getattr(config, "rope_parameters", None) or {}
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
@@ -208,6 +256,8 @@ def runs(model: Any) -> bool:
 def _narrow(module: Any) -> Tensor:
     """A weight in 16 bits where that loses nothing; the module gets the narrow one as well."""
     weight: Tensor = module.weight.detach()
+    if weight.dtype != torch.float32:
+        return weight
     for dtype in (torch.bfloat16, torch.float16):
         narrow = weight.to(dtype)
         if torch.equal(narrow.float(), weight):

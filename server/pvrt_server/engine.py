@@ -40,7 +40,7 @@ class Engine:
     """
 
     def __init__(
-        self, runtime: Runtime, defaults: SamplingParams, *, folder: Path, queue_size: int
+        self, runtime: Runtime, defaults: SamplingParams, *, folder: Path, max_requests: int
     ) -> None:
         self.folder = folder
         self.defaults = defaults
@@ -50,7 +50,7 @@ class Engine:
         )
         self.on_broken: Callable[[], None] = lambda: None
         self._runtime = runtime
-        self._queue_size = queue_size
+        self._max_requests = max_requests
         self._scheduler = Scheduler(runtime, self.metrics)
         self._changed = threading.Condition()
         self._stopped: str | None = None
@@ -69,7 +69,7 @@ class Engine:
         options = options or EngineOptions()
         runtime = load_runtime(folder, options)
         defaults = sampling_defaults(runtime.model)
-        return cls(runtime, defaults, folder=folder, queue_size=options.queue_size)
+        return cls(runtime, defaults, folder=folder, max_requests=options.max_requests)
 
     def __enter__(self) -> "Engine":
         return self
@@ -145,7 +145,7 @@ class Engine:
         """Queue requests as one job; their events have the request's place as `index`.
 
         on_event is called from the worker thread and must be quick. Raises RequestError for a
-        request that cannot run, BusyError when the queue is full, EngineStoppedError when the
+        request that cannot run, BusyError when there are too many, EngineStoppedError when the
         engine takes no more.
         """
         if len(requests) > MAX_SEQUENCES:
@@ -158,10 +158,10 @@ class Engine:
         with self._changed:
             if self._stopped is not None:
                 raise EngineStoppedError(self._stopped)
-            if self._scheduler.waiting >= self._queue_size:
+            if self._scheduler.requests >= self._max_requests:
                 seconds = max(1, math.ceil(self._scheduler.seconds_to_start))
                 raise BusyError(
-                    f"{self._queue_size} requests are waiting already; try again in "
+                    f"{self._max_requests} requests run or wait already; try again in "
                     f"{seconds} seconds",
                     seconds,
                 )

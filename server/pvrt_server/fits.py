@@ -6,7 +6,6 @@ Reads config.json and the headers of the weights, and asks the device for its fr
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -154,9 +153,9 @@ def _weight_bytes(folder: Path, engine: str, device: Device, itemsize: int, conf
         model = open_checkpoint(folder)
     tensors = dict(model.tensors if model else read_headers(weight_files(folder)))
     total = 0
-    if isinstance(model, Checkpoint) and _in_c(config, engine, device, itemsize):
-        for name in model.dense_bytes():
-            if len(tensors[name].shape) == 2:  # embedding and head stay as narrow as they are
+    if _in_c(config, engine, device, itemsize):
+        for name in model.dense_bytes() if model else list(tensors):
+            if len(tensors[name].shape) == 2:  # what is not quantised stays as narrow as it is
                 info = tensors.pop(name)
                 total += info.elements * info.float_bits // 8
     if model is not None and _is_decoded(model, engine, device):
@@ -172,9 +171,8 @@ def _weight_bytes(folder: Path, engine: str, device: Device, itemsize: int, conf
 
 def _in_c(config: Any, engine: str, device: Device, itemsize: int) -> bool:
     """Whether the embedded engine will run the model in C."""
-    dtype = torch.float32 if itemsize == 4 else torch.bfloat16
-    asked = SimpleNamespace(config=config, device=torch.device(device.kind), dtype=dtype)
-    return engine == "local" and cpu_model.runs(asked)
+    kind = torch.device(device.kind)
+    return engine == "local" and itemsize == 4 and cpu_model.supports(config, kind)
 
 
 def _is_decoded(model: Checkpoint | GridCheckpoint, engine: str, device: Device) -> bool:

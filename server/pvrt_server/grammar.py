@@ -17,8 +17,13 @@ from pvrt_server.errors import RequestError
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-#: As people and programs write JSON. Without a bound, small models write spaces to the end.
-JSON_STYLE: "JsonCompileOptions" = {"whitespace_pattern": r"( |\n[ \t]{0,24})?"}
+#: As json.dumps writes it, and no other way: small models write blanks to the end wherever they
+#: may. A whitespace_pattern is no bound, because llguidance lets it come again and again.
+JSON_STYLE: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 class Grammar:

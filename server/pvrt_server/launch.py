@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -41,6 +42,8 @@ def serve(
     served_model_name: str | None = None,
     api_key: str | None = None,
     log_level: str = "info",
+    max_num_seqs: int | None = None,
+    max_num_queued_reqs: int | None = None,
     check: bool = False,
     extra: list[str] | None = None,
 ) -> int:
@@ -48,10 +51,12 @@ def serve(
 
     engine auto is vLLM where it is installed. extra are flags for vLLM itself and come last, so
     they override ours; the embedded engine has none. max_model_len counts tokens; None is as much
-    of the model's own as fits. port 0 takes any free one. The name defaults to the folder's. With
-    check the server is tested when it is ready, a table printed, and the server ended: the exit
-    code is 0 if all passed. Raises CheckpointError for a folder that is not sound and ServeError
-    for what cannot be served as asked, before anything is loaded.
+    of the model's own as fits. At most max_num_seqs sequences run at once, and requests are refused
+    while max_num_queued_reqs run or wait; None is the engine's own bound. port 0 takes any free
+    one. The name defaults to the folder's. With check the server is tested when it is ready, a
+    table printed, and the server ended: the exit code is 0 if all passed. Raises CheckpointError
+    for a folder that is not sound and ServeError for what cannot be served as asked, before
+    anything is loaded.
     """
     if log_level not in _LOG_LEVELS:
         raise ServeError(f"log level {log_level!r} is not one of {', '.join(_LOG_LEVELS)}")
@@ -73,7 +78,17 @@ def serve(
         port = listener.getsockname()[1]
         name = served_model_name or model.name
         plan = Plan(
-            model, name, host, port, dtype, max_model_len, api_key, log_level, access_log=not check
+            model,
+            name,
+            host,
+            port,
+            dtype,
+            max_model_len,
+            api_key,
+            log_level,
+            access_log=not check,
+            max_num_seqs=max_num_seqs,
+            max_num_queued_reqs=max_num_queued_reqs,
         )
         room = fit(model, chosen, Device.here(gpu_count(extra)), dtype, max_model_len)
         _say_what_fits(plan, room, chosen)
@@ -228,7 +243,12 @@ def _serve_local(
             engine.stop(GRACE_SECONDS)
             super().handle_exit(sig, frame)
 
-    engine = Engine.load(plan.model, EngineOptions(plan.dtype, room.max_model_len))
+    options = EngineOptions(plan.dtype, room.max_model_len)
+    if plan.max_num_seqs is not None:
+        options = replace(options, max_sequences=plan.max_num_seqs)
+    if plan.max_num_queued_reqs is not None:
+        options = replace(options, max_requests=plan.max_num_queued_reqs)
+    engine = Engine.load(plan.model, options)
     with engine:
         config = uvicorn.Config(
             create_app(engine, plan.name, plan.api_key),

@@ -12,6 +12,7 @@ from pvrt.checkpoint import is_aqlm, parse_quantization_config, read_config, wei
 from pvrt.errors import ServeError
 from pvrt.linear import pack_model
 from pvrt.memory import free_host_bytes
+from pvrt.packed import is_quantised
 from pvrt.scheme import Scheme
 from pvrt_server import cpu_model
 from pvrt_server.models import LanguageModel, TransformersModel, weight_bytes
@@ -35,9 +36,9 @@ class EngineOptions:
     """How to load and run. Raises ServeError for a value out of range.
 
     dtype auto is the checkpoint's own on a GPU and float32 on CPU, the only type that Llama-like
-    models decode in without transformers (`cpu_model`). max_model_len
-    (tokens of prompt and answer) None is what the model was made for, or what fits. queue_size
-    bounds the requests that wait, max_sequences those that run at once. Longer prompts than
+    models decode in without transformers (`cpu_model`). max_model_len (tokens of prompt and answer)
+    None is what the model was made for, or what fits. max_sequences bounds the sequences that run
+    at once, max_requests the requests that run or wait. Longer prompts than
     prefill_chunk tokens are read in pieces, which bounds memory and lets others go on meanwhile.
     cache_bytes is for the keys and values of all sequences; None takes half of the free memory,
     or more where one sequence needs it. prefix_reuse: prompts do not read again what is known.
@@ -45,16 +46,16 @@ class EngineOptions:
 
     dtype: str = "auto"
     max_model_len: int | None = None
-    queue_size: int = 256
     prefill_chunk: int = 512
     max_sequences: int = 16
+    max_requests: int = 256
     cache_bytes: int | None = None
     prefix_reuse: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise ServeError(f"dtype is {self.dtype!r}; choose auto, {', '.join(DTYPES)}")
-        for name in ("max_model_len", "queue_size", "prefill_chunk", "max_sequences"):
+        for name in ("max_model_len", "prefill_chunk", "max_sequences", "max_requests"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ServeError(f"{name} is {value}; it must be at least 1")
@@ -62,22 +63,34 @@ class EngineOptions:
 
 def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
     """Load model and tokenizer. Raises CheckpointError and ServeError."""
+    from transformers import AutoConfig
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scheme = _scheme(folder)
     dense = scheme is not None and not scheme.has_fast_kernel(device.type)
     dtype: torch.dtype | str = DTYPES.get(options.dtype, "auto")
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32
-    max_model_len = _context_length(folder, options.max_model_len)
+    config = AutoConfig.from_pretrained(folder)
+    max_model_len = _context_length(folder, config.get_text_config(), options.max_model_len)
     codec = TextCodec(_load_tokenizer(folder))
-    model: Any = pvrt.load(folder, dense=dense, dtype=dtype).to(device)
+    in_c = dtype == torch.float32 and cpu_model.supports(config, device)
+    # In C, weights that are not quantised need never be wider than they are stored.
+    as_stored = in_c and not is_quantised(read_config(folder))
+    model: Any = pvrt.load(folder, dense=dense, dtype="auto" if as_stored else dtype).to(device)
     if not dense:
         pack_model(model, model.dtype)
     language_model: LanguageModel
-    if scheme is not None and cpu_model.runs(model):
+    if in_c and cpu_model.runs(model):
         language_model = cpu_model.CpuModel(model, options.max_sequences)
     else:
+        model = model.float() if as_stored else model
         language_model = TransformersModel(model, options.max_sequences)
+    if options.max_sequences > language_model.most_rows:
+        raise ServeError(
+            f"max_num_seqs is {options.max_sequences}; this model runs at most "
+            f"{language_model.most_rows} sequences at once on a CPU"
+        )
     size = weight_bytes(model)
     if dense:
         stored = sum(file.stat().st_size for file in weight_files(folder))
@@ -99,7 +112,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
         vocabulary=model.config.get_text_config().vocab_size,
         max_model_len=max_model_len,
         prefill_chunk=options.prefill_chunk,
-        max_sequences=min(options.max_sequences, language_model.most_rows),
+        max_sequences=options.max_sequences,
         cache_tokens=cache_tokens,
         prefix_reuse=options.prefix_reuse,
     )
@@ -174,10 +187,7 @@ def _eos_ids(model: Any, codec: TextCodec) -> frozenset[int]:
     return frozenset(token for token in [*listed, codec.eos_id] if token is not None)
 
 
-def _context_length(folder: Path, wanted: int | None) -> int:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+def _context_length(folder: Path, config: Any, wanted: int | None) -> int:
     made_for: int | None = getattr(config, "max_position_embeddings", None)
     if made_for is None:
         if wanted is None:

@@ -12,7 +12,10 @@ KEEP_ALIVE_SECONDS = 75
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked call of `serve`. `url` is where this machine reaches the server."""
+    """A checked call of `serve`. `url` is where this machine reaches the server.
+
+    None is the engine's own choice.
+    """
 
     model: Path
     name: str
@@ -23,6 +26,8 @@ class Plan:
     api_key: str | None = field(repr=False)
     log_level: str
     access_log: bool = True
+    max_num_seqs: int | None = None
+    max_num_queued_reqs: int | None = None
 
     @property
     def url(self) -> str:

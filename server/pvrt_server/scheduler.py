@@ -107,6 +107,13 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def requests(self) -> int:
+        """How many jobs run or wait, those that were cancelled left out."""
+        with self._lock:
+            jobs = {*self._jobs, *(job for job, _ in self._running)}
+        return sum(bool(job.pending or job.running) for job in jobs if not job.cancelled)
+
+    @property
     def cache_share(self) -> float:
         """Tokens in the cache, those of finished sequences too, of all that it takes: 0 to 1."""
         held = sum(sequence.held for _, sequence in self._running)

@@ -140,14 +140,17 @@ def _expect(condition: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
+def _status(answer: Answer, status: int = 200) -> Answer:
+    _expect(answer.status == status, f"status {answer.status}: {answer.text[:200]}")
+    return answer
+
+
 def _good(answer: Answer) -> Any:
-    _expect(answer.status == 200, f"status {answer.status}: {answer.text[:200]}")
-    return answer.json
+    return _status(answer).json
 
 
 def _refused(answer: Answer, status: int) -> None:
-    _expect(answer.status == status, f"status {answer.status}: {answer.text[:200]}")
-    error = answer.json.get("error")
+    error = _status(answer, status).json.get("error")
     _expect(isinstance(error, dict) and bool(error.get("message")), "no error.message in the body")
     _expect({"type", "param", "code"} <= error.keys(), "error lacks type, param or code")
 
@@ -159,14 +162,12 @@ def _usage(usage: Any) -> int:
 
 
 def _health(client: _Client) -> None:
-    answer = client.ask("/health", key=False)
-    _expect(answer.status == 200, f"status {answer.status}")
+    _status(client.ask("/health", key=False))
 
 
 def _guarded(client: _Client) -> None:
     for path in ("/v1/models", "/metrics", "/version", "/pvrt/status"):
-        answer = client.ask(path, key=False)
-        _expect(answer.status == 401, f"{path} answers {answer.status} without a key")
+        _refused(client.ask(path, key=False), 401)
 
 
 def _models(client: _Client, name: str) -> None:
@@ -224,8 +225,7 @@ def _stop(client: _Client) -> None:
 def _stream(client: _Client) -> None:
     whole = _good(client.complete(ignore_eos=True))
     answer = client.complete(ignore_eos=True, stream=True, stream_options={"include_usage": True})
-    _expect(answer.status == 200, f"status {answer.status}")
-    *chunks, last = answer.events
+    *chunks, last = _status(answer).events
     text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
     _expect(text == whole["choices"][0]["text"], "the stream says something else")
     _expect(last["choices"] == [], "the last chunk is not usage alone")
@@ -271,16 +271,13 @@ def _overflow(client: _Client) -> None:
 
 
 def _no_json(client: _Client) -> None:
-    answer = client.ask("/v1/completions", ["not", "an", "object"])
-    _refused(answer, 400)
+    _refused(client.ask("/v1/completions", ["not", "an", "object"]), 400)
 
 
 def _metrics(client: _Client) -> None:
-    answer = client.ask("/metrics")
-    _expect(answer.status == 200, f"status {answer.status}")
-    _expect("# TYPE" in answer.text and "time_to_first_token" in answer.text, "no TTFT in it")
+    text = _status(client.ask("/metrics")).text
+    _expect("# TYPE" in text and "time_to_first_token" in text, "no TTFT in it")
 
 
 def _page(client: _Client) -> None:
-    answer = client.ask("/", key=False)
-    _expect(answer.status == 200 and "<title>" in answer.text, f"status {answer.status}")
+    _expect("<title>" in _status(client.ask("/", key=False)).text, "no page")

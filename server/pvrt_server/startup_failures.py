@@ -85,7 +85,7 @@ CAUSES: Sequence[Cause] = (
     _cause(
         r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory",
         "the GPU ran out of memory while loading",
-        f"{_RETRY} --max-model-len 2048 -- --max-num-seqs 16 --enforce-eager",
+        f"{_RETRY} --max-model-len 2048 --max-num-seqs 16 -- --enforce-eager",
     ),
     _cause(
         r"DefaultCPUAllocator: can't allocate memory|MemoryError",

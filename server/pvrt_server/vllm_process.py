@@ -77,8 +77,8 @@ def serve_vllm(plan: Plan, fit: Fit, extra: list[str], on_ready: Callable[[], bo
 def vllm_command(plan: Plan, fit: Fit, extra: list[str]) -> list[str]:
     """The command line of vLLM's own server: our defaults, then the user's flags, which win.
 
-    As a module, because the `vllm` script of the CPU package does not start. All flags here are
-    known to vLLM 0.30 to 0.33.
+    As a module, because the `vllm` script of the CPU package does not start. All flags that are
+    given unasked are known to vLLM 0.30 to 0.33.
     """
     folder = installed() or Path()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -92,6 +92,11 @@ def vllm_command(plan: Plan, fit: Fit, extra: list[str]) -> list[str]:
     command += ["--middleware", "pvrt_server.frontend.Frontend"]
     if plan.max_model_len is not None or fit.max_model_len < fit.wanted_len:
         command += ["--max-model-len", str(fit.max_model_len)]
+    for flag, value in (
+        ("--max-num-seqs", plan.max_num_seqs),
+        ("--max-num-queued-reqs", plan.max_num_queued_reqs),
+    ):
+        command += [] if value is None else [flag, str(value)]
     command += ["--sse-keep-alive-interval", str(_SSE_SECONDS)]
     command += ["--shutdown-timeout", str(int(GRACE_SECONDS))]
     config = read_config(plan.model) if plan.model.is_dir() else {}

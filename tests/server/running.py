@@ -98,8 +98,8 @@ class ScriptedModel:
 def scripted_engine(
     folder: Path,
     script: str | Sequence[int | Exception],
-    queue_size: int = 64,
     max_sequences: int = 8,
+    max_requests: int = 64,
     prefill_chunk: int = 512,
 ) -> tuple[Engine, ScriptedModel]:
     """An engine that answers everything with a text or with tokens."""
@@ -117,7 +117,7 @@ def scripted_engine(
         cache_tokens=1 << 20,
     )
     greedy = SamplingParams(temperature=0)
-    return Engine(runtime, greedy, folder=folder, queue_size=queue_size), model
+    return Engine(runtime, greedy, folder=folder, max_requests=max_requests), model
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The C program for Llama-like models against transformers, token by token."""
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,16 @@ import torch
 from torch import Tensor
 
 import pvrt
+from pvrt.errors import ServeError
 from pvrt.linear import pack_model, quantized_linears
 from pvrt_kernels import cpu
 from pvrt_kernels.program import Rounded
 from pvrt_server import cpu_model
 from pvrt_server.cpu_model import CpuModel
 from pvrt_server.engine import Engine
-from pvrt_server.loading import EngineOptions
+from pvrt_server.loading import EngineOptions, load_runtime
 from pvrt_server.models import TransformersModel
-from tests.fixtures.toy import write_toy
+from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
 PROMPT = list(range(60, 90))
@@ -169,6 +171,46 @@ def test_the_engine_takes_it_and_dense_weights_keep_sixteen_bits(tmp_path: Path)
         assert model._head is model._embedding
     with Engine.load(tmp_path, EngineOptions(dtype="bfloat16")) as engine:
         assert isinstance(engine._runtime.model, TransformersModel)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_models_that_are_not_quantised_run_in_it_as_they_are_stored(
+    tmp_path: Path, architecture: str, dtype: torch.dtype
+) -> None:
+    toy_model(architecture).to(dtype).save_pretrained(tmp_path)
+    toy_tokenizer().save_pretrained(tmp_path)
+    model = load_runtime(tmp_path, EngineOptions()).model
+    assert isinstance(model, CpuModel)
+    assert {p.dtype for p in model.model.parameters() if p.dim() == 2} == {dtype}
+    reference = TransformersModel(pvrt.load(tmp_path, dtype=torch.float32))
+    expected = logits_after(reference, 12)
+    torch.testing.assert_close(logits_after(model, 12), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_more_sequences_than_the_program_runs_are_refused(toy: Path) -> None:
+    with pytest.raises(ServeError, match="max_num_seqs is 65; this model runs at most 64"):
+        load_runtime(toy, EngineOptions(max_sequences=65))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")
+def test_the_memory_of_a_cache_goes_back_to_the_system(tmp_path: Path) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    write_toy(tmp_path, "llama")
+    model = CpuModel(loaded(tmp_path))
+    before = resident()
+    rooms = [model._room_for(512) for _ in range(200)]
+    size = sum(room.nbytes for room in rooms)
+    unwritten = resident() - before
+    for room in rooms:
+        room.fill_(1)
+    written = resident() - before
+    del rooms, room
+    assert unwritten < 0.2 * size
+    assert written > 0.8 * size
+    assert resident() - before < 0.2 * size
 
 
 @pytest.mark.parametrize(

@@ -135,14 +135,14 @@ def test_jobs_begin_in_the_order_of_arrival(toy: Path) -> None:
 
 
 def test_a_full_queue_refuses_with_a_waiting_time_and_recovers(toy: Path) -> None:
-    engine, model = scripted_engine(toy, "abc", queue_size=2, max_sequences=1)
+    engine, model = scripted_engine(toy, "abc", max_sequences=1, max_requests=3)
     model.gate.clear()
     request = GenerationRequest((1, 2), GREEDY)
     with engine:
         running = engine.submit([request], lambda event: None)
         wait_until(lambda: engine.running)
         waiting = [engine.submit([request], lambda event: None) for _ in range(2)]
-        with pytest.raises(BusyError, match="2 requests are waiting") as caught:
+        with pytest.raises(BusyError, match="3 requests run or wait") as caught:
             engine.submit([request], lambda event: None)
         assert caught.value.retry_after_seconds >= 1
         waiting[0].cancel()  # somebody who leaves makes room
@@ -248,8 +248,8 @@ def test_options_are_checked(toy: Path, tmp_path: Path) -> None:
         Engine.load(toy, EngineOptions(max_model_len=1024))
     with pytest.raises(ServeError, match="dtype is 'int4'"):
         EngineOptions("int4")
-    with pytest.raises(ServeError, match="queue_size is 0"):
-        EngineOptions(queue_size=0)
+    with pytest.raises(ServeError, match="max_requests is 0"):
+        EngineOptions(max_requests=0)
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         Engine.load(tmp_path)
 

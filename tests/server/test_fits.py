@@ -8,7 +8,7 @@ import torch
 from pvrt.errors import ServeError
 from pvrt_server.fits import Device, fit
 from pvrt_server.loading import EngineOptions, load_runtime
-from tests.fixtures.toy import toy_model, write_toy, write_toy_grid
+from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
 
 ROOMY = Device("cpu", 10**11, 10**11)
 
@@ -19,6 +19,7 @@ def test_the_weights_are_counted_as_the_engine_will_hold_them(
     write_toy(tmp_path / "aqlm", dtype=torch.float16)
     dense = toy_model("llama")
     dense.half().save_pretrained(tmp_path / "dense")
+    toy_tokenizer().save_pretrained(tmp_path / "dense")
     write_toy_grid(tmp_path / "grid", "llama", "w4g128")
     with caplog.at_level("INFO"):
         load_runtime(tmp_path / "aqlm", EngineOptions())
@@ -26,9 +27,17 @@ def test_the_weights_are_counted_as_the_engine_will_hold_them(
     assert isinstance(said, tuple)
     found = fit(tmp_path / "aqlm", "local", ROOMY).weight_bytes
     assert found == pytest.approx(float(str(said[4])) * 1e6, rel=0.05)
-    # Everything else computes in float32 on a CPU here, and in 16 bits in vLLM.
+    # On a CPU the embedded engine computes in float32, but keeps matrices in their 16 bits.
     parameters = sum(p.numel() for p in dense.parameters())
-    assert fit(tmp_path / "dense", "local", ROOMY).weight_bytes == 4 * parameters
+    matrices = sum(p.numel() for p in dense.parameters() if p.dim() == 2)
+    local = fit(tmp_path / "dense", "local", ROOMY).weight_bytes
+    assert local == 4 * parameters - 2 * matrices
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        load_runtime(tmp_path / "dense", EngineOptions())
+    (said,) = (r.args for r in caplog.records if r.msg.startswith("loaded"))
+    assert isinstance(said, tuple)
+    assert local == pytest.approx(float(str(said[4])) * 1e6, rel=0.01)
     assert fit(tmp_path / "dense", "vllm", ROOMY).weight_bytes == 2 * parameters
     assert fit(tmp_path / "dense", "vllm", ROOMY, "float32").weight_bytes == 4 * parameters
     assert fit(tmp_path / "grid", "local", ROOMY).weight_bytes == 4 * parameters

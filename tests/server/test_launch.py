@@ -19,6 +19,7 @@ from pvrt.errors import CheckpointError, ServeError
 from pvrt.plan import CacheShape
 from pvrt_server.fits import Device, Fit
 from pvrt_server.launch import serve
+from pvrt_server.loading import EngineOptions
 from pvrt_server.options import Plan
 from pvrt_server.vllm_process import gpu_count, vllm_command, vllm_environment
 from tests.fixtures.toy import write_toy
@@ -153,6 +154,21 @@ def test_vllm_gets_our_defaults_and_the_users_flags_last() -> None:
     assert "--max-model-len 512" in joined
     assert "--middleware pvrt_server.frontend.Frontend" in joined
     assert command[-2:] == ["--dtype", "float16"]
+
+
+def test_bounds_go_to_either_engine_by_one_name(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = " ".join(vllm_command(plan(max_num_seqs=3, max_num_queued_reqs=7), room(), []))
+    assert "--max-num-seqs 3 --max-num-queued-reqs 7" in joined
+    assert "--max-num" not in " ".join(vllm_command(plan(), room(), []))
+
+    def load(folder: Path, options: EngineOptions) -> None:
+        raise ServeError(f"{options.max_sequences} at once of {options.max_requests}")
+
+    monkeypatch.setattr("pvrt_server.engine.Engine.load", load)
+    with pytest.raises(ServeError, match="3 at once of 7"):
+        serve(toy, engine="local", port=0, max_num_seqs=3, max_num_queued_reqs=7)
+    with pytest.raises(ServeError, match="16 at once of 256"):
+        serve(toy, engine="local", port=0)
 
 
 def test_vllm_finds_its_own_context_unless_one_is_asked_for_or_less_fits() -> None:

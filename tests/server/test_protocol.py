@@ -233,7 +233,7 @@ def test_a_key_guards_everything_but_health_and_the_page(toy: Path) -> None:
 
 
 def test_a_full_queue_is_a_429_that_says_when_to_return(toy: Path) -> None:
-    engine, model = scripted_engine(toy, "ok", queue_size=1, max_sequences=1)
+    engine, model = scripted_engine(toy, "ok", max_sequences=1, max_requests=2)
     model.gate.clear()
     with serving(engine) as server, ThreadPoolExecutor(2) as pool:
         first = pool.submit(server.post, COMPLETIONS, {"prompt": "ab"})

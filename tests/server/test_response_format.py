@@ -87,6 +87,21 @@ def test_a_grammar_leaves_only_what_may_come_next() -> None:
     assert sampler.choose(torch.zeros(VOCABULARY)) == 257
 
 
+def test_json_has_no_room_for_blanks() -> None:
+    """Every blank that may come, comes: those of json.dumps."""
+    compiler = GrammarCompiler(toy_tokenizer(), VOCABULARY, frozenset({257}))
+    properties = {"a": {"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2}}
+    schema = {"type": "object", "properties": properties, "required": ["a"]}
+    grammar = compiler.json_schema({**schema, "additionalProperties": False}, "response_format")()
+    blanks = {ord(blank): 50.0 for blank in " \n\t\r"}
+    params = SamplingParams(seed=0, logit_bias=blanks)
+    sampler = Sampler(params, [1], VOCABULARY, torch.device("cpu"), grammar)
+    tokens = []
+    while not grammar.done:
+        tokens.append(sampler.choose(torch.zeros(VOCABULARY)))
+    assert bytes(tokens[: tokens.index(257)] if 257 in tokens else tokens) == b'{"a": [1, 1]}'
+
+
 def test_a_grammar_needs_a_fast_tokenizer(toy: Path) -> None:
     compiler = GrammarCompiler(object(), VOCABULARY, frozenset({257}))
     with pytest.raises(RequestError, match="cannot be used with grammars"):

@@ -64,7 +64,7 @@ PRINTED = [
         None,
         "",
         "the GPU ran out of memory while loading",
-        "--max-model-len 2048 -- --max-num-seqs 16",
+        "--max-model-len 2048 --max-num-seqs 16 --",
     ),
     (
         "RuntimeError: [enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't "
