@@ -1,8 +1,9 @@
 """Features x engines x clients of `pvrt serve` -> benchmarks/results/server_conformance.json.
 
     python benchmarks/server_conformance.py CHECKPOINT [--clients PYTHON] [--engines local vllm]
+        [--only "raw HTTP"]
 
-Rows of engines that are not asked for stay as they are. PYTHON is an interpreter with
+Rows of engines and clients that are not asked for stay as they are. PYTHON is an interpreter with
 langchain-openai, litellm and mcp (they want an older openai than pvrt's tests have); without it
 their rows are left out.
 """
@@ -12,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,14 +83,16 @@ def served(checkpoint: Path, engine: str, *flags: str, key: str | None = KEY) ->
         process.communicate(timeout=120)
 
 
-def rows(checkpoint: Path, engine: str, clients: str | None) -> Iterator[dict[str, Any]]:
+def rows(
+    checkpoint: Path, engine: str, names: Sequence[str], clients: str | None
+) -> Iterator[dict[str, Any]]:
     """One row per client and feature on one engine."""
     script = Path(__file__).with_name("server_clients.py")
     with (
         with_tools(checkpoint) as folder,
         served(folder, engine, "--served-model-name", "model", "--log-level", "warning") as url,
     ):
-        for name in (*OURS, *(THEIRS if clients else ())):
+        for name in names:
             python = str(clients) if name in THEIRS else sys.executable
             command = [python, str(script), name, url, "model", KEY]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -102,18 +105,30 @@ def rows(checkpoint: Path, engine: str, clients: str | None) -> Iterator[dict[st
                 yield {"engine": engine, **row, "pass": problem is None, **said}
 
 
+def client_of(row: dict[str, Any]) -> str:
+    """A row's client without its version."""
+    return str(row["client"]).rstrip(".0123456789 ")
+
+
 def main() -> None:
     """Measure, store, renew the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--clients", help="an interpreter with langchain-openai and litellm")
     parser.add_argument("--engines", nargs="+", default=["local", "vllm"], choices=FLAGS)
+    parser.add_argument("--only", nargs="+", choices=(*OURS, *THEIRS), help="these clients alone")
     arguments = parser.parse_args()
     file = RESULTS / "server_conformance.json"
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    result = [row for row in stored if row["engine"] not in arguments.engines]
+    names = arguments.only or (*OURS, *(THEIRS if arguments.clients else ()))
+    replaced = names if arguments.only else (*OURS, *THEIRS)
+    result = [
+        row
+        for row in stored
+        if row["engine"] not in arguments.engines or client_of(row) not in replaced
+    ]
     for engine in arguments.engines:
-        for row in rows(arguments.checkpoint, engine, arguments.clients):
+        for row in rows(arguments.checkpoint, engine, names, arguments.clients):
             result.append(row)
             mark = "ok  " if row["pass"] else "FAIL"
             print(
@@ -121,7 +136,8 @@ def main() -> None:
                 f"{row.get('problem', '')}",
                 flush=True,
             )
-    result.sort(key=lambda row: list(FLAGS).index(row["engine"]))
+    order = (*OURS, *THEIRS)
+    result.sort(key=lambda row: (list(FLAGS).index(row["engine"]), order.index(client_of(row))))
     file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     renew()
     failed = sum(not row["pass"] for row in result)

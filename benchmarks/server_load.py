@@ -6,6 +6,7 @@ First `--streams` clients stream completions from one server for `--seconds`: er
 token, time between tokens, and the memory of the server's processes over time. Then, with --dense,
 tokens per second at 1, 4 and 16 requests at once of the embedded engine and of `transformers serve`
 on the same dense model, and of the embedded engine on CHECKPOINT, one after the other in this run.
+What is not measured (--seconds 0, or no --dense) stays as it was stored.
 """
 
 import argparse
@@ -290,16 +291,26 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--out", type=Path, default=RESULTS / "server_load.json")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {**describe(), "checkpoint": arguments.checkpoint.name}
-    if arguments.note:
-        result["note"] = arguments.note
+    stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    about = describe()
+    measured: dict[str, Any] = {}
     if arguments.seconds:
-        result["load"] = load(
+        measured["load"] = load(
             arguments.checkpoint, arguments.engine, arguments.streams, arguments.seconds
         )
-        print(json.dumps(result["load"], indent=1), flush=True)
+        print(json.dumps(measured["load"], indent=1), flush=True)
     if arguments.dense is not None:
-        result["throughput"] = throughput(arguments.checkpoint, arguments.dense, arguments.repeats)
+        measured["throughput"] = throughput(
+            arguments.checkpoint, arguments.dense, arguments.repeats
+        )
+    runs = {name: {"commit": about["commit"], "note": arguments.note} for name in measured}
+    result = {
+        **about,
+        "checkpoint": arguments.checkpoint.name,
+        "runs": {**stored.get("runs", {}), **runs},
+        **{name: stored[name] for name in ("load", "throughput") if name in stored},
+        **measured,
+    }
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     renew()
 

@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import re
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 SECONDS = 120
+LEAVING = 1000
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,24 @@ def raw_http(where: Where) -> Iterator[Feature]:
 
     def leaving() -> None:
         body = json.dumps({**json.loads(good), "stream": True, "max_tokens": 200}).encode()
-        for _ in range(20):
-            send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, wait=False)
+        request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        for number in range(LEAVING):
+            with socket.create_connection(address, SECONDS) as connection:
+                connection.sendall(request if number % 3 else request[: number % len(request)])
+                if number % 10 == 1:  # in the middle of an answer
+                    connection.recv(64)
+        nothing_left()
         alive()
+
+    def nothing_left() -> None:
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            text = raw(where, "GET", "/metrics")[1]
+            counts = re.findall(r"^vllm:num_requests_(?:running|waiting)\b\S* (\S+)$", text, re.M)
+            if counts and not any(map(float, counts)):
+                return
+            time.sleep(0.1)
+        expect(False, f"running and waiting: {counts}")
 
     def no_http() -> None:
         for junk in (b"\x16\x03\x01\x02\x00\x01", b"GET\r\n\r\n", b"\x00" * 300):
@@ -135,7 +153,7 @@ def raw_http(where: Where) -> Iterator[Feature]:
         "chunked body": chunked,
         "connection kept alive": kept,
         "half requests": half,
-        "clients that leave": leaving,
+        f"{LEAVING:,} clients that leave": leaving,
         "no HTTP at all": no_http,
         "body too large: 413": large,
         "no JSON: 400": bad_body(b"{"),
