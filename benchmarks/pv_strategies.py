@@ -1,13 +1,15 @@
-"""The strategies of PV-Tuning on a real model: writes results/pv_strategies.json.
+"""The strategies of PV-Tuning on real models: writes results/pv_strategies.json.
 
-    .venv/bin/python benchmarks/pv_strategies.py [--schemes 2x8g8 1x8g8 ...] [--strategies ...]
+    .venv/bin/python benchmarks/pv_strategies.py [MODEL ...] [--schemes ...] [--strategies ...]
 
-SmolLM2-135M, calibrated once per scheme, then tuned by every strategy from there: the same data,
-steps and learning rates per scheme, seeds 0 to 2 (which order the windows and draw codes). Text:
-Wikipedia, web and WikiText-2 train, 256 tokens a window; the best state is chosen on held-out
-windows of that text. Perplexity is of the first windows of WikiText-2 test and of C4 documents that
-nothing was trained on, for the report alone. Rows that are there already are kept, so the table can
-grow over several runs.
+Calibrated once per scheme, then tuned by every strategy from there: the same data and steps, seeds
+0 to 2 (which order the windows and draw codes). The best state is chosen on held-out windows.
+
+stories260k, whose weights nobody quantised before, so small that 400 steps of 2048 tokens take
+minutes: it trains on its own text and holds out TinyStories. smollm2-135m trains on Wikipedia, web
+pages and WikiText-2 train, 256 tokens a window. Perplexity is of text that nothing was trained or
+chosen on, for the report alone: later TinyStories; the first windows of WikiText-2 test and of C4.
+Rows that are there already are kept, so the table can grow over several runs.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,10 @@ from pvrt.evaluate import perplexity, read_text, windows
 from pvrt.linear import decode_once
 from pvrt.scheme import GridScheme, parse_scheme
 from pvrt_tune.blocks import find_blocks
-from pvrt_tune.calibration import documents, from_text
-from pvrt_tune.pv import STRATEGIES
+from pvrt_tune.calibration import CalibrationData, documents, from_model, from_text
+from pvrt_tune.pv import STRATEGIES, PVSettings
 from pvrt_tune.pvstage import calibrated, pv_tune, tuned_tensors
-from pvrt_tune.recipe import EFFORTS, TuneJob
+from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
 from pvrt_tune.runstate import RunState
 from pvrt_tune.source import Source, load_source
 from pvrt_tune.training import TrainSettings
@@ -40,66 +43,158 @@ from pvrt_tune.walk import walk
 
 DATA = machine.ROOT.parent / "shared" / "data"
 RESULT = machine.ROOT / "benchmarks" / "results" / "pv_strategies.json"
-TRAINING = (
-    "text/wikipedia.jsonl",
-    "text/openwebtext.jsonl",
-    "wikitext2/wiki.train.first1MB.noblank.txt",
-)
-LENGTH, EVALUATED = 256, 4
 
 
-def training_text(folder: Path) -> Path:
-    """A folder with the training documents; C4 stays out."""
+@dataclass(frozen=True)
+class Subject:
+    """A model, its schemes and training, and the text to train on and to measure with.
+
+    data(source, settings, folder): held-out windows first. texts: what perplexity is measured on,
+    over the first `evaluated` windows of `window` tokens each. rates: learning rates of codes by
+    strategy, each the best of a few on held-out text with seed 0.
+    """
+
+    source: Callable[[], Path]
+    schemes: tuple[str, ...]
+    recipe: Recipe
+    data: Callable[[Source, Recipe, Path], CalibrationData]
+    texts: Callable[[], dict[str, str]]
+    window: int
+    evaluated: int
+    rates: dict[str, float]
+
+    def settings(self, strategy: str) -> TrainSettings:
+        """Of a run by one strategy."""
+        settings = self.recipe.pv
+        assert settings is not None
+        rate = self.rates.get(strategy, settings.pv.code_learning_rate)
+        return replace(
+            settings, pv=replace(settings.pv, strategy=strategy, code_learning_rate=rate)
+        )
+
+    def evaluate(self, model: Any, source: Source) -> dict[str, float]:
+        """Perplexity over the first windows of every text."""
+        return {
+            name: perplexity(
+                model, windows(text, source.tokenizer, self.window, self.evaluated)
+            ).value
+            for name, text in self.texts().items()
+        }
+
+
+def web_text(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
+    """Windows of Wikipedia, web pages and WikiText-2 train; C4 stays out."""
     text = folder / "text"
-    text.mkdir(exist_ok=True)
-    for name in TRAINING:
+    text.mkdir(parents=True, exist_ok=True)
+    for name in ("text/wikipedia.jsonl", "text/openwebtext.jsonl"):
         shutil.copy(DATA / name, text)
-    return text
+    shutil.copy(DATA / "wikitext2" / "wiki.train.first1MB.noblank.txt", text)
+    return from_text(str(text), source.tokenizer, recipe.windows, recipe.length, recipe.seed)
 
 
-def second_text() -> str:
+def own_stories(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
+    """Held-out windows of TinyStories, then the model's own text."""
+    assert recipe.pv is not None
+    file = folder / "stories.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(tinystories()[0], encoding="utf-8")
+    real = from_text(str(file), source.tokenizer, recipe.pv.held_out, recipe.length, recipe.seed)
+    model = source.dense(torch.float32)
+    own = from_model(model, recipe.windows - recipe.pv.held_out, recipe.length, recipe.seed)
+    return replace(own, tokens=torch.cat([real.tokens, own.tokens]), positions=None)
+
+
+def tinystories() -> tuple[str, str]:
+    """Two halves of the stories at hand: to choose states by, and to report."""
+    text = (DATA / "text" / "tinystories.txt").read_text(encoding="utf-8")
+    middle = text.index("\n\n", len(text) // 2)
+    return text[:middle], text[middle:]
+
+
+def c4() -> str:
     """C4 documents, joined by blank lines."""
     rows = documents(str(DATA / "text" / "c4.jsonl"))
     return "\n\n".join(row for row in rows if isinstance(row, str))
 
 
-class Bench:
-    """One scheme: its calibrated blocks, and the rows that start from them."""
+SUBJECTS = {
+    "stories260k": Subject(
+        source=lambda: DATA / "models" / "stories260K-hf",
+        schemes=("2x4g4", "1x4g4", "w2g32"),
+        recipe=Recipe(
+            length=128,
+            pv=TrainSettings(
+                windows=4096,
+                steps=400,
+                batch=16,
+                microbatch=16,
+                held_out=64,
+                evaluate_every=20,
+                patience=99,
+                pv=PVSettings(learning_rate=5e-3),
+            ),
+        ),
+        data=own_stories,
+        texts=lambda: {"tinystories_ppl": tinystories()[1]},
+        window=256,
+        evaluated=128,
+        rates={},
+    ),
+    "smollm2-135m": Subject(
+        source=quickstart.smollm2,
+        schemes=("2x8g8", "1x8g8", "w2g64"),
+        recipe=replace(
+            EFFORTS["quick"],
+            length=256,
+            pv=TrainSettings(windows=1600, steps=40, batch=2, microbatch=2, patience=99),
+        ),
+        data=web_text,
+        texts=lambda: {"wikitext2_ppl": read_text(quickstart.WIKITEXT), "second_ppl": c4()},
+        window=2048,
+        evaluated=4,
+        rates={},
+    ),
+}
 
-    def __init__(self, source: Source, scheme: str, settings: TrainSettings, folder: Path) -> None:
-        self.source, self.scheme, self.settings = source, scheme, settings
-        self.folder = folder / scheme
-        recipe = replace(EFFORTS["quick"], scheme=scheme, length=LENGTH, pv=settings)
-        self.job = TuneJob(source.name, self.folder, recipe)
+
+class Bench:
+    """One model in one scheme: its calibrated blocks, and the rows that start from them."""
+
+    def __init__(self, name: str, subject: Subject, source: Source, scheme: str, folder: Path):
+        self.subject, self.source, self.scheme = subject, source, scheme
+        self.folder = folder / f"{name}-{scheme}"
+        self.job = TuneJob(source.name, self.folder, replace(subject.recipe, scheme=scheme))
         self.blocks = find_blocks(source.model)
-        text = str(training_text(folder))
-        self.data = from_text(text, source.tokenizer, recipe.windows, LENGTH, recipe.seed)
+        self.data = subject.data(source, self.job.recipe, folder / name)
         self.state = RunState(self.folder / ".run")
-        walk(self.job, source, self.blocks, self.data[recipe.calibration], self.state, say)
+        calibration = self.data[self.job.recipe.calibration]
+        walk(self.job, source, self.blocks, calibration, self.state, say)
 
     def run(self, strategy: str, seed: int) -> dict[str, Any]:
         """Tune from the calibrated blocks and measure the best state."""
         copy = Path(tempfile.mkdtemp(dir=self.folder.parent))
         shutil.copytree(self.folder / ".run", copy / ".run")
-        settings = replace(self.settings, pv=replace(self.settings.pv, strategy=strategy))
+        settings = self.subject.settings(strategy)
         recipe = replace(self.job.recipe, pv=settings, seed=seed)
         job, state = replace(self.job, recipe=recipe), RunState(copy / ".run")
         held = settings.held_out
         order = torch.randperm(len(self.data) - held, generator=torch.manual_seed(seed))
         data = self.data[[*range(held), *(order + held).tolist()]]
-        started = time.monotonic()
+        started, spent = time.monotonic(), time.process_time()
         pv_tune(job, self.source, self.blocks, data, state, say, None)
-        seconds = time.monotonic() - started
+        seconds, spent = time.monotonic() - started, time.process_time() - spent
         tensors, report = tuned_tensors(state)
         row = {
             "strategy": strategy,
             "seed": seed,
             "steps": settings.steps,
-            "tokens": settings.steps * settings.batch * LENGTH,
+            "tokens": settings.steps * settings.batch * recipe.length,
+            "code_learning_rate": settings.pv.code_learning_rate,
             "heldout_kl": report["held_out_kl"],
             "best_step": report["step"],
             "curves": report["curves"],
             "seconds": seconds,
+            "cpu_seconds": spent,
             **self.quality(state, tensors),
         }
         shutil.rmtree(copy)
@@ -112,16 +207,7 @@ class Bench:
             for name, tensor in tensors.items():
                 model.get_parameter(name).copy_(tensor)
         decode_once(model)
-        return evaluated(model, self.source)
-
-
-def evaluated(model: Any, source: Source) -> dict[str, float]:
-    """WikiText-2 test and C4 perplexity over the first windows of 2048 tokens."""
-    texts = {"wikitext2_ppl": read_text(quickstart.WIKITEXT), "second_ppl": second_text()}
-    return {
-        name: perplexity(model, windows(text, source.tokenizer, 2048, EVALUATED)).value
-        for name, text in texts.items()
-    }
+        return self.subject.evaluate(model, self.source)
 
 
 def code_bits(name: str) -> float:
@@ -140,10 +226,10 @@ def say(line: str) -> None:
 def main() -> None:
     """Fill in the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--schemes", nargs="+", default=["2x8g8", "1x8g8", "w2g64"])
+    parser.add_argument("models", nargs="*", default=list(SUBJECTS), choices=SUBJECTS)
+    parser.add_argument("--schemes", nargs="+", help="all that the table has of a model")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "pv-strategies"
     )
@@ -160,21 +246,22 @@ def main() -> None:
     def missing(**key: Any) -> bool:
         return not any(all(row.get(k) == v for k, v in key.items()) for row in rows)
 
-    options.folder.mkdir(parents=True, exist_ok=True)
-    source = load_source(str(quickstart.smollm2()))
-    if missing(strategy="original"):
-        model = source.dense(torch.float32)
-        add(representation="float", bits=16, strategy="original", **evaluated(model, source))
-    settings = TrainSettings(windows=4 * options.steps, steps=options.steps, batch=4, patience=99)
-    for scheme in options.schemes:
-        bench = Bench(source, scheme, settings, options.folder)
-        kind = {"representation": scheme, "bits": code_bits(scheme)}
-        if missing(representation=scheme, strategy="calibration only"):
-            add(**kind, strategy="calibration only", **bench.quality(bench.state, {}))
-        for seed in options.seeds:
-            for strategy in options.strategies:
-                if missing(representation=scheme, strategy=strategy, seed=seed):
-                    add(**kind, **bench.run(strategy, seed))
+    for name in options.models:
+        subject = SUBJECTS[name]
+        source = load_source(str(subject.source()))
+        if missing(model=name, strategy="original"):
+            kind = {"model": name, "representation": "float", "bits": 16, "strategy": "original"}
+            add(**kind, **subject.evaluate(source.dense(torch.float32), source))
+        for scheme in options.schemes or subject.schemes:
+            bench = Bench(name, subject, source, scheme, options.folder)
+            kind = {"model": name, "representation": scheme, "bits": code_bits(scheme)}
+            if missing(**kind, strategy="calibration only"):
+                quality = bench.quality(bench.state, {})
+                add(**kind, strategy="calibration only", **quality)
+            for seed in options.seeds:
+                for strategy in options.strategies:
+                    if missing(**kind, strategy=strategy, seed=seed):
+                        add(**kind, **bench.run(strategy, seed))
 
 
 if __name__ == "__main__":
