@@ -1,6 +1,7 @@
 """PV-Tuning: representations, the loss, every strategy, resumed and sharded runs."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -315,16 +316,18 @@ def test_a_subspace_bounds_how_many_groups_move(problem: Problem) -> None:
     fast = settings_with(strategy="straight-through", code_learning_rate=0.1)
     bound = settings_with(code_learning_rate=0.1, fraction=0.002)
     _, free = changes_of_one_step(problem, fast)
-    _, bounded = changes_of_one_step(problem, bound)
+    trainer, bounded = changes_of_one_step(problem, bound)
+    groups = [layer.groups for layer in trainer.optimizer.layers.values()]
+    allowed = sum(math.ceil(0.002 * count) for count in groups) / sum(groups)
     assert free > 0.01
-    assert 0 < bounded <= 0.002 + 1 / 2048  # rounded up to whole groups in every layer
+    assert 0 < bounded <= allowed + 1e-9
 
 
 def test_choosing_by_gain_spends_the_budget_on_groups_that_move(problem: Problem) -> None:
     """By distance alone, groups that cannot move yet take part of the budget."""
     bold = settings_with(fraction=0.005, code_learning_rate=0.1)
-    _, published = changes_of_one_step(problem, bold)
-    _, by_gain = changes_of_one_step(problem, replace(bold, pv=replace(bold.pv, gain_pool=4)))
+    _, published = changes_of_one_step(problem, replace(bold, pv=replace(bold.pv, gain_pool=1)))
+    _, by_gain = changes_of_one_step(problem, bold)
     assert by_gain > published > 0
 
 
@@ -342,16 +345,6 @@ def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:
     assert 0 < moved < layer.groups / 2
     assert not torch.equal(before, layer.representation.tensors()["codes"]), name
     assert (updated - decoded).norm() <= 0.05 * decoded.norm()
-
-
-def test_the_latent_follows_codebooks_when_asked(problem: Problem) -> None:
-    """With codes that cannot move, what separates B from the weight is B's own steps alone."""
-    trainer = problem.trainer(settings_with(follow_codebooks=True, code_learning_rate=0.0))
-    for _ in range(3):
-        trainer.train_step()
-    for layer in trainer.optimizer.layers.values():
-        assert layer.latent is not None
-        torch.testing.assert_close(layer.latent, layer.weight.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_ways_to_save_memory_change_nothing(problem: Problem) -> None:

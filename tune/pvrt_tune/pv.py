@@ -60,24 +60,25 @@ class PVSettings:
     """Hyperparameters of a step.
 
     learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
-    square. code_learning_rate: share of its norm that B moves per step (LAMB). fraction: share of a
-    layer's groups that may change per step in the subspace strategies. trust_ratio: bound on a
-    layer's change by codes in one step, relative to its norm. gain_pool: choose groups by the
-    distance that new codes would win, among this many times as many candidates; 1 chooses by
-    distance alone, as published. follow_codebooks: B moves along when the P step moves the weight
-    under it. low_memory: B in bfloat16 with stochastic rounding and its second moment factored into
-    rows and columns (arXiv 1804.04235): 2 bytes per weight instead of 8.
+    square. code_learning_rate: share of its norm that B moves per step (LAMB); steps that point
+    anywhere add up to its product with the root of their number, and a tenth or two is what makes
+    codes of 2 bits move, so that long runs want less. fraction: share of a layer's groups that may
+    change per step in the subspace strategies. gain_pool: they are chosen by the distance that new
+    codes would win, among this many times as many candidates; 1 chooses by distance alone, as
+    published, and moves half as many for groups that cannot move stay chosen. trust_ratio: bound
+    on a layer's change by codes in one step, relative to its norm. low_memory: B in bfloat16 with
+    stochastic rounding and its second moment factored into rows and columns (arXiv 1804.04235): 2
+    bytes per weight instead of 8.
     """
 
     strategy: str = "subspace-straight-through"
     learning_rate: float = 2e-3
-    code_learning_rate: float = 1e-2
+    code_learning_rate: float = 2e-2
     betas: tuple[float, float] = (0.9, 0.95)
     code_beta: float = 0.95
     fraction: float = 0.01
+    gain_pool: int = 4
     trust_ratio: float | None = None
-    gain_pool: int = 1
-    follow_codebooks: bool = False
     low_memory: bool = False
     clip_norm: float = 1.0
 
@@ -137,8 +138,6 @@ class PVLayer:
         """B after its LAMB step, in float32."""
         settings = self.settings
         target = decoded.clone() if self.latent is None else self.latent.float()
-        if self.latent is not None and settings.follow_codebooks:
-            target += decoded - self.weight.detach().float()
         root = self._root_moment(grad).add_(1e-12)
         direction = torch.div(grad, root, out=root)
         norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])

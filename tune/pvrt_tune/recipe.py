@@ -6,6 +6,7 @@ from typing import Literal
 
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.pv import PVSettings
 from pvrt_tune.training import TrainSettings
 
 
@@ -56,7 +57,14 @@ EFFORTS: dict[str, Recipe] = {
         length=1024,
         fit=FitSettings(rounds=12, kmeans_iterations=60, kmeans_momentum=0.88, beam=16),
         finetune=FinetuneSettings(epochs=8),
-        pv=TrainSettings(windows=4096, steps=2000, batch=16, held_out=16, evaluate_every=50),
+        pv=TrainSettings(
+            windows=4096,
+            steps=2000,
+            batch=16,
+            held_out=16,
+            evaluate_every=50,
+            pv=PVSettings(code_learning_rate=1e-2),
+        ),
     ),
 }
 
