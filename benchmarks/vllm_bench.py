@@ -95,7 +95,10 @@ def allocated_mib(process: psutil.Process) -> int:
     """Memory of a family that belongs to no file, shared pages counted once."""
     total = 0
     for member in family(process):
-        lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()[1:]
+        try:
+            lines = Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines()[1:]
+        except (FileNotFoundError, ProcessLookupError):  # ended since it was listed
+            continue
         sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
         total += sizes["Pss_Anon"] + sizes["Pss_Shmem"]
     return total >> 10
