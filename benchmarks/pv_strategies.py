@@ -5,7 +5,7 @@
 Calibrated once per scheme, then tuned by every strategy from there: the same data and steps, seeds
 0 to 2 (which order the windows and draw codes). The best state is chosen on held-out windows.
 
-stories260k, whose weights nobody quantised before, so small that 400 steps of 2048 tokens take
+stories260k, whose weights nobody quantised before, so small that 200 steps of 2048 tokens take
 minutes: it trains on its own text and holds out TinyStories. smollm2-135m trains on Wikipedia, web
 pages and WikiText-2 train, 256 tokens a window. Perplexity is of text that nothing was trained or
 chosen on, for the report alone: later TinyStories; the first windows of WikiText-2 test and of C4.
@@ -124,12 +124,12 @@ SUBJECTS = {
         recipe=Recipe(
             length=128,
             pv=TrainSettings(
-                windows=4096,
-                steps=400,
+                windows=2048,
+                steps=200,
                 batch=16,
                 microbatch=16,
                 held_out=64,
-                evaluate_every=20,
+                evaluate_every=10,
                 patience=99,
                 pv=PVSettings(learning_rate=5e-3),
             ),
@@ -138,7 +138,7 @@ SUBJECTS = {
         texts=lambda: {"tinystories_ppl": tinystories()[1]},
         window=256,
         evaluated=128,
-        rates={},
+        rates={"linearized": 5e-2, "stochastic": 3e-4, "subspace": 1e-1},
     ),
     "smollm2-135m": Subject(
         source=quickstart.smollm2,

@@ -6,9 +6,11 @@ With --check nothing is written and the exit code says whether they are up to da
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +87,45 @@ def calibration_ablation(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['variant']} | {row['perplexity']:.2f} | {row['mean_layer_error']:.4f} | "
             f"{row['cpu_seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def pv_strategies(rows: list[dict[str, Any]]) -> str:
+    """What each strategy reaches from the same calibrated model: medians over seeds."""
+    texts = ("tinystories_ppl", "wikitext2_ppl", "second_ppl")
+    names = {"tinystories_ppl": "TinyStories", "wikitext2_ppl": "WikiText-2", "second_ppl": "C4"}
+    lines = [
+        "| model, scheme | strategy | steps x tokens | held-out KL (range of the seeds) | "
+        "perplexity | share of the gap in log perplexity closed | CPU seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def perplexities(group: list[dict[str, Any]]) -> dict[str, float]:
+        return {text: median(row[text] for row in group) for text in texts if text in group[0]}
+
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["model"], row["representation"], row["strategy"])
+        groups.setdefault(key, []).append(row)
+    for (model, scheme, strategy), group in groups.items():
+        reached = perplexities(group)
+        said = ", ".join(f"{names[text]} {value:.2f}" for text, value in reached.items())
+        if "heldout_kl" not in group[0]:
+            lines.append(f"| {model}, {scheme} | {strategy} | | | {said} | | |")
+            continue
+        best = perplexities(groups[model, "float", "original"])
+        start = perplexities(groups[model, scheme, "calibration only"])
+        closed = ", ".join(
+            f"{math.log(start[text] / value) / math.log(start[text] / best[text]):.0%}"
+            for text, value in reached.items()
+        )
+        kls = [row["heldout_kl"] for row in group]
+        lines.append(
+            f"| {model}, {scheme} | {strategy} | {group[0]['steps']} x "
+            f"{group[0]['tokens'] // group[0]['steps']} | {median(kls):.4f} "
+            f"({min(kls):.4f} to {max(kls):.4f}) | {said} | {closed} | "
+            f"{median(row['cpu_seconds'] for row in group):.0f} |"
         )
     return "\n".join(lines)
 
@@ -201,6 +242,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration_ablation": calibration_ablation,
     "calibration_shapes": calibration_shapes,
     "plan": plan,
+    "pv_strategies": pv_strategies,
     "cpu_kernels": cpu_kernels,
     "cpu_decode": cpu_decode,
     "server_conformance": server_conformance,
