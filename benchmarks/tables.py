@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = (
     README,
-    *(ROOT / "docs" / name for name in ("tuning.md", "server.md", "engine.md", "cpu.md")),
+    *(ROOT / "docs" / name for name in ("tuning.md", "server.md", "engine.md", "cpu.md", "gpu.md")),
 )
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -144,6 +144,53 @@ def cpu_kernels(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gpu_interpreter(result: dict[str, Any]) -> str:
+    """Largest relative error by kernel and scheme."""
+    schemes = list(dict.fromkeys(row["scheme"] for row in result["rows"]))
+    lines = [
+        f"| largest relative error, float16 | {' | '.join(schemes)} |",
+        "|---|" + "---|" * len(schemes),
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in result["rows"]):
+        cells = []
+        for scheme in schemes:
+            errors = [
+                row["error"]
+                for row in result["rows"]
+                if (row["kernel"], row["scheme"]) == (kernel, scheme)
+            ]
+            cells.append(f"{max(errors):.1e}" if errors else "")
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kernels_aot(rows: list[dict[str, Any]]) -> str:
+    """Extremes over the binaries of a kernel and an architecture, the newest Triton's."""
+    newest = max((row["triton"] for row in rows), key=lambda v: tuple(map(int, v.split("."))))
+    versions = sorted({row["triton"] for row in rows})
+    archs = sorted({row["arch"] for row in rows}, key=lambda arch: int(arch[3:]))
+    spilt = max(row["spill_bytes"] for row in rows)
+    lines = [
+        f"| {len(rows)} binaries, Triton {' and '.join(versions)}, spills {spilt} bytes; "
+        f"registers, KiB shared of {newest} | {' | '.join(archs)} |",
+        "|---|" + "---|" * len(archs),
+    ]
+    for kernel in sorted({row["kernel"].split()[0] for row in rows}):
+        cells = []
+        for arch in archs:
+            own = [
+                row
+                for row in rows
+                if row["kernel"].split()[0] == kernel
+                and (row["arch"], row["triton"]) == (arch, newest)
+            ]
+            most = max((row["registers"] for row in own), default=0)
+            shared = max((row["shared_bytes"] for row in own), default=0)
+            cells.append(f"{most}, {shared / 1024:.0f}" if own else "")
+        lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def calibration_shapes(rows: list[dict[str, Any]]) -> str:
     """One line per layer."""
     lines = ["| layer | scheme | relative error | CPU seconds |", "|---|---|---|---|"]
@@ -243,6 +290,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration_shapes": calibration_shapes,
     "plan": plan,
     "pv_strategies": pv_strategies,
+    "gpu_interpreter": gpu_interpreter,
+    "kernels_aot": kernels_aot,
     "cpu_kernels": cpu_kernels,
     "cpu_decode": cpu_decode,
     "server_conformance": server_conformance,
