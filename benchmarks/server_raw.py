@@ -104,7 +104,10 @@ def raw_http(where: Where) -> Iterator[Feature]:
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         for number in range(LEAVING):
             with socket.create_connection(address, SECONDS) as connection:
-                connection.sendall(request if number % 3 else request[: number % len(request)])
+                if number % 3 == 0:  # in the middle of a request
+                    connection.sendall(request[: number % len(request)])
+                    continue
+                connection.sendall(request)
                 if number % 10 == 1:  # in the middle of an answer
                     connection.recv(64)
         nothing_left()
