@@ -38,7 +38,7 @@ from pvrt_tune.pvstage import calibrated, pv_tune, tuned_tensors
 from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
 from pvrt_tune.runstate import RunState
 from pvrt_tune.source import Source, load_source
-from pvrt_tune.training import TrainSettings
+from pvrt_tune.training import STATE, TrainSettings
 from pvrt_tune.walk import walk
 
 DATA = machine.ROOT.parent / "shared" / "data"
@@ -192,7 +192,7 @@ class Bench:
             "code_learning_rate": settings.pv.code_learning_rate,
             "heldout_kl": report["held_out_kl"],
             "best_step": report["step"],
-            "curves": report["curves"],
+            "curves": (state.report(state.names(STATE)[-1]) or report)["curves"],
             "seconds": seconds,
             "cpu_seconds": spent,
             **self.quality(state, tensors),

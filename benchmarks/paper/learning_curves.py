@@ -22,14 +22,14 @@ RESULTS = machine.ROOT / "benchmarks" / "results"
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Steps, and per strategy the median, lowest and highest KL of the seeds at each."""
+    """Per strategy: steps that all seeds have, the median, lowest and highest KL at each."""
     found: dict[str, Any] = {}
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         runs = [row["curves"] for row in rows if row["strategy"] == strategy]
-        points = list(zip(*[[look["held_out_kl"] for look in run] for run in runs], strict=True))
+        points = list(zip(*[[look["held_out_kl"] for look in run] for run in runs], strict=False))
         found[strategy] = {
             "seeds": len(runs),
-            "steps": [look["step"] for look in runs[0]],
+            "steps": [look["step"] for look in runs[0][: len(points)]],
             "median": [statistics.median(point) for point in points],
             "lowest": [min(point) for point in points],
             "highest": [max(point) for point in points],
