@@ -23,6 +23,13 @@ from pvrt_kernels.plans import Gpu, best_split
 from pvrt_kernels.split import finish
 
 
+@triton.jit
+def store_one(total, n, rows, scales_ptr, y_ptr, partial_ptr, arrived_ptr, split):
+    """`finish` for one token and partition without bias, in any order."""
+    finish((total,), n, rows, scales_ptr, scales_ptr, y_ptr, partial_ptr, arrived_ptr, rows, 1,
+           split, 1, False, False)  # fmt: skip
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def table_in_l1(
     x_ptr,
@@ -81,22 +88,7 @@ def table_in_l1(
                 code = (codes >> (8 * byte)) & 255
                 found += tl.load(here + (byte * 256 + code), eviction_policy="evict_last")
             total += tl.sum(found, axis=1)
-    finish(
-        (total,),
-        n,
-        rows,
-        scales_ptr,
-        scales_ptr,
-        y_ptr,
-        partial_ptr,
-        arrived_ptr,
-        rows,
-        1,
-        split,
-        1,
-        False,
-        False,
-    )
+    store_one(total, n, rows, scales_ptr, y_ptr, partial_ptr, arrived_ptr, split)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -139,22 +131,7 @@ def replicated(
             w = tl.load(books_ptr + entry, eviction_policy="evict_last")
             x = tl.load(x_ptr + group * GROUP + e, mask=group < groups, other=0.0)
             sums += w.to(tl.float32) * x.to(tl.float32)
-    finish(
-        (tl.sum(sums, axis=1),),
-        n,
-        rows,
-        scales_ptr,
-        scales_ptr,
-        y_ptr,
-        partial_ptr,
-        arrived_ptr,
-        rows,
-        1,
-        split,
-        1,
-        False,
-        False,
-    )
+    store_one(tl.sum(sums, axis=1), n, rows, scales_ptr, y_ptr, partial_ptr, arrived_ptr, split)
 
 
 def variants(

@@ -27,16 +27,23 @@ def row(variant: aot.Variant, architecture: int) -> tuple[dict[str, Any], list[s
     """The record of one binary, and what is wrong with it."""
     binary = aot.compile_variant(variant, architecture)
     record = {
-        "kernel": variant.name,
-        "scheme": variant.scheme,
-        "arch": f"sm_{architecture}",
-        "triton": triton.__version__,
+        **identity(variant, architecture),
         "registers": binary.registers,
         "spill_bytes": binary.spill_bytes,
         "shared_bytes": binary.shared_bytes,
         "load_128_count": binary.load_128_count,
     }
     return record, aot.complaints(variant, architecture, binary)
+
+
+def identity(variant: aot.Variant, architecture: int) -> dict[str, Any]:
+    """What a record is about."""
+    return {
+        "kernel": variant.name,
+        "scheme": variant.scheme,
+        "arch": f"sm_{architecture}",
+        "triton": triton.__version__,
+    }
 
 
 def stored() -> dict[tuple[str, ...], dict[str, Any]]:
@@ -68,9 +75,7 @@ def main() -> None:
     jobs = [(v, a) for v in variants for a in aot.ARCHITECTURES]
     jobs += [(v, 75) for v in variants if v.plan.kernel == "decode"]
     known = stored() if options.missing else {}
-    jobs = [
-        (v, a) for v, a in jobs if (triton.__version__, v.scheme, v.name, f"sm_{a}") not in known
-    ]
+    jobs = [job for job in jobs if key(identity(*job)) not in known]
     rows: list[dict[str, Any]] = []
     wrong = 0
     for number, (variant, architecture) in enumerate(jobs, 1):

@@ -175,15 +175,14 @@ def kernels_aot(rows: list[dict[str, Any]]) -> str:
         f"registers, KiB shared of {newest} | {' | '.join(archs)} |",
         "|---|" + "---|" * len(archs),
     ]
-    for kernel in sorted({row["kernel"].split()[0] for row in rows}):
+    binaries: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["triton"] == newest:
+            binaries.setdefault((row["kernel"].split()[0], row["arch"]), []).append(row)
+    for kernel in sorted({kernel for kernel, _ in binaries}):
         cells = []
         for arch in archs:
-            own = [
-                row
-                for row in rows
-                if row["kernel"].split()[0] == kernel
-                and (row["arch"], row["triton"]) == (arch, newest)
-            ]
+            own = binaries.get((kernel, arch), [])
             most = max((row["registers"] for row in own), default=0)
             shared = max((row["shared_bytes"] for row in own), default=0)
             cells.append(f"{most}, {shared / 1024:.0f}" if own else "")
