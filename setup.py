@@ -12,7 +12,11 @@ try:
 except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
-SOURCES = ("cpu.c", "cpu_program.c", "cpu_portable.c", "cpu_avx2.c", "cpu_avx512.c")
+SOURCES = (
+    *("cpu.c", "cpu_program.c", "cpu_tuning.c"),
+    *("cpu_portable.c", "cpu_avx2.c", "cpu_avx512.c"),
+)
+HEADERS = ("cpu.h", "cpu_attend.h", "cpu_tuning.h")
 FLAGS = "-std=c11 -O3 -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 
 
@@ -39,7 +43,7 @@ setup(
         Extension(
             "pvrt_kernels.libpvrt_cpu",
             [f"kernels/pvrt_kernels/{name}" for name in SOURCES],
-            depends=["kernels/pvrt_kernels/cpu.h", "kernels/pvrt_kernels/cpu_attend.h"],
+            depends=[f"kernels/pvrt_kernels/{name}" for name in HEADERS],
             extra_compile_args=FLAGS.split(),
             libraries=["m"],
             optional=True,

@@ -59,7 +59,7 @@ static void take_parts(void *data) {
         work->part(work, i);
 }
 
-static void run(job *work, int64_t threads) {
+void run(job *work, int64_t threads) {
     atomic_init(&work->next, 0);
     if (parallel && threads > 1 && work->parts > 1)
         parallel(take_parts, work, (unsigned)(threads < work->parts ? threads : work->parts), 0);
@@ -136,6 +136,8 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
             const int groups = w->groups - j < whole ? (int)(w->groups - j) : whole;
             const int64_t bytes = groups * w->books * TILE; /* of one tile in this block */
             const uint8_t *codes = w->codes + tiled_at(tiles, 0, 0, j, w->groups, w->books);
+            /* From a block's last tiles to the first ones of the next block. */
+            const int64_t skip = (tiles - (to - from)) * bytes;
             for (int done = 0; done < groups; done += piece) {
                 const int now = groups - done < piece ? groups - done : piece;
                 const int lookups = now * (int)w->books;
@@ -147,7 +149,7 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
                     kernels->build8(books, x8 + (j + done) * w->group * LANES, now, (int)w->group,
                                     (int)w->books, (float *)room);
                 for (int64_t t = from; t < to; t++, c += bytes) {
-                    const uint8_t *next = t + AHEAD < to ? c + AHEAD * bytes : c;
+                    const uint8_t *next = c + AHEAD * bytes + (t + AHEAD < to ? 0 : skip);
                     float *sums = acc + (t - first) * TILE * lanes;
                     if (lanes == 1) kernels->lookup(c, next, room, lookups, sums);
                     else kernels->lookup8(c, next, (const float *)room, lookups, sums);
@@ -331,7 +333,8 @@ API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, in
 void matrix_part(const job *work, int64_t index) {
     const int64_t from = work->out * index / work->parts, to = work->out * (index + 1) / work->parts;
     const size_t width = work->dtype == F32 ? 4 : 2;
-    for (int64_t i = from; i < to; i++) { /* a row serves all tokens while it is near */
+    for (int64_t k = 0; k < to - from; k++) { /* a row serves all tokens while it is near */
+        const int64_t i = in_two_streams(k, from, to);
         const char *row = (const char *)work->matrix + i * work->in * width;
         for (int64_t t = 0; t < work->tokens;) {
             const int64_t count = work->tokens - t >= 4 ? 4 : 1;
@@ -339,9 +342,9 @@ void matrix_part(const job *work, int64_t index) {
             float sums[4];
             if (count == 4) kernels->dot4(x, work->in, row, work->in, work->dtype, sums);
             else sums[0] = kernels->dot(x, row, work->in, work->dtype);
-            for (int64_t k = 0; k < count; k++, t++) {
+            for (const float *sum = sums; sum < sums + count; sum++, t++) {
                 float *y = (float *)work->y + t * work->stride + i;
-                *y = finish(work, sums[k], i, *y);
+                *y = finish(work, *sum, i, *y);
             }
         }
     }
@@ -359,9 +362,11 @@ API void pvrt_dense_linear(const void *w, const float *x, float *y, int64_t toke
 static void read_part(const job *work, int64_t index) {
     const uint64_t *p = (const uint64_t *)work->matrix + work->in * index;
     uint64_t a = 0, b = 0, c = 0, d = 0;
-    for (int64_t i = 0; i + 32 <= work->in; i += 32)
-        for (int k = 0; k < 32; k += 4) a += p[i + k], b += p[i + k + 1], c += p[i + k + 2],
-                                        d += p[i + k + 3];
+    for (int64_t k = 0; k < work->in / 32; k++) {
+        const uint64_t *line = p + 32 * in_two_streams(k, 0, work->in / 32);
+        for (int i = 0; i < 32; i += 4) a += line[i], b += line[i + 1], c += line[i + 2],
+                                        d += line[i + 3];
+    }
     ((uint64_t *)work->y)[index * 8] = a + b + c + d;
 }
 

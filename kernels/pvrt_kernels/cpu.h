@@ -19,6 +19,7 @@
 #define TILE 64
 #define ENTRIES 256
 #define LANES 8 /* tokens that one vector table serves */
+#define ATTEND_ROWS 4 /* query heads that share what is read of keys and values */
 
 enum { F32 = 0, F16 = 1, BF16 = 2 };
 
@@ -41,6 +42,26 @@ typedef struct {
     int64_t tiled; /* codes are in tiles after all: for pvrt_decode_rows only */
 } plain_weight;
 
+/* Codebooks to search, with what does not depend on the value wanted. later_m is the sum of the
+ * means of the books after m. */
+typedef struct {
+    const float *tables;   /* [books][group][size] entries, transposed */
+    const float *norms;    /* [books][size] squared lengths */
+    const float *products; /* [books][books][size][size] twice the products of entries */
+    const float *later;    /* [books][group] */
+    const float *pull;     /* [books m][books i][size] twice the products of entries i and later_m */
+    int64_t books, size, group;
+} sums;
+
+/* A gradient by a weight [rows][groups * group] whose codes are [rows][groups][books]. */
+typedef struct {
+    const void *codes;
+    const float *codebooks; /* [books][size][group] */
+    const float *scales, *grad;
+    float *grad_scales;
+    int64_t rows, groups, books, size, group, code_bytes;
+} gradients;
+
 /* What an instruction set brings. Tables of one token are opaque to everything else. */
 typedef struct {
     const char *name;
@@ -62,10 +83,10 @@ typedef struct {
                    int64_t count, float *y);
     /* One row, whose codes w->codes are, decoded and scaled. */
     void (*decode)(const plain_weight *w, const void *books, float scale, float *y);
-    /* y [dim] = softmax(scale query . keys) values; keys, values [count][dim]; weights [count] is
-     * room for the softmax. */
-    void (*attend)(const float *query, const float *keys, const float *values, int64_t count,
-                   int64_t dim, float scale, float *weights, float *y);
+    /* y [heads][dim] = softmax(scale queries . keys) values; queries [heads][dim], keys, values
+     * [count][dim]; weights [ATTEND_ROWS][count] is room for the softmax. */
+    void (*attend)(const float *queries, int64_t heads, const float *keys, const float *values,
+                   int64_t count, int64_t dim, float scale, float *weights, float *y);
     /* a . b for b of 16 bits or fp32 */
     float (*dot)(const float *a, const void *b, int64_t n, int64_t dtype);
     /* a . b in whole numbers; the caller bounds a so that n / 8 products fit 31 bits */
@@ -94,6 +115,9 @@ void tiled_part(const job *work, int64_t index);
 void plain_part(const job *work, int64_t index);
 void matrix_part(const job *work, int64_t index);
 
+/* Do all parts of a job with up to `threads` threads. */
+void run(job *work, int64_t threads);
+
 /* GOMP_parallel of any OpenMP runtime, or the like: calls work(data) from up to `threads` threads
  * at once and waits for all; inside, omp_get_num_threads tells how many there are. */
 typedef void (*parallel_fn)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
@@ -107,6 +131,12 @@ extern const isa isa_portable;
 #define PVRT_X86 1
 extern const isa isa_avx2, isa_avx512, isa_vbmi;
 #endif
+
+/* The i-th row to read of rows [from, to): from two places in turn, since memory delivers two
+ * streams faster than one. */
+static inline int64_t in_two_streams(int64_t i, int64_t from, int64_t to) {
+    return from + i / 2 + i % 2 * ((to - from + 1) / 2);
+}
 
 static inline int block_groups(int64_t books) { return books >= 16 ? 1 : (int)(16 / books); }
 

@@ -86,6 +86,8 @@ def library() -> Any:
     lib.pvrt_dense_linear.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]
     lib.pvrt_huge_pages.argtypes = [_VOID, _LONG]
+    lib.pvrt_nearest_sums.argtypes = [_VOID, _VOID, _LONG, _LONG, _LONG, _VOID, _LONG]
+    lib.pvrt_parameter_gradients.argtypes = [_VOID, _VOID, _LONG]
     for name in (
         "huge_pages",
         "tiled_linear",
@@ -95,6 +97,8 @@ def library() -> Any:
         "dense_linear",
         "run_program",
         "read_memory",
+        "nearest_sums",
+        "parameter_gradients",
     ):
         getattr(lib, f"pvrt_{name}").restype = None
     lib.pvrt_run_program.argtypes = [_VOID, _LONG, _VOID, _LONG, _VOID, _LONG, _LONG]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvrt_kernels import dispatch, reference
+from pvrt_kernels import cpu_tuning, dispatch, reference
 
 
 @torch.library.custom_op("pvrt::aqlm_dequantize", mutates_args=())
@@ -185,6 +185,9 @@ def aqlm_parameter_grads(
     """
     sets, sizes = _partitioned(codes, codebooks, None)
     _check(codes, sets, scales, sizes)
+    if cpu_tuning.can_gather(grad_weight, codes, codebooks):
+        books, own = cpu_tuning.parameter_gradients(grad_weight, codes, codebooks, scales)
+        return books, own.to(scales.dtype)
     book_grads, scale_grads = _parameter_grads(grad_weight, codes, sets, scales, sizes)
     return book_grads[0], scale_grads
 

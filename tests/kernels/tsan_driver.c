@@ -14,6 +14,8 @@ void pvrt_plain_linear(const plain_weight *, const float *, const float *, float
 void pvrt_decode_rows(const plain_weight *, int64_t, int64_t, float *, int64_t);
 void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
+void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
+void pvrt_parameter_gradients(const gradients *, float *, int64_t);
 
 typedef struct { void (*work)(void *); void *data; } call;
 static void *enter(void *p) { call *c = p; c->work(c->data); return NULL; }
@@ -50,6 +52,12 @@ int main(void) {
     pvrt_tile_codes(codes, tiled, rows, PARTS, GROUPS, BOOKS, 0);
     const tiled_weight t = {tiled, tables, scales, rows, PARTS, BOOKS, GROUP, GROUPS};
     const plain_weight p = {codes, books, scales, rows, PARTS, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 0};
+    enum { VALUES = OUT * GROUPS, KEPT = 2, BOOK = BOOKS * ENTRIES * GROUP };
+    static float products[BOOKS * BOOKS * ENTRIES * ENTRIES], zero[BOOKS * BOOKS * ENTRIES];
+    static float shares[4][BOOK], row_gradients[OUT];
+    static uint8_t found1[VALUES * KEPT * BOOKS], found4[VALUES * KEPT * BOOKS];
+    const sums n = {tables, zero, products, zero, zero, BOOKS, ENTRIES, GROUP};
+    const gradients g = {codes, books, scales, matrix, row_gradients, OUT, GROUPS, BOOKS, ENTRIES, GROUP, 1};
     pvrt_use_threads(threads, four_threads);
     const char *sets[] = {"portable", "avx2"};
     for (int s = 0; s < 2; s++) {
@@ -70,6 +78,11 @@ int main(void) {
         pvrt_decode_rows(&p, 0, OUT, dense1, 1);
         pvrt_decode_rows(&p, 0, OUT, dense4, 4);
         if (memcmp(dense1, dense4, sizeof dense1)) return puts("decode"), 1;
+        pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found1, 1);
+        pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found4, 4);
+        if (memcmp(found1, found4, sizeof found1)) return puts("search"), 1;
+        memset(shares, 0, sizeof shares);
+        pvrt_parameter_gradients(&g, shares[0], 4);
     }
     return 0;
 }

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pvrt_kernels import cpu_tuning
+
 #: Rows [..., d] and offsets [...] that score entries [..., g].
 ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -57,6 +59,10 @@ def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
     the values around which it lies, where exchanging one code at a time finds one in six
     of the sums that lie nearer than the present one (at a fifth of the root mean square away).
     """
+    beam, size = min(_BEAM, books.shape[1]), books.shape[1]
+    count = min(count, size if len(books) == 1 else beam * size)
+    if cpu_tuning.can_search(books, count):
+        return cpu_tuning.nearest_sums(wanted, books, beam, count)
     parts = [_nearest_sums(part, books, count) for part in torch.split(wanted, _QUERIES)]
     return torch.cat(parts) if parts else wanted.new_zeros(0, count, len(books), dtype=torch.int64)
 

@@ -1,0 +1,104 @@
+/* What PV-Tuning asks of additive codebooks on CPUs: the nearest sums of entries, and the gradients
+ * of codebooks and scales. */
+#include "cpu.h"
+
+#include <string.h>
+
+#define MOST_KEPT 8  /* partial sums of a search */
+#define MOST_BOOKS 8
+
+typedef float floats8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t ints8 __attribute__((vector_size(32)));
+
+/* A sum of entries of the first books: its codes, |x - sum|^2 - |x|^2, and the key by which it is
+ * ranked: the bits of its squared distance, whose low 8 are the last code. */
+typedef struct {
+    float sum;
+    int32_t key;
+    uint8_t codes[MOST_BOOKS];
+} partial;
+
+/* Twice the products of entry `code` of book i with all entries of book m. */
+static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t code) {
+    return s->products + ((i * s->books + m) * s->size + code) * s->size;
+}
+
+#ifdef PVRT_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+#define NAME(f) f##_avx2
+#define LESSER(a, b) (ints8)_mm256_min_epi32((__m256i)(a), (__m256i)(b))
+#include "cpu_tuning.h"
+#undef NAME
+#undef LESSER
+#pragma GCC pop_options
+#endif
+
+static inline ints8 lesser(ints8 a, ints8 b) {
+    const ints8 less = a < b;
+    return (a & less) | (b & ~less);
+}
+#define NAME(f) f##_portable
+#define LESSER(a, b) lesser(a, b)
+#include "cpu_tuning.h"
+
+/* Every instruction set on x86 but the portable one has AVX2. */
+static int has_avx2(void) {
+#ifdef PVRT_X86
+    return kernels != &isa_portable;
+#else
+    return 0;
+#endif
+}
+
+#ifndef PVRT_X86
+#define search_avx2 search_portable
+#define gradient_avx2 gradient_portable
+#endif
+
+#define QUERIES 256 /* of one part */
+
+typedef struct {
+    const sums *books;
+    int64_t beam, count;
+} question;
+
+static void search_part(const job *work, int64_t index) {
+    const question *q = work->matrix;
+    const int64_t end = (index + 1) * QUERIES < work->tokens ? (index + 1) * QUERIES : work->tokens;
+    const int fast = has_avx2();
+    for (int64_t i = index * QUERIES; i < end; i++) {
+        const float *x = work->x + i * q->books->group;
+        uint8_t *codes = (uint8_t *)work->y + i * q->count * q->books->books;
+        if (fast) search_avx2(q->books, x, q->beam, q->count, codes);
+        else search_portable(q->books, x, q->beam, q->count, codes);
+    }
+}
+
+/* Codes [n][count][books] of sums of entries, one of every book, that are near to x [n][group],
+ * nearest first. After every book the `beam` partial sums are kept that come nearest together with
+ * the means of the later books. size: a multiple of 8, at most 256; beam and count: at most 8, and
+ * count no more than there are sums that the last beam reaches. */
+API void pvrt_nearest_sums(const sums *books, const float *x, int64_t n, int64_t beam, int64_t count,
+                           uint8_t *codes, int64_t threads) {
+    const question q = {books, beam, count};
+    job work = {.part = search_part, .matrix = &q, .x = x, .y = codes, .tokens = n};
+    work.parts = (n + QUERIES - 1) / QUERIES;
+    run(&work, threads);
+}
+
+static void gradient_part(const job *work, int64_t index) {
+    const gradients *g = work->matrix;
+    const int64_t from = g->rows * index / work->parts, to = g->rows * (index + 1) / work->parts;
+    float *books = (float *)work->y + index * g->books * g->size * g->group;
+    if (has_avx2()) gradient_avx2(g, from, to, books);
+    else gradient_portable(g, from, to, books);
+}
+
+/* Gradients of codebooks and scales. grad_books [threads][books][size][group] must be zero: every
+ * thread adds the rows of its own share to one of them. */
+API void pvrt_parameter_gradients(const gradients *g, float *grad_books, int64_t threads) {
+    job work = {.part = gradient_part, .matrix = g, .y = grad_books, .parts = threads};
+    run(&work, threads);
+}

@@ -1,0 +1,118 @@
+/* What tuning needs of additive codebooks, in GNU C's vectors of 8. Included once per instruction
+ * set: NAME(f) tells their functions apart. */
+
+/* The `count` lowest of whole vectors of distinct keys, in order; best: the least of every lane. */
+static inline void NAME(lowest)(const ints8 *keys, int64_t vectors, int64_t count, ints8 best,
+                                int32_t *found) {
+    const ints8 most = (ints8){0} + INT32_MAX;
+    for (int64_t c = 0;; c++) {
+        int32_t low = best[0];
+        for (int l = 1; l < 8; l++) low = best[l] < low ? best[l] : low;
+        found[c] = low;
+        if (c + 1 == count) return;
+        best = most;
+        for (int64_t v = 0; v < vectors; v++) {
+            const ints8 higher = keys[v] > low;
+            best = LESSER(best, (keys[v] & higher) | (most & ~higher));
+        }
+    }
+}
+
+/* Beam search for one value; see pvrt_nearest_sums. */
+static inline __attribute__((always_inline)) void NAME(search_any)(
+    const sums *s, int64_t books, int64_t group, const float *x, int64_t beam, int64_t count,
+    uint8_t *codes) {
+    const int64_t vectors = s->size / 8;
+    _Alignas(32) float alone[ENTRIES];
+    _Alignas(32) int32_t keys[ENTRIES];
+    const ints8 order = {0, 1, 2, 3, 4, 5, 6, 7};
+    partial held[2][MOST_KEPT];
+    int64_t live = 1;
+    held[0][0].sum = 0;
+    for (int64_t m = 0; m < books; m++) {
+        const partial *from = held[m & 1];
+        partial *to = held[~m & 1];
+        const float *book = s->tables + m * group * s->size, *norms = s->norms + m * s->size;
+        const float *mean = s->later + m * group, *pull = s->pull + m * books * s->size;
+        const int64_t wanted = m + 1 == books ? count : beam;
+        const int64_t each = wanted < s->size ? wanted : s->size;
+        float rest = 0;
+        for (int64_t e = 0; e < group; e++) rest += (x[e] - mean[e]) * (x[e] - mean[e]);
+        for (int64_t v = 0; v < vectors; v++) {
+            floats8 product = x[0] * *(const floats8 *)(book + 8 * v);
+            for (int64_t e = 1; e < group; e++)
+                product += x[e] * *(const floats8 *)(book + e * s->size + 8 * v);
+            *(floats8 *)(alone + 8 * v) = *(const floats8 *)(norms + 8 * v) - (product + product);
+        }
+        int64_t kept = 0;
+        for (int64_t b = 0; b < live; b++) {
+            const float *near[MOST_BOOKS] = {0};
+            float start = rest + from[b].sum;
+            for (int64_t i = 0; i < m; i++) {
+                start += pull[i * s->size + from[b].codes[i]];
+                near[i] = products(s, i, m, from[b].codes[i]);
+            }
+            ints8 best = (ints8){0} + INT32_MAX, entry = order;
+            for (int64_t v = 0; v < vectors; v++, entry += 8) {
+                floats8 score = *(const floats8 *)(alone + 8 * v) + start;
+                score += *(const floats8 *)(pull + m * s->size + 8 * v);
+                for (int64_t i = 0; i < m; i++) score += *(const floats8 *)(near[i] + 8 * v);
+                /* Bits of positive floats are in the order of their values. */
+                const ints8 key = ((ints8)score & -ENTRIES) | entry;
+                best = LESSER(best, key);
+                *(ints8 *)(keys + 8 * v) = key;
+            }
+            int32_t found[MOST_KEPT];
+            NAME(lowest)((const ints8 *)keys, vectors, each, best, found);
+            for (int64_t f = 0; f < each; f++) {
+                if (kept == wanted && found[f] >= to[kept - 1].key) break;
+                int64_t at = kept < wanted ? kept++ : kept - 1;
+                for (; at > 0 && to[at - 1].key > found[f]; at--) to[at] = to[at - 1];
+                const int32_t code = found[f] & (ENTRIES - 1);
+                to[at] = from[b];
+                to[at].key = found[f];
+                to[at].codes[m] = (uint8_t)code;
+                to[at].sum += alone[code];
+                for (int64_t i = 0; i < m; i++) to[at].sum += near[i][code];
+            }
+        }
+        live = kept;
+    }
+    for (int64_t c = 0; c < count; c++, codes += books)
+        memcpy(codes, held[books & 1][c].codes, (size_t)books);
+}
+
+static void NAME(search)(const sums *s, const float *x, int64_t beam, int64_t count,
+                         uint8_t *codes) {
+    /* Loops of known length are unrolled. */
+    if (s->books == 2 && s->group == 8) NAME(search_any)(s, 2, 8, x, beam, count, codes);
+    else NAME(search_any)(s, s->books, s->group, x, beam, count, codes);
+}
+
+/* Rows [from, to) of a weight's gradient: books [M][size][group] gather it, scales get their own. */
+static inline void NAME(gather)(const gradients *g, int64_t from, int64_t to, int64_t group,
+                                float *books) {
+    for (int64_t row = from; row < to; row++) {
+        const float *grad = g->grad + row * g->groups * group, scale = g->scales[row];
+        float total[8] = {0};
+        for (int64_t j = 0; j < g->groups; j++, grad += group)
+            for (int64_t m = 0; m < g->books; m++) {
+                const int64_t at = (row * g->groups + j) * g->books + m;
+                const int64_t code = (g->code_bytes == 1 ? ((const uint8_t *)g->codes)[at]
+                                                         : ((const uint16_t *)g->codes)[at]) &
+                                     (g->size - 1);
+                const int64_t entry = (m * g->size + code) * group;
+                for (int64_t e = 0; e < group; e++) {
+                    total[e & 7] += grad[e] * g->codebooks[entry + e];
+                    books[entry + e] += scale * grad[e];
+                }
+            }
+        g->grad_scales[row] = ((total[0] + total[4]) + (total[1] + total[5])) +
+                              ((total[2] + total[6]) + (total[3] + total[7]));
+    }
+}
+
+static void NAME(gradient)(const gradients *g, int64_t from, int64_t to, float *books) {
+    if (g->group == 8) NAME(gather)(g, from, to, 8, books); /* unrolled */
+    else NAME(gather)(g, from, to, g->group, books);
+}

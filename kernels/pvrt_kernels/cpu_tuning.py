@@ -1,0 +1,116 @@
+"""What PV-Tuning asks of additive codebooks, in C: searches for sums of entries, and gradients.
+
+Both are small beside a step of training when they are compiled, and a third of it when they are
+not: see cpu_tuning.c. Callers ask `can_search` or `can_gather` first and do it in torch elsewhere.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from pvrt_kernels import cpu
+
+_VOID = ctypes.c_void_p
+_LONG = ctypes.c_int64
+# Bounds of cpu_tuning.c.
+_MOST_BOOKS, _MOST_ENTRIES, _MOST_KEPT = 8, 256, 8
+
+
+class _Sums(ctypes.Structure):
+    """`sums` of cpu.h."""
+
+    _fields_ = [
+        *((name, _VOID) for name in ("tables", "norms", "products", "later", "pull")),
+        *((name, _LONG) for name in ("books", "size", "group")),
+    ]
+
+
+class _Gradients(ctypes.Structure):
+    """`gradients` of cpu.h."""
+
+    _fields_ = [
+        *((name, _VOID) for name in ("codes", "codebooks", "scales", "grad", "grad_scales")),
+        *((name, _LONG) for name in ("rows", "groups", "books", "size", "group", "code_bytes")),
+    ]
+
+
+def can_search(books: Tensor, kept: int) -> bool:
+    """Whether `nearest_sums` takes books [M, K, g] and keeps so many sums."""
+    number, size, _ = books.shape
+    return (
+        books.device.type == "cpu"
+        and number <= _MOST_BOOKS
+        and size <= _MOST_ENTRIES
+        and size % 8 == 0
+        and kept <= _MOST_KEPT
+        and cpu.library() is not None
+    )
+
+
+def nearest_sums(wanted: Tensor, books: Tensor, beam: int, count: int) -> Tensor:
+    """Codes [n, count, M] int64 of sums of entries near to the values wanted, nearest first.
+
+    wanted [n, g], books [M, K, g], both fp32. A beam search over the books in order: the `beam`
+    partial sums are kept that come nearest together with the means of the books to come. Distances
+    closer than 2^-15 of their squares count as equal.
+    """
+    number, size, group = books.shape
+    books, wanted = books.contiguous(), wanted.contiguous()
+    after = torch.stack([books[m + 1 :].mean(1).sum(0) for m in range(number)])
+    flat = books.view(-1, group)
+    products = (2 * flat @ flat.T).view(number, size, number, size).transpose(1, 2).contiguous()
+    parts = {
+        "tables": books.mT.contiguous(),
+        "norms": books.square().sum(2),
+        "products": products,
+        "later": after,
+        "pull": torch.einsum("mg,ikg->mik", 2 * after, books).contiguous(),
+    }
+    codes = torch.empty(len(wanted), count, number, dtype=torch.uint8)
+    pointers = {name: part.data_ptr() for name, part in parts.items()}
+    cpu.library().pvrt_nearest_sums(
+        ctypes.byref(_Sums(**pointers, books=number, size=size, group=group)),
+        wanted.data_ptr(),
+        len(wanted),
+        beam,
+        count,
+        codes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return codes.long()
+
+
+def can_gather(grad: Tensor, codes: Tensor, codebooks: Tensor) -> bool:
+    """Whether `parameter_gradients` takes these."""
+    return (
+        grad.device.type == "cpu"
+        and codebooks.dtype == torch.float32
+        and codebooks.shape[2] == 1
+        and codes.element_size() <= 2
+        and cpu.library() is not None
+    )
+
+
+def parameter_gradients(
+    grad: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dL/dW [rows, in] -> dL/dcodebooks [M, K, 1, g] and dL/dscales, shaped like scales; fp32.
+
+    codes [rows, in/g, M] int8 or int16. Sums over rows depend on the number of threads alone.
+    """
+    number, size, _, group = codebooks.shape
+    threads = torch.get_num_threads()
+    kept = {
+        "codes": codes.contiguous(),
+        "codebooks": codebooks.contiguous(),
+        "scales": scales.float().contiguous(),
+        "grad": grad.float().contiguous(),
+        "grad_scales": torch.empty(len(codes)),
+    }
+    books = torch.zeros(threads, number, size, 1, group)
+    pointers = {name: tensor.data_ptr() for name, tensor in kept.items()}
+    sizes = {"rows": len(codes), "groups": codes.shape[1], "books": number, "size": size}
+    layout = _Gradients(**pointers, **sizes, group=group, code_bytes=codes.element_size())
+    cpu.library().pvrt_parameter_gradients(ctypes.byref(layout), books.data_ptr(), threads)
+    return books.sum(0), kept["grad_scales"].view(scales.shape)
