@@ -1,6 +1,7 @@
 """The strategies of PV-Tuning on real models: writes results/pv_strategies.json.
 
     .venv/bin/python benchmarks/pv_strategies.py [MODEL ...] [--schemes ...] [--strategies ...]
+    .venv/bin/python benchmarks/pv_strategies.py smollm2-135m --hour    # row "run": "hour"
 
 Calibrated once per scheme, then tuned by every strategy from there: the same data and steps, seeds
 0 to 2 (which order the windows and draw codes). The best state is chosen on held-out windows.
@@ -62,6 +63,7 @@ class Subject:
     window: int
     evaluated: int
     rates: dict[str, float]
+    hour: Recipe | None = None  #: of one run that takes an hour on 2 cores
 
     def settings(self, strategy: str) -> TrainSettings:
         """Of a run by one strategy."""
@@ -153,6 +155,18 @@ SUBJECTS = {
         window=2048,
         evaluated=4,
         rates={},
+        hour=Recipe(
+            length=512,
+            pv=TrainSettings(
+                windows=768,
+                steps=380,
+                batch=2,
+                microbatch=2,
+                evaluate_every=40,
+                patience=99,
+                pv=PVSettings(fraction=0.02, gain_pool=8),
+            ),
+        ),
     ),
 }
 
@@ -172,23 +186,37 @@ class Bench:
 
     def run(self, strategy: str, seed: int) -> dict[str, Any]:
         """Tune from the calibrated blocks and measure the best state."""
-        copy = Path(tempfile.mkdtemp(dir=self.folder.parent))
-        shutil.copytree(self.folder / ".run", copy / ".run")
-        settings = self.subject.settings(strategy)
+        return self._tune(self.subject.settings(strategy), self.data, seed)
+
+    def hour(self) -> dict[str, Any]:
+        """The default strategy for an hour."""
+        assert self.subject.hour is not None and self.subject.hour.pv is not None
+        text = self.folder.parent / "hour"
+        data = self.subject.data(self.source, self.subject.hour, text)
+        return {"run": "hour", **self._tune(self.subject.hour.pv, data, 0)}
+
+    def _tune(self, settings: TrainSettings, data: CalibrationData, seed: int) -> dict[str, Any]:
+        """A row. Its run folder stays until it is measured, so that it can be resumed; what the
+        original model says of a seed's windows serves every strategy.
+        """
+        length = data.tokens.shape[1]
+        folder = self.folder.parent / f"{self.folder.name}-{length}-{seed}"
+        if not folder.is_dir():
+            shutil.copytree(self.folder / ".run", folder / ".run")
+        state = RunState(folder / ".run")
         recipe = replace(self.job.recipe, pv=settings, seed=seed)
-        job, state = replace(self.job, recipe=recipe), RunState(copy / ".run")
         held = settings.held_out
-        order = torch.randperm(len(self.data) - held, generator=torch.manual_seed(seed))
-        data = self.data[[*range(held), *(order + held).tolist()]]
+        order = torch.randperm(len(data) - held, generator=torch.manual_seed(seed))
+        data = data[[*range(held), *(order + held).tolist()]]
         started, spent = time.monotonic(), time.process_time()
-        pv_tune(job, self.source, self.blocks, data, state, say, None)
+        pv_tune(replace(self.job, recipe=recipe), self.source, self.blocks, data, state, say, None)
         seconds, spent = time.monotonic() - started, time.process_time() - spent
         tensors, report = tuned_tensors(state)
         row = {
-            "strategy": strategy,
+            "strategy": settings.pv.strategy,
             "seed": seed,
             "steps": settings.steps,
-            "tokens": settings.steps * settings.batch * recipe.length,
+            "tokens": settings.steps * settings.batch * length,
             "code_learning_rate": settings.pv.code_learning_rate,
             "heldout_kl": report["held_out_kl"],
             "best_step": report["step"],
@@ -197,7 +225,8 @@ class Bench:
             "cpu_seconds": spent,
             **self.quality(state, tensors),
         }
-        shutil.rmtree(copy)
+        for piece in (state.folder / "pieces").glob("pv-*"):
+            piece.unlink()
         return row
 
     def quality(self, state: RunState, tensors: dict[str, Tensor]) -> dict[str, float]:
@@ -230,6 +259,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", help="all that the table has of a model")
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--hour", action="store_true", help="the first scheme's hour, nothing else")
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()) / "pv-strategies"
     )
@@ -258,9 +288,13 @@ def main() -> None:
             if missing(**kind, strategy="calibration only"):
                 quality = bench.quality(bench.state, {})
                 add(**kind, strategy="calibration only", **quality)
+            if options.hour:
+                if missing(**kind, run="hour"):
+                    add(**kind, **bench.hour())
+                break
             for seed in options.seeds:
                 for strategy in options.strategies:
-                    if missing(**kind, strategy=strategy, seed=seed):
+                    if missing(**kind, strategy=strategy, seed=seed, run=None):
                         add(**kind, **bench.run(strategy, seed))
 
 
