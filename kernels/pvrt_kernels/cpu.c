@@ -136,8 +136,7 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
             const int groups = w->groups - j < whole ? (int)(w->groups - j) : whole;
             const int64_t bytes = groups * w->books * TILE; /* of one tile in this block */
             const uint8_t *codes = w->codes + tiled_at(tiles, 0, 0, j, w->groups, w->books);
-            /* From a block's last tiles to the first ones of the next block. */
-            const int64_t skip = (tiles - (to - from)) * bytes;
+            const int follows = j + 2 * whole <= w->groups; /* a block of the same size */
             for (int done = 0; done < groups; done += piece) {
                 const int now = groups - done < piece ? groups - done : piece;
                 const int lookups = now * (int)w->books;
@@ -149,7 +148,8 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
                     kernels->build8(books, x8 + (j + done) * w->group * LANES, now, (int)w->group,
                                     (int)w->books, (float *)room);
                 for (int64_t t = from; t < to; t++, c += bytes) {
-                    const uint8_t *next = c + AHEAD * bytes + (t + AHEAD < to ? 0 : skip);
+                    const uint8_t *next = t + AHEAD < to ? c + AHEAD * bytes
+                                          : follows ? c + (AHEAD + tiles - (to - from)) * bytes : c;
                     float *sums = acc + (t - first) * TILE * lanes;
                     if (lanes == 1) kernels->lookup(c, next, room, lookups, sums);
                     else kernels->lookup8(c, next, (const float *)room, lookups, sums);

@@ -291,6 +291,7 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
         }
 }
 
+#define MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
 #include "cpu_attend.h"
 
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {

@@ -154,9 +154,9 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
     isa_avx2.decode(w, books, scale, y);
 }
 
-static void attend(const float *query, const float *keys, const float *values, int64_t count,
-                   int64_t dim, float scale, float *weights, float *y) {
-    isa_avx2.attend(query, keys, values, count, dim, scale, weights, y);
+static void attend(const float *queries, int64_t heads, const float *keys, const float *values,
+                   int64_t count, int64_t dim, float scale, float *weights, float *y) {
+    isa_avx2.attend(queries, heads, keys, values, count, dim, scale, weights, y);
 }
 
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {

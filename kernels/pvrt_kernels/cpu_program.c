@@ -98,13 +98,13 @@ static void attend(const operation *o, const sequence *s, float *x, float *y, in
         keys[position * dim + i] = key[i];
         values[position * dim + i] = value[i];
     }
-    for (int64_t h = head * share; h < (head + 1) * share; h++) {
-        float *query = x + h * dim;
+    float *queries = x + head * share * dim;
+    for (float *query = queries; query < queries + share * dim; query += dim) {
         if (o->query_norm) rms_norm(query, o->query_norm, dim, o->epsilon, query);
         rotate(query, cosine, sine, o->rotary);
-        kernels->attend(query, keys + first * dim, values + first * dim, position + 1 - first, dim,
-                        (float)o->scale, room, y + h * dim);
     }
+    kernels->attend(queries, share, keys + first * dim, values + first * dim, position + 1 - first,
+                    dim, (float)o->scale, room, y + head * share * dim);
 }
 
 static void barrier_of(program *p, int64_t threads) {
@@ -145,7 +145,8 @@ static void screen(program *p, const operation *o, const float *x, int64_t threa
     float *least = p->room + p->room_floats * thread + after;
     for (int64_t t = 0; t < p->rows; t++)
         s[t] = round_input(x + t * n, n, (int16_t *)(least - p->rows * n) + t * n);
-    for (int64_t i = from; i < to; i++) {
+    for (int64_t k = 0; k < to - from; k++) {
+        const int64_t i = in_two_streams(k, from, to);
         const float *bound = o->bounds + 3 * i;
         for (int64_t t = 0; t < p->rows; t++) {
             if (!s[t].usable) continue;
@@ -229,7 +230,7 @@ static void enter(void *data) {
 
 /* Run a program for the next tokens of `rows` sequences, at most MOST_ROWS. room:
  * [threads][room_floats] fp32: enough for rows * (2 * the longest normed input + 1), and for
- * position + 1 scores of every sequence. */
+ * ATTEND_ROWS * (position + 1) scores of every sequence. */
 API void pvrt_run_program(const operation *operations, int64_t count, const sequence *sequences,
                           int64_t rows, float *room, int64_t room_floats, int64_t threads) {
     program p = {.operations = operations, .count = count, .sequences = sequences, .rows = rows,

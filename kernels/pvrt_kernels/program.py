@@ -19,6 +19,7 @@ from pvrt_kernels.packed import PackedWeight
 _KINDS = {"embed": 0, "tiled": 1, "plain": 2, "dense": 3, "attend": 4, "gate": 5, "screen": 6}
 _ROUNDED_AT_ONCE = 4096  # rows
 MOST_ROWS = 64  # of one run, as in cpu_program.c
+_ATTEND_ROWS = 4  # query heads that attend together, as in cpu.h
 _LONG, _VOID = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -196,10 +197,10 @@ class Program:
             count = len(self._operations) + 1
             self._arrays = [(Operation * count)(*self._operations, tail) for tail in self._tails]
         scores = max(step.position for step in steps) + 1
-        floats = -(-max(rows * (2 * self._longest + 1), scores) // 16) * 16
+        floats = -(-max(rows * (2 * self._longest + 1), _ATTEND_ROWS * scores) // 16) * 16
         if self._room.numel() == 0 or self._room.shape[0] < threads or self._room.shape[1] < floats:
             # Doubled, because it grows with every position.
-            self._room = torch.empty(threads, max(floats, 2 * scores))
+            self._room = torch.empty(threads, max(floats, 2 * _ATTEND_ROWS * scores))
         sequences = (_Sequence * rows)(
             *(_Sequence(s.cache.data_ptr(), s.cache.shape[3], s.token, s.position) for s in steps)
         )

@@ -16,6 +16,7 @@ from pvrt.checkpoint import QuantizedLayer
 from pvrt.scheme import Scheme
 from pvrt_kernels import aqlm_linear, cpu, dispatch, reference
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+from pvrt_kernels.program import Program, Rounded, Step
 from tests.fixtures.toy import random_layer
 
 HERE = Path(__file__).parent
@@ -191,9 +192,32 @@ def test_no_races_under_thread_sanitizer(tmp_path: Path) -> None:
 def test_dense_products_of_sixteen_bit_weights_are_summed_in_fp32(
     kernels: str, dtype: torch.dtype
 ) -> None:
-    weight, x = torch.randn(150, 77).to(dtype), torch.randn(3, 77)
-    y = cpu.dense_linear(x, weight)
-    assert relative(y, x.double() @ weight.double().T) < 1e-6
+    for rows in (1, 2, 63, 150):
+        weight, x = torch.randn(rows, 77).to(dtype), torch.randn(3, 77)
+        y = cpu.dense_linear(x, weight)
+        assert relative(y, x.double() @ weight.double().T) < 1e-6
+
+
+@pytest.mark.parametrize("dim", [12, 64, 88])
+@pytest.mark.parametrize("share", [1, 2, 3, 4, 7])
+def test_attention_of_heads_that_share_keys_is_that_of_float64(
+    kernels: str, share: int, dim: int
+) -> None:
+    """Program.attend, one token after earlier ones; nothing is rotated."""
+    for position in (0, 1, 8, 40, 101):
+        heads = 2 * share
+        x, y = torch.randn(1, (heads + 4) * dim), torch.empty(1, heads * dim)
+        queries, key, value = x[0].clone().view(-1, dim).double().split([heads, 2, 2])
+        cache = torch.randn(1, 2, 2, position + 3, dim)
+        program, same = Program(), torch.eye(heads * dim)
+        program.attend(x, y, heads=heads, kv_heads=2, dim=dim, scale=dim**-0.5)
+        program.logits(y, y.clone(), same, torch.ones(heads * dim), 1e-5, Rounded(same))
+        program.rotate(torch.ones(position + 1, dim), torch.zeros(position + 1, dim))
+        program.run([Step(0, position, cache)])
+        keys, values = cache[0, :, :, : position + 1].double()
+        assert torch.equal(keys[:, -1], key) and torch.equal(values[:, -1], value)
+        scores = queries.view(2, share, dim) @ keys.transpose(1, 2) * dim**-0.5
+        assert relative(y[0], (scores.softmax(-1) @ values).flatten()) < 2e-6
 
 
 @needs_library
