@@ -48,17 +48,18 @@ static void build(const float *books, const float *x, int groups, int group, int
 
 /* Assembly, because compilers spend an extra move and shift on every byte of a word of codes. Two
  * loads a cycle bound a lookup at half a cycle; what the front end needs beside comes close to it,
- * so nothing is spent but a byte's move and its addition, and a shift for every second byte. */
+ * so nothing is spent but a byte's move and its addition, and a shift for every second byte. Codes
+ * are loaded one table ahead: otherwise they would queue behind the entries' loads. */
 #define ADD(a, entry) "vaddss " entry ", %%xmm" #a ", %%xmm" #a "\n\t"
 #define SET(a, entry) "vmovss " entry ", %%xmm" #a "\n\t"
-#define PAIR(op, a, b, table)                                                                      \
-    "movzbl %%al, %%ecx\n\t" op(a, table "(%[t],%%rcx,4)")                                         \
-    "movzbl %%ah, %%edx\n\t" op(b, table "(%[t],%%rdx,4)")
-#define EIGHT(op, codes, table)                                                                    \
-    "movq " codes "(%[c]), %%rax\n\t" PAIR(op, 0, 1, table)                                        \
-    "shrq $16, %%rax\n\t" PAIR(op, 2, 3, table)                                                    \
-    "shrq $16, %%rax\n\t" PAIR(op, 4, 5, table)                                                    \
-    "shrq $16, %%rax\n\t" PAIR(op, 6, 7, table)
+#define CODES(r, at) "movq " at "(%[c]), %%r" r "x\n\t"
+#define PAIR(op, a, b, r, table)                                                                   \
+    "movzbl %%" r "l, %%ecx\n\t" op(a, table "(%[t],%%rcx,4)")                                     \
+    "movzbl %%" r "h, %%edx\n\t" op(b, table "(%[t],%%rdx,4)")
+#define NEXT(r) "shrq $16, %%r" r "x\n\t"
+#define EIGHT(op, r, table)                                                                        \
+    PAIR(op, 0, 1, r, table) NEXT(r) PAIR(op, 2, 3, r, table) NEXT(r)                              \
+    PAIR(op, 4, 5, r, table) NEXT(r) PAIR(op, 6, 7, r, table)
 #define STORE4(a, b, c, d, at)                                                                     \
     "vunpcklps %%xmm" #b ", %%xmm" #a ", %%xmm" #a "\n\t"                                          \
     "vunpcklps %%xmm" #d ", %%xmm" #c ", %%xmm" #c "\n\t"                                          \
@@ -66,22 +67,26 @@ static void build(const float *books, const float *x, int groups, int group, int
     "vaddps " at "(%[a]), %%xmm" #a ", %%xmm" #a "\n\tvmovups %%xmm" #a ", " at "(%[a])\n\t"
 #define SUMS "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7"
 
-/* A whole block: its 16 tables without a loop. */
+/* A whole block: its 16 tables without a loop. The last codes loaded are the next eight rows'. */
 static void lookup16(const uint8_t *c, const uint8_t *next, const void *t, float *a) {
     int64_t n = TILE / 8;
     __asm__ volatile(
-        ".p2align 6\n1:\n\t"
-        EIGHT(SET, "", "") EIGHT(ADD, "64", "1024") EIGHT(ADD, "128", "2048")
-        EIGHT(ADD, "192", "3072") "prefetcht0 (%[next])\n\t"
-        EIGHT(ADD, "256", "4096") EIGHT(ADD, "320", "5120") EIGHT(ADD, "384", "6144")
-        EIGHT(ADD, "448", "7168") EIGHT(ADD, "512", "8192") EIGHT(ADD, "576", "9216")
-        EIGHT(ADD, "640", "10240") EIGHT(ADD, "704", "11264") "prefetcht0 64(%[next])\n\t"
-        EIGHT(ADD, "768", "12288") EIGHT(ADD, "832", "13312") EIGHT(ADD, "896", "14336")
-        EIGHT(ADD, "960", "15360") STORE4(0, 1, 2, 3, "") STORE4(4, 5, 6, 7, "16")
+        CODES("a", "") ".p2align 6\n1:\n\t"
+        CODES("b", "64") EIGHT(SET, "a", "") CODES("a", "128") EIGHT(ADD, "b", "1024")
+        CODES("b", "192") EIGHT(ADD, "a", "2048") CODES("a", "256") EIGHT(ADD, "b", "3072")
+        "prefetcht0 (%[next])\n\t"
+        CODES("b", "320") EIGHT(ADD, "a", "4096") CODES("a", "384") EIGHT(ADD, "b", "5120")
+        CODES("b", "448") EIGHT(ADD, "a", "6144") CODES("a", "512") EIGHT(ADD, "b", "7168")
+        CODES("b", "576") EIGHT(ADD, "a", "8192") CODES("a", "640") EIGHT(ADD, "b", "9216")
+        CODES("b", "704") EIGHT(ADD, "a", "10240") CODES("a", "768") EIGHT(ADD, "b", "11264")
+        "prefetcht0 64(%[next])\n\t"
+        CODES("b", "832") EIGHT(ADD, "a", "12288") CODES("a", "896") EIGHT(ADD, "b", "13312")
+        CODES("b", "960") EIGHT(ADD, "a", "14336") CODES("a", "8") EIGHT(ADD, "b", "15360")
+        STORE4(0, 1, 2, 3, "") STORE4(4, 5, 6, 7, "16")
         "addq $8, %[c]\n\taddq $32, %[a]\n\tsubq $-128, %[next]\n\tdecq %[n]\n\tjnz 1b"
         : [c] "+r"(c), [a] "+r"(a), [next] "+r"(next), [n] "+r"(n)
         : [t] "r"(t)
-        : "rax", "rcx", "rdx", SUMS, "cc", "memory");
+        : "rax", "rbx", "rcx", "rdx", SUMS, "cc", "memory");
 }
 
 static void lookup(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
@@ -97,8 +102,8 @@ static void lookup(const uint8_t *codes, const uint8_t *next, const void *t, int
         const float *table = t;
         int64_t n = tables - 1;
         __asm__ volatile(
-            EIGHT(SET, "", "") "testq %[n], %[n]\n\tjz 2f\n1:\n\t"
-            "addq $64, %[c]\n\taddq $1024, %[t]\n\t" EIGHT(ADD, "", "")
+            CODES("a", "") EIGHT(SET, "a", "") "testq %[n], %[n]\n\tjz 2f\n1:\n\t"
+            "addq $64, %[c]\n\taddq $1024, %[t]\n\t" CODES("a", "") EIGHT(ADD, "a", "")
             "decq %[n]\n\tjnz 1b\n2:\n\t" STORE4(0, 1, 2, 3, "") STORE4(4, 5, 6, 7, "16")
             : [c] "+r"(c), [t] "+r"(table), [n] "+r"(n)
             : [a] "r"(acc + h)

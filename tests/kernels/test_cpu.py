@@ -207,7 +207,7 @@ def test_attention_of_heads_that_share_keys_is_that_of_float64(
     for position in (0, 1, 8, 40, 101):
         heads = 2 * share
         x, y = torch.randn(1, (heads + 4) * dim), torch.empty(1, heads * dim)
-        queries, key, value = x[0].clone().view(-1, dim).double().split([heads, 2, 2])
+        queries, key, value = torch.split(x[0].clone().view(-1, dim).double(), [heads, 2, 2])
         cache = torch.randn(1, 2, 2, position + 3, dim)
         program, same = Program(), torch.eye(heads * dim)
         program.attend(x, y, heads=heads, kv_heads=2, dim=dim, scale=dim**-0.5)
