@@ -6,8 +6,9 @@ static inline void NAME(lowest)(const ints8 *keys, int64_t vectors, int64_t coun
                                 int32_t *found) {
     const ints8 most = (ints8){0} + INT32_MAX;
     for (int64_t c = 0;; c++) {
-        int32_t low = best[0];
-        for (int l = 1; l < 8; l++) low = best[l] < low ? best[l] : low;
+        best = LESSER(best, __builtin_shuffle(best, (ints8){4, 5, 6, 7, 0, 1, 2, 3}));
+        best = LESSER(best, __builtin_shuffle(best, (ints8){2, 3, 0, 1, 6, 7, 4, 5}));
+        const int32_t low = best[0] < best[1] ? best[0] : best[1];
         found[c] = low;
         if (c + 1 == count) return;
         best = most;
@@ -23,7 +24,7 @@ static inline __attribute__((always_inline)) void NAME(search_any)(
     const sums *s, int64_t books, int64_t group, const float *x, int64_t beam, int64_t count,
     uint8_t *codes) {
     const int64_t vectors = s->size / 8;
-    _Alignas(32) float alone[ENTRIES];
+    _Alignas(32) float alone[ENTRIES], aimed[ENTRIES];
     _Alignas(32) int32_t keys[ENTRIES];
     const ints8 order = {0, 1, 2, 3, 4, 5, 6, 7};
     partial held[2][MOST_KEPT];
@@ -42,7 +43,9 @@ static inline __attribute__((always_inline)) void NAME(search_any)(
             floats8 product = x[0] * *(const floats8 *)(book + 8 * v);
             for (int64_t e = 1; e < group; e++)
                 product += x[e] * *(const floats8 *)(book + e * s->size + 8 * v);
-            *(floats8 *)(alone + 8 * v) = *(const floats8 *)(norms + 8 * v) - (product + product);
+            product = *(const floats8 *)(norms + 8 * v) - (product + product);
+            *(floats8 *)(alone + 8 * v) = product;
+            *(floats8 *)(aimed + 8 * v) = product + *(const floats8 *)(pull + m * s->size + 8 * v);
         }
         int64_t kept = 0;
         for (int64_t b = 0; b < live; b++) {
@@ -54,13 +57,12 @@ static inline __attribute__((always_inline)) void NAME(search_any)(
             }
             ints8 best = (ints8){0} + INT32_MAX, entry = order;
             for (int64_t v = 0; v < vectors; v++, entry += 8) {
-                floats8 score = *(const floats8 *)(alone + 8 * v) + start;
-                score += *(const floats8 *)(pull + m * s->size + 8 * v);
+                floats8 score = *(const floats8 *)(aimed + 8 * v) + start;
                 for (int64_t i = 0; i < m; i++) score += *(const floats8 *)(near[i] + 8 * v);
                 /* Bits of positive floats are in the order of their values. */
                 const ints8 key = ((ints8)score & -ENTRIES) | entry;
                 best = LESSER(best, key);
-                *(ints8 *)(keys + 8 * v) = key;
+                if (each > 1) *(ints8 *)(keys + 8 * v) = key;
             }
             int32_t found[MOST_KEPT];
             NAME(lowest)((const ints8 *)keys, vectors, each, best, found);

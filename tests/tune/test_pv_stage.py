@@ -128,6 +128,23 @@ def test_a_time_limit_plans_the_steps_and_leaves_the_best_so_far(
     Checkpoint.open(out).verify()
 
 
+def test_a_slow_start_does_not_shorten_the_run(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first steps wait for the original model's states of many: the plan is made anew."""
+    assert RECIPE.pv is not None
+    long = replace(RECIPE, pv=replace(RECIPE.pv, steps=100_000))
+    looks = itertools.chain(range(0, 6000, 600), itertools.count(6000, 200))
+    clock = SimpleNamespace(
+        monotonic=lambda: time.monotonic() + next(looks), perf_counter=time.perf_counter
+    )
+    monkeypatch.setattr("pvrt_tune.training.time", clock)
+    lines: list[str] = []
+    tune(TuneJob(str(dense), tmp_path / "out", long, seconds=24_000.0), lines.append)
+    first, *later = (int(line.split()[0]) for line in lines if "fit into the time" in line)
+    assert later and later[-1] > 1.3 * first
+
+
 def test_ctrl_c_leaves_the_best_so_far(dense: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     struck(dense, out, "PV step 3/", STEP_CALLS // 2, "SIGINT")

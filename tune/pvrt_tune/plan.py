@@ -17,7 +17,7 @@ from torch import nn
 
 from pvrt.experts import ExpertList
 from pvrt.plan import USABLE, CacheShape, cache_shape
-from pvrt.scheme import parse_scheme
+from pvrt.scheme import Scheme, parse_scheme
 from pvrt_tune.blocks import BlockList, batch_size, find_blocks, linears
 from pvrt_tune.calibration import rows_at_once
 from pvrt_tune.grid import GridLinear
@@ -322,8 +322,10 @@ class _Planner:
         one = [s.read + s.written + 1.4 * s.widest + 2 * s.norms for s in shapes]
         config = self.model.config.get_text_config()
         layers = [out * inputs for shape in shapes for out, inputs in shape.linears]
+        scheme = parse_scheme(recipe.scheme)
         sizes = Sizes(
             quantised=sum(layers),
+            groups=sum(layers) // scheme.in_group_size if isinstance(scheme, Scheme) else 0,
             parameters=self.parameters,
             outside=sum(parameter.numel() for parameter in self.outside),
             vocabulary=config.vocab_size,

@@ -49,10 +49,13 @@ STRATEGIES = {
 }
 
 
-#: Last names of the tensors that only an optimizer needs.
+#: Last names of the tensors that only an optimizer needs, and those of them that every rank has
+#: whole; the others have a layer's rows.
 OPTIMIZER_PARTS = {
-    *("latent", "second_moment", "moment_rows", "moment_columns", "exp_avg", "exp_avg_sq")
+    *("latent", "second_moment", "moment_rows", "moment_columns", "exp_avg", "exp_avg_sq"),
+    *("limits", "searched_books", "books_moved"),
 }
+WHOLE_PARTS = {"moment_columns", "searched_books", "books_moved"}
 
 
 @dataclass(frozen=True)
@@ -172,20 +175,27 @@ class PVLayer:
         g = self.representation.group_size
         new, old = target.view(-1, g), decoded.view(-1, g)
         distance = torch.linalg.vector_norm(new - old, dim=1)
+        by_gain = self.strategy.subspace and self.settings.gain_pool > 1
+        # Rounding at random may move what is far from any boundary, and choice by distance alone
+        # does not ask whether a group can move.
+        all_count = self.strategy.stochastic or (self.strategy.subspace and not by_gain)
+        movable = distance > 0 if all_count else self.representation.movable(distance)
         if self.strategy.subspace:
             allowed = self._allowed()
-            candidates = parallel.top_share(distance, allowed * self.settings.gain_pool)
+            wanted = torch.where(movable, distance, 0)
+            candidates = parallel.top_share(wanted, allowed * self.settings.gain_pool)
         else:
-            allowed = len(distance)
-            candidates = torch.arange(allowed, device=distance.device)
+            candidates = movable.nonzero().squeeze(1)
             if self.settings.trust_ratio is not None:
-                candidates = distance.argsort(descending=True, stable=True)
+                order = distance[candidates].argsort(descending=True, stable=True)
+                candidates = candidates[order]
         proposal = self.representation.nearest(
             new[candidates], candidates, generator, self.strategy.stochastic
         )
         change = (proposal.values - old[candidates]).square().sum(1)
-        kept = change > 0
-        if self.strategy.subspace and self.settings.gain_pool > 1:
+        stays = change == 0
+        kept = ~stays
+        if by_gain:
             left = (new[candidates] - proposal.values).square().sum(1)
             gain = torch.where(kept, distance[candidates].square() - left, 0)
             order = parallel.top_share(gain, allowed)
@@ -197,10 +207,10 @@ class PVLayer:
             bound = self.settings.trust_ratio**2 * float(parallel.total(decoded.square().sum()))
             spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
             kept &= (spent <= bound) | (spent <= change)
-        moved = candidates[kept]
-        self.representation.assign(moved, proposal.codes[kept])
-        old[moved] = proposal.values[kept]
-        return len(moved)
+        settled = kept | stays
+        self.representation.assign(candidates[settled], proposal[settled])
+        old[candidates[kept]] = proposal.values[kept]
+        return int(kept.sum())
 
     def _allowed(self) -> int:
         total = parallel.total(torch.tensor(float(self.groups)))
@@ -209,7 +219,7 @@ class PVLayer:
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs besides the representation."""
         latent = {} if self.latent is None else {"latent": self.latent}
-        return {**latent, **self.second_moment}
+        return {**latent, **self.second_moment, **self.representation.knowledge()}
 
 
 class PVOptimizer:
@@ -321,7 +331,7 @@ class PVOptimizer:
                 whole = tensor if part in shared else parallel.gather_rows(tensor, rows)
                 state[f"{name}.{part}"] = whole
             for part, tensor in layer.tensors().items():
-                if part != "moment_columns":  # which is the same on every rank
+                if part not in WHOLE_PARTS:
                     tensor = parallel.gather_rows(tensor, rows)
                 state[f"{name}.{part}"] = tensor
         for name, tensor in self.continuous.items():
@@ -345,7 +355,7 @@ class PVOptimizer:
                     tensor.copy_(whole if part in shared else whole[rows])
                 for part, tensor in layer.tensors().items():
                     kept = state[f"{name}.{part}"]
-                    tensor.copy_(kept if part == "moment_columns" else kept[rows])
+                    tensor.copy_(kept if part in WHOLE_PARTS else kept[rows])
                 layer.weight.copy_(layer.representation.decode())
             for name, tensor in self.continuous.items():
                 _local(tensor).copy_(self._part(name, state[name]))

@@ -9,13 +9,14 @@ from pvrt_tune.training import TrainSettings
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: quantised weights, all parameters, those outside the blocks, vocabulary and
-    width, the largest layer's weights, bytes of all quantised tensors on disk, and what one token
-    leaves for the backward pass of all blocks (in numbers, summed over blocks) and of the largest
-    block alone.
+    """Of a model: quantised weights, their groups that codebooks describe (0 for grids), all
+    parameters, those outside the blocks, vocabulary and width, the largest layer's weights, bytes
+    of all quantised tensors on disk, and what one token leaves for the backward pass of all blocks
+    (in numbers, summed over blocks) and of the largest block alone.
     """
 
     quantised: int
+    groups: int
     parameters: int
     outside: int
     vocabulary: int
@@ -44,6 +45,7 @@ def needs(sizes: Sizes, settings: TrainSettings, length: int, item: int) -> Need
     latent = (2 if pv.low_memory else 4) * strategy.accumulates
     moment = (0 if pv.low_memory else 4) * strategy.moves_codes
     per_weight = 2 * item + latent + moment  # the weight, its gradient, and B with its moment
+    margins = 2 * sizes.groups * strategy.moves_codes
     trained = 0 if settings.freeze_embeddings else 3 * 4 * sizes.outside
     # One layer at a time: gradient, decoded weight, direction, root of the moment, distances.
     layer = 4 * 6 * sizes.largest
@@ -52,12 +54,13 @@ def needs(sizes: Sizes, settings: TrainSettings, length: int, item: int) -> Need
     if settings.recompute_activations:
         kept = sizes.blocks * sizes.width + sizes.kept_by_one
     work = max(layer, item * tokens * kept + 4 * CHUNK_BYTES)
-    student = per_weight * sizes.quantised + sizes.stored + item * sizes.outside + trained + work
+    kept_too = sizes.stored + margins + trained
+    student = per_weight * sizes.quantised + item * sizes.outside + kept_too + work
     original = item * sizes.parameters
     seen = settings.steps * settings.batch
     windows = min(settings.windows, seen) + settings.held_out
     states = 2 * windows * length * sizes.width
-    state = (latent + moment) * sizes.quantised + sizes.stored + trained
+    state = (latent + moment) * sizes.quantised + kept_too
     looks = settings.steps // settings.evaluate_every + 1
     head = sizes.vocabulary * sizes.width
     passes = 4 if settings.recompute_activations else 3

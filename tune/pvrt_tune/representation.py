@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pvrt.linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_tune.grid import GridLinear
+from pvrt_tune.margins import Margins
 from pvrt_tune.search import nearest_sums
 
 
@@ -23,11 +24,18 @@ from pvrt_tune.search import nearest_sums
 class Proposal:
     """New codes for some groups, in the representation's own layout, and the weights they mean.
 
-    values: [n, group_size] float32.
+    values: [n, group_size] float32. margins [n]: by how much less the target is away from the value
+    than from any other, halved and unscaled (see margins.py); None where nobody needs it.
     """
 
     codes: Tensor
     values: Tensor
+    margins: Tensor | None = None
+
+    def __getitem__(self, chosen: Tensor) -> "Proposal":
+        """That of some of the groups, by mask or number."""
+        margins = None if self.margins is None else self.margins[chosen]
+        return Proposal(self.codes[chosen], self.values[chosen], margins)
 
 
 class Representation(ABC):
@@ -67,8 +75,18 @@ class Representation(ABC):
         """
 
     @abstractmethod
-    def assign(self, groups: Tensor, codes: Tensor) -> None:
-        """Give groups [n] the codes of a proposal."""
+    def assign(self, groups: Tensor, proposal: Proposal) -> None:
+        """Give groups [n] the codes of a proposal, which may be those they have."""
+
+    def movable(self, distance: Tensor) -> Tensor:
+        """Which groups may have a nearer value, by the distance [rows * groups] of their targets
+        from their values: a mask. To be asked once after every change of continuous parameters.
+        """
+        return distance > 0
+
+    def knowledge(self) -> dict[str, Tensor]:
+        """What `movable` knows, by name: of a resumed run, not of a checkpoint."""
+        return {}
 
 
 class AdditiveRepresentation(Representation):
@@ -87,6 +105,11 @@ class AdditiveRepresentation(Representation):
         self._flat_codes = self.codes.view(-1, self.codes.shape[2])
         self._groups_per_row = self.codes.shape[1]
         self._mask = layer.scheme.codebook_size - 1
+        self._margins = Margins(len(self.codes), self._groups_per_row, self._books())
+
+    def _books(self) -> Tensor:
+        """Codebooks [M, K, g]."""
+        return self.codebooks.detach().squeeze(2)
 
     def continuous(self) -> dict[str, Tensor]:
         return {"codebooks": self.codebooks, "scales": self.scales}
@@ -111,26 +134,41 @@ class AdditiveRepresentation(Representation):
     def nearest(
         self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
     ) -> Proposal:
-        books = self.codebooks.detach().squeeze(2)  # [M, K, g]
+        books = self._books()
         scale = self.scales.detach().reshape(-1)[groups // self._groups_per_row].unsqueeze(1)
         # A scale of zero says nothing about codes: leave such groups where they are.
         wanted = torch.where(scale == 0, 0, target / scale)
         present = self._flat_codes[groups].long() & self._mask
-        found = nearest_sums(wanted, books, 2 if stochastic else 1)
+        found = nearest_sums(wanted, books, 2)
         index = torch.cat([present.unsqueeze(1), found], 1)  # [n, candidates, M]
         values = torch.stack([book[index[..., m]] for m, book in enumerate(books)]).sum(0)
         error = (wanted.unsqueeze(1) - values).square().sum(2)
         # Of equals the present codes stay; where they are among those found, they count once.
         error[:, 1:][(found == present.unsqueeze(1)).all(2)] = torch.inf
-        order = error.argsort(dim=1, stable=True)
-        pick = order[:, 0]
+        error, order = error.sort(dim=1, stable=True)
+        row = torch.arange(len(order), device=order.device)
         if stochastic:
             pick = _draw(wanted, values, order, generator)
-        row = torch.arange(len(pick), device=pick.device)
-        return Proposal(index[row, pick].to(self.codes.dtype), values[row, pick] * scale)
+            return Proposal(index[row, pick].to(self.codes.dtype), values[row, pick] * scale)
+        pick = order[:, 0]
+        root = error[:, :2].sqrt()
+        margins = (root[:, 1] - root[:, 0]) / 2 if root.shape[1] > 1 else root[:, 0] + torch.inf
+        return Proposal(index[row, pick].to(self.codes.dtype), values[row, pick] * scale, margins)
 
-    def assign(self, groups: Tensor, codes: Tensor) -> None:
-        self._flat_codes[groups] = codes
+    def assign(self, groups: Tensor, proposal: Proposal) -> None:
+        if proposal.margins is not None:
+            same = (self._flat_codes[groups] == proposal.codes).all(1)
+            self._margins.learn(groups, proposal.margins, same=same)
+        self._flat_codes[groups] = proposal.codes
+
+    def movable(self, distance: Tensor) -> Tensor:
+        self._margins.follow(self._books())
+        scale = self.scales.detach().reshape(-1, 1).abs()
+        unscaled = distance.view(self._margins.limits.shape) / scale
+        return (self._margins.exceeded(unscaled) & (scale > 0)).view(-1)
+
+    def knowledge(self) -> dict[str, Tensor]:
+        return self._margins.tensors()
 
 
 class GridRepresentation(Representation):
@@ -189,8 +227,8 @@ class GridRepresentation(Representation):
         codes = codes.clamp(0, self._levels)
         return Proposal(codes.to(self.codes.dtype), (scale * (codes - zero)).unsqueeze(1))
 
-    def assign(self, groups: Tensor, codes: Tensor) -> None:
-        self.codes.view(-1)[groups] = codes
+    def assign(self, groups: Tensor, proposal: Proposal) -> None:
+        self.codes.view(-1)[groups] = proposal.codes
 
 
 def _draw(wanted: Tensor, values: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:

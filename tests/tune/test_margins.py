@@ -1,0 +1,73 @@
+"""Groups that margins leave out are groups whose nearest value is the one they have."""
+
+import torch
+from torch import Tensor
+
+from pvrt.linear import AQLMLinear
+from pvrt.scheme import Scheme
+from pvrt_tune.margins import Margins
+from pvrt_tune.representation import AdditiveRepresentation
+from tests.fixtures.toy import random_layer
+
+
+def representation_of(scheme: str, rows: int, width: int) -> AdditiveRepresentation:
+    layer = AQLMLinear(width, rows, Scheme.parse(scheme))
+    tensors = random_layer(layer.scheme, rows, width, seed=0, dtype=torch.float32)
+    with torch.no_grad():
+        for name in ("codes", "codebooks", "scales"):
+            getattr(layer, name).copy_(getattr(tensors, name))
+    return AdditiveRepresentation(layer)
+
+
+def groups_of(representation: AdditiveRepresentation) -> Tensor:
+    return representation.decode().view(-1, representation.group_size)
+
+
+def test_what_is_left_out_would_not_have_moved_while_codebooks_drift() -> None:
+    """One codebook, whose search is exact: 30 steps of targets and entries that walk away."""
+    generator = torch.Generator().manual_seed(0)
+    representation = representation_of("1x6g8", 24, 64)
+    everything = torch.arange(24 * 8)
+    target = groups_of(representation).clone()
+    left_out = moves = 0
+    for _ in range(30):
+        target += 0.1 * target.std() * torch.randn(target.shape, generator=generator)
+        books = representation.codebooks
+        books += 0.002 * books.std() * torch.randn(books.shape, generator=generator)
+        distance = (target - groups_of(representation)).norm(dim=1)
+        movable = representation.movable(distance)
+        best = representation.nearest(target, everything, generator)
+        moving = (best.values != groups_of(representation)).any(1)
+        assert not bool((moving & ~movable).any())
+        left_out += int((~movable).sum())
+        moves += int(moving.sum())
+        searched = movable.nonzero().squeeze(1)
+        representation.assign(searched, best[searched])
+    assert moves > 100  # else the check above checks nothing
+    assert left_out > 1000
+
+
+def test_a_margin_shrinks_with_codebooks_and_grows_by_search_alone() -> None:
+    books = torch.zeros(2, 4, 3)
+    margins = Margins(1, 3, books)
+    near, far = torch.tensor([[0.4] * 3]), torch.tensor([[0.6] * 3])
+    assert margins.exceeded(near).all()
+    known, same = torch.tensor([0, 2]), torch.tensor([True, True])
+    margins.learn(known, torch.tensor([0.5, 0.5]), same=same)
+    assert margins.exceeded(near).tolist() == [[False, True, False]]
+    assert margins.exceeded(far).all()
+    margins.learn(known, torch.tensor([0.1, 0.1]), same=torch.tensor([True, False]))
+    assert margins.exceeded(near).tolist() == [[False, True, True]]
+    moved = books.clone()
+    moved[0, 1, 0], moved[1, 3, 2] = 0.05, -0.06
+    margins.follow(moved)
+    assert margins.exceeded(near).all()  # 0.5 less 0.11
+    assert not margins.exceeded(near - 0.03)[0, 0]
+    margins.follow(moved)
+    assert not margins.exceeded(near - 0.03)[0, 0]
+
+
+def test_a_scale_of_zero_moves_nothing() -> None:
+    representation = representation_of("2x4g8", 2, 16)
+    representation.scales[0] = 0
+    assert representation.movable(torch.ones(4)).tolist() == [False, False, True, True]

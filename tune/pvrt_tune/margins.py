@@ -1,0 +1,49 @@
+"""Which groups cannot have nearer codes, without searching for them.
+
+If all other admissible values are at least 2 r away from a group's value, none of them is nearest
+to a target closer than r (triangle inequality). A search that found the two nearest values tells
+such an r, which then shrinks by as much as codebooks move. Targets move by a few percent of a value
+per step, so that most groups need no search for many steps.
+"""
+
+import torch
+from torch import Tensor
+
+# Limits are kept in bfloat16, whose 8 bits may have been rounded up.
+_ROUNDED = 1 - 2**-8
+
+
+class Margins:
+    """Margins of all groups of one layer, unscaled: in units of codebook entries.
+
+    rows, groups: of the layer (here); books [M, K, g]: its codebooks now. At first no margin is
+    known, so that every group may have nearer codes. Takes 2 bytes per group.
+    """
+
+    def __init__(self, rows: int, groups: int, books: Tensor) -> None:
+        # A group's margin is its limit less all that codebooks have moved so far.
+        self.limits = torch.zeros(rows, groups, dtype=torch.bfloat16, device=books.device)
+        self.moved = torch.zeros(1, device=books.device)
+        self.books = books.detach().clone()
+
+    def follow(self, books: Tensor) -> None:
+        """Note that the codebooks are `books` now: no sum moved more than the farthest entries."""
+        farthest = torch.linalg.vector_norm(books - self.books, dim=2).amax(1)
+        self.moved += farthest.sum()
+        self.books.copy_(books)
+
+    def exceeded(self, distance: Tensor) -> Tensor:
+        """Whether targets at an unscaled distance [rows, groups] of the values may be nearer to
+        others, as a mask of the same shape.
+        """
+        return distance > self.limits - self.moved
+
+    def learn(self, groups: Tensor, margin: Tensor, *, same: Tensor) -> None:
+        """Margins [n] of groups by number [n]; where the value is the `same`, the larger holds."""
+        limits = self.limits.view(-1)
+        found = ((margin + self.moved) * _ROUNDED).bfloat16()
+        limits[groups] = torch.where(same, torch.maximum(found, limits[groups]), found)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs, by name; only the limits have the layer's rows first."""
+        return {"limits": self.limits, "searched_books": self.books, "books_moved": self.moved}
