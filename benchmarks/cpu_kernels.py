@@ -7,7 +7,8 @@ One token times a weight. Every kernel has several copies of the weight, read in
 ones come from memory and not from the cache; table builds and quantisation of x are in the time.
 Kernels take turns for as many rounds as --rounds says. With one thread a time is the median of
 process CPU time, which other work on the machine barely disturbs; with two it is the smallest wall
-time. llama.cpp's loops are its dot products row by row (what its matrix products call), 1 thread.
+time. llama.cpp's loops are its dot products row by row (what its matrix products call), rows shared
+by torch's threads, which all kernels but aqlm's run in.
 relative_error is against the same weight in float64: a format's own rounding of it is no error.
 """
 
@@ -132,20 +133,36 @@ def dense(out: int, inputs: int, x: Any) -> dict[str, Kernel]:
 
 
 _LOOP = """
+#include <stdatomic.h>
 #include <stddef.h>
 typedef void (*dot)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
 typedef void (*quantise)(const float *, void *, long);
+typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
+typedef struct {
+    dot f; const void *x; int n, rows, shares; size_t bytes; const char *w; float *y;
+    atomic_int taken;
+} product;
+static void share(void *data) {
+    product *p = data;
+    for (int k; (k = atomic_fetch_add(&p->taken, 1)) < p->shares;)
+        for (int i = p->rows * k / p->shares; i < p->rows * (k + 1) / p->shares; i++)
+            p->f(p->n, p->y + i, 0, p->w + i * p->bytes, 0, p->x, 0, 1);
+}
 void loop(dot f, quantise q, const float *x, void *xq, int n, int rows, size_t bytes,
-          const char *w, float *y) {
+          const char *w, float *y, team run, int threads) {
+    product p = {f, xq, n, rows, threads, bytes, w, y, 0};
     q(x, xq, n);
-    for (int i = 0; i < rows; i++) f(n, y + i, 0, w + i * bytes, 0, xq, 0, 1);
+    if (threads == 1) share(&p);
+    else run(share, &p, threads, 0);
 }
 """
 
 
-def llama(out: int, inputs: int, x: Any, folder: Path) -> dict[str, Kernel]:
+def llama(out: int, inputs: int, x: Any, folder: Path, threads: int) -> dict[str, Kernel]:
     """ggml's dot products over all rows, x quantised inside, as its matrix product does."""
     import torch
+
+    from pvrt_kernels.cpu import torch_threads
 
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None or inputs % 256:
@@ -155,11 +172,11 @@ def llama(out: int, inputs: int, x: Any, folder: Path) -> dict[str, Kernel]:
     cpu = ctypes.CDLL(str(libraries / "libggml-cpu.so"), ctypes.RTLD_GLOBAL)
     cpu.ggml_cpu_init()
     source, built = folder / "loop.c", folder / "loop.so"
-    if not built.is_file():
+    if not built.is_file() or source.read_text() != _LOOP:
         source.write_text(_LOOP)
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", source, "-o", built], check=True)
     loop = ctypes.CDLL(str(built)).loop
-    void, some = ctypes.c_void_p, 64
+    void, some, team = ctypes.c_void_p, 64, torch_threads()[0]
     loop.argtypes = [
         void,
         void,
@@ -170,6 +187,8 @@ def llama(out: int, inputs: int, x: Any, folder: Path) -> dict[str, Kernel]:
         ctypes.c_size_t,
         void,
         void,
+        void,
+        ctypes.c_int,
     ]
     kernels: dict[str, Kernel] = {}
     for name, (bytes_of_256, of_x) in GGML.items():
@@ -193,7 +212,7 @@ def llama(out: int, inputs: int, x: Any, folder: Path) -> dict[str, Kernel]:
         def call(dot: Any = dot, q: Any = quantise_x, turn: Any = turn, r: Any = row_bytes,
                  room: Any = room, y: Any = y) -> None:  # fmt: skip
             loop(dot, q, x.data_ptr(), room.data_ptr(), inputs, out, r, turn().data_ptr(),
-                 y.data_ptr())  # fmt: skip
+                 y.data_ptr(), team, threads)  # fmt: skip
 
         call()
         expected = (x.double() @ decoded.double().T)[0]
@@ -215,8 +234,7 @@ def measure(threads: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
         kernels = dense(out, inputs, x)
         for scheme in SCHEMES:
             kernels.update(ours(scheme, out, inputs, x))
-        if threads == 1:
-            kernels.update(llama(out, inputs, x, folder))
+        kernels.update(llama(out, inputs, x, folder, threads))
         times: dict[str, list[float]] = {name: [] for name in kernels}
         for call, _ in kernels.values():
             call()
@@ -261,7 +279,7 @@ def main() -> None:
             stdout=subprocess.PIPE,
             check=True,
         )
-        about = {"shared_machine": os.getloadavg()[0] > 3, **machine.describe()}
+        about = {"shared_machine": os.getloadavg()[0] > threads + 0.5, **machine.describe()}
         stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
         rows = [row for row in stored if row["threads"] != threads]
         rows += [{**row, **about} for row in json.loads(done.stdout)]

@@ -131,16 +131,21 @@ def pv_strategies(rows: list[dict[str, Any]]) -> str:
 
 
 def cpu_kernels(rows: list[dict[str, Any]]) -> str:
-    """Microseconds of one product per kernel and shape, one thread, and the largest error."""
-    rows = [row for row in rows if row["threads"] == 1]
+    """Microseconds of one product per kernel and shape, and the largest error; by threads."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    lines = [f"| us, 1 thread of {rows[0]['machine']} | {' | '.join(shapes)} | error |"]
+    counts = sorted({row["threads"] for row in rows})
+    threads = " / ".join(map(str, counts))
+    lines = [f"| us, {threads} threads of {rows[0]['machine']} | {' | '.join(shapes)} | error |"]
     lines.append("|---" * (2 + len(shapes)) + "|")
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        own = {row["shape"]: row for row in rows if row["kernel"] == kernel}
-        cells = [f"{own[s]['microseconds']:.0f}" if s in own else "" for s in shapes]
-        worst = max(row["relative_error"] for row in own.values())
-        lines.append(f"| {kernel} | {' | '.join(cells)} | {worst:.1e} |")
+        own = [row for row in rows if row["kernel"] == kernel]
+        cells = []
+        for shape in shapes:
+            times = {r["threads"]: f"{r['microseconds']:.0f}" for r in own if r["shape"] == shape}
+            cells.append(" / ".join(times.get(n, "-") for n in counts) if times else "")
+        errors = {n: [row["relative_error"] for row in own if row["threads"] == n] for n in counts}
+        worst = (f"{max(found):.1e}" if found else "-" for found in errors.values())
+        lines.append(f"| {kernel} | {' | '.join(cells)} | {' / '.join(worst)} |")
     return "\n".join(lines)
 
 
@@ -219,7 +224,7 @@ def cpu_decode(rows: list[dict[str, Any]]) -> str:
     """One line per model, engine, format and number of threads."""
     head = "bits | threads | tokens/s | first token of 512, s | share of bandwidth"
     lines = [f"| {rows[0]['machine']} | format | {head} |", "|---" * 7 + "|"]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row["model"], row["threads"])):
         lines.append(
             f"| {row['model']}, {row['engine']} | {row['format']} | {row['bits']:.2f} | "
             f"{row['threads']} | {row['decode_tokens_per_s']:.1f} | {row['ttft_512_s']:.2f} | "

@@ -103,7 +103,7 @@ def library() -> Any:
         getattr(lib, f"pvrt_{name}").restype = None
     lib.pvrt_run_program.argtypes = [_VOID, _LONG, _VOID, _LONG, _VOID, _LONG, _LONG]
     lib.pvrt_use_threads.argtypes = [_VOID, _VOID]
-    lib.pvrt_use_threads(*_torch_threads())
+    lib.pvrt_use_threads(*torch_threads())
     wanted = os.environ.get("PVRT_CPU_ISA", "")
     if lib.pvrt_use_isa(wanted.encode()) is None:
         raise ValueError(f"PVRT_CPU_ISA is {wanted!r}, which this CPU or library does not have")
@@ -119,7 +119,7 @@ def instruction_set() -> str | None:
     return name.decode()
 
 
-def _torch_threads() -> tuple[int | None, int | None]:
+def torch_threads() -> tuple[int | None, int | None]:
     """Addresses of GOMP_parallel, which all OpenMP runtimes have, and of omp_get_num_threads."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
