@@ -6,9 +6,8 @@ static inline void NAME(lowest)(const ints8 *keys, int64_t vectors, int64_t coun
                                 int32_t *found) {
     const ints8 most = (ints8){0} + INT32_MAX;
     for (int64_t c = 0;; c++) {
-        best = LESSER(best, __builtin_shuffle(best, (ints8){4, 5, 6, 7, 0, 1, 2, 3}));
-        best = LESSER(best, __builtin_shuffle(best, (ints8){2, 3, 0, 1, 6, 7, 4, 5}));
-        const int32_t low = best[0] < best[1] ? best[0] : best[1];
+        int32_t low = best[0];
+        for (int l = 1; l < 8; l++) low = best[l] < low ? best[l] : low;
         found[c] = low;
         if (c + 1 == count) return;
         best = most;
