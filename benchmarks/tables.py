@@ -106,7 +106,8 @@ def pv_strategies(rows: list[dict[str, Any]]) -> str:
 
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = (row["model"], row["representation"], row["strategy"])
+        name = row["strategy"] + (", an hour's run" if row.get("run") == "hour" else "")
+        key = (row["model"], row["representation"], name)
         groups.setdefault(key, []).append(row)
     for (model, scheme, strategy), group in groups.items():
         reached = perplexities(group)
