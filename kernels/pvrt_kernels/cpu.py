@@ -340,16 +340,38 @@ def read_bandwidth(
 def _packed_dequantize(
     packed: list[Tensor], partition_sizes: list[int], in_features: int
 ) -> Tensor:
-    out = packed[3].shape[0]
-    weight = torch.empty(out, in_features)
-    library().pvrt_decode_rows(
-        ctypes.byref(_packed_plain(packed, in_features)),
-        0,
-        out,
-        weight.data_ptr(),
-        torch.get_num_threads(),
-    )
+    weight = _decoded(_packed_plain(packed, in_features), packed[3].shape[0], in_features)
     return weight.to(packed[1].dtype)
+
+
+def can_decode(codes: Tensor, codebooks: Tensor) -> bool:
+    """Whether `dequantize` takes codes [out, in/g, M] and codebooks [P, M, K, 1, g]."""
+    return (
+        codes.device.type == "cpu"
+        and codes.element_size() <= 2
+        and codebooks.shape[3] == 1
+        and codebooks.dtype in TYPES
+        and library() is not None
+    )
+
+
+def dequantize(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
+) -> Tensor:
+    """What `reference.dequantize` returns, to the bit."""
+    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
+    rows, in_features = torch.tensor(partition_sizes), codes.shape[1] * codebooks.shape[4]
+    weight = _plain(codes, books, fp32_scales, rows, in_features, False)
+    return _decoded(weight, len(codes), in_features).to(codebooks.dtype)
+
+
+def _decoded(weight: PlainWeight, out: int, in_features: int) -> Tensor:
+    """All rows in fp32."""
+    rows = torch.empty(out, in_features)
+    library().pvrt_decode_rows(
+        ctypes.byref(weight), 0, out, rows.data_ptr(), torch.get_num_threads()
+    )
+    return rows
 
 
 @functools.cache

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu_tuning, dispatch, reference
+from pvrt_kernels import cpu, cpu_tuning, dispatch, reference
 
 
 @torch.library.custom_op("pvrt::aqlm_dequantize", mutates_args=())
 def _dequantize_op(
     codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
 ) -> Tensor:
-    return reference.dequantize(codes, codebooks, scales, partition_sizes)
+    decode = cpu.dequantize if cpu.can_decode(codes, codebooks) else reference.dequantize
+    return decode(codes, codebooks, scales, partition_sizes)
 
 
 @_dequantize_op.register_fake

@@ -221,6 +221,19 @@ def test_attention_of_heads_that_share_keys_is_that_of_float64(
 
 
 @needs_library
+@pytest.mark.parametrize("scheme", ["2x8g8", "3x7g4", "1x16g8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_decoding_is_the_reference_to_the_bit(
+    kernels: str, scheme: str, dtype: torch.dtype
+) -> None:
+    sizes = [64, 40, 130]
+    layer = fused(scheme, sizes, 48, dtype)
+    given = layer.codes, layer.codebooks, layer.scales, sizes
+    assert cpu.can_decode(layer.codes, layer.codebooks)
+    assert torch.equal(cpu.dequantize(*given), reference.dequantize(*given))
+
+
+@needs_library
 def test_the_scheme_of_published_models_has_a_fast_kernel() -> None:
     assert dispatch.has_fast_kernel("cpu", 2, 8, 8)
     assert not dispatch.has_fast_kernel("cpu", 2, 8, 8, 4)

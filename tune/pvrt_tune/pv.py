@@ -110,6 +110,7 @@ class PVLayer:
         self.groups = weight.numel() // representation.group_size
         kept = torch.bfloat16 if settings.low_memory else torch.float32
         self.latent = weight.detach().to(kept, copy=True) if self.strategy.accumulates else None
+        self._by_gain = self.strategy.subspace and settings.gain_pool > 1
         self.second_moment: dict[str, Tensor] = {}
         if self.strategy.moves_codes:
             self.second_moment = _empty_moment(weight, settings.low_memory)
@@ -175,42 +176,41 @@ class PVLayer:
         g = self.representation.group_size
         new, old = target.view(-1, g), decoded.view(-1, g)
         distance = torch.linalg.vector_norm(new - old, dim=1)
-        by_gain = self.strategy.subspace and self.settings.gain_pool > 1
-        # Rounding at random may move what is far from any boundary, and choice by distance alone
-        # does not ask whether a group can move.
-        all_count = self.strategy.stochastic or (self.strategy.subspace and not by_gain)
-        movable = distance > 0 if all_count else self.representation.movable(distance)
-        if self.strategy.subspace:
-            allowed = self._allowed()
-            wanted = torch.where(movable, distance, 0)
-            candidates = parallel.top_share(wanted, allowed * self.settings.gain_pool)
-        else:
-            candidates = movable.nonzero().squeeze(1)
-            if self.settings.trust_ratio is not None:
-                order = distance[candidates].argsort(descending=True, stable=True)
-                candidates = candidates[order]
+        candidates = self._candidates(distance)
         proposal = self.representation.nearest(
             new[candidates], candidates, generator, self.strategy.stochastic
         )
-        change = (proposal.values - old[candidates]).square().sum(1)
-        stays = change == 0
-        kept = ~stays
-        if by_gain:
+        kept = proposal.moves
+        if self._by_gain:
             left = (new[candidates] - proposal.values).square().sum(1)
             gain = torch.where(kept, distance[candidates].square() - left, 0)
-            order = parallel.top_share(gain, allowed)
             kept = torch.zeros_like(kept)
-            kept[order] = True
+            kept[parallel.top_share(gain, self._allowed())] = True
         if self.settings.trust_ratio is not None:
             # Candidates come largest distance first: keep them until the change gets too large,
             # but one at least, as published.
+            change = (proposal.values - old[candidates]).square().sum(1)
             bound = self.settings.trust_ratio**2 * float(parallel.total(decoded.square().sum()))
             spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
-            kept &= (spent <= bound) | (spent <= change)
-        settled = kept | stays
+            kept = kept & ((spent <= bound) | (spent <= change))
+        settled = kept | ~proposal.moves
         self.representation.assign(candidates[settled], proposal[settled])
         old[candidates[kept]] = proposal.values[kept]
         return int(kept.sum())
+
+    def _candidates(self, distance: Tensor) -> Tensor:
+        """Numbers of the groups to search, by how far each is from its target [groups]."""
+        # Rounding at random may move what is far from any boundary, and choice by distance alone
+        # does not ask whether a group can move.
+        asks = not self.strategy.stochastic and (self._by_gain or not self.strategy.subspace)
+        movable = self.representation.movable(distance) if asks else distance > 0
+        if self.strategy.subspace:
+            count = self._allowed() * self.settings.gain_pool
+            return parallel.top_share(torch.where(movable, distance, 0), count)
+        candidates = movable.nonzero().squeeze(1)
+        if self.settings.trust_ratio is None:
+            return candidates
+        return candidates[distance[candidates].argsort(descending=True, stable=True)]
 
     def _allowed(self) -> int:
         total = parallel.total(torch.tensor(float(self.groups)))

@@ -24,18 +24,20 @@ from pvrt_tune.search import nearest_sums
 class Proposal:
     """New codes for some groups, in the representation's own layout, and the weights they mean.
 
-    values: [n, group_size] float32. margins [n]: by how much less the target is away from the value
+    values: [n, group_size] float32. moves [n]: whether the codes differ from those the groups have.
+    margins [n]: by how much less the target is away from the value
     than from any other, halved and unscaled (see margins.py); None where nobody needs it.
     """
 
     codes: Tensor
     values: Tensor
+    moves: Tensor
     margins: Tensor | None = None
 
     def __getitem__(self, chosen: Tensor) -> "Proposal":
         """That of some of the groups, by mask or number."""
         margins = None if self.margins is None else self.margins[chosen]
-        return Proposal(self.codes[chosen], self.values[chosen], margins)
+        return Proposal(self.codes[chosen], self.values[chosen], self.moves[chosen], margins)
 
 
 class Representation(ABC):
@@ -147,18 +149,18 @@ class AdditiveRepresentation(Representation):
         error[:, 1:][(found == present.unsqueeze(1)).all(2)] = torch.inf
         error, order = error.sort(dim=1, stable=True)
         row = torch.arange(len(order), device=order.device)
-        if stochastic:
-            pick = _draw(wanted, values, order, generator)
-            return Proposal(index[row, pick].to(self.codes.dtype), values[row, pick] * scale)
-        pick = order[:, 0]
         root = error[:, :2].sqrt()
         margins = (root[:, 1] - root[:, 0]) / 2 if root.shape[1] > 1 else root[:, 0] + torch.inf
-        return Proposal(index[row, pick].to(self.codes.dtype), values[row, pick] * scale, margins)
+        pick = order[:, 0]
+        if stochastic:
+            pick, margins = _draw(wanted, values, order, generator), torch.zeros_like(margins)
+        codes = index[row, pick]
+        moves = (codes != present).any(1)
+        return Proposal(codes.to(self.codes.dtype), values[row, pick] * scale, moves, margins)
 
     def assign(self, groups: Tensor, proposal: Proposal) -> None:
-        if proposal.margins is not None:
-            same = (self._flat_codes[groups] == proposal.codes).all(1)
-            self._margins.learn(groups, proposal.margins, same=same)
+        assert proposal.margins is not None
+        self._margins.learn(groups, proposal.margins, same=~proposal.moves)
         self._flat_codes[groups] = proposal.codes
 
     def movable(self, distance: Tensor) -> Tensor:
@@ -218,14 +220,15 @@ class GridRepresentation(Representation):
         scale = self.scales[row, column // self._group]
         zero = self._middle()[row, column // self._group]
         exact = torch.where(scale == 0, zero, target.squeeze(1) / scale + zero)
+        present = self.codes.view(-1)[groups].float()
         if stochastic:
             draw = torch.rand(len(groups), generator=generator).to(exact.device)
             codes = (exact + draw).floor()
         else:
-            present = self.codes.view(-1)[groups].float()
             codes = torch.where((exact - present).abs() <= 0.5, present, exact.round())
         codes = codes.clamp(0, self._levels)
-        return Proposal(codes.to(self.codes.dtype), (scale * (codes - zero)).unsqueeze(1))
+        values = (scale * (codes - zero)).unsqueeze(1)
+        return Proposal(codes.to(self.codes.dtype), values, codes != present)
 
     def assign(self, groups: Tensor, proposal: Proposal) -> None:
         self.codes.view(-1)[groups] = proposal.codes
