@@ -238,7 +238,7 @@ def main() -> None:
         for threads in options.threads:
             done = options.rounds, options.tokens, options.formats
             for rows in measure(options.models, shape, threads, *done):
-                about = {"shared_machine": os.getloadavg()[0] > threads + 0.5, **machine.describe()}
+                about = {"shared_machine": machine.shared(threads), **machine.describe()}
                 fresh = {_key(row) for row in rows}
                 stored = [row for row in stored if _key(row) not in fresh]
                 stored += [{**row, **about} for row in rows]

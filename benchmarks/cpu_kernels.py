@@ -279,7 +279,7 @@ def main() -> None:
             stdout=subprocess.PIPE,
             check=True,
         )
-        about = {"shared_machine": os.getloadavg()[0] > threads + 0.5, **machine.describe()}
+        about = {"shared_machine": machine.shared(threads), **machine.describe()}
         stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
         rows = [row for row in stored if row["threads"] != threads]
         rows += [{**row, **about} for row in json.loads(done.stdout)]

@@ -25,6 +25,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def shared(threads: int) -> bool:
+    """Whether others computed beside the threads of a measurement, in the last minute."""
+    return os.getloadavg()[0] > threads + 0.5
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

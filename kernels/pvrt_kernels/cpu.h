@@ -23,6 +23,10 @@
 
 enum { F32 = 0, F16 = 1, BF16 = 2 };
 
+/* GNU C's own vectors */
+typedef float floats8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t ints8 __attribute__((vector_size(32)));
+
 /* A packed weight. tables: fp32 books transposed [parts][books][group][ENTRIES]; scales [out]. */
 typedef struct {
     const uint8_t *codes;
@@ -52,15 +56,6 @@ typedef struct {
     const float *pull;     /* [books m][books i][size] twice the products of entries i and later_m */
     int64_t books, size, group;
 } sums;
-
-/* A gradient by a weight [rows][groups * group] whose codes are [rows][groups][books]. */
-typedef struct {
-    const void *codes;
-    const float *codebooks; /* [books][size][group] */
-    const float *scales, *grad;
-    float *grad_scales;
-    int64_t rows, groups, books, size, group, code_bytes;
-} gradients;
 
 /* What an instruction set brings. Tables of one token are opaque to everything else. */
 typedef struct {

@@ -87,7 +87,7 @@ def library() -> Any:
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]
     lib.pvrt_huge_pages.argtypes = [_VOID, _LONG]
     lib.pvrt_nearest_sums.argtypes = [_VOID, _VOID, _LONG, _LONG, _LONG, _VOID, _LONG]
-    lib.pvrt_parameter_gradients.argtypes = [_VOID, _VOID, _LONG]
+    lib.pvrt_parameter_gradients.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG]
     for name in (
         "huge_pages",
         "tiled_linear",
@@ -156,9 +156,15 @@ def _supports(problem: dispatch.Problem) -> bool:
     )
 
 
-def _plain(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, rows: Tensor, in_features: int, tiled: bool
+def plain_weight(
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    rows: Tensor,
+    in_features: int,
+    tiled: bool = False,
 ) -> PlainWeight:
+    """The C view of a weight in the checkpoint's layout; valid as long as its tensors live."""
     parts, books, size, _, group = codebooks.shape
     return PlainWeight(
         codes.data_ptr(),
@@ -202,7 +208,7 @@ def _linear(
     if books.dtype not in TYPES:
         return reference.linear(x, codes, codebooks, scales, bias, partition_sizes)
     rows = torch.tensor(partition_sizes)
-    weight = _plain(codes, books, fp32_scales, rows, x.shape[-1], False)
+    weight = plain_weight(codes, books, fp32_scales, rows, x.shape[-1])
     return _multiply_plain(x, weight, codes.shape[0], bias)
 
 
@@ -259,7 +265,7 @@ def _unpack(packed: list[Tensor], in_features: int) -> tuple[Tensor, Tensor, Ten
 
 def _packed_plain(packed: list[Tensor], in_features: int) -> PlainWeight:
     codes, codebooks, _, scales, rows, tables = packed
-    return _plain(codes, codebooks, scales, rows, in_features, tables.numel() > 0)
+    return plain_weight(codes, codebooks, scales, rows, in_features, tables.numel() > 0)
 
 
 def _packed_linear(
@@ -361,7 +367,7 @@ def dequantize(
     """What `reference.dequantize` returns, to the bit."""
     codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
     rows, in_features = torch.tensor(partition_sizes), codes.shape[1] * codebooks.shape[4]
-    weight = _plain(codes, books, fp32_scales, rows, in_features, False)
+    weight = plain_weight(codes, books, fp32_scales, rows, in_features)
     return _decoded(weight, len(codes), in_features).to(codebooks.dtype)
 
 

@@ -2,9 +2,6 @@
 #include <math.h>
 #include <string.h>
 
-typedef float floats8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t ints8 __attribute__((vector_size(32)));
-
 /* exp of values <= 0, relative error 2e-7: 2^(n + f) with a polynomial (Cephes) on |f| <= 0.5. */
 static inline floats8 exp8(floats8 x) {
     const floats8 lowest = (floats8){0} - 87.0f;

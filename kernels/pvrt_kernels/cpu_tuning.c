@@ -7,9 +7,6 @@
 #define MOST_KEPT 8  /* partial sums of a search */
 #define MOST_BOOKS 8
 
-typedef float floats8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t ints8 __attribute__((vector_size(32)));
-
 /* A sum of entries of the first books: its codes, |x - sum|^2 - |x|^2, and the key by which it is
  * ranked: the bits of its squared distance, whose low 8 are the last code. */
 typedef struct {
@@ -17,6 +14,11 @@ typedef struct {
     int32_t key;
     uint8_t codes[MOST_BOOKS];
 } partial;
+
+typedef struct {
+    const float *weight;
+    float *books, *scales;
+} gradients;
 
 /* Twice the products of entry `code` of book i with all entries of book m. */
 static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t code) {
@@ -90,15 +92,19 @@ API void pvrt_nearest_sums(const sums *books, const float *x, int64_t n, int64_t
 
 static void gradient_part(const job *work, int64_t index) {
     const gradients *g = work->matrix;
-    const int64_t from = g->rows * index / work->parts, to = g->rows * (index + 1) / work->parts;
-    float *books = (float *)work->y + index * g->books * g->size * g->group;
-    if (has_avx2()) gradient_avx2(g, from, to, books);
-    else gradient_portable(g, from, to, books);
+    const plain_weight *w = work->plain;
+    const int64_t from = *w->rows * index / work->parts, to = *w->rows * (index + 1) / work->parts;
+    float *books = g->books + index * w->books * w->size * w->group;
+    if (has_avx2()) gradient_avx2(w, g, from, to, books);
+    else gradient_portable(w, g, from, to, books);
 }
 
-/* Gradients of codebooks and scales. grad_books [threads][books][size][group] must be zero: every
- * thread adds the rows of its own share to one of them. */
-API void pvrt_parameter_gradients(const gradients *g, float *grad_books, int64_t threads) {
-    job work = {.part = gradient_part, .matrix = g, .y = grad_books, .parts = threads};
+/* Gradients of codebooks and scales from that of an fp32 weight of one part, grad [rows][inputs].
+ * grad_books [threads][books][size][group] must be zero: every thread adds the rows of its own share
+ * to one of them. */
+API void pvrt_parameter_gradients(const plain_weight *w, const float *grad, float *grad_books,
+                                  float *grad_scales, int64_t threads) {
+    const gradients g = {grad, grad_books, grad_scales};
+    job work = {.part = gradient_part, .plain = w, .matrix = &g, .parts = threads};
     run(&work, threads);
 }

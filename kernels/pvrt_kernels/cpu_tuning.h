@@ -91,29 +91,31 @@ static void NAME(search)(const sums *s, const float *x, int64_t beam, int64_t co
 }
 
 /* Rows [from, to) of a weight's gradient: books [M][size][group] gather it, scales get their own. */
-static inline void NAME(gather)(const gradients *g, int64_t from, int64_t to, int64_t group,
-                                float *books) {
+static inline void NAME(gather)(const plain_weight *w, const gradients *g, int64_t from, int64_t to,
+                                int64_t group, float *books) {
+    const float *codebooks = w->codebooks;
     for (int64_t row = from; row < to; row++) {
-        const float *grad = g->grad + row * g->groups * group, scale = g->scales[row];
+        const float *grad = g->weight + row * w->groups * group, scale = w->scales[row];
         float total[8] = {0};
-        for (int64_t j = 0; j < g->groups; j++, grad += group)
-            for (int64_t m = 0; m < g->books; m++) {
-                const int64_t at = (row * g->groups + j) * g->books + m;
-                const int64_t code = (g->code_bytes == 1 ? ((const uint8_t *)g->codes)[at]
-                                                         : ((const uint16_t *)g->codes)[at]) &
-                                     (g->size - 1);
-                const int64_t entry = (m * g->size + code) * group;
+        for (int64_t j = 0; j < w->groups; j++, grad += group)
+            for (int64_t m = 0; m < w->books; m++) {
+                const int64_t at = (row * w->groups + j) * w->books + m;
+                const int64_t code = (w->code_bytes == 1 ? ((const uint8_t *)w->codes)[at]
+                                                         : ((const uint16_t *)w->codes)[at]) &
+                                     (w->size - 1);
+                const int64_t entry = (m * w->size + code) * group;
                 for (int64_t e = 0; e < group; e++) {
-                    total[e & 7] += grad[e] * g->codebooks[entry + e];
+                    total[e & 7] += grad[e] * codebooks[entry + e];
                     books[entry + e] += scale * grad[e];
                 }
             }
-        g->grad_scales[row] = ((total[0] + total[4]) + (total[1] + total[5])) +
-                              ((total[2] + total[6]) + (total[3] + total[7]));
+        g->scales[row] = ((total[0] + total[4]) + (total[1] + total[5])) +
+                         ((total[2] + total[6]) + (total[3] + total[7]));
     }
 }
 
-static void NAME(gradient)(const gradients *g, int64_t from, int64_t to, float *books) {
-    if (g->group == 8) NAME(gather)(g, from, to, 8, books); /* unrolled */
-    else NAME(gather)(g, from, to, g->group, books);
+static void NAME(gradient)(const plain_weight *w, const gradients *g, int64_t from, int64_t to,
+                           float *books) {
+    if (w->group == 8) NAME(gather)(w, g, from, to, 8, books); /* unrolled */
+    else NAME(gather)(w, g, from, to, w->group, books);
 }

@@ -26,15 +26,6 @@ class _Sums(ctypes.Structure):
     ]
 
 
-class _Gradients(ctypes.Structure):
-    """`gradients` of cpu.h."""
-
-    _fields_ = [
-        *((name, _VOID) for name in ("codes", "codebooks", "scales", "grad", "grad_scales")),
-        *((name, _LONG) for name in ("rows", "groups", "books", "size", "group", "code_bytes")),
-    ]
-
-
 def can_search(books: Tensor, kept: int) -> bool:
     """Whether `nearest_sums` takes books [M, K, g] and keeps so many sums."""
     number, size, _ = books.shape
@@ -86,9 +77,7 @@ def can_gather(grad: Tensor, codes: Tensor, codebooks: Tensor) -> bool:
     return (
         grad.device.type == "cpu"
         and codebooks.dtype == torch.float32
-        and codebooks.shape[2] == 1
-        and codes.element_size() <= 2
-        and cpu.library() is not None
+        and cpu.can_decode(codes, codebooks.unsqueeze(0))
     )
 
 
@@ -99,18 +88,14 @@ def parameter_gradients(
 
     codes [rows, in/g, M] int8 or int16. Sums over rows depend on the number of threads alone.
     """
-    number, size, _, group = codebooks.shape
     threads = torch.get_num_threads()
-    kept = {
-        "codes": codes.contiguous(),
-        "codebooks": codebooks.contiguous(),
-        "scales": scales.float().contiguous(),
-        "grad": grad.float().contiguous(),
-        "grad_scales": torch.empty(len(codes)),
-    }
-    books = torch.zeros(threads, number, size, 1, group)
-    pointers = {name: tensor.data_ptr() for name, tensor in kept.items()}
-    sizes = {"rows": len(codes), "groups": codes.shape[1], "books": number, "size": size}
-    layout = _Gradients(**pointers, **sizes, group=group, code_bytes=codes.element_size())
-    cpu.library().pvrt_parameter_gradients(ctypes.byref(layout), books.data_ptr(), threads)
-    return books.sum(0), kept["grad_scales"].view(scales.shape)
+    grad, books = grad.float().contiguous(), torch.zeros(threads, *codebooks.shape)
+    row_scales = torch.empty(len(codes))
+    # Names keep alive what the C view points to.
+    kept = codes.contiguous(), codebooks.unsqueeze(0).contiguous(), scales.float().contiguous()
+    rows = torch.tensor([len(codes)])
+    weight = cpu.plain_weight(*kept, rows, grad.shape[1])
+    cpu.library().pvrt_parameter_gradients(
+        ctypes.byref(weight), grad.data_ptr(), books.data_ptr(), row_scales.data_ptr(), threads
+    )
+    return books.sum(0), row_scales.view(scales.shape)

@@ -15,7 +15,7 @@ void pvrt_decode_rows(const plain_weight *, int64_t, int64_t, float *, int64_t);
 void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
-void pvrt_parameter_gradients(const gradients *, float *, int64_t);
+void pvrt_parameter_gradients(const plain_weight *, const float *, float *, float *, int64_t);
 
 typedef struct { void (*work)(void *); void *data; } call;
 static void *enter(void *p) { call *c = p; c->work(c->data); return NULL; }
@@ -57,7 +57,8 @@ int main(void) {
     static float shares[4][BOOK], row_gradients[OUT];
     static uint8_t found1[VALUES * KEPT * BOOKS], found4[VALUES * KEPT * BOOKS];
     const sums n = {tables, zero, products, zero, zero, BOOKS, ENTRIES, GROUP};
-    const gradients g = {codes, books, scales, matrix, row_gradients, OUT, GROUPS, BOOKS, ENTRIES, GROUP, 1};
+    const int64_t all = OUT;
+    const plain_weight g = {codes, books, scales, &all, 1, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 0};
     pvrt_use_threads(threads, four_threads);
     const char *sets[] = {"portable", "avx2"};
     for (int s = 0; s < 2; s++) {
@@ -82,7 +83,7 @@ int main(void) {
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found4, 4);
         if (memcmp(found1, found4, sizeof found1)) return puts("search"), 1;
         memset(shares, 0, sizeof shares);
-        pvrt_parameter_gradients(&g, shares[0], 4);
+        pvrt_parameter_gradients(&g, matrix, shares[0], row_gradients, 4);
     }
     return 0;
 }

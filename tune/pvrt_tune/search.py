@@ -59,10 +59,8 @@ def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
     the values around which it lies, where exchanging one code at a time finds one in six
     of the sums that lie nearer than the present one (at a fifth of the root mean square away).
     """
-    beam, size = min(_BEAM, books.shape[1]), books.shape[1]
-    count = min(count, size if len(books) == 1 else beam * size)
     if cpu_tuning.can_search(books, count):
-        return cpu_tuning.nearest_sums(wanted, books, beam, count)
+        return cpu_tuning.nearest_sums(wanted, books, _BEAM, count)
     parts = [_nearest_sums(part, books, count) for part in torch.split(wanted, _QUERIES)]
     return torch.cat(parts) if parts else wanted.new_zeros(0, count, len(books), dtype=torch.int64)
 

@@ -25,7 +25,7 @@ BEST, STATE = "pv-best-", "pv-state-"
 #: Steps before a time limit is turned into a number of steps; again after twice as many, and so on:
 #: the first steps pay for the original model's states of several. And the share of the time left
 #: that steps may take (looks at held-out text and saved states take the rest).
-_PROBE = 3
+_PROBES = {3 << doubling for doubling in range(32)}
 _SHARE_OF_STEPS = 0.9
 
 
@@ -160,7 +160,7 @@ class Trainer:
                 break
             figures = self.train_step()
             pace = (time.monotonic() - started) / (self.step - begun)
-            if deadline is not None and self.step in _probes():
+            if deadline is not None and self.step in _PROBES:
                 self._plan(deadline, pace, report)
             if self.step % self.settings.evaluate_every == 0 or self.step >= self.steps:
                 self._evaluate(state, report, {**figures, "left": pace * (self.steps - self.step)})
@@ -280,10 +280,6 @@ class Trainer:
                 self.curves = list(saved.report["curves"])
                 self.optimizer.load(saved.tensors, self.step)
                 return
-
-
-def _probes() -> set[int]:
-    return {_PROBE << doubling for doubling in range(32)}
 
 
 def _starts(batch: list[int], settings: TrainSettings) -> range:
