@@ -57,6 +57,16 @@ typedef struct {
     int64_t books, size, group;
 } sums;
 
+/* A latent weight's step against its gradient over the root of its moment; all [groups][group].
+ * rate: of the direction as it is. sums [parts][2]. */
+typedef struct {
+    const float *grad, *decoded;
+    float *moment, *latent, *distance;
+    double *sums;
+    float beta, rate;
+    int64_t group, groups;
+} latent_step;
+
 /* What an instruction set brings. Tables of one token are opaque to everything else. */
 typedef struct {
     const char *name;

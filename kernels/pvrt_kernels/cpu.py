@@ -88,6 +88,7 @@ def library() -> Any:
     lib.pvrt_huge_pages.argtypes = [_VOID, _LONG]
     lib.pvrt_nearest_sums.argtypes = [_VOID, _VOID, _LONG, _LONG, _LONG, _VOID, _LONG]
     lib.pvrt_parameter_gradients.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG]
+    lib.pvrt_latent_moment.argtypes = lib.pvrt_latent_step.argtypes = [_VOID, _LONG]
     for name in (
         "huge_pages",
         "tiled_linear",
@@ -99,6 +100,8 @@ def library() -> Any:
         "read_memory",
         "nearest_sums",
         "parameter_gradients",
+        "latent_moment",
+        "latent_step",
     ):
         getattr(lib, f"pvrt_{name}").restype = None
     lib.pvrt_run_program.argtypes = [_VOID, _LONG, _VOID, _LONG, _VOID, _LONG, _LONG]

@@ -2,6 +2,7 @@
  * of codebooks and scales. */
 #include "cpu.h"
 
+#include <math.h>
 #include <string.h>
 
 #define MOST_KEPT 8  /* partial sums of a search */
@@ -20,6 +21,8 @@ typedef struct {
     float *books, *scales;
 } gradients;
 
+#define TINY 1e-12f /* added to the root of the moment */
+
 /* Twice the products of entry `code` of book i with all entries of book m. */
 static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t code) {
     return s->products + ((i * s->books + m) * s->size + code) * s->size;
@@ -31,9 +34,11 @@ static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t
 #include <immintrin.h>
 #define NAME(f) f##_avx2
 #define LESSER(a, b) (ints8)_mm256_min_epi32((__m256i)(a), (__m256i)(b))
+#define ROOT(a) (floats8)_mm256_sqrt_ps((__m256)(a))
 #include "cpu_tuning.h"
 #undef NAME
 #undef LESSER
+#undef ROOT
 #pragma GCC pop_options
 #endif
 
@@ -41,8 +46,13 @@ static inline ints8 lesser(ints8 a, ints8 b) {
     const ints8 less = a < b;
     return (a & less) | (b & ~less);
 }
+static inline floats8 roots(floats8 a) {
+    for (int l = 0; l < 8; l++) a[l] = sqrtf(a[l]);
+    return a;
+}
 #define NAME(f) f##_portable
 #define LESSER(a, b) lesser(a, b)
+#define ROOT(a) roots(a)
 #include "cpu_tuning.h"
 
 /* Every instruction set on x86 but the portable one has AVX2. */
@@ -57,6 +67,8 @@ static int has_avx2(void) {
 #ifndef PVRT_X86
 #define search_avx2 search_portable
 #define gradient_avx2 gradient_portable
+#define moment_avx2 moment_portable
+#define latent_avx2 latent_portable
 #endif
 
 #define QUERIES 256 /* of one part */
@@ -106,5 +118,34 @@ API void pvrt_parameter_gradients(const plain_weight *w, const float *grad, floa
                                   float *grad_scales, int64_t threads) {
     const gradients g = {grad, grad_books, grad_scales};
     job work = {.part = gradient_part, .plain = w, .matrix = &g, .parts = threads};
+    run(&work, threads);
+}
+
+#define GROUPS 512 /* of one part: what it reads stays in a core's own cache */
+
+static void moment_part(const job *work, int64_t index) {
+    const latent_step *l = work->matrix;
+    const int64_t end = (index + 1) * GROUPS < l->groups ? (index + 1) * GROUPS : l->groups;
+    if (has_avx2()) moment_avx2(l, index * GROUPS, end, l->sums + 2 * index);
+    else moment_portable(l, index * GROUPS, end, l->sums + 2 * index);
+}
+
+static void latent_part(const job *work, int64_t index) {
+    const latent_step *l = work->matrix;
+    const int64_t end = (index + 1) * GROUPS < l->groups ? (index + 1) * GROUPS : l->groups;
+    if (has_avx2()) latent_avx2(l, index * GROUPS, end);
+    else latent_portable(l, index * GROUPS, end);
+}
+
+/* Running mean of squared gradients, and l->sums [ceil(groups / 512)][2] of the squares of the latent
+ * and of the direction that its step takes. The number of elements is a multiple of 8. */
+API void pvrt_latent_moment(const latent_step *l, int64_t threads) {
+    job work = {.part = moment_part, .matrix = l, .parts = (l->groups + GROUPS - 1) / GROUPS};
+    run(&work, threads);
+}
+
+/* latent -= rate * direction; distance [groups] from the decoded weight. */
+API void pvrt_latent_step(const latent_step *l, int64_t threads) {
+    job work = {.part = latent_part, .matrix = l, .parts = (l->groups + GROUPS - 1) / GROUPS};
     run(&work, threads);
 }

@@ -119,3 +119,44 @@ static void NAME(gradient)(const plain_weight *w, const gradients *g, int64_t fr
     if (w->group == 8) NAME(gather)(w, g, from, to, 8, books); /* unrolled */
     else NAME(gather)(w, g, from, to, w->group, books);
 }
+
+/* Groups [from, to) of a step, before its length is known: the new moment, and in sums the squares
+ * of the latent and of the direction. */
+static void NAME(moment)(const latent_step *l, int64_t from, int64_t to, double *sums) {
+    floats8 length = {0}, size = {0};
+    for (int64_t i = from * l->group; i < to * l->group; i += 8) {
+        const floats8 grad = *(const floats8 *)(l->grad + i), b = *(const floats8 *)(l->latent + i);
+        floats8 *kept = (floats8 *)(l->moment + i);
+        *kept = l->beta * *kept + (1 - l->beta) * (grad * grad);
+        const floats8 direction = grad / (ROOT(*kept) + TINY);
+        size += b * b;
+        length += direction * direction;
+    }
+    sums[0] = sums[1] = 0;
+    for (int lane = 0; lane < 8; lane++) {
+        sums[0] += size[lane];
+        sums[1] += length[lane];
+    }
+}
+
+/* Groups [from, to) of the step itself, and how far each then is from the decoded weight. */
+static inline void NAME(move)(const latent_step *l, int64_t from, int64_t to, int64_t group) {
+    for (int64_t i = from * group; i < to * group; i += 8) {
+        const floats8 root = ROOT(*(const floats8 *)(l->moment + i)) + TINY;
+        *(floats8 *)(l->latent + i) -= l->rate * (*(const floats8 *)(l->grad + i) / root);
+    }
+    for (int64_t j = from; j < to; j++) {
+        float total[8] = {0};
+        for (int64_t e = 0; e < group; e++) {
+            const float off = l->latent[j * group + e] - l->decoded[j * group + e];
+            total[e & 7] += off * off;
+        }
+        l->distance[j] = sqrtf(((total[0] + total[4]) + (total[1] + total[5])) +
+                               ((total[2] + total[6]) + (total[3] + total[7])));
+    }
+}
+
+static void NAME(latent)(const latent_step *l, int64_t from, int64_t to) {
+    if (l->group == 8) NAME(move)(l, from, to, 8); /* unrolled */
+    else NAME(move)(l, from, to, l->group);
+}

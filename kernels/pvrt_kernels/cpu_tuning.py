@@ -1,10 +1,12 @@
-"""What PV-Tuning asks of additive codebooks, in C: searches for sums of entries, and gradients.
+"""What PV-Tuning asks of a CPU besides products: searches for sums of entries, gradients of
+codebooks and scales, and the step of a latent weight, in C.
 
-Both are small beside a step of training when they are compiled, and a third of it when they are
-not: see cpu_tuning.c. Callers ask `can_search` or `can_gather` first and do it in torch elsewhere.
+They are small beside a step of training when they are compiled, and a third of it when they are
+not: see cpu_tuning.c. Callers ask `can_...` first and do it in torch elsewhere.
 """
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,8 +15,9 @@ from pvrt_kernels import cpu
 
 _VOID = ctypes.c_void_p
 _LONG = ctypes.c_int64
-# Bounds of cpu_tuning.c.
+# Bounds of cpu_tuning.c, and the groups of one of its parts.
 _MOST_BOOKS, _MOST_ENTRIES, _MOST_KEPT = 8, 256, 8
+_PART = 512
 
 
 class _Sums(ctypes.Structure):
@@ -23,6 +26,16 @@ class _Sums(ctypes.Structure):
     _fields_ = [
         *((name, _VOID) for name in ("tables", "norms", "products", "later", "pull")),
         *((name, _LONG) for name in ("books", "size", "group")),
+    ]
+
+
+class _LatentStep(ctypes.Structure):
+    """`latent_step` of cpu_tuning.c."""
+
+    _fields_ = [
+        *((name, _VOID) for name in ("grad", "decoded", "moment", "latent", "distance", "sums")),
+        *((name, ctypes.c_float) for name in ("beta", "rate")),
+        *((name, _LONG) for name in ("group", "groups")),
     ]
 
 
@@ -99,3 +112,42 @@ def parameter_gradients(
         ctypes.byref(weight), grad.data_ptr(), books.data_ptr(), row_scales.data_ptr(), threads
     )
     return books.sum(0), row_scales.view(scales.shape)
+
+
+def can_step(*tensors: Tensor) -> bool:
+    """Whether `latent_step` takes these, all of one shape."""
+    return cpu.library() is not None and all(
+        t.device.type == "cpu"
+        and t.dtype == torch.float32
+        and t.is_contiguous()
+        and t.numel() % 8 == 0
+        for t in tensors
+    )
+
+
+def latent_step(
+    latent: Tensor,
+    grad: Tensor,
+    moment: Tensor,
+    decoded: Tensor,
+    group: int,
+    beta: float,
+    rate: Callable[[Tensor], float],
+) -> Tensor:
+    """latent -= rate * grad / root of the moment, which first takes grad in; all [rows, in] fp32.
+
+    rate: from the sums of squares (fp64 [2]) of the latent and of the step at rate 1. Returns the
+    distance of every `group` elements from the decoded ones, [rows * in / group].
+    """
+    groups = latent.numel() // group
+    distance = torch.empty(groups)
+    sums = torch.empty(-(-groups // _PART), 2, dtype=torch.float64)
+    named = {"grad": grad, "decoded": decoded, "moment": moment, "latent": latent}
+    named |= {"distance": distance, "sums": sums}
+    pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
+    step = _LatentStep(**pointers, beta=beta, group=group, groups=groups)
+    threads = torch.get_num_threads()
+    cpu.library().pvrt_latent_moment(ctypes.byref(step), threads)
+    step.rate = rate(sums.sum(0))
+    cpu.library().pvrt_latent_step(ctypes.byref(step), threads)
+    return distance

@@ -1,4 +1,4 @@
-"""Searches and gradients in C, against every sum and float64, on both kinds of instructions."""
+"""What tuning has in C, against every sum and float64, on both kinds of instructions."""
 
 from collections.abc import Iterator
 
@@ -96,3 +96,42 @@ def test_gradients_are_those_of_autograd(scheme: str, threads: int) -> None:
         torch.set_num_threads(before)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_latent_takes_the_step_of_lamb(group: int, threads: int) -> None:
+    torch.manual_seed(0)
+    latent, grad, decoded = (torch.randn(40, 240) for _ in range(3))
+    moment = torch.rand(40, 240)
+    moment[:, 7], grad[:, 7] = 0, 0  # an input that never came
+    root = (0.9 * moment.double() + 0.1 * grad.double().square()).sqrt()
+    direction = grad.double() / (root + 1e-12)
+    squares = torch.stack([latent.double().square().sum(), direction.square().sum()])
+    expected = latent.double() - 0.25 * direction
+    asked = []
+
+    def rate(sums: Tensor) -> float:
+        asked.append(sums)
+        return 0.25
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert cpu_tuning.can_step(latent, grad, moment, decoded)
+        distance = cpu_tuning.latent_step(latent, grad, moment, decoded, group, 0.9, rate)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(asked[0], squares, rtol=1e-5, atol=0)
+    torch.testing.assert_close(moment.double().sqrt(), root, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(latent.double(), expected, rtol=1e-6, atol=1e-6)
+    away = torch.linalg.vector_norm((expected - decoded).view(-1, group), dim=1)
+    torch.testing.assert_close(distance.double(), away, rtol=1e-5, atol=1e-6)
+
+
+def test_latents_that_the_kernel_does_not_take() -> None:
+    whole = torch.empty(4, 8)
+    assert cpu_tuning.can_step(whole)
+    assert not cpu_tuning.can_step(whole, whole.bfloat16())
+    assert not cpu_tuning.can_step(whole.T)
+    assert not cpu_tuning.can_step(torch.empty(3, 5))

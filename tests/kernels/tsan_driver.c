@@ -16,6 +16,8 @@ void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, in
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
 void pvrt_parameter_gradients(const plain_weight *, const float *, float *, float *, int64_t);
+void pvrt_latent_moment(const latent_step *, int64_t);
+void pvrt_latent_step(const latent_step *, int64_t);
 
 typedef struct { void (*work)(void *); void *data; } call;
 static void *enter(void *p) { call *c = p; c->work(c->data); return NULL; }
@@ -55,6 +57,8 @@ int main(void) {
     enum { VALUES = OUT * GROUPS, KEPT = 2, BOOK = BOOKS * ENTRIES * GROUP };
     static float products[BOOKS * BOOKS * ENTRIES * ENTRIES], zero[BOOKS * BOOKS * ENTRIES];
     static float shares[4][BOOK], row_gradients[OUT];
+    static float moment[OUT * IN], distance[2][VALUES];
+    static double squares[2][VALUES / 512 + 1][2];
     static uint8_t found1[VALUES * KEPT * BOOKS], found4[VALUES * KEPT * BOOKS];
     const sums n = {tables, zero, products, zero, zero, BOOKS, ENTRIES, GROUP};
     const int64_t all = OUT;
@@ -82,6 +86,17 @@ int main(void) {
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found1, 1);
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found4, 4);
         if (memcmp(found1, found4, sizeof found1)) return puts("search"), 1;
+        for (int threads = 1; threads <= 4; threads += 3) {
+            float *latent = threads == 1 ? dense1 : dense4;
+            memset(moment, 0, sizeof moment);
+            const latent_step step = {matrix, matrix, moment, latent, distance[threads == 4],
+                                      squares[threads == 4][0], 0.9f, 0.1f, GROUP, VALUES};
+            pvrt_latent_moment(&step, threads);
+            pvrt_latent_step(&step, threads);
+        }
+        if (memcmp(dense1, dense4, sizeof dense1) || memcmp(squares[0], squares[1], sizeof squares[0]) ||
+            memcmp(distance[0], distance[1], sizeof distance[0]))
+            return puts("latent"), 1;
         memset(shares, 0, sizeof shares);
         pvrt_parameter_gradients(&g, matrix, shares[0], row_gradients, 4);
     }

@@ -341,7 +341,8 @@ def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:
     generator = torch.Generator().manual_seed(7)
     target = decoded + 0.5 * decoded.std() * torch.randn(decoded.shape, generator=generator)
     updated = decoded.clone()
-    moved = layer._move_codes(updated, target, generator)
+    groups = (target - decoded).view(-1, layer.representation.group_size)
+    moved = layer._move_codes(updated, target, groups.norm(dim=1), generator)
     assert 0 < moved < layer.groups / 2
     assert not torch.equal(before, layer.representation.tensors()["codes"]), name
     assert (updated - decoded).norm() <= 0.05 * decoded.norm()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pvrt_tune import parallel
+from pvrt_tune.latent import Latent
 from pvrt_tune.representation import Representation
 
 
@@ -108,12 +109,12 @@ class PVLayer:
         self.representation, self.weight, self.settings = representation, weight, settings
         self.strategy = STRATEGIES[settings.strategy]
         self.groups = weight.numel() // representation.group_size
-        kept = torch.bfloat16 if settings.low_memory else torch.float32
-        self.latent = weight.detach().to(kept, copy=True) if self.strategy.accumulates else None
         self._by_gain = self.strategy.subspace and settings.gain_pool > 1
-        self.second_moment: dict[str, Tensor] = {}
+        self.latent: Latent | None = None
         if self.strategy.moves_codes:
-            self.second_moment = _empty_moment(weight, settings.low_memory)
+            self.latent = Latent(
+                weight, accumulates=self.strategy.accumulates, low_memory=settings.low_memory
+            )
 
     def pull_back(self, grad: Tensor) -> dict[str, Tensor]:
         """Gradients of the continuous parameters, those of shared ones summed over ranks."""
@@ -129,74 +130,52 @@ class PVLayer:
         """
         decoded = self.representation.decode()
         changed = 0
-        if self.second_moment:
-            target = self._target(decoded, grad, factor, generator)
-            changed = self._move_codes(decoded, target, generator)
+        if self.latent is not None:
+            target, distance = self.latent.step(
+                decoded,
+                grad,
+                generator,
+                group=self.representation.group_size,
+                rate=self.settings.code_learning_rate * factor,
+                beta=self.settings.code_beta,
+            )
+            changed = self._move_codes(decoded, target, distance, generator)
         with torch.no_grad():
             self.weight.copy_(decoded)
         return changed
 
-    def _target(
-        self, decoded: Tensor, grad: Tensor, factor: float, generator: torch.Generator
-    ) -> Tensor:
-        """B after its LAMB step, in float32."""
-        settings = self.settings
-        target = decoded.clone() if self.latent is None else self.latent.float()
-        root = self._root_moment(grad).add_(1e-12)
-        direction = torch.div(grad, root, out=root)
-        norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
-        size, length = parallel.total(norms.square_()).sqrt().tolist()
-        rate = settings.code_learning_rate * factor
-        target.sub_(direction, alpha=rate * size / max(length, 1e-30))
-        if self.latent is not None:
-            if self.latent.dtype is torch.bfloat16:
-                self.latent.copy_(_round_stochastically(target, generator))
-            else:
-                self.latent = target
-        return target
+    def _move_codes(
+        self, decoded: Tensor, target: Tensor, distance: Tensor, generator: torch.Generator
+    ) -> int:
+        """Give groups the codes nearest to the target; `decoded` is brought up to date.
 
-    def _root_moment(self, grad: Tensor) -> Tensor:
-        """Root of the running mean of squared gradients, or of its factors (a new tensor).
-
-        It is not debiased: LAMB's normalisation takes any common factor out.
+        distance [groups]: of the target from the decoded weight. Returns how many groups moved.
         """
-        beta, moment = self.settings.code_beta, self.second_moment
-        if "second_moment" in moment:
-            return moment["second_moment"].mul_(beta).addcmul_(grad, grad, value=1 - beta).sqrt()
-        square = grad.square()
-        counts = parallel.total(torch.tensor([float(len(grad))]))
-        rows = moment["moment_rows"].lerp_(square.mean(1), 1 - beta)
-        columns = parallel.total(square.sum(0)) / float(counts)
-        moment["moment_columns"].lerp_(columns, 1 - beta)
-        mean = parallel.total(rows.sum()) / float(counts)
-        return torch.outer(rows, moment["moment_columns"] / mean.clamp_min(1e-30)).sqrt_()
-
-    def _move_codes(self, decoded: Tensor, target: Tensor, generator: torch.Generator) -> int:
-        """Give groups the codes nearest to the target; `decoded` is brought up to date."""
         g = self.representation.group_size
-        new, old = target.view(-1, g), decoded.view(-1, g)
-        distance = torch.linalg.vector_norm(new - old, dim=1)
         candidates = self._candidates(distance)
+        wanted, old = target.view(-1, g).index_select(0, candidates), decoded.view(-1, g)
         proposal = self.representation.nearest(
-            new[candidates], candidates, generator, self.strategy.stochastic
+            wanted, candidates, generator, self.strategy.stochastic
         )
         kept = proposal.moves
         if self._by_gain:
-            left = (new[candidates] - proposal.values).square().sum(1)
-            gain = torch.where(kept, distance[candidates].square() - left, 0)
+            left = (wanted - proposal.values).square().sum(1)
+            gain = torch.where(kept, distance.index_select(0, candidates).square() - left, 0)
             kept = torch.zeros_like(kept)
             kept[parallel.top_share(gain, self._allowed())] = True
         if self.settings.trust_ratio is not None:
             # Candidates come largest distance first: keep them until the change gets too large,
             # but one at least, as published.
-            change = (proposal.values - old[candidates]).square().sum(1)
+            change = (proposal.values - old.index_select(0, candidates)).square().sum(1)
             bound = self.settings.trust_ratio**2 * float(parallel.total(decoded.square().sum()))
             spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
             kept = kept & ((spent <= bound) | (spent <= change))
-        settled = kept | ~proposal.moves
-        self.representation.assign(candidates[settled], proposal[settled])
-        old[candidates[kept]] = proposal.values[kept]
-        return int(kept.sum())
+        settled = (kept | ~proposal.moves).nonzero().squeeze(1)
+        self.representation.assign(candidates.index_select(0, settled), proposal.of(settled))
+        moved = kept.nonzero().squeeze(1)
+        new = proposal.values.index_select(0, moved)
+        old.index_copy_(0, candidates.index_select(0, moved), new)
+        return len(moved)
 
     def _candidates(self, distance: Tensor) -> Tensor:
         """Numbers of the groups to search, by how far each is from its target [groups]."""
@@ -218,8 +197,8 @@ class PVLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs besides the representation."""
-        latent = {} if self.latent is None else {"latent": self.latent}
-        return {**latent, **self.second_moment, **self.representation.knowledge()}
+        latent = {} if self.latent is None else self.latent.tensors()
+        return {**latent, **self.representation.knowledge()}
 
 
 class PVOptimizer:
@@ -376,23 +355,6 @@ class PVOptimizer:
 
     def _part(self, name: str, whole: Tensor) -> Tensor:
         return whole if name in self.replicated else whole[parallel.rows_of(len(whole))]
-
-
-def _empty_moment(weight: Tensor, factored: bool) -> dict[str, Tensor]:
-    empty = torch.zeros_like(weight, dtype=torch.float32)
-    if not factored:
-        return {"second_moment": empty}
-    return {"moment_rows": empty[:, 0].clone(), "moment_columns": empty[0].clone()}
-
-
-def _round_stochastically(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up or down with the chance that keeps the mean."""
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    own = torch.Generator(tensor.device).manual_seed(seed + parallel.rank())
-    noise = torch.randint(
-        1 << 16, tensor.shape, generator=own, dtype=torch.int32, device=tensor.device
-    )
-    return ((tensor.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -34,10 +34,11 @@ class Proposal:
     moves: Tensor
     margins: Tensor | None = None
 
-    def __getitem__(self, chosen: Tensor) -> "Proposal":
-        """That of some of the groups, by mask or number."""
+    def of(self, chosen: Tensor) -> "Proposal":
+        """That of some of the groups, by their places here."""
+        codes, values, moves = (p[chosen] for p in (self.codes, self.values, self.moves))
         margins = None if self.margins is None else self.margins[chosen]
-        return Proposal(self.codes[chosen], self.values[chosen], self.moves[chosen], margins)
+        return Proposal(codes, values, moves, margins)
 
 
 class Representation(ABC):

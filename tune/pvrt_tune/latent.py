@@ -1,0 +1,94 @@
+"""The latent weight B of PV-Tuning, which takes a LAMB step along dL/dW before codes are chosen.
+
+arXiv 2405.14852, section 3.3; LAMB is arXiv 1904.00962: Adam's direction, scaled to a share of the
+weight's norm. There is no first moment: what accumulates here is B itself.
+"""
+
+import torch
+from torch import Tensor
+
+from pvrt_kernels import cpu_tuning
+from pvrt_tune import parallel
+
+# Keeps a direction finite where a gradient was always zero; cpu_tuning.c has the same.
+_TINY = 1e-12
+
+
+class Latent:
+    """B of one layer's rows here, and the running mean of its squared gradients.
+
+    weight [rows, in] float32: the decoded one, where B starts. accumulates: B outlives a step
+    (straight-through estimation), otherwise each step starts at the decoded weight. low_memory: B
+    in bfloat16 with stochastic rounding and its second moment factored into rows and columns (arXiv
+    1804.04235): 2 bytes per weight instead of 8.
+    """
+
+    def __init__(self, weight: Tensor, *, accumulates: bool, low_memory: bool) -> None:
+        kept = torch.bfloat16 if low_memory else torch.float32
+        self.value = weight.detach().to(kept, copy=True) if accumulates else None
+        empty = torch.zeros_like(weight, dtype=torch.float32)
+        self.moments = {"second_moment": empty}
+        if low_memory:
+            self.moments = {"moment_rows": empty[:, 0].clone(), "moment_columns": empty[0].clone()}
+
+    def step(
+        self,
+        decoded: Tensor,
+        grad: Tensor,
+        generator: torch.Generator,
+        *,
+        group: int,
+        rate: float,
+        beta: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Move by the share `rate` of B's norm against grad; both tensors [rows, in] float32.
+
+        Returns B in float32, to be read only, and the distance of each of its groups from the
+        decoded weight's [rows * in / group]. The running mean of squares forgets with `beta`; it is
+        not debiased, for LAMB's normalisation takes any common factor out.
+        """
+
+        def length(squares: Tensor) -> float:
+            size, direction = parallel.total(squares).sqrt()
+            return rate * float(size) / max(float(direction), 1e-30)
+
+        target = decoded.clone() if self.value is None else self.value.float()
+        moment = self.moments.get("second_moment")
+        if moment is not None and cpu_tuning.can_step(target, grad, moment, decoded):
+            distance = cpu_tuning.latent_step(target, grad, moment, decoded, group, beta, length)
+        else:
+            root = self._root_moment(grad, beta).add_(_TINY)
+            direction = torch.div(grad, root, out=root)
+            norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
+            target.sub_(direction, alpha=length(norms.square_()))
+            distance = torch.linalg.vector_norm((target - decoded).view(-1, group), dim=1)
+        if self.value is not None and self.value.dtype is torch.bfloat16:
+            self.value.copy_(_round_stochastically(target, generator))
+        return target, distance
+
+    def _root_moment(self, grad: Tensor, beta: float) -> Tensor:
+        """Root of the running mean of squared gradients, or of its factors (a new tensor)."""
+        if "second_moment" in self.moments:
+            kept = self.moments["second_moment"]
+            return kept.mul_(beta).addcmul_(grad, grad, value=1 - beta).sqrt()
+        square = grad.square()
+        counts = parallel.total(torch.tensor([float(len(grad))]))
+        rows = self.moments["moment_rows"].lerp_(square.mean(1), 1 - beta)
+        columns = parallel.total(square.sum(0)) / float(counts)
+        self.moments["moment_columns"].lerp_(columns, 1 - beta)
+        mean = parallel.total(rows.sum()) / float(counts)
+        return torch.outer(rows, self.moments["moment_columns"] / mean.clamp_min(1e-30)).sqrt_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resumed run needs, by name."""
+        return self.moments if self.value is None else {"latent": self.value, **self.moments}
+
+
+def _round_stochastically(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bfloat16, up or down with the chance that keeps the mean."""
+    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+    own = torch.Generator(tensor.device).manual_seed(seed + parallel.rank())
+    noise = torch.randint(
+        1 << 16, tensor.shape, generator=own, dtype=torch.int32, device=tensor.device
+    )
+    return ((tensor.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
