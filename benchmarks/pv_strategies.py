@@ -124,7 +124,7 @@ def c4() -> str:
 SUBJECTS = {
     "stories260k": Subject(
         source=lambda: DATA / "models" / "stories260K-hf",
-        schemes=("2x4g4", "1x4g4", "w2g32"),
+        schemes=("2x4g4",),
         recipe=Recipe(
             length=128,
             pv=TrainSettings(
@@ -156,15 +156,15 @@ SUBJECTS = {
         window=2048,
         evaluated=4,
         hour=Recipe(
-            length=512,
+            length=256,
             pv=TrainSettings(
-                windows=768,
-                steps=300,
-                batch=2,
-                microbatch=2,
-                evaluate_every=30,
+                windows=1600,
+                steps=1200,
+                batch=1,
+                microbatch=1,
+                evaluate_every=150,
                 patience=99,
-                pv=PVSettings(code_learning_rate=1e-2),
+                pv=PVSettings(code_learning_rate=1e-2, gain_pool=8),
             ),
         ),
     ),
