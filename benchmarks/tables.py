@@ -109,7 +109,10 @@ def pv_strategies(rows: list[dict[str, Any]]) -> str:
         name = row["strategy"] + (", an hour's run" if row.get("run") == "hour" else "")
         key = (row["model"], row["representation"], name)
         groups.setdefault(key, []).append(row)
-    for (model, scheme, strategy), group in groups.items():
+    # All of a scheme together, however the rows came in.
+    first = {key[:2]: place for place, key in reversed(list(enumerate(groups)))}
+    for model, scheme, strategy in sorted(groups, key=lambda key: first[key[:2]]):
+        group = groups[model, scheme, strategy]
         reached = perplexities(group)
         said = ", ".join(f"{names[text]} {value:.2f}" for text, value in reached.items())
         if "heldout_kl" not in group[0]:
@@ -122,11 +125,11 @@ def pv_strategies(rows: list[dict[str, Any]]) -> str:
             for text, value in reached.items()
         )
         kls = [row["heldout_kl"] for row in group]
+        seeds = f" ({min(kls):.4f} to {max(kls):.4f})" if len(kls) > 1 else ", one seed"
+        steps, tokens = group[0]["steps"], group[0]["tokens"] // group[0]["steps"]
         lines.append(
-            f"| {model}, {scheme} | {strategy} | {group[0]['steps']} x "
-            f"{group[0]['tokens'] // group[0]['steps']} | {median(kls):.4f} "
-            f"({min(kls):.4f} to {max(kls):.4f}) | {said} | {closed} | "
-            f"{median(row['cpu_seconds'] for row in group):.0f} |"
+            f"| {model}, {scheme} | {strategy} | {steps} x {tokens} | {median(kls):.4f}{seeds} | "
+            f"{said} | {closed} | {median(row['cpu_seconds'] for row in group):.0f} |"
         )
     return "\n".join(lines)
 
