@@ -57,6 +57,16 @@ typedef struct {
     int64_t books, size, group;
 } sums;
 
+/* Targets of groups, what the groups have, and what they are to have: values are scaled sums, moves
+ * tells whether the codes are new, margins half of how much farther the next sum is, unscaled. */
+typedef struct {
+    const sums *books;
+    const float *targets, *scales; /* [n][group], [n] */
+    const uint8_t *present;        /* [n][books] */
+    uint8_t *codes, *moves;        /* [n][books], [n] */
+    float *values, *margins;       /* [n][group], [n] */
+} proposals;
+
 /* A latent weight's step against its gradient over the root of its moment; all [groups][group].
  * rate: of the direction as it is. sums [parts][2]. */
 typedef struct {

@@ -7,6 +7,7 @@
 
 #define MOST_KEPT 8  /* partial sums of a search */
 #define MOST_BOOKS 8
+#define MOST_GROUP 64
 
 /* A sum of entries of the first books: its codes, |x - sum|^2 - |x|^2, and the key by which it is
  * ranked: the bits of its squared distance, whose low 8 are the last code. */
@@ -66,6 +67,7 @@ static int has_avx2(void) {
 
 #ifndef PVRT_X86
 #define search_avx2 search_portable
+#define propose_avx2 propose_portable
 #define gradient_avx2 gradient_portable
 #define moment_avx2 moment_portable
 #define latent_avx2 latent_portable
@@ -98,6 +100,21 @@ API void pvrt_nearest_sums(const sums *books, const float *x, int64_t n, int64_t
                            uint8_t *codes, int64_t threads) {
     const question q = {books, beam, count};
     job work = {.part = search_part, .matrix = &q, .x = x, .y = codes, .tokens = n};
+    work.parts = (n + QUERIES - 1) / QUERIES;
+    run(&work, threads);
+}
+
+static void propose_part(const job *work, int64_t index) {
+    const int64_t end = (index + 1) * QUERIES < work->tokens ? (index + 1) * QUERIES : work->tokens;
+    for (int64_t i = index * QUERIES; i < end; i++)
+        if (has_avx2()) propose_avx2(work->matrix, i, work->splits);
+        else propose_portable(work->matrix, i, work->splits);
+}
+
+/* For n groups the nearest codes to their targets that a search finds, or those that they have. The
+ * two nearest sums are searched as by pvrt_nearest_sums. */
+API void pvrt_nearest_codes(const proposals *p, int64_t n, int64_t beam, int64_t threads) {
+    job work = {.part = propose_part, .matrix = p, .tokens = n, .splits = beam};
     work.parts = (n + QUERIES - 1) / QUERIES;
     run(&work, threads);
 }

@@ -90,6 +90,51 @@ static void NAME(search)(const sums *s, const float *x, int64_t beam, int64_t co
     else NAME(search_any)(s, s->books, s->group, x, beam, count, codes);
 }
 
+/* |x - sum|^2 of the entries with these codes, and their sum. */
+static inline float NAME(away)(const sums *s, const float *x, const uint8_t *codes, float *sum) {
+    float total = 0;
+    for (int64_t e = 0; e < s->group; e++) {
+        sum[e] = 0;
+        for (int64_t m = 0; m < s->books; m++)
+            sum[e] += s->tables[(m * s->group + e) * s->size + codes[m]];
+        total += (x[e] - sum[e]) * (x[e] - sum[e]);
+    }
+    return total;
+}
+
+/* One group's proposal; see pvrt_nearest_codes. */
+static void NAME(propose)(const proposals *p, int64_t i, int64_t beam) {
+    const sums *s = p->books;
+    const int64_t books = s->books, group = s->group;
+    const uint8_t *present = p->present + i * books, *chosen = present;
+    const float *target = p->targets + i * group, scale = p->scales[i];
+    float x[MOST_GROUP], sum[2][MOST_GROUP], second = INFINITY;
+    uint8_t found[2 * MOST_BOOKS];
+    int kept = 0;
+    p->margins[i] = 0;
+    for (int64_t e = 0; e < group; e++) x[e] = scale == 0 ? 0 : target[e] / scale;
+    float best = NAME(away)(s, x, present, sum[kept]);
+    if (scale != 0) {
+        NAME(search)(s, x, beam, 2, found);
+        for (const uint8_t *f = found; f < found + 2 * books; f += books) {
+            if (!memcmp(f, present, (size_t)books)) continue;
+            const float off = NAME(away)(s, x, f, sum[!kept]);
+            if (off < best) {
+                second = best;
+                best = off;
+                chosen = f;
+                kept = !kept;
+            } else if (off < second) {
+                second = off;
+            }
+        }
+        p->margins[i] = (sqrtf(second) - sqrtf(best)) / 2;
+    }
+    p->moves[i] = chosen != present;
+    memcpy(p->codes + i * books, chosen, (size_t)books);
+    for (int64_t e = 0; e < group; e++) p->values[i * group + e] = scale * sum[kept][e];
+}
+
 /* Rows [from, to) of a weight's gradient: books [M][size][group] gather it, scales get their own. */
 static inline void NAME(gather)(const plain_weight *w, const gradients *g, int64_t from, int64_t to,
                                 int64_t group, float *books) {

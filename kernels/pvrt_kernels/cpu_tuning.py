@@ -16,7 +16,7 @@ from pvrt_kernels import cpu
 _VOID = ctypes.c_void_p
 _LONG = ctypes.c_int64
 # Bounds of cpu_tuning.c, and the groups of one of its parts.
-_MOST_BOOKS, _MOST_ENTRIES, _MOST_KEPT = 8, 256, 8
+_MOST_BOOKS, _MOST_ENTRIES, _MOST_GROUP, _MOST_KEPT = 8, 256, 64, 8
 _PART = 512
 
 
@@ -29,8 +29,18 @@ class _Sums(ctypes.Structure):
     ]
 
 
+class _Proposals(ctypes.Structure):
+    """`proposals` of cpu.h."""
+
+    _fields_ = [
+        ("books", ctypes.POINTER(_Sums)),
+        *((name, _VOID) for name in ("targets", "scales", "present")),
+        *((name, _VOID) for name in ("codes", "moves", "values", "margins")),
+    ]
+
+
 class _LatentStep(ctypes.Structure):
-    """`latent_step` of cpu_tuning.c."""
+    """`latent_step` of cpu.h."""
 
     _fields_ = [
         *((name, _VOID) for name in ("grad", "decoded", "moment", "latent", "distance", "sums")),
@@ -40,11 +50,14 @@ class _LatentStep(ctypes.Structure):
 
 
 def can_search(books: Tensor, kept: int) -> bool:
-    """Whether `nearest_sums` takes books [M, K, g] and keeps so many sums."""
-    number, size, _ = books.shape
+    """Whether `nearest_sums` takes books [M, K, g] and keeps so many sums; two are enough for
+    `nearest_codes`.
+    """
+    number, size, group = books.shape
     return (
         books.device.type == "cpu"
         and number <= _MOST_BOOKS
+        and group <= _MOST_GROUP
         and size <= _MOST_ENTRIES
         and size % 8 == 0
         and kept <= _MOST_KEPT
@@ -59,8 +72,53 @@ def nearest_sums(wanted: Tensor, books: Tensor, beam: int, count: int) -> Tensor
     partial sums are kept that come nearest together with the means of the books to come. Distances
     closer than 2^-15 of their squares count as equal.
     """
+    sums, _kept = _searchable(books)
+    wanted = wanted.contiguous()
+    codes = torch.empty(len(wanted), count, len(books), dtype=torch.uint8)
+    cpu.library().pvrt_nearest_sums(
+        ctypes.byref(sums),
+        wanted.data_ptr(),
+        len(wanted),
+        beam,
+        count,
+        codes.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return codes.long()
+
+
+def nearest_codes(
+    targets: Tensor, scales: Tensor, present: Tensor, books: Tensor, beam: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Nearest codes for groups with codes `present` [n, M] uint8 and scales [n].
+
+    targets [n, g], books [M, K, g], all fp32. Returns codes [n, M] uint8, the values that they mean
+    [n, g], whether they differ from the present ones [n] and by how much less the unscaled target
+    is away from the value than from the next, halved [n]. A sum that is no nearer than the present
+    one is never taken, and a group of scale 0 stays as it is.
+    """
+    number, _, group = books.shape
+    sums, _kept = _searchable(books)
+    count = len(targets)
+    named = {
+        "targets": targets.contiguous(),
+        "scales": scales.contiguous(),
+        "present": present.contiguous(),
+        "codes": torch.empty(count, number, dtype=torch.uint8),
+        "moves": torch.empty(count, dtype=torch.bool),
+        "values": torch.empty(count, group),
+        "margins": torch.empty(count),
+    }
+    pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
+    proposals = _Proposals(books=ctypes.pointer(sums), **pointers)
+    cpu.library().pvrt_nearest_codes(ctypes.byref(proposals), count, beam, torch.get_num_threads())
+    return named["codes"], named["values"], named["moves"], named["margins"]
+
+
+def _searchable(books: Tensor) -> tuple[_Sums, list[Tensor]]:
+    """Books [M, K, g] as the search reads them, and the tensors that must outlive it."""
     number, size, group = books.shape
-    books, wanted = books.contiguous(), wanted.contiguous()
+    books = books.contiguous()
     after = torch.stack([books[m + 1 :].mean(1).sum(0) for m in range(number)])
     flat = books.view(-1, group)
     products = (2 * flat @ flat.T).view(number, size, number, size).transpose(1, 2).contiguous()
@@ -71,18 +129,8 @@ def nearest_sums(wanted: Tensor, books: Tensor, beam: int, count: int) -> Tensor
         "later": after,
         "pull": torch.einsum("mg,ikg->mik", 2 * after, books).contiguous(),
     }
-    codes = torch.empty(len(wanted), count, number, dtype=torch.uint8)
     pointers = {name: part.data_ptr() for name, part in parts.items()}
-    cpu.library().pvrt_nearest_sums(
-        ctypes.byref(_Sums(**pointers, books=number, size=size, group=group)),
-        wanted.data_ptr(),
-        len(wanted),
-        beam,
-        count,
-        codes.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return codes.long()
+    return _Sums(**pointers, books=number, size=size, group=group), list(parts.values())
 
 
 def can_gather(grad: Tensor, codes: Tensor, codebooks: Tensor) -> bool:

@@ -18,7 +18,7 @@ import pvrt
 from pvrt.errors import RunError
 from pvrt.linear import AQLMLinear
 from pvrt.scheme import GridScheme, Scheme
-from pvrt_kernels import aqlm_dequantize
+from pvrt_kernels import aqlm_dequantize, cpu_tuning
 from pvrt_tune import distill
 from pvrt_tune.calibration import CalibrationData, from_model
 from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
@@ -329,6 +329,40 @@ def test_choosing_by_gain_spends_the_budget_on_groups_that_move(problem: Problem
     _, published = changes_of_one_step(problem, replace(bold, pv=replace(bold.pv, gain_pool=1)))
     _, by_gain = changes_of_one_step(problem, bold)
     assert by_gain > published > 0
+
+
+@pytest.mark.parametrize("scheme", ["1x8g8", "2x8g8", "2x4g4", "3x7g16", "1x3g4"])
+def test_proposals_in_c_and_in_torch_are_the_same(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(scheme, rows=40, width=64)
+    representation = represent(layer)
+    assert isinstance(representation, AdditiveRepresentation)
+    representation.scales[3] = 0
+    representation.scales[5] *= -1
+    books = representation.codebooks
+    if len(books) > 1:  # equal sums: the codes that are there stay
+        books[0, 1], books[1, 1] = books[0, 0], books[1, 0]
+    generator = torch.Generator().manual_seed(3)
+    values = groups_of(representation)
+    groups = torch.randperm(len(values), generator=generator)[:400]
+    away = torch.rand(len(groups), 1, generator=generator)
+    target = values[groups] + away * torch.randn(values[groups].shape, generator=generator)
+    target[:20] = values[groups[:20]]
+    in_c = representation.nearest(target, groups, generator)
+    monkeypatch.setattr(cpu_tuning, "can_search", lambda books, kept: False)
+    in_torch = representation.nearest(target, groups, generator)
+    scaled = representation.scales.reshape(-1)[groups // (64 // representation.group_size)] != 0
+    assert 0.1 < float(in_c.moves.float().mean()) < 0.95
+    assert not bool(in_c.moves[~scaled].any())
+    # Equal sums have several codes, and near ties may be told apart otherwise.
+    same = (in_c.codes == in_torch.codes).all(1) & scaled
+    assert float(same.sum()) >= 0.95 * float(scaled.sum())
+    assert torch.equal(in_c.moves[same], in_torch.moves[same])
+    torch.testing.assert_close(in_c.values[same], in_torch.values[same])
+    torch.testing.assert_close(in_c.margins[same], in_torch.margins[same], rtol=1e-3, atol=1e-3)
+    left = [(target - proposal.values).norm(dim=1) for proposal in (in_c, in_torch)]
+    torch.testing.assert_close(left[0][scaled], left[1][scaled], rtol=1e-3, atol=1e-3)
 
 
 def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.linear import AQLMLinear
-from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
+from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads, cpu_tuning
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.margins import Margins
-from pvrt_tune.search import nearest_sums
+from pvrt_tune.search import BEAM, nearest_sums
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,14 @@ class AdditiveRepresentation(Representation):
         self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
     ) -> Proposal:
         books = self._books()
-        scale = self.scales.detach().reshape(-1)[groups // self._groups_per_row].unsqueeze(1)
+        scale = self.scales.detach().reshape(-1)[groups // self._groups_per_row]
+        if not stochastic and cpu_tuning.can_search(books, 2):
+            present = self._flat_codes.index_select(0, groups).to(torch.uint8) & self._mask
+            codes, nearest, moves, margins = cpu_tuning.nearest_codes(
+                target, scale, present, books, BEAM
+            )
+            return Proposal(codes.to(self.codes.dtype), nearest, moves, margins)
+        scale = scale.unsqueeze(1)
         # A scale of zero says nothing about codes: leave such groups where they are.
         wanted = torch.where(scale == 0, 0, target / scale)
         present = self._flat_codes[groups].long() & self._mask

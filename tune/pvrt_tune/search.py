@@ -21,8 +21,10 @@ ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
 _CPU_TILE, _GPU_TILE = 1 << 18, 1 << 26
 # Queries per small product of the second level.
 _CHUNK = 32
-# Partial sums kept from codebook to codebook, and queries whose candidates are held at once.
-_BEAM, _QUERIES = 8, 1 << 16
+#: Partial sums kept from codebook to codebook.
+BEAM = 8
+# Queries whose candidates are held at once.
+_QUERIES = 1 << 16
 
 
 def in_metric(metric: Tensor) -> ScoreRows:
@@ -60,7 +62,7 @@ def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
     of the sums that lie nearer than the present one (at a fifth of the root mean square away).
     """
     if cpu_tuning.can_search(books, count):
-        return cpu_tuning.nearest_sums(wanted, books, _BEAM, count)
+        return cpu_tuning.nearest_sums(wanted, books, BEAM, count)
     parts = [_nearest_sums(part, books, count) for part in torch.split(wanted, _QUERIES)]
     return torch.cat(parts) if parts else wanted.new_zeros(0, count, len(books), dtype=torch.int64)
 
@@ -73,11 +75,11 @@ def _nearest_sums(wanted: Tensor, books: Tensor, count: int) -> Tensor:
         last = m == len(books) - 1
         later = books[m + 1 :].mean(1).sum(0)
         aims = (left - later).reshape(-1, g)
-        entries = lowest(aims, -2 * book, book.square().sum(1), count if last else _BEAM)
+        entries = lowest(aims, -2 * book, book.square().sum(1), count if last else BEAM)
         left = (left.reshape(-1, 1, g) - book[entries]).view(n, -1, g)
         before = codes.repeat_interleave(entries.shape[1], 1)
         codes = torch.cat([before, entries.reshape(n, -1, 1)], 2)
-        kept = min(count if last else _BEAM, left.shape[1])
+        kept = min(count if last else BEAM, left.shape[1])
         error = (left - later).square().sum(2)
         best = error.topk(kept, largest=False).indices.unsqueeze(2)
         left = left.gather(1, best.expand(-1, -1, g))
