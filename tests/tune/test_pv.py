@@ -360,6 +360,7 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     assert float(same.sum()) >= 0.95 * float(scaled.sum())
     assert torch.equal(in_c.moves[same], in_torch.moves[same])
     torch.testing.assert_close(in_c.values[same], in_torch.values[same])
+    assert in_c.margins is not None and in_torch.margins is not None
     torch.testing.assert_close(in_c.margins[same], in_torch.margins[same], rtol=1e-3, atol=1e-3)
     left = [(target - proposal.values).norm(dim=1) for proposal in (in_c, in_torch)]
     torch.testing.assert_close(left[0][scaled], left[1][scaled], rtol=1e-3, atol=1e-3)
