@@ -15,6 +15,7 @@ void pvrt_decode_rows(const plain_weight *, int64_t, int64_t, float *, int64_t);
 void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
+void pvrt_nearest_codes(const proposals *, int64_t, int64_t, int64_t);
 void pvrt_parameter_gradients(const plain_weight *, const float *, float *, float *, int64_t);
 void pvrt_latent_moment(const latent_step *, int64_t);
 void pvrt_latent_step(const latent_step *, int64_t);
@@ -59,6 +60,7 @@ int main(void) {
     static float shares[4][BOOK], row_gradients[OUT];
     static float moment[OUT * IN], distance[2][VALUES];
     static double squares[2][VALUES / 512 + 1][2];
+    static uint8_t moves[2][VALUES];
     static uint8_t found1[VALUES * KEPT * BOOKS], found4[VALUES * KEPT * BOOKS];
     const sums n = {tables, zero, products, zero, zero, BOOKS, ENTRIES, GROUP};
     const int64_t all = OUT;
@@ -86,6 +88,16 @@ int main(void) {
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found1, 1);
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found4, 4);
         if (memcmp(found1, found4, sizeof found1)) return puts("search"), 1;
+        for (int threads = 1; threads <= 4; threads += 3) {
+            const int four = threads == 4;
+            const proposals asked = {&n, matrix, matrix, codes, four ? found4 : found1, moves[four],
+                                     four ? dense4 : dense1, distance[four]};
+            pvrt_nearest_codes(&asked, VALUES, 8, threads);
+        }
+        if (memcmp(found1, found4, VALUES * BOOKS) || memcmp(dense1, dense4, sizeof dense1) ||
+            memcmp(moves[0], moves[1], VALUES) ||
+            memcmp(distance[0], distance[1], sizeof distance[0]))
+            return puts("proposals"), 1;
         for (int threads = 1; threads <= 4; threads += 3) {
             float *latent = threads == 1 ? dense1 : dense4;
             memset(moment, 0, sizeof moment);
