@@ -134,6 +134,20 @@ def pv_strategies(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def pv_step(rows: list[dict[str, Any]]) -> str:
+    """Time of one tuning step and the share of its V step."""
+    lines = [
+        "| model, scheme | threads | tokens a step | seconds | tokens/s | share of the V step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['model']}, {row['scheme']} | {row['threads']} | {row['tokens_per_step']} | "
+            f"{row['seconds']:.1f} | {row['tokens_per_second']:.0f} | {row['v_share']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
 def cpu_kernels(rows: list[dict[str, Any]]) -> str:
     """Microseconds of one product per kernel and shape, and the largest error; by threads."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -298,6 +312,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration_shapes": calibration_shapes,
     "plan": plan,
     "pv_strategies": pv_strategies,
+    "pv_step": pv_step,
     "gpu_interpreter": gpu_interpreter,
     "kernels_aot": kernels_aot,
     "cpu_kernels": cpu_kernels,

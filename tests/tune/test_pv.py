@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from pvrt_tune import distill
 from pvrt_tune.calibration import CalibrationData, from_model
 from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.grid import GridLinear
+from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
 from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVSettings
 from pvrt_tune.recipe import TuneJob
@@ -241,7 +242,8 @@ class Problem:
     def trainer(self, settings: TrainSettings) -> Trainer:
         """A fresh trainer on the calibrated student."""
         teacher = AutoModelForCausalLM.from_pretrained(self.folder / "dense", dtype=torch.float32)
-        student = Student.of(pvrt.load(self.folder / "out", dtype="float32"))
+        compute = compute_dtype(settings.compute, "cpu")
+        student = Student.of(pvrt.load(self.folder / "out", dtype="float32"), compute)
         data = CalibrationData(self.tokens, "the teacher")
         states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
         if settings.teacher_first:
@@ -255,6 +257,7 @@ SETTINGS = TrainSettings(
     microbatch=2,
     held_out=8,
     evaluate_every=12,
+    compute="float32",
     pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.03, fraction=0.02),
 )
 
@@ -438,6 +441,40 @@ def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
     assert low == pytest.approx(full, rel=0.1)
 
 
+def test_a_student_that_computes_in_bfloat16_learns_as_well(
+    problem: Problem, tmp_path: Path
+) -> None:
+    outcomes = {}
+    for compute in ("float32", "bfloat16"):
+        trainer = problem.trainer(replace(SETTINGS, compute=compute))
+        outcomes[compute] = trainer.run(RunState(tmp_path / compute), lambda line: None)
+    weights, model = trainer.student.weights(), trainer.student.model
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert model.get_input_embeddings().weight.dtype is torch.bfloat16
+    # What is trained is float32, and decoded weights are copies of it.
+    trained = [*trainer.optimizer.continuous.values(), *trainer.tensors().values()]
+    assert {t.dtype for t in trained if t.is_floating_point()} == {torch.float32}
+    for name, representation in trainer.student.representations.items():
+        assert torch.equal(weights[name], representation.decode().bfloat16())
+    full, low = outcomes["float32"], outcomes["bfloat16"]
+    assert low.before == pytest.approx(full.before, rel=0.02)
+    assert low.best == pytest.approx(full.best, rel=0.05)
+    assert low.best < 0.9 * low.before
+
+
+def test_auto_is_bfloat16_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: dict[str, bool] = {}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert compute_dtype("auto", "cuda:0") is torch.bfloat16
+    assert compute_dtype("auto", "cpu") is torch.float32
+    found["amx_bf16"] = True
+    assert compute_dtype("auto", "cpu") is torch.bfloat16
+    assert compute_dtype("float32", "cpu") is torch.float32
+    assert compute_dtype("bfloat16", "cpu") is torch.bfloat16
+
+
 # ---- several processes ----
 
 RANK_SCRIPT = """
@@ -450,7 +487,7 @@ from tests.tune.test_pv import SETTINGS, Problem
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 problem = Problem(Path({folder!r}), torch.load({tokens!r}))
-trainer = problem.trainer(replace(SETTINGS, microbatch=1))
+trainer = problem.trainer(replace(SETTINGS, microbatch=1, compute={compute!r}))
 kls = [trainer.held_out_kl()]
 kls += [trainer.train_step()["train_kl"] for _ in range(6)]
 kls.append(trainer.held_out_kl())
@@ -462,7 +499,10 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_learn_what_one_does(problem: Problem, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_two_processes_learn_what_one_does(
+    problem: Problem, tmp_path: Path, compute: Literal["float32", "bfloat16"], tolerance: float
+) -> None:
     """FSDP2 over gloo: rows, latents and the choice of groups are cut over the ranks."""
     torch.save(problem.tokens, tmp_path / "tokens.pt")
     script = tmp_path / "rank.py"
@@ -472,16 +512,17 @@ def test_two_processes_learn_what_one_does(problem: Problem, tmp_path: Path) -> 
             folder=str(problem.folder),
             tokens=str(tmp_path / "tokens.pt"),
             state=str(tmp_path / "state.pt"),
+            compute=compute,
         )
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    alone = problem.trainer(replace(SETTINGS, microbatch=4))
+    alone = problem.trainer(replace(SETTINGS, microbatch=4, compute=compute))
     kls = [alone.held_out_kl()]
     kls += [alone.train_step()["train_kl"] for _ in range(6)]
     kls.append(alone.held_out_kl())
-    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(kls, rel=1e-3)
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(kls, rel=tolerance)
     ours, theirs = torch.load(tmp_path / "state.pt"), alone.optimizer.tensors()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():

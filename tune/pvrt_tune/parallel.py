@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 T = TypeVar("T")
 
@@ -97,13 +97,16 @@ def top_share(scores: Tensor, count: int) -> Tensor:
     return indices[values > 0]
 
 
-def shard(blocks: Iterable[nn.Module], device: str) -> None:
+def shard(blocks: Iterable[nn.Module], device: str, compute: torch.dtype) -> None:
     """Cut the parameters of every block over all ranks (FSDP2), in place; alone this does nothing.
 
-    Embeddings and output head stay whole: the loss reads the head outside any module's forward.
+    They are gathered in the type `compute`; gradients are summed in float32. Embeddings and output
+    head stay whole: the loss reads the head outside any module's forward.
     """
     if world() == 1:
         return
     mesh = init_device_mesh(torch.device(device).type, (world(),))
+    # Inputs and outputs stay as autocast has them.
+    types = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=types)

@@ -22,7 +22,7 @@ from pvrt_tune.blocks import BlockList, batch_size, find_blocks, linears
 from pvrt_tune.calibration import rows_at_once
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.layerwise import empty_like
-from pvrt_tune.machine import Machine
+from pvrt_tune.machine import Machine, compute_dtype
 from pvrt_tune.pvplan import Sizes, needs
 from pvrt_tune.recipe import Recipe
 from pvrt_tune.speed import Speed
@@ -336,7 +336,9 @@ class _Planner:
             kept=sum(one),
             kept_by_one=max(one),
         )
-        needed = needs(sizes, recipe.pv, recipe.length, self.itemsize if self.cuda else 4)
+        item = compute_dtype(recipe.pv.compute, self.request.device).itemsize
+        original = self.itemsize if self.cuda else item
+        needed = needs(sizes, recipe.pv, recipe.length, item, original)
         both = needed.student + needed.original
         peak = max(needed.student, needed.original) if recipe.pv.teacher_first else both
         disk = needed.disk + sizes.stored

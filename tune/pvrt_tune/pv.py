@@ -102,7 +102,7 @@ class PVLayer:
     """One quantised weight in training: its representation, the student's parameter and B.
 
     `weight` is the parameter [rows, in] that the student computes with (of a sharded run: the local
-    rows); it always holds the decoded representation.
+    rows); it always holds the decoded representation, rounded to its own type.
     """
 
     def __init__(self, representation: Representation, weight: Tensor, settings: PVSettings):
@@ -113,7 +113,9 @@ class PVLayer:
         self.latent: Latent | None = None
         if self.strategy.moves_codes:
             self.latent = Latent(
-                weight, accumulates=self.strategy.accumulates, low_memory=settings.low_memory
+                representation.decode(),
+                accumulates=self.strategy.accumulates,
+                low_memory=settings.low_memory,
             )
 
     def pull_back(self, grad: Tensor) -> dict[str, Tensor]:

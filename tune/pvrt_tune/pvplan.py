@@ -38,8 +38,12 @@ class Needs:
     operations: float
 
 
-def needs(sizes: Sizes, settings: TrainSettings, length: int, item: int) -> Needs:
-    """PV-Tuning of a student that computes in `item` bytes per number (4 on CPUs)."""
+def needs(
+    sizes: Sizes, settings: TrainSettings, length: int, item: int, original_item: int
+) -> Needs:
+    """PV-Tuning of a student that computes in `item` bytes per number; the original model's numbers
+    have `original_item`.
+    """
     pv = settings.pv
     strategy = STRATEGIES[pv.strategy]
     latent = (2 if pv.low_memory else 4) * strategy.accumulates
@@ -56,7 +60,7 @@ def needs(sizes: Sizes, settings: TrainSettings, length: int, item: int) -> Need
     work = max(layer, item * tokens * kept + 4 * CHUNK_BYTES)
     kept_too = sizes.stored + margins + trained
     student = per_weight * sizes.quantised + item * sizes.outside + kept_too + work
-    original = item * sizes.parameters
+    original = original_item * sizes.parameters
     seen = settings.steps * settings.batch
     windows = min(settings.windows, seen) + settings.held_out
     states = 2 * windows * length * sizes.width

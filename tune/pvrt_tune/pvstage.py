@@ -10,7 +10,7 @@ from torch import Tensor
 from pvrt_tune.blocks import BlockList
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.distill import Teacher, check_head
-from pvrt_tune.machine import release_memory
+from pvrt_tune.machine import compute_dtype, release_memory
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.runstate import RunState
@@ -40,8 +40,8 @@ def pv_tune(
     settings = job.recipe.pv
     assert settings is not None
     data = data if settings.separate_documents else replace(data, positions=None)
-    dtype = torch.float32 if job.device == "cpu" else None
-    original = source.dense(dtype, job.device)
+    compute = compute_dtype(settings.compute, job.device)
+    original = source.dense(compute if job.device == "cpu" else None, job.device)
     sample = data.tokens[:1, :32].to(job.device)
     check_head(original, sample, separate_documents=settings.separate_documents)
     teacher = _teacher(original, data, state)
@@ -49,7 +49,7 @@ def pv_tune(
     if settings.teacher_first:
         teacher.finish(_progress(len(data), report))
         release_memory()
-    student = Student.of(calibrated(job, source, blocks, state))
+    student = Student.of(calibrated(job, source, blocks, state), compute)
     trainer = Trainer(student, teacher, data, settings, job.recipe.seed)
     report(_start_line(settings, data))
     return trainer.run(state, report, deadline).complete

@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,9 @@ class TrainSettings:
     `microbatch` at a time. held_out: windows that only choose the best state, looked at every
     `evaluate_every` steps; training ends after `patience` looks without a new best. warmup: share
     of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
-    keeps embeddings and output head. teacher_first: all of the original model's states are computed
+    keeps embeddings and output head. compute: what the student computes in; whatever is trained or
+    decoded stays float32 behind it, and "auto" is bfloat16 where the processor multiplies that.
+    teacher_first: all of the original model's states are computed
     before the student is made, so that the two are never in memory together (with a time limit,
     some for nothing). separate_documents: documents that share a window do not see each other.
     """
@@ -51,6 +53,7 @@ class TrainSettings:
     patience: int = 6
     warmup: float = 0.05
     freeze_embeddings: bool = True
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute_activations: bool = False
     teacher_first: bool = False
     separate_documents: bool = False
@@ -64,30 +67,44 @@ class TrainSettings:
 
 @dataclass
 class Student:
-    """A model that computes with decoded weights, and the representations behind them."""
+    """A model that computes with decoded weights, and the representations behind them.
+
+    compute: the type of decoded weights, which are copies, and of products (by autocast); a sharded
+    run keeps float32 shards and gathers them in that type.
+    """
 
     model: Any
     representations: dict[str, Representation]
+    compute: torch.dtype
 
     @classmethod
-    def of(cls, model: Any) -> "Student":
-        """Decode every quantised layer of a model into a trainable weight, in place.
+    def of(cls, model: Any, compute: torch.dtype = torch.float32) -> "Student":
+        """Decode every quantised layer of a float32 model into a trainable weight, in place.
 
         In a run of several ranks, blocks are sharded and every rank represents its own rows.
         """
+        kept = compute if parallel.world() == 1 else torch.float32
         representations = {}
         for name, module in list(model.named_modules()):
             if not isinstance(module, AQLMLinear | GridLinear):
                 continue
             bias = module.bias is not None
             dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
-            dense.weight = nn.Parameter(represent(module).decode())
+            dense.weight = nn.Parameter(represent(module).decode().to(kept))
             if module.bias is not None:
                 dense.bias = module.bias
             model.set_submodule(name, dense)
             representations[name] = represent(module, parallel.rows_of(module.out_features))
-        parallel.shard(find_blocks(model).blocks, next(model.parameters()).device.type)
-        return cls(model, representations)
+        parallel.shard(find_blocks(model).blocks, next(model.parameters()).device.type, compute)
+        return cls(model, representations, compute)
+
+    def final_hidden(self, data: CalibrationData) -> Tensor:
+        """What enters the output head for windows of text, [windows, length, width]."""
+        device = next(self.model.parameters()).device
+        low = self.compute is not torch.float32
+        with torch.autocast(device.type, self.compute if low else torch.bfloat16, enabled=low):
+            hidden = final_hidden(self.model, *on_device(data, device))
+        return hidden.to(self.compute)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The decoded weights by layer name."""
@@ -138,10 +155,12 @@ class Trainer:
         dense = student.dense(settings.freeze_embeddings)
         for parameter in (*weights.values(), *dense.values()):
             parameter.requires_grad_(True)
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():
+                parameter.data = parameter.data.to(student.compute)
         if settings.recompute_activations:
             _recompute_activations(model)
         self.head = Head.of(model)
-        self.device = next(model.parameters()).device
         self.optimizer = PVOptimizer(student.representations, weights, dense, settings.pv)
         self.step, self.steps = 0, settings.steps
         self.curves: list[dict[str, float]] = []
@@ -215,8 +234,8 @@ class Trainer:
 
     def _loss(self, numbers: list[int]) -> Tensor:
         """Mean KL over windows of `data` by number."""
-        hidden = final_hidden(self.student.model, *on_device(self.data[numbers], self.device))
-        target = self.teacher.hidden(numbers).to(self.device).flatten(0, 1)
+        hidden = self.student.final_hidden(self.data[numbers])
+        target = self.teacher.hidden(numbers).to(hidden.device).flatten(0, 1)
         return kl_loss(hidden.flatten(0, 1), self.head, target, self.teacher.head)
 
     def _batch(self, step: int) -> list[int]:
