@@ -30,13 +30,19 @@ class Machine:
 
 
 def compute_dtype(wanted: str, device: str) -> torch.dtype:
-    """What "auto", "float32" or "bfloat16" means on a device: auto is bfloat16 on GPUs and on CPUs
-    with instructions for its products (AMX, AVX-512 BF16), which do twice as many or more.
+    """What "auto", "float32" or "bfloat16" means on a device: auto is bfloat16 where products of it
+    are faster, which is on GPUs from Ampere on (a GPU that is planned for and not here counts as
+    one) and on CPUs with AMX or AVX-512 BF16.
     """
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
-    has = torch.cpu.get_capabilities()
-    fast = device != "cpu" or has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    if device != "cpu":
+        absent = not torch.cuda.is_available()
+        fast = absent or torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # torch before 2.12 cannot tell.
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
 
