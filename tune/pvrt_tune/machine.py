@@ -41,7 +41,7 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
         fast = absent or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # torch before 2.12 cannot tell.
-        has = getattr(torch.cpu, "get_capabilities", dict)()
+        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
