@@ -58,10 +58,13 @@ typedef struct {
 } sums;
 
 /* Targets of groups, what the groups have, and what they are to have: values are scaled sums, moves
- * tells whether the codes are new, margins half of how much farther the next sum is, unscaled. */
+ * tells whether the codes are new, margins half of how much farther the next sum is, unscaled. With
+ * draws, numbers from [0, 1), the next sum is taken with the chance that makes rounding unbiased
+ * along the line between the two, and margins are 0. */
 typedef struct {
     const sums *books;
     const float *targets, *scales; /* [n][group], [n] */
+    const float *draws;            /* [n] or NULL */
     const uint8_t *present;        /* [n][books] */
     uint8_t *codes, *moves;        /* [n][books], [n] */
     float *values, *margins;       /* [n][group], [n] */

@@ -106,33 +106,54 @@ static inline float NAME(away)(const sums *s, const float *x, const uint8_t *cod
 static void NAME(propose)(const proposals *p, int64_t i, int64_t beam) {
     const sums *s = p->books;
     const int64_t books = s->books, group = s->group;
-    const uint8_t *present = p->present + i * books, *chosen = present;
+    const uint8_t *present = p->present + i * books, *chosen = present, *other = present;
     const float *target = p->targets + i * group, scale = p->scales[i];
-    float x[MOST_GROUP], sum[2][MOST_GROUP], second = INFINITY;
+    float x[MOST_GROUP], sum[3][MOST_GROUP], second = INFINITY;
     uint8_t found[2 * MOST_BOOKS];
-    int kept = 0;
-    p->margins[i] = 0;
+    int near = 0, next = 1, spare = 2; /* of the three sums */
     for (int64_t e = 0; e < group; e++) x[e] = scale == 0 ? 0 : target[e] / scale;
-    float best = NAME(away)(s, x, present, sum[kept]);
+    float best = NAME(away)(s, x, present, sum[near]);
+    p->margins[i] = 0;
     if (scale != 0) {
         NAME(search)(s, x, beam, 2, found);
         for (const uint8_t *f = found; f < found + 2 * books; f += books) {
             if (!memcmp(f, present, (size_t)books)) continue;
-            const float off = NAME(away)(s, x, f, sum[!kept]);
+            const float off = NAME(away)(s, x, f, sum[spare]);
+            if (off >= second) continue;
+            const int freed = next;
+            next = spare;
+            spare = freed;
+            second = off;
+            other = f;
             if (off < best) {
+                const uint8_t *codes = chosen;
+                const int nearest = next;
+                next = near;
+                near = nearest;
                 second = best;
                 best = off;
                 chosen = f;
-                kept = !kept;
-            } else if (off < second) {
-                second = off;
+                other = codes;
             }
         }
-        p->margins[i] = (sqrtf(second) - sqrtf(best)) / 2;
+        if (p->draws) {
+            float along = 0, length = 0;
+            for (int64_t e = 0; e < group; e++) {
+                const float between = sum[next][e] - sum[near][e];
+                along += (x[e] - sum[near][e]) * between;
+                length += between * between;
+            }
+            if (length > 0 && p->draws[i] * length < along) {
+                near = next;
+                chosen = other;
+            }
+        } else {
+            p->margins[i] = (sqrtf(second) - sqrtf(best)) / 2;
+        }
     }
     p->moves[i] = chosen != present;
     memcpy(p->codes + i * books, chosen, (size_t)books);
-    for (int64_t e = 0; e < group; e++) p->values[i * group + e] = scale * sum[kept][e];
+    for (int64_t e = 0; e < group; e++) p->values[i * group + e] = scale * sum[near][e];
 }
 
 /* Rows [from, to) of a weight's gradient: books [M][size][group] gather it, scales get their own. */

@@ -34,7 +34,7 @@ class _Proposals(ctypes.Structure):
 
     _fields_ = [
         ("books", ctypes.POINTER(_Sums)),
-        *((name, _VOID) for name in ("targets", "scales", "present")),
+        *((name, _VOID) for name in ("targets", "scales", "draws", "present")),
         *((name, _VOID) for name in ("codes", "moves", "values", "margins")),
     ]
 
@@ -88,14 +88,21 @@ def nearest_sums(wanted: Tensor, books: Tensor, beam: int, count: int) -> Tensor
 
 
 def nearest_codes(
-    targets: Tensor, scales: Tensor, present: Tensor, books: Tensor, beam: int
+    targets: Tensor,
+    scales: Tensor,
+    present: Tensor,
+    books: Tensor,
+    beam: int,
+    draws: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Nearest codes for groups with codes `present` [n, M] uint8 and scales [n].
 
     targets [n, g], books [M, K, g], all fp32. Returns codes [n, M] uint8, the values that they mean
     [n, g], whether they differ from the present ones [n] and by how much less the unscaled target
     is away from the value than from the next, halved [n]. A sum that is no nearer than the present
-    one is never taken, and a group of scale 0 stays as it is.
+    one is never taken, and a group of scale 0 stays as it is. With draws [n] from [0, 1) the next
+    sum is taken with the chance that makes rounding unbiased along the line between the two, and
+    the last result is 0.
     """
     number, _, group = books.shape
     sums, _kept = _searchable(books)
@@ -109,6 +116,8 @@ def nearest_codes(
         "values": torch.empty(count, group),
         "margins": torch.empty(count),
     }
+    if draws is not None:
+        named["draws"] = draws.contiguous()
     pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
     proposals = _Proposals(books=ctypes.pointer(sums), **pointers)
     cpu.library().pvrt_nearest_codes(ctypes.byref(proposals), count, beam, torch.get_num_threads())

@@ -90,7 +90,7 @@ int main(void) {
         if (memcmp(found1, found4, sizeof found1)) return puts("search"), 1;
         for (int threads = 1; threads <= 4; threads += 3) {
             const int four = threads == 4;
-            const proposals asked = {&n, matrix, matrix, codes, four ? found4 : found1, moves[four],
+            const proposals asked = {&n, matrix, matrix, NULL, codes, four ? found4 : found1, moves[four],
                                      four ? dense4 : dense1, distance[four]};
             pvrt_nearest_codes(&asked, VALUES, 8, threads);
         }

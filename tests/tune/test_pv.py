@@ -335,8 +335,9 @@ def test_choosing_by_gain_spends_the_budget_on_groups_that_move(problem: Problem
 
 
 @pytest.mark.parametrize("scheme", ["1x8g8", "2x8g8", "2x4g4", "3x7g16", "1x3g4"])
+@pytest.mark.parametrize("stochastic", [False, True])
 def test_proposals_in_c_and_in_torch_are_the_same(
-    scheme: str, monkeypatch: pytest.MonkeyPatch
+    scheme: str, stochastic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = layer_of(scheme, rows=40, width=64)
     representation = represent(layer)
@@ -352,9 +353,9 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     away = torch.rand(len(groups), 1, generator=generator)
     target = values[groups] + away * torch.randn(values[groups].shape, generator=generator)
     target[:20] = values[groups[:20]]
-    in_c = representation.nearest(target, groups, generator)
+    in_c = representation.nearest(target, groups, generator.manual_seed(4), stochastic)
     monkeypatch.setattr(cpu_tuning, "can_search", lambda books, kept: False)
-    in_torch = representation.nearest(target, groups, generator)
+    in_torch = representation.nearest(target, groups, generator.manual_seed(4), stochastic)
     scaled = representation.scales.reshape(-1)[groups // (64 // representation.group_size)] != 0
     assert 0.1 < float(in_c.moves.float().mean()) < 0.95
     assert not bool(in_c.moves[~scaled].any())
@@ -365,8 +366,9 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     torch.testing.assert_close(in_c.values[same], in_torch.values[same])
     assert in_c.margins is not None and in_torch.margins is not None
     torch.testing.assert_close(in_c.margins[same], in_torch.margins[same], rtol=1e-3, atol=1e-3)
-    left = [(target - proposal.values).norm(dim=1) for proposal in (in_c, in_torch)]
-    torch.testing.assert_close(left[0][scaled], left[1][scaled], rtol=1e-3, atol=1e-3)
+    if not stochastic:
+        left = [(target - proposal.values).norm(dim=1) for proposal in (in_c, in_torch)]
+        torch.testing.assert_close(left[0][scaled], left[1][scaled], rtol=1e-3, atol=1e-3)
 
 
 def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:

@@ -139,10 +139,11 @@ class AdditiveRepresentation(Representation):
     ) -> Proposal:
         books = self._books()
         scale = self.scales.detach().reshape(-1)[groups // self._groups_per_row]
-        if not stochastic and cpu_tuning.can_search(books, 2):
+        draws = torch.rand(len(groups), generator=generator) if stochastic else None
+        if cpu_tuning.can_search(books, 2):
             present = self._flat_codes.index_select(0, groups).to(torch.uint8) & self._mask
             codes, nearest, moves, margins = cpu_tuning.nearest_codes(
-                target, scale, present, books, BEAM
+                target, scale, present, books, BEAM, draws
             )
             return Proposal(codes.to(self.codes.dtype), nearest, moves, margins)
         scale = scale.unsqueeze(1)
@@ -160,8 +161,8 @@ class AdditiveRepresentation(Representation):
         root = error[:, :2].sqrt()
         margins = (root[:, 1] - root[:, 0]) / 2 if root.shape[1] > 1 else root[:, 0] + torch.inf
         pick = order[:, 0]
-        if stochastic:
-            pick, margins = _draw(wanted, values, order, generator), torch.zeros_like(margins)
+        if draws is not None:
+            pick, margins = _draw(wanted, values, order, draws), torch.zeros_like(margins)
         codes = index[row, pick]
         moves = (codes != present).any(1)
         return Proposal(codes.to(self.codes.dtype), values[row, pick] * scale, moves, margins)
@@ -242,17 +243,18 @@ class GridRepresentation(Representation):
         self.codes.view(-1)[groups] = proposal.codes
 
 
-def _draw(wanted: Tensor, values: Tensor, order: Tensor, generator: torch.Generator) -> Tensor:
+def _draw(wanted: Tensor, values: Tensor, order: Tensor, draws: Tensor) -> Tensor:
     """One of the two nearest candidates [n], unbiased along the line between them.
 
-    wanted [n, g], values [n, candidates, g], order [n, candidates] by distance.
+    wanted [n, g], values [n, candidates, g], order [n, candidates] by distance, draws [n] from
+    [0, 1).
     """
     row = torch.arange(len(order), device=order.device)
     first, second = values[row, order[:, 0]], values[row, order[:, 1]]
     between = second - first
     along = ((wanted - first) * between).sum(1)
     chance = along / between.square().sum(1).clamp_min(1e-30)
-    drawn = torch.rand(len(row), generator=generator).to(chance.device) < chance
+    drawn = draws.to(chance.device) < chance
     return torch.where(drawn, order[:, 1], order[:, 0])
 
 
