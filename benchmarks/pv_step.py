@@ -11,7 +11,6 @@ every setting do not count: they search most groups for the first time.
 import argparse
 import json
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -19,9 +18,10 @@ from typing import Any
 
 import machine
 import torch
-from pv_strategies import SUBJECTS, Bench, say
+from pv_strategies import FOLDER, SUBJECTS, Bench, say
 
 from pvrt_tune.distill import Teacher
+from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pvstage import calibrated
 from pvrt_tune.source import load_source
 from pvrt_tune.training import Student, Trainer
@@ -34,7 +34,8 @@ def steps(bench: Bench, teacher: Teacher, batch: int, repeats: int) -> list[dict
     """Figures of some steps of the default strategy, `batch` windows each."""
     assert bench.subject.recipe.pv is not None
     settings = replace(bench.subject.recipe.pv, batch=batch, microbatch=min(batch, 4))
-    student = Student.of(calibrated(bench.job, bench.source, bench.blocks, bench.state))
+    compute = compute_dtype(settings.compute, bench.job.device)
+    student = Student.of(calibrated(bench.job, bench.source, bench.blocks, bench.state), compute)
     trainer = Trainer(student, teacher, bench.data, settings, 0)
     first = settings.held_out
     teacher.hidden(list(range(first, first + (repeats + 2) * batch)))
@@ -46,9 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "pv-strategies"
-    )
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     subject = SUBJECTS[MODEL]
     source = load_source(str(subject.source()))

@@ -44,6 +44,8 @@ from pvrt_tune.walk import walk
 
 DATA = machine.ROOT.parent / "shared" / "data"
 RESULT = machine.ROOT / "benchmarks" / "results" / "pv_strategies.json"
+#: Where runs are kept unless a folder is given.
+FOLDER = Path(tempfile.gettempdir()) / "pv-strategies"
 
 #: Learning rates of codes by strategy where they are not the default: each the best of a few on
 #: held-out text, stories260k with seed 0.
@@ -260,9 +262,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=STRATEGIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--hour", action="store_true", help="the first scheme's hour, nothing else")
-    parser.add_argument(
-        "--folder", type=Path, default=Path(tempfile.gettempdir()) / "pv-strategies"
-    )
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(f"{DATA} is missing: this benchmark needs its text")

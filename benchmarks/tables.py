@@ -110,8 +110,8 @@ def pv_strategies(rows: list[dict[str, Any]]) -> str:
         key = (row["model"], row["representation"], name)
         groups.setdefault(key, []).append(row)
     # All of a scheme together, however the rows came in.
-    first = {key[:2]: place for place, key in reversed(list(enumerate(groups)))}
-    for model, scheme, strategy in sorted(groups, key=lambda key: first[key[:2]]):
+    order = list(dict.fromkeys(key[:2] for key in groups))
+    for model, scheme, strategy in sorted(groups, key=lambda key: order.index(key[:2])):
         group = groups[model, scheme, strategy]
         reached = perplexities(group)
         said = ", ".join(f"{names[text]} {value:.2f}" for text, value in reached.items())

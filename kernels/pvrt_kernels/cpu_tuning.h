@@ -106,36 +106,25 @@ static inline float NAME(away)(const sums *s, const float *x, const uint8_t *cod
 static void NAME(propose)(const proposals *p, int64_t i, int64_t beam) {
     const sums *s = p->books;
     const int64_t books = s->books, group = s->group;
-    const uint8_t *present = p->present + i * books, *chosen = present, *other = present;
     const float *target = p->targets + i * group, scale = p->scales[i];
-    float x[MOST_GROUP], sum[3][MOST_GROUP], second = INFINITY;
+    float x[MOST_GROUP], sum[3][MOST_GROUP], off[3];
     uint8_t found[2 * MOST_BOOKS];
-    int near = 0, next = 1, spare = 2; /* of the three sums */
+    /* What is there, which wins among equals, and the two nearest sums. */
+    const uint8_t *codes[3] = {p->present + i * books, found, found + books};
+    int near = 0;
     for (int64_t e = 0; e < group; e++) x[e] = scale == 0 ? 0 : target[e] / scale;
-    float best = NAME(away)(s, x, present, sum[near]);
+    off[0] = NAME(away)(s, x, codes[0], sum[0]);
     p->margins[i] = 0;
     if (scale != 0) {
         NAME(search)(s, x, beam, 2, found);
-        for (const uint8_t *f = found; f < found + 2 * books; f += books) {
-            if (!memcmp(f, present, (size_t)books)) continue;
-            const float off = NAME(away)(s, x, f, sum[spare]);
-            if (off >= second) continue;
-            const int freed = next;
-            next = spare;
-            spare = freed;
-            second = off;
-            other = f;
-            if (off < best) {
-                const uint8_t *codes = chosen;
-                const int nearest = next;
-                next = near;
-                near = nearest;
-                second = best;
-                best = off;
-                chosen = f;
-                other = codes;
-            }
+        for (int c = 1; c < 3; c++) {
+            const int again = !memcmp(codes[c], codes[0], (size_t)books);
+            off[c] = again ? INFINITY : NAME(away)(s, x, codes[c], sum[c]);
+            if (off[c] < off[near]) near = c;
         }
+        int next = near == 0;
+        for (int c = 1; c < 3; c++)
+            if (c != near && off[c] < off[next]) next = c;
         if (p->draws) {
             float along = 0, length = 0;
             for (int64_t e = 0; e < group; e++) {
@@ -143,16 +132,13 @@ static void NAME(propose)(const proposals *p, int64_t i, int64_t beam) {
                 along += (x[e] - sum[near][e]) * between;
                 length += between * between;
             }
-            if (length > 0 && p->draws[i] * length < along) {
-                near = next;
-                chosen = other;
-            }
+            if (length > 0 && p->draws[i] * length < along) near = next;
         } else {
-            p->margins[i] = (sqrtf(second) - sqrtf(best)) / 2;
+            p->margins[i] = (sqrtf(off[next]) - sqrtf(off[near])) / 2;
         }
     }
-    p->moves[i] = chosen != present;
-    memcpy(p->codes + i * books, chosen, (size_t)books);
+    p->moves[i] = near != 0;
+    memcpy(p->codes + i * books, codes[near], (size_t)books);
     for (int64_t e = 0; e < group; e++) p->values[i * group + e] = scale * sum[near][e];
 }
 

@@ -173,7 +173,7 @@ class PVLayer:
             spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
             kept = kept & ((spent <= bound) | (spent <= change))
         settled = (kept | ~proposal.moves).nonzero().squeeze(1)
-        self.representation.assign(candidates.index_select(0, settled), proposal.of(settled))
+        self.representation.assign(candidates.index_select(0, settled), proposal[settled])
         moved = kept.nonzero().squeeze(1)
         new = proposal.values.index_select(0, moved)
         old.index_copy_(0, candidates.index_select(0, moved), new)

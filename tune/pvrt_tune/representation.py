@@ -34,11 +34,10 @@ class Proposal:
     moves: Tensor
     margins: Tensor | None = None
 
-    def of(self, chosen: Tensor) -> "Proposal":
-        """That of some of the groups, by their places here."""
-        codes, values, moves = (p[chosen] for p in (self.codes, self.values, self.moves))
+    def __getitem__(self, chosen: Tensor) -> "Proposal":
+        """That of some of the groups, by mask or number."""
         margins = None if self.margins is None else self.margins[chosen]
-        return Proposal(codes, values, moves, margins)
+        return Proposal(self.codes[chosen], self.values[chosen], self.moves[chosen], margins)
 
 
 class Representation(ABC):

@@ -39,9 +39,9 @@ class TrainSettings:
     of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
     keeps embeddings and output head. compute: what the student computes in; whatever is trained or
     decoded stays float32 behind it, and "auto" is bfloat16 where the processor multiplies that.
-    teacher_first: all of the original model's states are computed
-    before the student is made, so that the two are never in memory together (with a time limit,
-    some for nothing). separate_documents: documents that share a window do not see each other.
+    teacher_first: all of the original model's states are computed before the student is made, so
+    that the two are never in memory together (with a time limit, some for nothing).
+    separate_documents: documents that share a window do not see each other.
     """
 
     windows: int = 256
@@ -78,7 +78,7 @@ class Student:
     compute: torch.dtype
 
     @classmethod
-    def of(cls, model: Any, compute: torch.dtype = torch.float32) -> "Student":
+    def of(cls, model: Any, compute: torch.dtype) -> "Student":
         """Decode every quantised layer of a float32 model into a trainable weight, in place.
 
         In a run of several ranks, blocks are sharded and every rank represents its own rows.
@@ -101,8 +101,8 @@ class Student:
     def final_hidden(self, data: CalibrationData) -> Tensor:
         """What enters the output head for windows of text, [windows, length, width]."""
         device = next(self.model.parameters()).device
-        low = self.compute is not torch.float32
-        with torch.autocast(device.type, self.compute if low else torch.bfloat16, enabled=low):
+        low = self.compute is torch.bfloat16
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
             hidden = final_hidden(self.model, *on_device(data, device))
         return hidden.to(self.compute)
 
