@@ -51,33 +51,34 @@ typedef struct {
 typedef struct {
     const float *tables;   /* [books][group][size] entries, transposed */
     const float *norms;    /* [books][size] squared lengths */
-    const float *products; /* [books][books][size][size] twice the products of entries */
+    const float *products; /* [books i][books m][size][size] twice the products of entries, i < m */
     const float *later;    /* [books][group] */
     const float *pull;     /* [books m][books i][size] twice the products of entries i and later_m */
     int64_t books, size, group;
 } sums;
 
-/* Targets of groups, what the groups have, and what they are to have: values are scaled sums, moves
- * tells whether the codes are new, margins half of how much farther the next sum is, unscaled. With
- * draws, numbers from [0, 1), the next sum is taken with the chance that makes rounding unbiased
- * along the line between the two, and margins are 0. */
+/* Values wanted for groups, the codes that they have, the two nearest sums found, and which of the
+ * three they are to get: moves tells whether the codes are new, margins half of how much farther the
+ * next sum is. With draws, numbers from [0, 1), the next sum is taken with the chance that makes
+ * rounding unbiased along the line between the two, and margins are 0. */
 typedef struct {
-    const sums *books;
-    const float *targets, *scales; /* [n][group], [n] */
+    const float *wanted;           /* [n][group] */
+    const float *entries;          /* [books][size][group] */
     const float *draws;            /* [n] or NULL */
-    const uint8_t *present;        /* [n][books] */
+    const uint8_t *present, *found; /* [n][books], [n][2][books] */
     uint8_t *codes, *moves;        /* [n][books], [n] */
-    float *values, *margins;       /* [n][group], [n] */
-} proposals;
+    float *sums, *margins;         /* [n][group], [n] */
+    int64_t books, size, group;
+} choice;
 
 /* A latent weight's step against its gradient over the root of its moment; all [groups][group].
- * rate: of the direction as it is. sums [parts][2]. */
+ * rate: of the direction as it is. A part has part_groups groups, and its own sums [parts][2]. */
 typedef struct {
     const float *grad, *decoded;
     float *moment, *latent, *distance;
     double *sums;
     float beta, rate;
-    int64_t group, groups;
+    int64_t group, groups, part_groups;
 } latent_step;
 
 /* What an instruction set brings. Tables of one token are opaque to everything else. */
@@ -132,6 +133,11 @@ typedef struct job {
 void tiled_part(const job *work, int64_t index);
 void plain_part(const job *work, int64_t index);
 void matrix_part(const job *work, int64_t index);
+
+/* The end of the part of `size` things that begins at index * size, of `all`. */
+static inline int64_t part_end(int64_t index, int64_t size, int64_t all) {
+    return (index + 1) * size < all ? (index + 1) * size : all;
+}
 
 /* Do all parts of a job with up to `threads` threads. */
 void run(job *work, int64_t threads);

@@ -67,7 +67,7 @@ static int has_avx2(void) {
 
 #ifndef PVRT_X86
 #define search_avx2 search_portable
-#define propose_avx2 propose_portable
+#define choose_avx2 choose_portable
 #define gradient_avx2 gradient_portable
 #define moment_avx2 moment_portable
 #define latent_avx2 latent_portable
@@ -82,7 +82,7 @@ typedef struct {
 
 static void search_part(const job *work, int64_t index) {
     const question *q = work->matrix;
-    const int64_t end = (index + 1) * QUERIES < work->tokens ? (index + 1) * QUERIES : work->tokens;
+    const int64_t end = part_end(index, QUERIES, work->tokens);
     const int fast = has_avx2();
     for (int64_t i = index * QUERIES; i < end; i++) {
         const float *x = work->x + i * q->books->group;
@@ -104,17 +104,16 @@ API void pvrt_nearest_sums(const sums *books, const float *x, int64_t n, int64_t
     run(&work, threads);
 }
 
-static void propose_part(const job *work, int64_t index) {
-    const int64_t end = (index + 1) * QUERIES < work->tokens ? (index + 1) * QUERIES : work->tokens;
-    for (int64_t i = index * QUERIES; i < end; i++)
-        if (has_avx2()) propose_avx2(work->matrix, i, work->splits);
-        else propose_portable(work->matrix, i, work->splits);
+static void choose_part(const job *work, int64_t index) {
+    const int64_t end = part_end(index, QUERIES, work->tokens);
+    if (has_avx2()) choose_avx2(work->matrix, index * QUERIES, end);
+    else choose_portable(work->matrix, index * QUERIES, end);
 }
 
-/* For n groups the nearest codes to their targets that a search finds, or those that they have. The
- * two nearest sums are searched as by pvrt_nearest_sums. */
-API void pvrt_nearest_codes(const proposals *p, int64_t n, int64_t beam, int64_t threads) {
-    job work = {.part = propose_part, .matrix = p, .tokens = n, .splits = beam};
+/* For each of n groups the nearest to what it wants of the sum that it has and of two others; among
+ * equals the one that it has. */
+API void pvrt_choose_codes(const choice *c, int64_t n, int64_t threads) {
+    job work = {.part = choose_part, .matrix = c, .tokens = n};
     work.parts = (n + QUERIES - 1) / QUERIES;
     run(&work, threads);
 }
@@ -138,31 +137,32 @@ API void pvrt_parameter_gradients(const plain_weight *w, const float *grad, floa
     run(&work, threads);
 }
 
-#define GROUPS 512 /* of one part: what it reads stays in a core's own cache */
-
 static void moment_part(const job *work, int64_t index) {
     const latent_step *l = work->matrix;
-    const int64_t end = (index + 1) * GROUPS < l->groups ? (index + 1) * GROUPS : l->groups;
-    if (has_avx2()) moment_avx2(l, index * GROUPS, end, l->sums + 2 * index);
-    else moment_portable(l, index * GROUPS, end, l->sums + 2 * index);
+    const int64_t from = index * l->part_groups, end = part_end(index, l->part_groups, l->groups);
+    if (has_avx2()) moment_avx2(l, from, end, l->sums + 2 * index);
+    else moment_portable(l, from, end, l->sums + 2 * index);
 }
 
 static void latent_part(const job *work, int64_t index) {
     const latent_step *l = work->matrix;
-    const int64_t end = (index + 1) * GROUPS < l->groups ? (index + 1) * GROUPS : l->groups;
-    if (has_avx2()) latent_avx2(l, index * GROUPS, end);
-    else latent_portable(l, index * GROUPS, end);
+    const int64_t from = index * l->part_groups, end = part_end(index, l->part_groups, l->groups);
+    if (has_avx2()) latent_avx2(l, from, end);
+    else latent_portable(l, from, end);
 }
 
-/* Running mean of squared gradients, and l->sums [ceil(groups / 512)][2] of the squares of the latent
- * and of the direction that its step takes. The number of elements is a multiple of 8. */
-API void pvrt_latent_moment(const latent_step *l, int64_t threads) {
-    job work = {.part = moment_part, .matrix = l, .parts = (l->groups + GROUPS - 1) / GROUPS};
+static void step_parts(void (*part)(const job *, int64_t), const latent_step *l, int64_t threads) {
+    job work = {.part = part, .matrix = l, .parts = (l->groups + l->part_groups - 1) / l->part_groups};
     run(&work, threads);
+}
+
+/* Running mean of squared gradients, and l->sums of the squares of the latent and of the direction
+ * that its step takes. The number of elements is a multiple of 8, and so is that of a part. */
+API void pvrt_latent_moment(const latent_step *l, int64_t threads) {
+    step_parts(moment_part, l, threads);
 }
 
 /* latent -= rate * direction; distance [groups] from the decoded weight. */
 API void pvrt_latent_step(const latent_step *l, int64_t threads) {
-    job work = {.part = latent_part, .matrix = l, .parts = (l->groups + GROUPS - 1) / GROUPS};
-    run(&work, threads);
+    step_parts(latent_part, l, threads);
 }

@@ -1,21 +1,22 @@
 /* What tuning needs of additive codebooks, in GNU C's vectors of 8. Included once per instruction
  * set: NAME(f) tells their functions apart. */
 
-/* The `count` lowest of whole vectors of distinct keys, in order; best: the least of every lane. */
-static inline void NAME(lowest)(const ints8 *keys, int64_t vectors, int64_t count, ints8 best,
-                                int32_t *found) {
+/* The least of eight keys. */
+static inline int32_t NAME(least)(ints8 keys) {
+    int32_t low = keys[0];
+    for (int l = 1; l < 8; l++) low = keys[l] < low ? keys[l] : low;
+    return low;
+}
+
+/* The least key above `low`, of whole vectors. */
+static inline int32_t NAME(next)(const ints8 *keys, int64_t vectors, int32_t low) {
     const ints8 most = (ints8){0} + INT32_MAX;
-    for (int64_t c = 0;; c++) {
-        int32_t low = best[0];
-        for (int l = 1; l < 8; l++) low = best[l] < low ? best[l] : low;
-        found[c] = low;
-        if (c + 1 == count) return;
-        best = most;
-        for (int64_t v = 0; v < vectors; v++) {
-            const ints8 higher = keys[v] > low;
-            best = LESSER(best, (keys[v] & higher) | (most & ~higher));
-        }
+    ints8 best = most;
+    for (int64_t v = 0; v < vectors; v++) {
+        const ints8 higher = keys[v] > low;
+        best = LESSER(best, (keys[v] & higher) | (most & ~higher));
     }
+    return NAME(least)(best);
 }
 
 /* Beam search for one value; see pvrt_nearest_sums. */
@@ -63,18 +64,18 @@ static inline __attribute__((always_inline)) void NAME(search_any)(
                 best = LESSER(best, key);
                 if (each > 1) *(ints8 *)(keys + 8 * v) = key;
             }
-            int32_t found[MOST_KEPT];
-            NAME(lowest)((const ints8 *)keys, vectors, each, best, found);
-            for (int64_t f = 0; f < each; f++) {
-                if (kept == wanted && found[f] >= to[kept - 1].key) break;
+            int32_t key = NAME(least)(best);
+            for (int64_t f = 1; kept < wanted || key < to[kept - 1].key; f++) {
                 int64_t at = kept < wanted ? kept++ : kept - 1;
-                for (; at > 0 && to[at - 1].key > found[f]; at--) to[at] = to[at - 1];
-                const int32_t code = found[f] & (ENTRIES - 1);
+                for (; at > 0 && to[at - 1].key > key; at--) to[at] = to[at - 1];
+                const int32_t code = key & (ENTRIES - 1);
                 to[at] = from[b];
-                to[at].key = found[f];
+                to[at].key = key;
                 to[at].codes[m] = (uint8_t)code;
                 to[at].sum += alone[code];
                 for (int64_t i = 0; i < m; i++) to[at].sum += near[i][code];
+                if (f == each) break;
+                key = NAME(next)((const ints8 *)keys, vectors, key);
             }
         }
         live = kept;
@@ -91,55 +92,57 @@ static void NAME(search)(const sums *s, const float *x, int64_t beam, int64_t co
 }
 
 /* |x - sum|^2 of the entries with these codes, and their sum. */
-static inline float NAME(away)(const sums *s, const float *x, const uint8_t *codes, float *sum) {
-    float total = 0;
-    for (int64_t e = 0; e < s->group; e++) {
-        sum[e] = 0;
-        for (int64_t m = 0; m < s->books; m++)
-            sum[e] += s->tables[(m * s->group + e) * s->size + codes[m]];
-        total += (x[e] - sum[e]) * (x[e] - sum[e]);
+static inline float NAME(away)(const choice *c, int64_t group, const float *x, const uint8_t *codes,
+                               float *sum) {
+    float total[8] = {0};
+    for (int64_t m = 0; m < c->books; m++) {
+        const float *entry = c->entries + (m * c->size + codes[m]) * group;
+        for (int64_t e = 0; e < group; e++) sum[e] = m == 0 ? entry[e] : sum[e] + entry[e];
     }
-    return total;
+    for (int64_t e = 0; e < group; e++) total[e & 7] += (x[e] - sum[e]) * (x[e] - sum[e]);
+    return ((total[0] + total[4]) + (total[1] + total[5])) +
+           ((total[2] + total[6]) + (total[3] + total[7]));
 }
 
-/* One group's proposal; see pvrt_nearest_codes. */
-static void NAME(propose)(const proposals *p, int64_t i, int64_t beam) {
-    const sums *s = p->books;
-    const int64_t books = s->books, group = s->group;
-    const float *target = p->targets + i * group, scale = p->scales[i];
-    float x[MOST_GROUP], sum[3][MOST_GROUP], off[3];
-    uint8_t found[2 * MOST_BOOKS];
-    /* What is there, which wins among equals, and the two nearest sums. */
-    const uint8_t *codes[3] = {p->present + i * books, found, found + books};
-    int near = 0;
-    for (int64_t e = 0; e < group; e++) x[e] = scale == 0 ? 0 : target[e] / scale;
-    off[0] = NAME(away)(s, x, codes[0], sum[0]);
-    p->margins[i] = 0;
-    if (scale != 0) {
-        NAME(search)(s, x, beam, 2, found);
-        for (int c = 1; c < 3; c++) {
-            const int again = !memcmp(codes[c], codes[0], (size_t)books);
-            off[c] = again ? INFINITY : NAME(away)(s, x, codes[c], sum[c]);
-            if (off[c] < off[near]) near = c;
+/* Choices of groups [from, to); see pvrt_choose_codes. */
+static inline void NAME(choose_any)(const choice *c, int64_t from, int64_t to, int64_t group) {
+    const int64_t books = c->books;
+    for (int64_t i = from; i < to; i++) {
+        const float *x = c->wanted + i * group;
+        float sum[3][MOST_GROUP], off[3];
+        /* What is there, which wins among equals, and the two nearest sums. */
+        const uint8_t *found = c->found + 2 * i * books;
+        const uint8_t *codes[3] = {c->present + i * books, found, found + books};
+        int near = 0;
+        for (int k = 0; k < 3; k++) {
+            const int again = k > 0 && !memcmp(codes[k], codes[0], (size_t)books);
+            off[k] = again ? INFINITY : NAME(away)(c, group, x, codes[k], sum[k]);
+            if (off[k] < off[near]) near = k;
         }
         int next = near == 0;
-        for (int c = 1; c < 3; c++)
-            if (c != near && off[c] < off[next]) next = c;
-        if (p->draws) {
+        for (int k = 1; k < 3; k++)
+            if (k != near && off[k] < off[next]) next = k;
+        c->margins[i] = 0;
+        if (c->draws) {
             float along = 0, length = 0;
             for (int64_t e = 0; e < group; e++) {
                 const float between = sum[next][e] - sum[near][e];
                 along += (x[e] - sum[near][e]) * between;
                 length += between * between;
             }
-            if (length > 0 && p->draws[i] * length < along) near = next;
+            if (length > 0 && c->draws[i] * length < along) near = next;
         } else {
-            p->margins[i] = (sqrtf(off[next]) - sqrtf(off[near])) / 2;
+            c->margins[i] = (sqrtf(off[next]) - sqrtf(off[near])) / 2;
         }
+        c->moves[i] = near != 0;
+        memcpy(c->codes + i * books, codes[near], (size_t)books);
+        memcpy(c->sums + i * group, sum[near], sizeof(float) * (size_t)group);
     }
-    p->moves[i] = near != 0;
-    memcpy(p->codes + i * books, codes[near], (size_t)books);
-    for (int64_t e = 0; e < group; e++) p->values[i * group + e] = scale * sum[near][e];
+}
+
+static void NAME(choose)(const choice *c, int64_t from, int64_t to) {
+    if (c->group == 8) NAME(choose_any)(c, from, to, 8); /* unrolled */
+    else NAME(choose_any)(c, from, to, c->group);
 }
 
 /* Rows [from, to) of a weight's gradient: books [M][size][group] gather it, scales get their own. */

@@ -15,8 +15,9 @@ from pvrt_kernels import cpu
 
 _VOID = ctypes.c_void_p
 _LONG = ctypes.c_int64
-# Bounds of cpu_tuning.c, and the groups of one of its parts.
+# Bounds of cpu_tuning.c.
 _MOST_BOOKS, _MOST_ENTRIES, _MOST_GROUP, _MOST_KEPT = 8, 256, 64, 8
+# Groups of one part of a latent's step: what it reads stays in a core's own cache.
 _PART = 512
 
 
@@ -29,13 +30,13 @@ class _Sums(ctypes.Structure):
     ]
 
 
-class _Proposals(ctypes.Structure):
-    """`proposals` of cpu.h."""
+class _Choice(ctypes.Structure):
+    """`choice` of cpu.h."""
 
     _fields_ = [
-        ("books", ctypes.POINTER(_Sums)),
-        *((name, _VOID) for name in ("targets", "scales", "draws", "present")),
-        *((name, _VOID) for name in ("codes", "moves", "values", "margins")),
+        *((name, _VOID) for name in ("wanted", "entries", "draws", "present", "found")),
+        *((name, _VOID) for name in ("codes", "moves", "sums", "margins")),
+        *((name, _LONG) for name in ("books", "size", "group")),
     ]
 
 
@@ -45,13 +46,13 @@ class _LatentStep(ctypes.Structure):
     _fields_ = [
         *((name, _VOID) for name in ("grad", "decoded", "moment", "latent", "distance", "sums")),
         *((name, ctypes.c_float) for name in ("beta", "rate")),
-        *((name, _LONG) for name in ("group", "groups")),
+        *((name, _LONG) for name in ("group", "groups", "part_groups")),
     ]
 
 
 def can_search(books: Tensor, kept: int) -> bool:
-    """Whether `nearest_sums` takes books [M, K, g] and keeps so many sums; two are enough for
-    `nearest_codes`.
+    """Whether `nearest_sums` takes books [M, K, g] and keeps so many sums; `choose` takes them if
+    it may keep two.
     """
     number, size, group = books.shape
     return (
@@ -87,41 +88,36 @@ def nearest_sums(wanted: Tensor, books: Tensor, beam: int, count: int) -> Tensor
     return codes.long()
 
 
-def nearest_codes(
-    targets: Tensor,
-    scales: Tensor,
-    present: Tensor,
-    books: Tensor,
-    beam: int,
-    draws: Tensor | None = None,
+def choose(
+    wanted: Tensor, present: Tensor, found: Tensor, books: Tensor, draws: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Nearest codes for groups with codes `present` [n, M] uint8 and scales [n].
+    """The nearest to values wanted [n, g] of the sums with codes `present` [n, M] and of two found
+    others [n, 2, M].
 
-    targets [n, g], books [M, K, g], all fp32. Returns codes [n, M] uint8, the values that they mean
-    [n, g], whether they differ from the present ones [n] and by how much less the unscaled target
-    is away from the value than from the next, halved [n]. A sum that is no nearer than the present
-    one is never taken, and a group of scale 0 stays as it is. With draws [n] from [0, 1) the next
-    sum is taken with the chance that makes rounding unbiased along the line between the two, and
-    the last result is 0.
+    books [M, K, g] fp32, codes int64. Returns codes [n, M] int64, their sums [n, g], whether they
+    differ from the present ones [n], and by how much less the value is away from that sum than from
+    the next, halved [n]. A sum that is no nearer than the present one is never taken. With draws
+    [n] from [0, 1) the next sum is taken with the chance that makes rounding unbiased along the
+    line between the two, and the last result is 0.
     """
-    number, _, group = books.shape
-    sums, _kept = _searchable(books)
-    count = len(targets)
+    number, size, group = books.shape
+    count = len(wanted)
     named = {
-        "targets": targets.contiguous(),
-        "scales": scales.contiguous(),
-        "present": present.contiguous(),
+        "wanted": wanted.contiguous(),
+        "entries": books.contiguous(),
+        "present": present.to(torch.uint8).contiguous(),
+        "found": found.to(torch.uint8).contiguous(),
         "codes": torch.empty(count, number, dtype=torch.uint8),
         "moves": torch.empty(count, dtype=torch.bool),
-        "values": torch.empty(count, group),
+        "sums": torch.empty(count, group),
         "margins": torch.empty(count),
     }
     if draws is not None:
         named["draws"] = draws.contiguous()
     pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
-    proposals = _Proposals(books=ctypes.pointer(sums), **pointers)
-    cpu.library().pvrt_nearest_codes(ctypes.byref(proposals), count, beam, torch.get_num_threads())
-    return named["codes"], named["values"], named["moves"], named["margins"]
+    choice = _Choice(**pointers, books=number, size=size, group=group)
+    cpu.library().pvrt_choose_codes(ctypes.byref(choice), count, torch.get_num_threads())
+    return named["codes"].long(), named["sums"], named["moves"], named["margins"]
 
 
 def _searchable(books: Tensor) -> tuple[_Sums, list[Tensor]]:
@@ -129,8 +125,9 @@ def _searchable(books: Tensor) -> tuple[_Sums, list[Tensor]]:
     number, size, group = books.shape
     books = books.contiguous()
     after = torch.stack([books[m + 1 :].mean(1).sum(0) for m in range(number)])
-    flat = books.view(-1, group)
-    products = (2 * flat @ flat.T).view(number, size, number, size).transpose(1, 2).contiguous()
+    products = torch.empty(number, number, size, size)
+    for m in range(1, number):
+        products[:m, m] = 2 * books[:m] @ books[m].T
     parts = {
         "tables": books.mT.contiguous(),
         "norms": books.square().sum(2),
@@ -202,7 +199,7 @@ def latent_step(
     named = {"grad": grad, "decoded": decoded, "moment": moment, "latent": latent}
     named |= {"distance": distance, "sums": sums}
     pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
-    step = _LatentStep(**pointers, beta=beta, group=group, groups=groups)
+    step = _LatentStep(**pointers, beta=beta, group=group, groups=groups, part_groups=_PART)
     threads = torch.get_num_threads()
     cpu.library().pvrt_latent_moment(ctypes.byref(step), threads)
     step.rate = rate(sums.sum(0))

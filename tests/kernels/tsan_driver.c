@@ -15,7 +15,7 @@ void pvrt_decode_rows(const plain_weight *, int64_t, int64_t, float *, int64_t);
 void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
-void pvrt_nearest_codes(const proposals *, int64_t, int64_t, int64_t);
+void pvrt_choose_codes(const choice *, int64_t, int64_t);
 void pvrt_parameter_gradients(const plain_weight *, const float *, float *, float *, int64_t);
 void pvrt_latent_moment(const latent_step *, int64_t);
 void pvrt_latent_step(const latent_step *, int64_t);
@@ -55,12 +55,12 @@ int main(void) {
     pvrt_tile_codes(codes, tiled, rows, PARTS, GROUPS, BOOKS, 0);
     const tiled_weight t = {tiled, tables, scales, rows, PARTS, BOOKS, GROUP, GROUPS};
     const plain_weight p = {codes, books, scales, rows, PARTS, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 0};
-    enum { VALUES = OUT * GROUPS, KEPT = 2, BOOK = BOOKS * ENTRIES * GROUP };
+    enum { VALUES = OUT * GROUPS, KEPT = 2, BOOK = BOOKS * ENTRIES * GROUP, PART_GROUPS = 512 };
     static float products[BOOKS * BOOKS * ENTRIES * ENTRIES], zero[BOOKS * BOOKS * ENTRIES];
     static float shares[4][BOOK], row_gradients[OUT];
     static float moment[OUT * IN], distance[2][VALUES];
-    static double squares[2][VALUES / 512 + 1][2];
-    static uint8_t moves[2][VALUES];
+    static double squares[2][VALUES / PART_GROUPS + 1][2];
+    static uint8_t moves[2][VALUES], chosen[2][VALUES * BOOKS];
     static uint8_t found1[VALUES * KEPT * BOOKS], found4[VALUES * KEPT * BOOKS];
     const sums n = {tables, zero, products, zero, zero, BOOKS, ENTRIES, GROUP};
     const int64_t all = OUT;
@@ -90,19 +90,19 @@ int main(void) {
         if (memcmp(found1, found4, sizeof found1)) return puts("search"), 1;
         for (int threads = 1; threads <= 4; threads += 3) {
             const int four = threads == 4;
-            const proposals asked = {&n, matrix, matrix, NULL, codes, four ? found4 : found1, moves[four],
-                                     four ? dense4 : dense1, distance[four]};
-            pvrt_nearest_codes(&asked, VALUES, 8, threads);
+            const choice asked = {matrix, books, NULL, codes, found1, chosen[four], moves[four],
+                                  four ? dense4 : dense1, distance[four], BOOKS, ENTRIES, GROUP};
+            pvrt_choose_codes(&asked, VALUES, threads);
         }
-        if (memcmp(found1, found4, VALUES * BOOKS) || memcmp(dense1, dense4, sizeof dense1) ||
-            memcmp(moves[0], moves[1], VALUES) ||
+        if (memcmp(chosen[0], chosen[1], sizeof chosen[0]) || memcmp(dense1, dense4, sizeof dense1) ||
+            memcmp(moves[0], moves[1], sizeof moves[0]) ||
             memcmp(distance[0], distance[1], sizeof distance[0]))
-            return puts("proposals"), 1;
+            return puts("choices"), 1;
         for (int threads = 1; threads <= 4; threads += 3) {
             float *latent = threads == 1 ? dense1 : dense4;
             memset(moment, 0, sizeof moment);
             const latent_step step = {matrix, matrix, moment, latent, distance[threads == 4],
-                                      squares[threads == 4][0], 0.9f, 0.1f, GROUP, VALUES};
+                                      squares[threads == 4][0], 0.9f, 0.1f, GROUP, VALUES, PART_GROUPS};
             pvrt_latent_moment(&step, threads);
             pvrt_latent_step(&step, threads);
         }

@@ -14,7 +14,7 @@ def steps(latent: Latent, decoded: Tensor, count: int = 4) -> list[tuple[Tensor,
     found = []
     for _ in range(count):
         grad = torch.randn(decoded.shape, generator=generator)
-        target, distance = latent.step(decoded, grad, generator, group=8, rate=0.1, beta=0.9)
+        target, distance = latent.step(decoded, grad, 0.1, generator)
         found.append((target.clone(), distance))
     return found
 
@@ -24,10 +24,10 @@ def test_steps_in_c_and_in_torch_are_the_same(
     accumulates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
-    ours = Latent(decoded, accumulates=accumulates, low_memory=False)
+    ours = Latent(decoded, 8, 0.9, accumulates=accumulates, low_memory=False)
     in_c = steps(ours, decoded)
     monkeypatch.setattr(cpu_tuning, "can_step", lambda *tensors: False)
-    theirs = Latent(decoded, accumulates=accumulates, low_memory=False)
+    theirs = Latent(decoded, 8, 0.9, accumulates=accumulates, low_memory=False)
     in_torch = steps(theirs, decoded)
     for one, other in zip(in_c, in_torch, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -38,8 +38,8 @@ def test_steps_in_c_and_in_torch_are_the_same(
 def test_only_what_accumulates_outlives_a_step(low_memory: bool) -> None:
     decoded = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
     before = decoded.clone()
-    kept = steps(Latent(decoded, accumulates=True, low_memory=low_memory), decoded)
-    anew = steps(Latent(decoded, accumulates=False, low_memory=low_memory), decoded)
+    kept = steps(Latent(decoded, 8, 0.9, accumulates=True, low_memory=low_memory), decoded)
+    anew = steps(Latent(decoded, 8, 0.9, accumulates=False, low_memory=low_memory), decoded)
     # A step is a tenth of the norm long; steps of random directions add up to its double in four.
     size = float(decoded.norm())
     lengths = [float((target - decoded).norm()) / size for target, _ in anew]

@@ -358,17 +358,17 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     in_torch = representation.nearest(target, groups, generator.manual_seed(4), stochastic)
     scaled = representation.scales.reshape(-1)[groups // (64 // representation.group_size)] != 0
     assert 0.1 < float(in_c.moves.float().mean()) < 0.95
-    assert not bool(in_c.moves[~scaled].any())
+    assert not bool((in_c.moves | in_torch.moves)[~scaled].any())
     # Equal sums have several codes, and near ties may be told apart otherwise.
-    same = (in_c.codes == in_torch.codes).all(1) & scaled
-    assert float(same.sum()) >= 0.95 * float(scaled.sum())
+    same = (in_c.codes == in_torch.codes).all(1)
+    assert float(same.float().mean()) >= 0.95
     assert torch.equal(in_c.moves[same], in_torch.moves[same])
     torch.testing.assert_close(in_c.values[same], in_torch.values[same])
     assert in_c.margins is not None and in_torch.margins is not None
     torch.testing.assert_close(in_c.margins[same], in_torch.margins[same], rtol=1e-3, atol=1e-3)
     if not stochastic:
         left = [(target - proposal.values).norm(dim=1) for proposal in (in_c, in_torch)]
-        torch.testing.assert_close(left[0][scaled], left[1][scaled], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(left[0], left[1], rtol=1e-3, atol=1e-3)
 
 
 def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:

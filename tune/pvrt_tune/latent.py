@@ -18,12 +18,16 @@ class Latent:
     """B of one layer's rows here, and the running mean of its squared gradients.
 
     weight [rows, in] float32: the decoded one, where B starts. accumulates: B outlives a step
-    (straight-through estimation), otherwise each step starts at the decoded weight. low_memory: B
-    in bfloat16 with stochastic rounding and its second moment factored into rows and columns (arXiv
-    1804.04235): 2 bytes per weight instead of 8.
+    (straight-through estimation), otherwise each step starts at the decoded weight. group: elements
+    of a group. beta: how fast the running mean forgets. low_memory: B in bfloat16 with stochastic
+    rounding and its second moment factored into rows and columns (arXiv 1804.04235): 2 bytes per
+    weight instead of 8.
     """
 
-    def __init__(self, weight: Tensor, *, accumulates: bool, low_memory: bool) -> None:
+    def __init__(
+        self, weight: Tensor, group: int, beta: float, *, accumulates: bool, low_memory: bool
+    ) -> None:
+        self._group, self._beta = group, beta
         kept = torch.bfloat16 if low_memory else torch.float32
         self.value = weight.detach().to(kept, copy=True) if accumulates else None
         empty = torch.zeros_like(weight, dtype=torch.float32)
@@ -32,20 +36,14 @@ class Latent:
             self.moments = {"moment_rows": empty[:, 0].clone(), "moment_columns": empty[0].clone()}
 
     def step(
-        self,
-        decoded: Tensor,
-        grad: Tensor,
-        generator: torch.Generator,
-        *,
-        group: int,
-        rate: float,
-        beta: float,
+        self, decoded: Tensor, grad: Tensor, rate: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Move by the share `rate` of B's norm against grad; both tensors [rows, in] float32.
 
         Returns B in float32, to be read only, and the distance of each of its groups from the
-        decoded weight's [rows * in / group]. The running mean of squares forgets with `beta`; it is
-        not debiased, for LAMB's normalisation takes any common factor out.
+        decoded weight's [rows * in / group]. The running mean of squares is not debiased, for
+        LAMB's normalisation takes any common factor out. `generator` rounds B where it is kept in
+        bfloat16.
         """
 
         def length(squares: Tensor) -> float:
@@ -55,19 +53,22 @@ class Latent:
         target = decoded.clone() if self.value is None else self.value.float()
         moment = self.moments.get("second_moment")
         if moment is not None and cpu_tuning.can_step(target, grad, moment, decoded):
-            distance = cpu_tuning.latent_step(target, grad, moment, decoded, group, beta, length)
+            distance = cpu_tuning.latent_step(
+                target, grad, moment, decoded, self._group, self._beta, length
+            )
         else:
-            root = self._root_moment(grad, beta).add_(_TINY)
+            root = self._root_moment(grad).add_(_TINY)
             direction = torch.div(grad, root, out=root)
             norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
             target.sub_(direction, alpha=length(norms.square_()))
-            distance = torch.linalg.vector_norm((target - decoded).view(-1, group), dim=1)
+            distance = torch.linalg.vector_norm((target - decoded).view(-1, self._group), dim=1)
         if self.value is not None and self.value.dtype is torch.bfloat16:
             self.value.copy_(_round_stochastically(target, generator))
         return target, distance
 
-    def _root_moment(self, grad: Tensor, beta: float) -> Tensor:
+    def _root_moment(self, grad: Tensor) -> Tensor:
         """Root of the running mean of squared gradients, or of its factors (a new tensor)."""
+        beta = self._beta
         if "second_moment" in self.moments:
             kept = self.moments["second_moment"]
             return kept.mul_(beta).addcmul_(grad, grad, value=1 - beta).sqrt()

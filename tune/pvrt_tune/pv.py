@@ -114,6 +114,8 @@ class PVLayer:
         if self.strategy.moves_codes:
             self.latent = Latent(
                 representation.decode(),
+                representation.group_size,
+                settings.code_beta,
                 accumulates=self.strategy.accumulates,
                 low_memory=settings.low_memory,
             )
@@ -133,14 +135,8 @@ class PVLayer:
         decoded = self.representation.decode()
         changed = 0
         if self.latent is not None:
-            target, distance = self.latent.step(
-                decoded,
-                grad,
-                generator,
-                group=self.representation.group_size,
-                rate=self.settings.code_learning_rate * factor,
-                beta=self.settings.code_beta,
-            )
+            rate = self.settings.code_learning_rate * factor
+            target, distance = self.latent.step(decoded, grad, rate, generator)
             changed = self._move_codes(decoded, target, distance, generator)
         with torch.no_grad():
             self.weight.copy_(decoded)
@@ -187,8 +183,9 @@ class PVLayer:
         movable = self.representation.movable(distance) if asks else distance > 0
         if self.strategy.subspace:
             count = self._allowed() * self.settings.gain_pool
-            return parallel.top_share(torch.where(movable, distance, 0), count)
-        candidates = movable.nonzero().squeeze(1)
+            candidates = parallel.top_share(torch.where(movable, distance, 0), count)
+        else:
+            candidates = movable.nonzero().squeeze(1)
         if self.settings.trust_ratio is None:
             return candidates
         return candidates[distance[candidates].argsort(descending=True, stable=True)]

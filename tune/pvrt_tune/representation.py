@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.linear import AQLMLinear
-from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads, cpu_tuning
+from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.margins import Margins
-from pvrt_tune.search import BEAM, nearest_sums
+from pvrt_tune.sums import new_codes, sums_of
 
 
 @dataclass(frozen=True)
@@ -137,34 +137,16 @@ class AdditiveRepresentation(Representation):
         self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
     ) -> Proposal:
         books = self._books()
-        scale = self.scales.detach().reshape(-1)[groups // self._groups_per_row]
+        scale = self.scales.detach().reshape(-1, 1)[groups // self._groups_per_row]
+        present = self._flat_codes.index_select(0, groups).long() & self._mask
+        wanted = target / scale
+        # A scale of zero says nothing about codes: such groups want what they have.
+        idle = (scale.squeeze(1) == 0).nonzero().squeeze(1)
+        wanted[idle] = sums_of(books, present[idle])
         draws = torch.rand(len(groups), generator=generator) if stochastic else None
-        if cpu_tuning.can_search(books, 2):
-            present = self._flat_codes.index_select(0, groups).to(torch.uint8) & self._mask
-            codes, nearest, moves, margins = cpu_tuning.nearest_codes(
-                target, scale, present, books, BEAM, draws
-            )
-            return Proposal(codes.to(self.codes.dtype), nearest, moves, margins)
-        scale = scale.unsqueeze(1)
-        # A scale of zero says nothing about codes: leave such groups where they are.
-        wanted = torch.where(scale == 0, 0, target / scale)
-        present = self._flat_codes[groups].long() & self._mask
-        found = nearest_sums(wanted, books, 2)
-        index = torch.cat([present.unsqueeze(1), found], 1)  # [n, candidates, M]
-        values = torch.stack([book[index[..., m]] for m, book in enumerate(books)]).sum(0)
-        error = (wanted.unsqueeze(1) - values).square().sum(2)
-        # Of equals the present codes stay; where they are among those found, they count once.
-        error[:, 1:][(found == present.unsqueeze(1)).all(2)] = torch.inf
-        error, order = error.sort(dim=1, stable=True)
-        row = torch.arange(len(order), device=order.device)
-        root = error[:, :2].sqrt()
-        margins = (root[:, 1] - root[:, 0]) / 2 if root.shape[1] > 1 else root[:, 0] + torch.inf
-        pick = order[:, 0]
-        if draws is not None:
-            pick, margins = _draw(wanted, values, order, draws), torch.zeros_like(margins)
-        codes = index[row, pick]
-        moves = (codes != present).any(1)
-        return Proposal(codes.to(self.codes.dtype), values[row, pick] * scale, moves, margins)
+        choice = new_codes(wanted, present, books, draws)
+        codes = choice.codes.to(self.codes.dtype)
+        return Proposal(codes, choice.sums * scale, choice.moves, choice.margins)
 
     def assign(self, groups: Tensor, proposal: Proposal) -> None:
         assert proposal.margins is not None
@@ -240,21 +222,6 @@ class GridRepresentation(Representation):
 
     def assign(self, groups: Tensor, proposal: Proposal) -> None:
         self.codes.view(-1)[groups] = proposal.codes
-
-
-def _draw(wanted: Tensor, values: Tensor, order: Tensor, draws: Tensor) -> Tensor:
-    """One of the two nearest candidates [n], unbiased along the line between them.
-
-    wanted [n, g], values [n, candidates, g], order [n, candidates] by distance, draws [n] from
-    [0, 1).
-    """
-    row = torch.arange(len(order), device=order.device)
-    first, second = values[row, order[:, 0]], values[row, order[:, 1]]
-    between = second - first
-    along = ((wanted - first) * between).sum(1)
-    chance = along / between.square().sum(1).clamp_min(1e-30)
-    drawn = draws.to(chance.device) < chance
-    return torch.where(drawn, order[:, 1], order[:, 0])
 
 
 def represent(layer: nn.Module, rows: slice = slice(None)) -> Representation:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu_tuning
-
 #: Rows [..., d] and offsets [...] that score entries [..., g].
 ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -21,10 +19,6 @@ ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
 _CPU_TILE, _GPU_TILE = 1 << 18, 1 << 26
 # Queries per small product of the second level.
 _CHUNK = 32
-#: Partial sums kept from codebook to codebook.
-BEAM = 8
-# Queries whose candidates are held at once.
-_QUERIES = 1 << 16
 
 
 def in_metric(metric: Tensor) -> ScoreRows:
@@ -49,42 +43,6 @@ def lowest(features: Tensor, rows: Tensor, offset: Tensor, count: int = 1) -> Te
     for part in torch.split(features, max(64, _tile(features) // len(rows))):
         found.append(_fewest(torch.addmm(offset, part, columns), count))
     return torch.cat(found)
-
-
-def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
-    """Codes whose entries, one of every codebook, add up to nearly the values wanted.
-
-    wanted [n, g], books [M, K, g] -> [n, count, M] int64, nearest first; fewer than `count` where
-    there are fewer sums. A beam search: after every codebook the partial sums count that come
-    nearest with the means of the later codebooks. One codebook is searched exactly. Of two with 8
-    bits, fitted to a language model's weights, the nearest of all 65,536 sums is found for 99 % of
-    the values around which it lies, where exchanging one code at a time finds one in six
-    of the sums that lie nearer than the present one (at a fifth of the root mean square away).
-    """
-    if cpu_tuning.can_search(books, count):
-        return cpu_tuning.nearest_sums(wanted, books, BEAM, count)
-    parts = [_nearest_sums(part, books, count) for part in torch.split(wanted, _QUERIES)]
-    return torch.cat(parts) if parts else wanted.new_zeros(0, count, len(books), dtype=torch.int64)
-
-
-def _nearest_sums(wanted: Tensor, books: Tensor, count: int) -> Tensor:
-    n, g = wanted.shape
-    left = wanted.unsqueeze(1)  # [n, candidates, g]
-    codes = wanted.new_zeros(n, 1, 0, dtype=torch.int64)
-    for m, book in enumerate(books):
-        last = m == len(books) - 1
-        later = books[m + 1 :].mean(1).sum(0)
-        aims = (left - later).reshape(-1, g)
-        entries = lowest(aims, -2 * book, book.square().sum(1), count if last else BEAM)
-        left = (left.reshape(-1, 1, g) - book[entries]).view(n, -1, g)
-        before = codes.repeat_interleave(entries.shape[1], 1)
-        codes = torch.cat([before, entries.reshape(n, -1, 1)], 2)
-        kept = min(count if last else BEAM, left.shape[1])
-        error = (left - later).square().sum(2)
-        best = error.topk(kept, largest=False).indices.unsqueeze(2)
-        left = left.gather(1, best.expand(-1, -1, g))
-        codes = codes.gather(1, best.expand(-1, -1, m + 1))
-    return codes
 
 
 @dataclass(frozen=True)
