@@ -189,9 +189,19 @@ class Scheduler:
                 sequence = job.pending.popleft()
                 job.running += 1
                 self._running.append((job, sequence))
-            self._prefixes.find(sequence, (other for _, other in self._running))
+            self._find_prefix(sequence)
             self._prefixes.shrink(self._room())
             self._metrics.admitted(sequence)
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        try:
+            self._prefixes.find(sequence, (other for _, other in self._running))
+        except Exception as error:
+            if not _is_passing(error):
+                raise
+            # The prompt is read anew, with the memory of what finished.
+            _log.warning("a known beginning of a prompt could not be copied: %s", error)
+            self._prefixes.shrink(0)
 
     def _waits(self, sequence: Sequence) -> bool:
         """Whether another sequence is just reading most of what this one would read."""

@@ -220,6 +220,28 @@ def test_a_step_that_lacks_memory_costs_the_youngest_only(
         assert engine.failure is None
 
 
+def test_a_known_beginning_that_memory_does_not_take_is_read_again(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prompts(1, 60)[0]
+    second = [*first[:50], *range(1, 20)]
+    with Engine.load(toy) as engine:
+        expected = alone(engine, second)
+    with Engine.load(toy) as engine:
+        copies = []
+
+        def failing(state: Any, length: int) -> Any:
+            copies.append(length)
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(engine._runtime.model, "copy", failing)
+        alone(engine, first)
+        assert alone(engine, second) == expected
+        assert copies == [50]
+        assert alone(engine, second) == expected
+        assert engine.failure is None
+
+
 def test_too_many_answers_at_once_are_refused(toy: Path) -> None:
     engine, _ = scripted_engine(toy, "ok")
     with engine, pytest.raises(RequestError, match="the most is 2048"):

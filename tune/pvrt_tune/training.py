@@ -90,11 +90,13 @@ class Student:
                 continue
             bias = module.bias is not None
             dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
-            dense.weight = nn.Parameter(represent(module).decode().to(kept))
+            whole = represent(module)
+            dense.weight = nn.Parameter(whole.decode().to(kept))
             if module.bias is not None:
                 dense.bias = module.bias
             model.set_submodule(name, dense)
-            representations[name] = represent(module, parallel.rows_of(module.out_features))
+            rows = parallel.rows_of(module.out_features)
+            representations[name] = whole if parallel.world() == 1 else represent(module, rows)
         parallel.shard(find_blocks(model).blocks, next(model.parameters()).device.type, compute)
         return cls(model, representations, compute)
 
