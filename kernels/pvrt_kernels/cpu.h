@@ -60,7 +60,7 @@ typedef struct {
 /* Values wanted for groups, the codes that they have, the two nearest sums found, and which of the
  * three they are to get: moves tells whether the codes are new, margins half of how much farther the
  * next sum is. With draws, numbers from [0, 1), the next sum is taken with the chance that makes
- * rounding unbiased along the line between the two, and margins are 0. */
+ * rounding unbiased along the line between the two, and its margin is 0. */
 typedef struct {
     const float *wanted;           /* [n][group] */
     const float *entries;          /* [books][size][group] */

@@ -122,7 +122,7 @@ static inline void NAME(choose_any)(const choice *c, int64_t from, int64_t to, i
         int next = near == 0;
         for (int k = 1; k < 3; k++)
             if (k != near && off[k] < off[next]) next = k;
-        c->margins[i] = 0;
+        c->margins[i] = (sqrtf(off[next]) - sqrtf(off[near])) / 2;
         if (c->draws) {
             float along = 0, length = 0;
             for (int64_t e = 0; e < group; e++) {
@@ -130,9 +130,10 @@ static inline void NAME(choose_any)(const choice *c, int64_t from, int64_t to, i
                 along += (x[e] - sum[near][e]) * between;
                 length += between * between;
             }
-            if (length > 0 && c->draws[i] * length < along) near = next;
-        } else {
-            c->margins[i] = (sqrtf(off[next]) - sqrtf(off[near])) / 2;
+            if (length > 0 && c->draws[i] * length < along) {
+                near = next;
+                c->margins[i] = 0;
+            }
         }
         c->moves[i] = near != 0;
         memcpy(c->codes + i * books, codes[near], (size_t)books);

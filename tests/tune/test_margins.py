@@ -1,12 +1,14 @@
 """Groups that margins leave out are groups whose nearest value is the one they have."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from pvrt.linear import AQLMLinear
-from pvrt.scheme import Scheme
+from pvrt.scheme import GridScheme, Scheme
+from pvrt_tune.grid import GridLinear
 from pvrt_tune.margins import Margins
-from pvrt_tune.representation import AdditiveRepresentation
+from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation
 from tests.fixtures.toy import random_layer
 
 
@@ -23,7 +25,8 @@ def groups_of(representation: AdditiveRepresentation) -> Tensor:
     return representation.decode().view(-1, representation.group_size)
 
 
-def test_what_is_left_out_would_not_have_moved_while_codebooks_drift() -> None:
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_what_is_left_out_would_not_have_moved_while_codebooks_drift(stochastic: bool) -> None:
     """One codebook, whose search is exact: 30 steps of targets and entries that walk away."""
     generator = torch.Generator().manual_seed(0)
     representation = representation_of("1x6g8", 24, 64)
@@ -31,12 +34,15 @@ def test_what_is_left_out_would_not_have_moved_while_codebooks_drift() -> None:
     target = groups_of(representation).clone()
     left_out = moves = 0
     for _ in range(30):
+        if stochastic:
+            target = groups_of(representation).clone()
         target += 0.1 * target.std() * torch.randn(target.shape, generator=generator)
         books = representation.codebooks
         books += 0.002 * books.std() * torch.randn(books.shape, generator=generator)
         distance = (target - groups_of(representation)).norm(dim=1)
-        movable = representation.movable(distance)
-        best = representation.nearest(target, everything, generator)
+        draws = torch.rand(len(target), generator=generator) if stochastic else None
+        movable = representation.movable(distance, draws)
+        best = representation.nearest(target, everything, draws)
         moving = (best.values != groups_of(representation)).any(1)
         assert not bool((moving & ~movable).any())
         left_out += int((~movable).sum())
@@ -65,6 +71,29 @@ def test_a_margin_shrinks_with_codebooks_and_grows_by_search_alone() -> None:
     assert not margins.exceeded(near - 0.03)[0, 0]
     margins.follow(moved)
     assert not margins.exceeded(near - 0.03)[0, 0]
+
+
+@pytest.mark.parametrize("scheme", ["w2g8", "w3g16s"])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_weights_of_a_grid_that_are_left_out_would_not_have_moved(
+    scheme: str, stochastic: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = GridLinear(64, 24, GridScheme.parse(scheme))
+    with torch.no_grad():
+        layer.codes.copy_(torch.randint(layer.scheme.levels + 1, (24, 64), generator=generator))
+        layer.scales.copy_(torch.rand(layer.scales.shape, generator=generator))
+        layer.scales[2] = 0
+    representation = GridRepresentation(layer)
+    value = representation.decode()
+    target = (value + 0.2 * torch.randn(value.shape, generator=generator)).view(-1, 1)
+    draws = torch.rand(len(target), generator=generator) if stochastic else None
+    movable = representation.movable((target - value.view(-1, 1)).norm(dim=1), draws)
+    best = representation.nearest(target, torch.arange(len(target)), draws)
+    moving = (best.values != value.view(-1, 1)).any(1)
+    assert not bool((moving & ~movable).any())
+    assert moving.sum() > 100
+    assert 0.1 < movable.float().mean() < 0.8
 
 
 def test_a_scale_of_zero_moves_nothing() -> None:

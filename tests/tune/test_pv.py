@@ -71,7 +71,7 @@ def test_one_codebook_finds_the_nearest_entry_of_all() -> None:
     generator = torch.Generator().manual_seed(2)
     chosen = torch.randperm(96, generator=generator)[:40]
     target = torch.randn(40, 8, generator=generator)
-    proposal = representation.nearest(target, chosen, generator)
+    proposal = representation.nearest(target, chosen)
     book = representation.codebooks.squeeze()
     scale = representation.scales.view(-1)[chosen // 4]
     every = scale[:, None, None] * book
@@ -89,7 +89,7 @@ def test_a_proposal_is_never_further_away_and_means_what_it_says(scheme: str) ->
     chosen = torch.arange(0, len(before), 2)
     noise = 0.7 * torch.randn(before.shape, generator=generator)
     target = (before + noise)[chosen]
-    proposal = representation.nearest(target, chosen, generator)
+    proposal = representation.nearest(target, chosen)
     old = (before[chosen] - target).square().sum(1)
     new = (proposal.values - target).square().sum(1)
     assert (new <= old + 1e-5).all() and (new < old - 1e-3).any()
@@ -109,7 +109,7 @@ def test_codes_of_several_codebooks_move_together() -> None:
     everything = torch.arange(96)
     before = groups_of(representation).clone()
     target = before + 0.3 * before.std() * torch.randn(before.shape, generator=generator)
-    proposal = representation.nearest(target, everything, generator)
+    proposal = representation.nearest(target, everything)
     first, second = representation.codebooks.squeeze(2)
     sums = (first[:, None] + second).reshape(-1, 8)
     every = representation.scales.view(-1)[everything // 4][:, None, None] * sums
@@ -124,7 +124,7 @@ def test_at_the_weight_itself_nothing_moves() -> None:
     representation = AdditiveRepresentation(layer_of())
     codes = representation.codes.clone()
     everything = torch.arange(96)
-    same = representation.nearest(groups_of(representation), everything, torch.Generator())
+    same = representation.nearest(groups_of(representation), everything)
     representation.assign(everything, same)
     assert torch.equal(codes, representation.codes)
 
@@ -135,10 +135,22 @@ def test_stochastic_rounding_is_unbiased_between_two_entries() -> None:
         layer.codebooks.copy_(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
         layer.scales.fill_(1)
     representation = AdditiveRepresentation(layer)
-    target = torch.full((4000, 1), 0.3)
-    generator = torch.Generator().manual_seed(4)
-    proposal = representation.nearest(target, torch.arange(4000), generator, stochastic=True)
+    draws = torch.rand(4000, generator=torch.Generator().manual_seed(4))
+    proposal = representation.nearest(torch.full((4000, 1), 0.3), torch.arange(4000), draws)
     assert abs(float(proposal.values.mean()) - 0.3) < 0.03
+
+
+@pytest.mark.parametrize("target", [0.3, 0.9])
+def test_stochastic_rounding_of_grids_is_unbiased(target: float) -> None:
+    layer = GridLinear(4000, 1, GridScheme.parse("w2g4000s"))
+    with torch.no_grad():
+        layer.codes.fill_(2)
+        layer.scales.fill_(1)
+    representation = GridRepresentation(layer)
+    assert not representation.decode().any()
+    draws = torch.rand(4000, generator=torch.Generator().manual_seed(4))
+    proposal = representation.nearest(torch.full((4000, 1), target), torch.arange(4000), draws)
+    assert abs(float(proposal.values.mean()) - target) < 0.03
 
 
 @pytest.mark.parametrize("scheme", ["w2g8", "w3g16s"])
@@ -158,7 +170,7 @@ def test_grids_decode_pull_back_and_round_each_weight(scheme: str) -> None:
     torch.testing.assert_close(representation.pull_back(grad)["scales"], scales)
     target = representation.decode() + 2 * torch.randn(24, 32, generator=generator)
     chosen = torch.arange(0, 24 * 32, 3)
-    proposal = representation.nearest(target.view(-1, 1)[chosen], chosen, generator)
+    proposal = representation.nearest(target.view(-1, 1)[chosen], chosen)
     best = torch.full((24, 32), torch.inf)
     for code in range(layer.scheme.levels + 1):
         representation.codes.fill_(code)
@@ -353,9 +365,10 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     away = torch.rand(len(groups), 1, generator=generator)
     target = values[groups] + away * torch.randn(values[groups].shape, generator=generator)
     target[:20] = values[groups[:20]]
-    in_c = representation.nearest(target, groups, generator.manual_seed(4), stochastic)
+    draws = torch.rand(len(groups), generator=generator) if stochastic else None
+    in_c = representation.nearest(target, groups, draws)
     monkeypatch.setattr(cpu_tuning, "can_search", lambda books, kept: False)
-    in_torch = representation.nearest(target, groups, generator.manual_seed(4), stochastic)
+    in_torch = representation.nearest(target, groups, draws)
     scaled = representation.scales.reshape(-1)[groups // (64 // representation.group_size)] != 0
     assert 0.1 < float(in_c.moves.float().mean()) < 0.95
     assert not bool((in_c.moves | in_torch.moves)[~scaled].any())

@@ -3,7 +3,9 @@
 If all other admissible values are at least 2 r away from a group's value, none of them is nearest
 to a target closer than r (triangle inequality). A search that found the two nearest values tells
 such an r, which then shrinks by as much as codebooks move. Targets move by a few percent of a value
-per step, so that most groups need no search for many steps.
+per step, so that most groups need no search for many steps. Nor can a draw round a target closer
+than r to the other of its two nearest values, where it falls above the target's distance over 2 r:
+that value is 2 r away at least.
 """
 
 import torch
@@ -32,11 +34,14 @@ class Margins:
         self.moved += farthest.sum()
         self.books.copy_(books)
 
-    def exceeded(self, distance: Tensor) -> Tensor:
+    def exceeded(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
         """Whether targets at an unscaled distance [rows, groups] of the values may be nearer to
-        others, as a mask of the same shape.
+        others, or with draws from [0, 1) be rounded to others, as a mask of the same shape.
         """
-        return distance > self.limits - self.moved
+        limits = self.limits - self.moved
+        if draws is not None:
+            limits = limits * (2 * draws).clamp(max=1)
+        return distance > limits
 
     def learn(self, groups: Tensor, margin: Tensor, *, same: Tensor) -> None:
         """Margins [n] of groups by number [n]; where the value is the `same`, the larger holds."""

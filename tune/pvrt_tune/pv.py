@@ -150,11 +150,13 @@ class PVLayer:
         distance [groups]: of the target from the decoded weight. Returns how many groups moved.
         """
         g = self.representation.group_size
-        candidates = self._candidates(distance)
+        draws = None
+        if self.strategy.stochastic:
+            draws = torch.rand(self.groups, generator=generator).to(distance.device)
+        candidates = self._candidates(distance, draws)
+        drawn = None if draws is None else draws.index_select(0, candidates)
         wanted, old = target.view(-1, g).index_select(0, candidates), decoded.view(-1, g)
-        proposal = self.representation.nearest(
-            wanted, candidates, generator, self.strategy.stochastic
-        )
+        proposal = self.representation.nearest(wanted, candidates, drawn)
         kept = proposal.moves
         if self._by_gain:
             left = (wanted - proposal.values).square().sum(1)
@@ -175,12 +177,13 @@ class PVLayer:
         old.index_copy_(0, candidates.index_select(0, moved), new)
         return len(moved)
 
-    def _candidates(self, distance: Tensor) -> Tensor:
-        """Numbers of the groups to search, by how far each is from its target [groups]."""
-        # Rounding at random may move what is far from any boundary, and choice by distance alone
-        # does not ask whether a group can move.
-        asks = not self.strategy.stochastic and (self._by_gain or not self.strategy.subspace)
-        movable = self.representation.movable(distance) if asks else distance > 0
+    def _candidates(self, distance: Tensor, draws: Tensor | None) -> Tensor:
+        """Numbers of the groups to search, by how far each is from its target, and draws [groups]
+        of rounding at random.
+        """
+        # Choice by distance alone does not ask whether a group can move.
+        asks = self._by_gain or not self.strategy.subspace
+        movable = self.representation.movable(distance, draws) if asks else distance > 0
         if self.strategy.subspace:
             count = self._allowed() * self.settings.gain_pool
             candidates = parallel.top_share(torch.where(movable, distance, 0), count)

@@ -66,25 +66,24 @@ class Representation(ABC):
         """dL/dW [rows, in] -> gradients of the continuous parameters."""
 
     @abstractmethod
-    def nearest(
-        self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
-    ) -> Proposal:
+    def nearest(self, target: Tensor, groups: Tensor, draws: Tensor | None = None) -> Proposal:
         """Admissible values nearest to targets [n, group_size] of the groups with numbers [n].
 
-        The search never proposes a value further away than the present one. With `stochastic` the
-        runner-up is drawn with the chance that makes rounding unbiased along the line between the
-        two best candidates (the usual stochastic rounding where the grid is scalar).
+        The search never proposes a value further away than the present one. With draws [n] from
+        [0, 1) the runner-up is proposed with the chance that makes rounding unbiased along the line
+        between the two best candidates (the usual stochastic rounding where the grid is scalar).
         """
 
     @abstractmethod
     def assign(self, groups: Tensor, proposal: Proposal) -> None:
         """Give groups [n] the codes of a proposal, which may be those they have."""
 
-    def movable(self, distance: Tensor) -> Tensor:
-        """Which groups may have a nearer value, by the distance [rows * groups] of their targets
-        from their values: a mask. To be asked once after every change of continuous parameters.
+    @abstractmethod
+    def movable(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Which groups `nearest` may move, by the distance [rows * groups] of their targets from
+        their values and the draws of each: a mask. To be asked once after every change of
+        continuous parameters.
         """
-        return distance > 0
 
     def knowledge(self) -> dict[str, Tensor]:
         """What `movable` knows, by name: of a resumed run, not of a checkpoint."""
@@ -133,9 +132,7 @@ class AdditiveRepresentation(Representation):
             )
         return {"codebooks": books, "scales": scales}
 
-    def nearest(
-        self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
-    ) -> Proposal:
+    def nearest(self, target: Tensor, groups: Tensor, draws: Tensor | None = None) -> Proposal:
         books = self._books()
         scale = self.scales.detach().reshape(-1, 1)[groups // self._groups_per_row]
         present = self._flat_codes.index_select(0, groups).long() & self._mask
@@ -143,7 +140,6 @@ class AdditiveRepresentation(Representation):
         # A scale of zero says nothing about codes: such groups want what they have.
         idle = (scale.squeeze(1) == 0).nonzero().squeeze(1)
         wanted[idle] = sums_of(books, present[idle])
-        draws = torch.rand(len(groups), generator=generator) if stochastic else None
         choice = new_codes(wanted, present, books, draws)
         codes = choice.codes.to(self.codes.dtype)
         return Proposal(codes, choice.sums * scale, choice.moves, choice.margins)
@@ -153,11 +149,13 @@ class AdditiveRepresentation(Representation):
         self._margins.learn(groups, proposal.margins, same=~proposal.moves)
         self._flat_codes[groups] = proposal.codes
 
-    def movable(self, distance: Tensor) -> Tensor:
+    def movable(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
         self._margins.follow(self._books())
+        shape = self._margins.limits.shape
         scale = self.scales.detach().reshape(-1, 1).abs()
-        unscaled = distance.view(self._margins.limits.shape) / scale
-        return (self._margins.exceeded(unscaled) & (scale > 0)).view(-1)
+        unscaled = distance.view(shape) / scale
+        exceeded = self._margins.exceeded(unscaled, None if draws is None else draws.view(shape))
+        return (exceeded & (scale > 0)).view(-1)
 
     def knowledge(self) -> dict[str, Tensor]:
         return self._margins.tensors()
@@ -203,25 +201,30 @@ class GridRepresentation(Representation):
         steps = self._steps()
         return {"scales": (grad_weight.float().view(steps.shape) * steps).sum(2)}
 
-    def nearest(
-        self, target: Tensor, groups: Tensor, generator: torch.Generator, stochastic: bool = False
-    ) -> Proposal:
+    def nearest(self, target: Tensor, groups: Tensor, draws: Tensor | None = None) -> Proposal:
         row, column = groups // self._width, groups % self._width
         scale = self.scales[row, column // self._group]
         zero = self._middle()[row, column // self._group]
         exact = torch.where(scale == 0, zero, target.squeeze(1) / scale + zero)
         present = self.codes.view(-1)[groups].float()
-        if stochastic:
-            draw = torch.rand(len(groups), generator=generator).to(exact.device)
-            codes = (exact + draw).floor()
-        else:
-            codes = torch.where((exact - present).abs() <= 0.5, present, exact.round())
+        codes = torch.where((exact - present).abs() <= 0.5, present, exact.round())
+        if draws is not None:
+            off = exact - codes
+            codes += torch.where(draws < off.abs(), off.sign(), 0)
         codes = codes.clamp(0, self._levels)
         values = (scale * (codes - zero)).unsqueeze(1)
         return Proposal(codes.to(self.codes.dtype), values, codes != present)
 
     def assign(self, groups: Tensor, proposal: Proposal) -> None:
         self.codes.view(-1)[groups] = proposal.codes
+
+    def movable(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
+        # A step of the grid is a scale: the next code is nearer from half of one on.
+        scale = self.scales.detach().abs().unsqueeze(2)
+        scale = torch.where(scale == 0, torch.inf, scale)
+        shape = *scale.shape[:2], -1
+        share = 0.5 if draws is None else draws.clamp(max=0.5).view(shape)
+        return (distance.view(shape) > scale * share).view(-1)
 
 
 def represent(layer: nn.Module, rows: slice = slice(None)) -> Representation:

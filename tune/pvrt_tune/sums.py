@@ -19,8 +19,8 @@ _AT_ONCE = 1 << 16
 
 class Choice(NamedTuple):
     """Codes [n, M] int64, their sums [n, g], whether the codes are new [n], and by how much less
-    the value wanted is away from that sum than from the next, halved [n] (0 where rounding was
-    drawn).
+    the value wanted is away from that sum than from the next, halved [n] (0 where a draw chose the
+    second).
     """
 
     codes: Tensor
@@ -94,7 +94,8 @@ def new_codes(
     margins = (root[:, 1] - root[:, 0]) / 2 if root.shape[1] > 1 else root[:, 0] + torch.inf
     pick = order[:, 0]
     if draws is not None:
-        pick, margins = _draw(wanted, sums, order, draws), torch.zeros_like(margins)
+        pick = _draw(wanted, sums, order, draws)
+        margins = torch.where(pick == order[:, 0], margins, 0)
     codes = index[row, pick]
     return Choice(codes, sums[row, pick], (codes != present).any(1), margins)
 
@@ -110,5 +111,4 @@ def _draw(wanted: Tensor, sums: Tensor, order: Tensor, draws: Tensor) -> Tensor:
     between = second - first
     along = ((wanted - first) * between).sum(1)
     chance = along / between.square().sum(1).clamp_min(1e-30)
-    drawn = draws.to(chance.device) < chance
-    return torch.where(drawn, order[:, 1], order[:, 0])
+    return torch.where(draws < chance, order[:, 1], order[:, 0])
