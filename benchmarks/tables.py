@@ -109,9 +109,11 @@ def pv_strategies(rows: list[dict[str, Any]]) -> str:
         name = row["strategy"] + (", an hour's run" if row.get("run") == "hour" else "")
         key = (row["model"], row["representation"], name)
         groups.setdefault(key, []).append(row)
-    # All of a scheme together, however the rows came in.
-    order = list(dict.fromkeys(key[:2] for key in groups))
-    for model, scheme, strategy in sorted(groups, key=lambda key: order.index(key[:2])):
+    # All of a scheme together, in one order of strategies, however the rows came in.
+    schemes = list(dict.fromkeys(key[:2] for key in groups))
+    strategies = list(dict.fromkeys(key[2] for key in groups))
+    order = {key: (schemes.index(key[:2]), strategies.index(key[2])) for key in groups}
+    for model, scheme, strategy in sorted(groups, key=order.__getitem__):
         group = groups[model, scheme, strategy]
         reached = perplexities(group)
         said = ", ".join(f"{names[text]} {value:.2f}" for text, value in reached.items())
