@@ -62,12 +62,11 @@ typedef struct {
  * next sum is. With draws, numbers from [0, 1), the next sum is taken with the chance that makes
  * rounding unbiased along the line between the two, and its margin is 0. */
 typedef struct {
-    const float *wanted;           /* [n][group] */
-    const float *entries;          /* [books][size][group] */
-    const float *draws;            /* [n] or NULL */
+    const float *wanted, *entries;  /* [n][group], [books][size][group] */
+    const float *draws;             /* [n] or NULL */
     const uint8_t *present, *found; /* [n][books], [n][2][books] */
-    uint8_t *codes, *moves;        /* [n][books], [n] */
-    float *sums, *margins;         /* [n][group], [n] */
+    uint8_t *codes, *moves;         /* [n][books], [n] */
+    float *sums, *margins;          /* [n][group], [n] */
     int64_t books, size, group;
 } choice;
 

@@ -98,7 +98,7 @@ def choose(
     differ from the present ones [n], and by how much less the value is away from that sum than from
     the next, halved [n]. A sum that is no nearer than the present one is never taken. With draws
     [n] from [0, 1) the next sum is taken with the chance that makes rounding unbiased along the
-    line between the two, and the last result is 0 where it is.
+    line between the two, and the last result is 0 where it is taken.
     """
     number, size, group = books.shape
     count = len(wanted)
