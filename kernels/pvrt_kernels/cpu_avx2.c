@@ -275,25 +275,31 @@ static void direct(const plain_weight *w, const void *books, const float *x, int
     if (done < count) isa_portable.direct(w, books, x, row + done, count - done, y + done);
 }
 
-static void decode(const plain_weight *w, const void *books, float scale, float *y) {
-    const int64_t groups = w->groups, count = w->books, group = w->group, dtype = w->dtype;
-    const int64_t mask = w->size - 1, narrow = w->code_bytes == 1;
+static inline __attribute__((always_inline)) void decode_groups(
+    const plain_weight *w, const void *books, float scale, float *y, int64_t code_bytes,
+    int64_t count, int64_t group, int64_t dtype) {
+    const int64_t size = w->size;
     const uint8_t *bytes = w->codes;
     const uint16_t *words = w->codes;
     const __m256 s = _mm256_set1_ps(scale);
-    if (group % 8) {
-        isa_portable.decode(w, books, scale, y);
-        return;
-    }
-    for (int64_t j = 0; j < groups; j++, bytes += count, words += count, y += group)
+    for (int64_t j = 0; j < w->groups; j++, bytes += count, words += count, y += group)
         for (int64_t e = 0; e < group; e += 8) {
             __m256 sum = _mm256_setzero_ps();
             for (int64_t m = 0; m < count; m++) {
-                int64_t entry = m * (mask + 1) + ((narrow ? bytes[m] : words[m]) & mask);
+                int64_t entry = m * size + ((code_bytes == 1 ? bytes[m] : words[m]) & (size - 1));
                 sum = _mm256_add_ps(sum, load8(books, entry * group + e, dtype));
             }
             _mm256_storeu_ps(y + e, _mm256_mul_ps(s, sum));
         }
+}
+
+static void decode(const plain_weight *w, const void *books, float scale, float *y) {
+    const int64_t bytes = w->code_bytes, m = w->books, group = w->group, dtype = w->dtype;
+    const int simple = bytes == 1 && group == 8 && dtype == F32;
+    if (group % 8) isa_portable.decode(w, books, scale, y);
+    else if (simple && m == 2) decode_groups(w, books, scale, y, 1, 2, 8, F32); /* unrolled */
+    else if (simple && m == 1) decode_groups(w, books, scale, y, 1, 1, 8, F32);
+    else decode_groups(w, books, scale, y, bytes, m, group, dtype);
 }
 
 #define MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
