@@ -100,7 +100,7 @@ def test_bench_reports_both_phases(folder: Path) -> None:
     assert low <= speed["decode_tokens_per_second"] <= high
     found = speed["decode_tokens_per_second"] * speed["bytes_per_token"] / speed["bytes_per_second"]
     assert speed["bandwidth_fraction"] == pytest.approx(found)
-    assert 0 < speed["bandwidth_fraction"] < 2  # a toy's weights stay in the cache
+    assert speed["bandwidth_fraction"] > 0  # of a toy, whose weights stay in the cache, maybe > 1
 
 
 def test_doctor_finds_this_machine_sound_and_names_what_it_checked() -> None:
