@@ -133,11 +133,6 @@ void tiled_part(const job *work, int64_t index);
 void plain_part(const job *work, int64_t index);
 void matrix_part(const job *work, int64_t index);
 
-/* The end of the part of `size` things that begins at index * size, of `all`. */
-static inline int64_t part_end(int64_t index, int64_t size, int64_t all) {
-    return (index + 1) * size < all ? (index + 1) * size : all;
-}
-
 /* Do all parts of a job with up to `threads` threads. */
 void run(job *work, int64_t threads);
 

@@ -100,8 +100,7 @@ static inline float NAME(away)(const choice *c, int64_t group, const float *x, c
         for (int64_t e = 0; e < group; e++) sum[e] = m == 0 ? entry[e] : sum[e] + entry[e];
     }
     for (int64_t e = 0; e < group; e++) total[e & 7] += (x[e] - sum[e]) * (x[e] - sum[e]);
-    return ((total[0] + total[4]) + (total[1] + total[5])) +
-           ((total[2] + total[6]) + (total[3] + total[7]));
+    return total8(total);
 }
 
 /* Choices of groups [from, to); see pvrt_choose_codes. */
@@ -165,8 +164,7 @@ static inline void NAME(gather)(const plain_weight *w, const gradients *g, int64
                     books[entry + e] += scale * grad[e];
                 }
             }
-        g->scales[row] = ((total[0] + total[4]) + (total[1] + total[5])) +
-                         ((total[2] + total[6]) + (total[3] + total[7]));
+        g->scales[row] = total8(total);
     }
 }
 
@@ -207,8 +205,7 @@ static inline void NAME(move)(const latent_step *l, int64_t from, int64_t to, in
             const float off = l->latent[j * group + e] - l->decoded[j * group + e];
             total[e & 7] += off * off;
         }
-        l->distance[j] = sqrtf(((total[0] + total[4]) + (total[1] + total[5])) +
-                               ((total[2] + total[6]) + (total[3] + total[7])));
+        l->distance[j] = sqrtf(total8(total));
     }
 }
 
