@@ -161,10 +161,10 @@ SUBJECTS = {
             length=512,
             pv=TrainSettings(
                 windows=768,
-                steps=720,
+                steps=680,
                 batch=1,
                 microbatch=1,
-                evaluate_every=60,
+                evaluate_every=68,
                 patience=99,
                 pv=PVSettings(code_learning_rate=8e-3, gain_pool=8),
             ),
