@@ -160,11 +160,11 @@ SUBJECTS = {
         hour=Recipe(
             length=512,
             pv=TrainSettings(
-                windows=768,
-                steps=680,
+                windows=600,
+                steps=600,
                 batch=1,
                 microbatch=1,
-                evaluate_every=68,
+                evaluate_every=60,
                 patience=99,
                 pv=PVSettings(code_learning_rate=8e-3, gain_pool=8),
             ),

@@ -25,8 +25,8 @@ class Proposal:
     """New codes for some groups, in the representation's own layout, and the weights they mean.
 
     values: [n, group_size] float32. moves [n]: whether the codes differ from those the groups have.
-    margins [n]: by how much less the target is away from the value
-    than from any other, halved and unscaled (see margins.py); None where nobody needs it.
+    margins [n]: by how much less the target is away from the value than from any other, halved and
+    unscaled (see margins.py); None where nobody needs it.
     """
 
     codes: Tensor

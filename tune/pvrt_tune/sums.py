@@ -41,8 +41,8 @@ def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
     there are fewer sums. A beam search: after every codebook the partial sums count that come
     nearest with the means of the later codebooks. One codebook is searched exactly. Of two with 8
     bits, fitted to a language model's weights, the nearest of all 65,536 sums is found for 99 % of
-    the values around which it lies, where exchanging one code at a time finds one in six
-    of the sums that lie nearer than the present one (at a fifth of the root mean square away).
+    the values; exchanging one code at a time finds one in six of the sums that lie nearer than the
+    present one (values a fifth of the root mean square away from it).
     """
     if cpu_tuning.can_search(books, count):
         return cpu_tuning.nearest_sums(wanted, books, _BEAM, count)
