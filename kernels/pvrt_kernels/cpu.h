@@ -26,6 +26,11 @@ enum { F32 = 0, F16 = 1, BF16 = 2 };
 /* GNU C's own vectors */
 typedef float floats8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t ints8 __attribute__((vector_size(32)));
+#define AT(p) (*(const floats8 *)(p))
+
+static inline float sum8(floats8 s) {
+    return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+}
 
 /* A packed weight. tables: fp32 books transposed [parts][books][group][ENTRIES]; scales [out]. */
 typedef struct {

@@ -20,10 +20,6 @@ static inline floats8 exp8(floats8 x) {
     return (floats8)((ints8)p + (n << 23));
 }
 
-static inline float sum8(floats8 s) {
-    return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-}
-
 #ifndef MULTIPLY_ADD
 #define MULTIPLY_ADD(a, b, sum) ((sum) + (a) * (b))
 #endif
@@ -45,7 +41,6 @@ static inline floats8 sum4(floats8 a, floats8 b, floats8 c, floats8 d) {
 }
 
 #define SPAN 16 /* values that stay near while all their elements are weighted, or keys ahead */
-#define AT(p) (*(const floats8 *)(p))
 
 /* weights [heads][count] = scale queries . keys. Two keys at a time are read once for all heads. */
 static inline __attribute__((always_inline)) void scores_of(

@@ -80,7 +80,7 @@ static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     for (; i + 8 <= n; i += 8)
         for (int l = 0; l < 8; l++) sums[l] += a[i + l] * load_float(b, i + l, dtype);
     for (; i < n; i++) sums[0] += a[i] * load_float(b, i, dtype);
-    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+    return sum8(AT(sums));
 }
 
 static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {

@@ -29,11 +29,6 @@ static inline int64_t part_end(int64_t index, int64_t size, int64_t all) {
     return (index + 1) * size < all ? (index + 1) * size : all;
 }
 
-/* The sum of eight partial sums. */
-static inline float total8(const float *t) {
-    return ((t[0] + t[4]) + (t[1] + t[5])) + ((t[2] + t[6]) + (t[3] + t[7]));
-}
-
 /* Twice the products of entry `code` of book i with all entries of book m. */
 static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t code) {
     return s->products + ((i * s->books + m) * s->size + code) * s->size;

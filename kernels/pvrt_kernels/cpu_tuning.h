@@ -100,7 +100,7 @@ static inline float NAME(away)(const choice *c, int64_t group, const float *x, c
         for (int64_t e = 0; e < group; e++) sum[e] = m == 0 ? entry[e] : sum[e] + entry[e];
     }
     for (int64_t e = 0; e < group; e++) total[e & 7] += (x[e] - sum[e]) * (x[e] - sum[e]);
-    return total8(total);
+    return sum8(AT(total));
 }
 
 /* Choices of groups [from, to); see pvrt_choose_codes. */
@@ -164,7 +164,7 @@ static inline void NAME(gather)(const plain_weight *w, const gradients *g, int64
                     books[entry + e] += scale * grad[e];
                 }
             }
-        g->scales[row] = total8(total);
+        g->scales[row] = sum8(AT(total));
     }
 }
 
@@ -205,7 +205,7 @@ static inline void NAME(move)(const latent_step *l, int64_t from, int64_t to, in
             const float off = l->latent[j * group + e] - l->decoded[j * group + e];
             total[e & 7] += off * off;
         }
-        l->distance[j] = sqrtf(total8(total));
+        l->distance[j] = sqrtf(sum8(AT(total)));
     }
 }
 
