@@ -100,6 +100,8 @@ def test_bench_reports_both_phases(folder: Path) -> None:
     assert low <= speed["decode_tokens_per_second"] <= high
     found = speed["decode_tokens_per_second"] * speed["bytes_per_token"] / speed["bytes_per_second"]
     assert speed["bandwidth_fraction"] == pytest.approx(found)
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert stored / 2 < speed["bytes_per_token"] < stored
     assert speed["bandwidth_fraction"] > 0  # of a toy, whose weights stay in the cache, maybe > 1
 
 
