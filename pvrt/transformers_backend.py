@@ -77,8 +77,10 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
                 model.set_submodule(name, module.requires_grad_(False))
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
 
-    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Experts that were taken apart must not be fused."""
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: "PreTrainedModel | None" = None
+    ) -> list[Any]:
+        """Experts that were taken apart must not be fused. transformers 5.20 and older: no model."""
         return without_fusing(weight_conversions) if self._experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:

@@ -1,0 +1,69 @@
+"""Which torch and transformers pvrt was tested with; `vllm_versions` says the same of vLLM.
+
+pvrt rests on interfaces that neither promises to keep: transformers' loading and quantizer classes,
+torch's FSDP2 and operator library.
+"""
+
+import functools
+import logging
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.version import Version
+
+from pvrt.errors import PvrtError
+
+_log = logging.getLogger("pvrt")
+
+
+@dataclass(frozen=True)
+class VersionRange:
+    """The oldest and the newest version, major and minor, that the test suite passed with."""
+
+    package: str
+    oldest: tuple[int, int]
+    newest: tuple[int, int]
+
+    @property
+    def requirement(self) -> str:
+        """The range as pip takes it."""
+        (major, minor), after = self.oldest, (self.newest[0], self.newest[1] + 1)
+        return f"{self.package}>={major}.{minor},<{after[0]}.{after[1]}"
+
+    def too_old(self, version: str) -> bool:
+        """Whether a version is older than the oldest tested one."""
+        return Version(version).release[:2] < self.oldest
+
+    def too_new(self, version: str) -> bool:
+        """Whether a version is newer than the newest tested one."""
+        return Version(version).release[:2] > self.newest
+
+    def sentence(self, version: str) -> str:
+        """What is wrong with a version outside of the range, and what to do."""
+        oldest, newest = ("{}.{}".format(*bound) for bound in (self.oldest, self.newest))
+        return (
+            f"pvrt was tested with {self.package} {oldest} to {newest}, found {version}; "
+            f"try pip install '{self.requirement}'"
+        )
+
+
+TORCH = VersionRange("torch", (2, 8), (2, 14))
+TRANSFORMERS = VersionRange("transformers", (5, 12), (5, 24))
+
+
+@functools.cache
+def require_tested_versions() -> None:
+    """Raise PvrtError for a torch or transformers that is too old; log a warning for a newer one.
+
+    Reads the packages' metadata, imports neither, and warns once.
+    """
+    for tested in (TORCH, TRANSFORMERS):
+        check(tested, metadata.version(tested.package))
+
+
+def check(tested: VersionRange, version: str) -> None:
+    """Raise PvrtError if a version is too old; log a warning if it is newer than tested."""
+    if tested.too_old(version):
+        raise PvrtError(tested.sentence(version))
+    if tested.too_new(version):
+        _log.warning("%s", tested.sentence(version))

@@ -1,0 +1,66 @@
+"""The range of torch's and transformers' versions that pvrt was tested with."""
+
+import logging
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from pvrt.errors import PvrtError
+from pvrt.versions import TORCH, TRANSFORMERS, VersionRange, check
+from pvrt.vllm_versions import NEWEST_VLLM, OLDEST_VLLM
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = VersionRange("library", (2, 8), (2, 14))
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.13.0+cpu", "2.14.9", "2.14.0.dev3"])
+def test_a_tested_version_passes_in_silence(
+    version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    check(LIBRARY, version)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "1.13"])
+def test_a_version_that_is_too_old_is_refused(version: str) -> None:
+    with pytest.raises(PvrtError, match=rf"library 2\.8 to 2\.14, found {version}; .*>=2.8,<2.15'"):
+        check(LIBRARY, version)
+
+
+@pytest.mark.parametrize("version", ["2.15.0", "3.0", "2.15.0a0+git1"])
+def test_a_newer_version_is_tried_with_a_warning(
+    version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="pvrt"):
+        check(LIBRARY, version)
+    (record,) = caplog.records
+    assert "library 2.8 to 2.14" in record.getMessage() and version in record.getMessage()
+
+
+def test_pip_is_told_the_same_ranges() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
+    ranges = {Requirement(line).name: Requirement(line).specifier for line in declared}
+    for tested in (TORCH, TRANSFORMERS, VersionRange("vllm", OLDEST_VLLM, NEWEST_VLLM)):
+        assert ranges[tested.package] == Requirement(tested.requirement).specifier
+
+
+def test_an_old_transformers_ends_in_one_sentence(tmp_path: Path) -> None:
+    """Its modules lack what ours import, so the range has to be asked first."""
+    info = tmp_path / "transformers-4.57.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import pvrt\n"
+        "from pvrt.errors import PvrtError\n"
+        "for use in (lambda: pvrt.load('nowhere'), lambda: __import__('pvrt_tune.source')):\n"
+        "    try: use()\n"
+        "    except PvrtError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.count("found 4.57.0; try pip install 'transformers>=") == 2, done.stderr
