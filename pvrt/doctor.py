@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import Version
+
+from pvrt import lock
 from pvrt.errors import ServeError
+from pvrt.versions import TORCH, TRANSFORMERS, VersionRange
 from pvrt.vllm_versions import require_supported_vllm
 
 
@@ -27,16 +31,17 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Run all checks. Imports torch and nothing heavier."""
     yield _python()
+    yield _lock()
     yield from _torch()
-    yield _package("transformers", (5, 12), "pip install 'transformers>=5.12'")
+    yield _tested(TRANSFORMERS)
     yield _shadowed("pvrt_kernels")
     yield _kernels_package()
     yield _cpu_kernels()
     yield _triton()
     yield from _vllm()
     yield _compiler()
-    yield _package("gguf", (0, 10), "pip install 'pvrt[gguf]'", needed=False, why="GGUF models")
-    yield _package("datasets", (3, 0), "pip install 'pvrt[data]'", needed=False, why="hub datasets")
+    yield _optional("gguf", "0.10", "pip install 'pvrt[gguf]'", "GGUF models")
+    yield _optional("datasets", "3.0", "pip install 'pvrt[data]'", "hub datasets")
 
 
 def _version(name: str) -> str | None:
@@ -46,41 +51,59 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _parts(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
-
-
 def _python() -> Finding:
     return Finding("python", "ok", ".".join(str(part) for part in sys.version_info[:3]))
 
 
-def _package(
-    name: str, least: tuple[int, ...], remedy: str, *, needed: bool = True, why: str = ""
-) -> Finding:
-    version = _version(name)
-    level = "problem" if needed else "note"
+def _lock() -> Finding:
+    """The versions that were tested together, against what is installed."""
+    found = lock.compare()
+    if found is None:
+        return Finding("lock", "note", "no lock here; the repository has one, constraints.txt")
+    if not found.differing:
+        return Finding(
+            "lock", "ok", f"all {found.installed} packages are at {lock.LOCK}'s versions"
+        )
+    shown, more = found.differing[:4], len(found.differing) - 4
+    return Finding(
+        "lock",
+        "note",
+        f"{len(found.differing)} of {found.installed} packages differ from {lock.LOCK}: "
+        f"{', '.join(shown)}{f' and {more} more' if more > 0 else ''}",
+        "make clean test",
+    )
+
+
+def _tested(tested: VersionRange) -> Finding:
+    """A package that is always needed, and whose inner interfaces pvrt uses."""
+    name, version, remedy = tested.package, _version(tested.package), tested.requirement
     if version is None:
-        use = f" (for {why})" if why else ""
-        return Finding(name, level, f"not installed{use}", remedy)
-    if _parts(version) < least:
-        wanted = ".".join(str(part) for part in least)
-        return Finding(name, level, f"{version} is older than {wanted}", remedy)
+        return Finding(name, "problem", "not installed", f"pip install '{remedy}'")
+    if tested.too_old(version) or tested.too_new(version):
+        level = "problem" if tested.too_old(version) else "note"
+        found, _, remedy = tested.sentence(version).partition("; try ")
+        return Finding(name, level, found, remedy)
+    return Finding(name, "ok", version)
+
+
+def _optional(name: str, least: str, remedy: str, why: str) -> Finding:
+    version = _version(name)
+    if version is None:
+        return Finding(name, "note", f"not installed (for {why})", remedy)
+    if Version(version) < Version(least):
+        return Finding(name, "note", f"{version} is older than {least}", remedy)
     return Finding(name, "ok", version)
 
 
 def _torch() -> Iterator[Finding]:
-    finding = _package("torch", (2, 6), "pip install 'torch>=2.6'")
-    if finding.level != "ok":
+    finding = _tested(TORCH)
+    if finding.level == "problem":
         yield finding
         return
     import torch
 
-    yield Finding("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    text = f"{finding.text}, {torch.get_num_threads()} threads"
+    yield Finding("torch", finding.level, text, finding.remedy)
     driver = _driver()
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -162,16 +185,38 @@ def _cpu_kernels() -> Finding:
     if name is None:
         text = "not built; on the CPU quantised weights run many times slower"
         return Finding("cpu kernels", "problem", text, cpu.REMEDY)
-    return Finding("cpu kernels", "ok", name)
+    return Finding("cpu kernels", "ok", f"{name}; this CPU has {', '.join(_cpu_features())}")
+
+
+def _cpu_features() -> list[str]:
+    """Instruction sets of this CPU that matter to products, as torch calls them."""
+    import torch
+
+    # torch before 2.12 cannot tell.
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    kinds = ("avx2", "avx512", "amx", "neon", "sve", "sme")
+    names = sorted(name for name in has if name.startswith(kinds) and has[name])
+    return names or [torch.backends.cpu.get_cpu_capability()]
 
 
 def _triton() -> Finding:
+    """Whether Triton is there, and whether it finds a GPU to compile for."""
     version = _version("triton")
     if version is None:
         return Finding(
-            "triton", "note", "not installed (GPU kernels need it)", "pip install triton"
+            "triton", "note", "not installed (GPU kernels need it)", "pip install 'pvrt[gpu]'"
         )
-    return Finding("triton", "ok", version)
+    from triton.runtime import driver
+
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError as error:  # what it raises without a driver, and with several
+        reason = str(error).split("\n")[0]
+        if _driver() is None:
+            return Finding("triton", "note", f"{version}, reaches no GPU: {reason}")
+        remedy = "pip install --force-reinstall torch triton"
+        return Finding("triton", "problem", f"{version}, cannot reach the GPU: {reason}", remedy)
+    return Finding("triton", "ok", f"{version}, reaches {target.backend} {target.arch}")
 
 
 def _vllm() -> Iterator[Finding]:

@@ -80,7 +80,10 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: "PreTrainedModel | None" = None
     ) -> list[Any]:
-        """Experts that were taken apart must not be fused. transformers 5.20 and older: no model."""
+        """Experts that were taken apart must not be fused.
+
+        transformers gives the model since 5.21.
+        """
         return without_fusing(weight_conversions) if self._experts else weight_conversions
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **kwargs: Any) -> None:

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import pvrt
 from pvrt.doctor import Finding, examine
+from pvrt.lock import Comparison, compare
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
 
 
@@ -114,6 +116,20 @@ def test_doctor_finds_this_machine_sound_and_names_what_it_checked() -> None:
     problems = [finding for finding in findings.values() if finding["level"] == "problem"]
     assert done.returncode == (1 if problems else 0)
     assert all(finding["remedy"] for finding in problems)
+    assert "lock" in findings and findings["cpu kernels"]["text"]
+
+
+def test_doctor_counts_the_packages_that_differ_from_the_lock(tmp_path: Path) -> None:
+    lock = tmp_path / "constraints.txt"
+    found = version("packaging")
+    lock.write_text(
+        f"# make lock\npackaging=={found}\npytest==0.1  # old\nnever-installed==1.0\n"
+        "typer==0.1 ; python_full_version < '3'\n"
+    )
+    assert compare(lock) is None, "somebody else's file"
+    (tmp_path / "pyproject.toml").touch()
+    assert compare(lock) == Comparison(2, (f"pytest {version('pytest')} (0.1)",))
+    assert compare(tmp_path / "absent.txt") is None
 
 
 def test_doctor_sees_a_filter_that_leaves_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,9 +18,7 @@ LIBRARY = VersionRange("library", (2, 8), (2, 14))
 
 
 @pytest.mark.parametrize("version", ["2.8.0", "2.13.0+cpu", "2.14.9", "2.14.0.dev3"])
-def test_a_tested_version_passes_in_silence(
-    version: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_tested_version_passes_in_silence(version: str, caplog: pytest.LogCaptureFixture) -> None:
     check(LIBRARY, version)
     assert caplog.records == []
 

