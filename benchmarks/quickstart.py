@@ -44,6 +44,7 @@ def check_needs(out: Path, port: int) -> None:
     needs.check(
         "quickstart",
         [
+            needs.package("pvrt", "pip install -e '.[gguf]'"),
             _model_package(),
             needs.package("gguf", "pip install -e '.[gguf]'"),
             needs.package("openai", "pip install --group quickstart"),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import needs
 import psutil  # type: ignore[import-untyped]
 from machine import describe
 from server_conformance import KEY, served
@@ -291,6 +292,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else the machine was doing")
     parser.add_argument("--out", type=Path, default=RESULTS / "server_load.json")
     arguments = parser.parse_args()
+    needs.check("server_load", [needs.writable(arguments.out.parent)])
     stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     about = describe()
     measured: dict[str, Any] = {}

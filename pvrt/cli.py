@@ -277,9 +277,9 @@ def evaluate(
     from pvrt import evaluate as ev
 
     place = _device(device)
-    loaded, tokenizer = _load_any(model, dtype, place)
     name = str(text) if text is not None else "the Python language reference"
     body = ev.read_text(text) if text is not None else ev.default_text()
+    loaded, tokenizer = _load_any(model, dtype, place)
 
     started = last = time.monotonic()
 

@@ -28,6 +28,13 @@ class Finding:
     remedy: str = ""
 
 
+# What products are made of, in torch's words.
+_FEATURES = (
+    *("avx2", "avx512_f", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
+    *("neon", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme"),
+)
+
+
 def examine() -> Iterator[Finding]:
     """Run all checks. Imports torch and nothing heavier."""
     yield _python()
@@ -194,8 +201,7 @@ def _cpu_features() -> list[str]:
 
     # torch before 2.12 cannot tell.
     has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    kinds = ("avx2", "avx512", "amx", "neon", "sve", "sme")
-    names = sorted(name for name in has if name.startswith(kinds) and has[name])
+    names = [name for name in _FEATURES if has.get(name)]
     return names or [torch.backends.cpu.get_cpu_capability()]
 
 
@@ -211,9 +217,9 @@ def _triton() -> Finding:
     try:
         target = driver.active.get_current_target()
     except RuntimeError as error:  # what it raises without a driver, and with several
-        reason = str(error).split("\n")[0]
         if _driver() is None:
-            return Finding("triton", "note", f"{version}, reaches no GPU: {reason}")
+            return Finding("triton", "note", f"{version}, no GPU to reach")
+        reason = str(error).split("\n")[0]
         remedy = "pip install --force-reinstall torch triton"
         return Finding("triton", "problem", f"{version}, cannot reach the GPU: {reason}", remedy)
     return Finding("triton", "ok", f"{version}, reaches {target.backend} {target.arch}")

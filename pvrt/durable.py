@@ -3,12 +3,24 @@
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
 def as_json(value: Any) -> bytes:
     """A JSON file's content."""
     return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def try_writing(folder: Path) -> None:
+    """Raise OSError where a folder cannot be made or written to; makes and leaves nothing.
+
+    For the start of long work whose result goes there.
+    """
+    folder = folder.absolute()
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    with TemporaryFile(dir=place):
+        pass
 
 
 def write_synced(file: Path, content: bytes) -> None:

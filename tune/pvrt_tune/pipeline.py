@@ -22,7 +22,7 @@ from pvrt_tune.planning import plan_job
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pvstage import pv_tune, tuned_tensors
 from pvrt_tune.recipe import TuneJob
-from pvrt_tune.runstate import RUN_FOLDER, RunState, has_piece, open_run
+from pvrt_tune.runstate import RUN_FOLDER, RunState, check_output, has_piece, open_run
 from pvrt_tune.source import Source, load_source
 from pvrt_tune.walk import walk
 
@@ -71,6 +71,7 @@ def _silent(line: str) -> None:
 
 def _calibrate(job: TuneJob, report: Report) -> _Run:
     """Everything up to a checkpoint that can be served."""
+    check_output(job.out, resume=job.resume)
     job = _planned(job, report)
     source = load_source(job.model)
     blocks = find_blocks(source.model)

@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pvrt.durable import as_json, write_synced
+from pvrt.durable import as_json, try_writing, write_synced
 from pvrt.errors import RunError
 
 RUN_FOLDER = ".run"
+FINGERPRINT_FILE = "fingerprint.json"
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,25 @@ def has_piece(out: Path, name: str) -> bool:
     return (out / RUN_FOLDER / "pieces" / f"{name}.safetensors").is_file()
 
 
+def check_output(out: Path, *, resume: bool) -> None:
+    """Raise RunError where a run's folder cannot be: asked before anything of the model is read.
+
+    Nothing is made and nothing is left behind.
+    """
+    if out.is_file():
+        raise RunError(f"{out} is a file; give a folder for the checkpoint")
+    if resume and not (out / RUN_FOLDER / FINGERPRINT_FILE).is_file():
+        raise RunError(f"{out} holds no run to resume; leave --resume out to start one")
+    try:
+        if out.exists() and not (out / RUN_FOLDER).is_dir() and any(out.iterdir()):
+            raise RunError(
+                f"{out} is not empty and holds no run of pvrt; give another output folder"
+            )
+        try_writing(out)
+    except OSError as error:
+        raise RunError(f"cannot write to {out} ({error}); give another output folder") from error
+
+
 def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart: bool) -> RunState:
     """Open or start the run of an output folder.
 
@@ -125,10 +145,8 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart
     message lists what differs.
     """
     folder = out / RUN_FOLDER
-    file = folder / "fingerprint.json"
-    ours = folder.is_dir()
-    if out.is_file():
-        raise RunError(f"{out} is a file; give a folder for the checkpoint")
+    file = folder / FINGERPRINT_FILE
+    check_output(out, resume=resume)
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
     if file.is_file():
@@ -140,10 +158,6 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart
                 "resume it, --restart to discard it, or another output folder"
             )
         return RunState(folder)
-    if resume:
-        raise RunError(f"{out} holds no run to resume; leave --resume out to start one")
-    if not ours and out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty and holds no run of pvrt; give another output folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".partial")
