@@ -10,6 +10,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEWEST := .venv-newest
+NEWEST_TORCH ?= torch
 LOCK   := .venv-lock
 
 .PHONY: quickstart test check doctor machines lock test-newest clean

@@ -47,8 +47,8 @@ class VersionRange:
         )
 
 
-TORCH = VersionRange("torch", (2, 8), (2, 14))
-TRANSFORMERS = VersionRange("transformers", (5, 12), (5, 24))
+TORCH = VersionRange("torch", (2, 13), (2, 14))
+TRANSFORMERS = VersionRange("transformers", (5, 19), (5, 24))
 
 
 @functools.cache
