@@ -44,7 +44,6 @@ class Responder:
         usage: Usage,
         *,
         stream: bool,
-        include_usage: bool,
     ) -> Response:
         """Run requests, one choice each, and write what becomes of them.
 
@@ -57,7 +56,7 @@ class Responder:
                 error.param = form.prompt_field
             raise
         if stream:
-            chunks = self._stream(generation, form, usage, include_usage)
+            chunks = self._stream(generation, form, usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
         pieces: list[list[Piece]] = [[] for _ in requests]
         async for event in generation.events():
@@ -69,11 +68,11 @@ class Responder:
         return JSONResponse(header.body(form.kind, choices, usage=usage.body()))
 
     async def _stream(
-        self, generation: Generation, form: Form, usage: Usage, include_usage: bool
+        self, generation: Generation, form: Form, usage: Usage
     ) -> AsyncIterator[bytes]:
         header = new_header(self.name, form.prefix)
-        # With include_usage all chunks carry the field, null up to the last.
-        more = {"usage": None} if include_usage else {}
+        # Where the last chunk has usage, all carry the field, null up to the last.
+        more = {"usage": None} if usage.in_stream else {}
         opened: set[int] = set()
         try:
             async for event in generation.events(self.keep_alive_seconds):
@@ -94,6 +93,6 @@ class Responder:
         except ClientGone:
             return
         else:
-            if include_usage:
+            if usage.in_stream:
                 yield sse(header.body(form.chunk_kind, [], usage=usage.body()))
         yield DONE

@@ -9,7 +9,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pvrt_server.responses import error_body
 
-MAX_BODY_BYTES = 16 << 20  # a prompt of a million tokens as a list of numbers fits
 # Load balancers have no key, and a browser can send one only from the page, which holds no secret.
 _OPEN = frozenset({"/health", "/"})
 

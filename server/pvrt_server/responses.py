@@ -50,10 +50,14 @@ class Piece:
 
 @dataclass
 class Usage:
-    """Token counts of a request with a number of choices per prompt."""
+    """Token counts of a request with a number of choices per prompt.
+
+    in_stream says whether a stream ends with them.
+    """
 
     prompt_tokens: int
     choices: int = 1
+    in_stream: bool = False
     completion_tokens: int = 0
     cached_tokens: int = 0
 
