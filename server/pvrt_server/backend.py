@@ -75,7 +75,12 @@ def choose_backend(opened: OpenedModel, options: ServeOptions, machine: Machine)
         dtype = "float32"
     itemsize = _itemsize(opened, backend, dtype)
     weights = _weights(opened, backend, machine)
-    in_c = local and dtype == "float32" and runs_in_c(opened.config, machine.device)
+    in_c = (
+        local
+        and dtype == "float32"
+        and not opened.foreign
+        and runs_in_c(opened.config, machine.device)
+    )
     if in_c and options.sequences > MOST_ROWS:
         raise ServeError(
             f"--max-num-seqs is {options.sequences}; this model runs at most {MOST_ROWS} "
@@ -98,13 +103,11 @@ def runs_in_c(config: Any, device: str) -> bool:
     """Whether the C program computes models of a transformers config on a device (cpu, cuda)."""
     if cpu.library() is None or device != "cpu":
         return False
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     rope = getattr(config, "rope_parameters", None) or {}
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]
     sliding = getattr(config, "sliding_window", None)
     return (
         config.model_type in _MODEL_TYPES
-        and method in (None, "aqlm", "compressed-tensors")
         and config.hidden_act == "silu"
         and rope.get("rope_type", "default") in _ROPE_TYPES
         and (sliding is None or config.model_type != "mistral")

@@ -32,6 +32,11 @@ class OpenedModel:
         quantised = isinstance(self.stored, Checkpoint | GridCheckpoint)
         return self.stored.scheme if quantised else None
 
+    @property
+    def foreign(self) -> bool:
+        """Whether its layers are quantised in a way that is not ours and transformers' affair."""
+        return self.scheme is None and "quantization_config" in self.stored.config
+
 
 def open_model(folder: Path) -> OpenedModel:
     """Open a model folder, quantised or dense. No weights are read.

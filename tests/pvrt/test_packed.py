@@ -132,14 +132,8 @@ def test_the_embedded_engine_runs_grids(scheme: str, folder: Path, dense: dict[s
     pytest.importorskip("compressed_tensors")
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
     with Engine.load(folder / scheme) as engine:
-        answers = [
-            [
-                event.token_id
-                for event in engine.generate(p, params)
-                if isinstance(event, TokenEvent)
-            ]
-            for p in PROMPTS
-        ]
+        events = [list(engine.generate(prompt, params)) for prompt in PROMPTS]
+    answers = [[e.token_id for e in answer if isinstance(e, TokenEvent)] for answer in events]
     assert answers == greedy(dense[scheme], PROMPTS, MAX_TOKENS)
 
 

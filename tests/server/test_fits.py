@@ -1,5 +1,6 @@
 """Capacity: sizes against the tensors that engines really hold, and the sentences."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from pvrt.errors import ServeError
+from pvrt_kernels import cpu
 from pvrt_server.backend import Decision, choose_backend
 from pvrt_server.engine import Engine
 from pvrt_server.fits import Capacity, Machine
@@ -88,3 +90,30 @@ def test_a_model_that_cannot_start_is_refused_with_both_numbers(toy: Path) -> No
         fit(toy, "local", Machine("cpu", 3 * 10**8, 10**11))
     with pytest.raises(ServeError, match=r"needs 3\.0 GB .* 2 GPUs, 1\.0 GB free"):
         fit(toy, "vllm", Machine("cuda", 10**9, 10**11, gpus=2, vllm=Path("vllm")))
+
+
+def test_layers_that_others_quantised_are_left_to_transformers(tmp_path: Path) -> None:
+    toy_model("llama").save_pretrained(tmp_path)
+    assert decide(tmp_path, "local").in_c == (cpu.library() is not None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not decide(tmp_path, "local").in_c
+
+
+def test_the_report_says_why_and_how_and_the_engine_does_it(toy: Path, tmp_path: Path) -> None:
+    asked = decide(toy, "local")
+    assert asked.report("m").startswith("m on the embedded engine, because --engine local asks for")
+    assert f"weights     {asked.capacity.weight_bytes / 1e6:.0f} MB, packed" in asked.report("m")
+    missing = decide(toy, "auto", Machine("cpu", 10**11, 10**11))
+    assert "m on the embedded engine, because vLLM is not installed" in missing.report("m")
+    assert decide(toy, "auto").report("m").startswith("m on vLLM, because it is installed")
+    with Engine.load(toy, ServeOptions(max_model_len=100, cache_bytes=10**6)) as engine:
+        decided = decide(toy, "local", max_model_len=100, cache_bytes=10**6)
+        assert engine.max_model_len == decided.capacity.max_model_len == 100
+        assert engine._runtime.cache_tokens == decided.cache_tokens
+    with pytest.raises(ServeError, match=r"made for 512 tokens; give --max-model-len 512"):
+        decide(toy, "vllm", max_model_len=513)
+    per_token = asked.capacity.cache.bytes_for(1)
+    with pytest.raises(ServeError, match=r"a context of 200 tokens .* Try: --max-model-len 100"):
+        decide(toy, "local", max_model_len=200, cache_bytes=100 * per_token)
