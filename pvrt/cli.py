@@ -432,7 +432,9 @@ def serve(
         str | None,
         typer.Option(envvar="PVRT_API_KEY", help="Key that clients must send."),
     ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning, error or critical.")
+    ] = "info",
     max_num_seqs: Annotated[
         int | None, typer.Option(help="Sequences that run at once (embedded engine: 16).")
     ] = None,

@@ -13,7 +13,7 @@ from pvrt_server.responses import (
     DONE,
     KEEP_ALIVE,
     Form,
-    Piece,
+    Delta,
     Usage,
     error_body,
     merge,
@@ -58,12 +58,12 @@ class Responder:
         if stream:
             chunks = self._stream(generation, form, usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
-        pieces: list[list[Piece]] = [[] for _ in requests]
+        deltas: list[list[Delta]] = [[] for _ in requests]
         async for event in generation.events():
             if event is not None:
                 usage.count(event)
-                pieces[event.index] += form.pieces(event)
-        choices = [form.choice(merge(parts)) for parts in pieces]
+                deltas[event.index] += form.deltas(event)
+        choices = [form.choice(merge(parts)) for parts in deltas]
         header = new_header(self.name, form.prefix)
         return JSONResponse(header.body(form.kind, choices, usage=usage.body()))
 
@@ -80,13 +80,13 @@ class Responder:
                     yield KEEP_ALIVE
                     continue
                 usage.count(event)
-                for piece in form.pieces(event):
-                    opening = None if piece.index in opened else form.opening(piece.index)
-                    opened.add(piece.index)
+                for delta in form.deltas(event):
+                    opening = None if delta.index in opened else form.opening(delta.index)
+                    opened.add(delta.index)
                     if opening is not None:
                         yield sse(header.body(form.chunk_kind, [opening], **more))
-                    if not piece.empty:
-                        yield sse(header.body(form.chunk_kind, [form.chunk(piece)], **more))
+                    if not delta.empty:
+                        yield sse(header.body(form.chunk_kind, [form.chunk(delta)], **more))
         except (GenerationError, EngineStoppedError) as error:
             # Never just close: to clients a cut stream looks like a complete answer.
             yield sse(error_body(str(error), "server_error", None, None))

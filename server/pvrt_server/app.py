@@ -16,8 +16,8 @@ import pvrt
 from pvrt_server.answer import Responder
 from pvrt_server.engine import Engine
 from pvrt_server.errors import EngineStoppedError, ModelNotFoundError, RequestError
-from pvrt_server.failures import ERROR_RESPONSES, add_handlers, failure_response
-from pvrt_server.gate import Gate
+from pvrt_server.failures import ERROR_RESPONSES, add_handlers, error_response
+from pvrt_server.gate import Auth
 from pvrt_server.grammar import Grammar
 from pvrt_server.messages import template_messages
 from pvrt_server.metrics import CONTENT_TYPE
@@ -59,7 +59,7 @@ def create_app(engine: Engine, options: ServeOptions) -> FastAPI:
     _add_routes(app, _Api(engine, options))
     add_handlers(app)
     app.add_middleware(Page, card=model_card(engine.opened))
-    app.add_middleware(Gate, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
+    app.add_middleware(Auth, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
     return app
 
 
@@ -101,7 +101,7 @@ class _Api:
 
     async def health(self) -> Response:
         if self._engine.failure is not None:
-            return failure_response(EngineStoppedError(self._engine.failure))
+            return error_response(EngineStoppedError(self._engine.failure))
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> dict[str, str]:

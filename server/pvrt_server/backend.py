@@ -190,7 +190,7 @@ def _bytes_for_cache(
 ) -> int:
     """What weights of a size leave free, at least enough for one token."""
     own = _VLLM_HOST_BYTES if backend == "vllm" else _LOCAL_HOST_BYTES
-    if machine.device == "cuda":
+    if machine.device != "cpu":
         own = machine.gpus * _GPU_BYTES
     needed = size + own + cache.bytes_for(1)
     if machine.free_bytes < needed:

@@ -21,11 +21,13 @@ WeightKind = Literal["dense", "packed", "decoded"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to serve with. Bytes are all of a GPU's (of `gpus` GPUs together), or the
-    host's. vllm is the folder of the installed vLLM, avx512 whether the CPU has these instructions
-    or is of another family than x86."""
+    """What there is to serve with. device is cpu, or torch's name of an accelerator.
 
-    device: Literal["cpu", "cuda"]
+    Bytes are all of a GPU's (of `gpus` GPUs together), or the host's. vllm is the folder of the
+    installed vLLM; avx512 says that the CPU has these instructions, or is no x86 CPU.
+    """
+
+    device: str
     free_bytes: int
     total_bytes: int
     gpus: int = 1

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pvrt_server.envelope import Envelope
-from pvrt_server.gate import Gate
+from pvrt_server.gate import Auth
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 from pvrt_server.page import Page, model_card
@@ -23,7 +23,7 @@ _VARIABLE = "PVRT_FRONTEND"
 _MODELS = "/v1/models"
 
 
-class Frontend(Gate):
+class Frontend(Auth):
     """ASGI middleware for vLLM's server. vLLM alone guards /v1 and leaves the rest open."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -13,7 +13,7 @@ from pvrt_server.responses import error_body
 _OPEN = frozenset({"/health", "/"})
 
 
-class Gate:
+class Auth:
     """ASGI middleware that answers 401 and 413 before any work is done."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int) -> None:

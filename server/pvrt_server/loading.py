@@ -23,11 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger("pvrt_server")
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision) -> Runtime:
@@ -73,7 +68,7 @@ def _load_model(
         opened.stored,
         dense=decoded,
         config=opened.config,
-        dtype="auto" if as_stored else DTYPES.get(decision.dtype, "auto"),
+        dtype="auto" if as_stored else decision.dtype,
     ).to(torch.device(decision.machine.device))
     if decoded:
         _log.warning(

@@ -29,8 +29,8 @@ class OpenedModel:
     @property
     def scheme(self) -> Scheme | GridScheme | None:
         """How its layers are quantised; None for a dense model."""
-        quantised = isinstance(self.stored, Checkpoint | GridCheckpoint)
-        return self.stored.scheme if quantised else None
+        stored = self.stored
+        return stored.scheme if isinstance(stored, Checkpoint | GridCheckpoint) else None
 
     @property
     def foreign(self) -> bool:

@@ -101,7 +101,7 @@ def _tool_flags(opened: OpenedModel, options: ServeOptions, decision: Decision) 
 
 def _memory_flags(options: ServeOptions, decision: Decision) -> list[str]:
     machine = decision.machine
-    if machine.device != "cuda" or options.gives(*_MEMORY_FLAGS):
+    if machine.device == "cpu" or options.gives(*_MEMORY_FLAGS):
         return []
     # vLLM wants a share of all memory to be free; a desktop uses some of it.
     share = min(_MOST_OF_A_GPU, 0.98 * machine.free_bytes / machine.total_bytes)

@@ -26,6 +26,7 @@ from pvrt_server.options import ServeOptions
         ({"max_num_queued_reqs": -2}, "--max-num-queued-reqs is -2; it must be at least 1"),
         ({"cache_bytes": -1}, "--cache-bytes is -1; it must be at least 0"),
         ({"sse_keep_alive_seconds": 0}, "--sse-keep-alive-seconds is 0; it must be more than 0"),
+        ({"dtype": "int4"}, "--dtype is 'int4'; choose auto, float32, bfloat16 or float16"),
         ({"engine": "tgi"}, "--engine is 'tgi'; choose auto, vllm or local"),
         ({"log_level": "loud"}, "--log-level is 'loud'; choose debug, info, warning, error or"),
         ({"max_sequences": 3}, "there is no option --max-sequences"),
@@ -49,7 +50,7 @@ def test_a_value_that_cannot_be_is_one_sentence(given: dict[str, Any], sentence:
 def test_options_do_not_change_and_hide_the_key() -> None:
     options = ServeOptions(api_key="secret", port=9)
     with pytest.raises(ValidationError, match="frozen"):
-        options.port = 8  # type: ignore[misc]
+        options.port = 8
     assert "secret" not in repr(options)
     assert (options.changed(port=8).port, options.port) == (8, 9)
 
