@@ -12,8 +12,8 @@ from pvrt_server.generation import ClientGone, Generation
 from pvrt_server.responses import (
     DONE,
     KEEP_ALIVE,
-    Form,
     Delta,
+    Form,
     Usage,
     error_body,
     merge,
