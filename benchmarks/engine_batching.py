@@ -21,7 +21,7 @@ import torch
 import pvrt
 from pvrt.linear import pack_model
 from pvrt_server.engine import Engine
-from pvrt_server.loading import EngineOptions
+from pvrt_server.options import ServeOptions
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import GenerationRequest, PromptEvent
 
@@ -34,7 +34,7 @@ class Ours:
     """The embedded engine without HTTP."""
 
     def __init__(self, folder: Path) -> None:
-        self._engine = Engine.load(folder, EngineOptions(max_sequences=max(REQUESTS)))
+        self._engine = Engine.load(folder, ServeOptions(max_num_seqs=max(REQUESTS)))
         self._params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
 
     def run(self, prompts: list[list[int]]) -> None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from pvrt.stored import StoredModel
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
@@ -30,8 +32,12 @@ def _register_with_transformers() -> None:
 when_imported("transformers.modeling_utils", _register_with_transformers)
 
 
-def load(path: "str | Path", *, dense: bool = False, **kwargs: Any) -> "PreTrainedModel":
-    """Load a checkpoint folder (AQLM or dense) as a transformers causal language model.
+def load(
+    path: "str | Path | StoredModel", *, dense: bool = False, **kwargs: Any
+) -> "PreTrainedModel":
+    """Load a model folder (quantised or dense) as a transformers causal language model.
+
+    A folder that `pvrt.packed.open_folder` has opened is not checked again.
 
     With dense=True quantised layers are decoded once into ordinary linear layers: the fastest
     choice where no kernel for the device exists, at the memory of the original model. kwargs go to

@@ -71,19 +71,20 @@ class Checkpoint(StoredModel):
     PARTS = ("codes", "codebooks", "scales")
 
     @classmethod
-    def open(cls, path: str | Path) -> "Checkpoint":
+    def open(cls, path: str | Path, config: dict[str, Any] | None = None) -> "Checkpoint":
         """Open a checkpoint folder and check config and headers, reading no weights.
 
-        Raises CheckpointError with one sentence that names the file and the tensor.
+        config is the folder's config.json where it has been read. Raises CheckpointError with one
+        sentence that names the file and the tensor.
         """
         folder = Path(path)
-        config = read_config(folder)
+        config = read_config(folder) if config is None else config
         quantization = config.get("quantization_config")
         where = folder / CONFIG_FILE
         if not isinstance(quantization, dict):
             raise CheckpointError(f"{where} has no quantization_config: not an AQLM checkpoint")
         scheme = parse_quantization_config(quantization, str(where))
-        tensors = read_headers(weight_files(folder))
+        tensors = read_tensors(folder)
         layers = find_layers(tensors, scheme)
         if not layers:
             raise CheckpointError(f"{folder} says quant_method aqlm but holds no codes tensor")
@@ -197,8 +198,16 @@ def quantization_config(
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a folder: the single file, or all shards that the index names."""
+    return sorted({info.file for info in read_tensors(folder).values()})
+
+
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Headers of all tensors of a folder, each file read once and the index checked against them.
+
+    Raises CheckpointError for a missing or damaged file and for an index that is wrong.
+    """
     if (folder / WEIGHTS_FILE).is_file():
-        return [folder / WEIGHTS_FILE]
+        return read_headers([folder / WEIGHTS_FILE])
     index = folder / INDEX_FILE
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
@@ -216,7 +225,7 @@ def weight_files(folder: Path) -> list[Path]:
     for tensor, name in weight_map.items():
         if tensor not in headers or headers[tensor].file.name != name:
             raise CheckpointError(f"{index} says that {tensor} is in {name}, but it is not")
-    return files
+    return headers
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:

@@ -355,12 +355,13 @@ def bench(
     """Tokens per second of the embedded engine, one request at a time (medians)."""
     from pvrt.bench import measure, memory
     from pvrt_server.engine import Engine
-    from pvrt_server.loading import EngineOptions
+    from pvrt_server.options import ServeOptions
     from pvrt_server.sampling import SamplingParams
     from pvrt_server.sequence import TokenEvent
 
     # The same prompt again and again, which must be read every time.
-    with Engine.load(path, EngineOptions(dtype=dtype.value, prefix_reuse=False)) as engine:
+    options = ServeOptions.model_validate({"dtype": dtype.value, "prefix_reuse": False})
+    with Engine.load(path, options) as engine:
         prompt = [1 + i % 200 for i in range(prompt_tokens)]
 
         def generate(prompt_ids: Any, count: int) -> Any:
@@ -415,14 +416,14 @@ def serve(
     context: typer.Context,
     path: Checkpoint,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     engine: Annotated[
         EngineChoice, typer.Option(help="auto is vLLM where it is installed.")
     ] = EngineChoice.auto,
     dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = Dtype.auto,
     max_model_len: Annotated[
         int | None,
-        typer.Option(min=1, help="Longest prompt plus answer, in tokens (default: what fits)."),
+        typer.Option(help="Longest prompt plus answer, in tokens (default: what fits)."),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="Name in the API (default: the folder's).")
@@ -431,36 +432,28 @@ def serve(
         str | None,
         typer.Option(envvar="PVRT_API_KEY", help="Key that clients must send."),
     ] = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_level: Annotated[
+        str, typer.Option(help="debug, info, warning, error or critical.")
+    ] = "info",
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Sequences that run at once (embedded engine: 16).")
+        int | None, typer.Option(help="Sequences that run at once (embedded engine: 16).")
     ] = None,
     max_num_queued_reqs: Annotated[
-        int | None, typer.Option(min=1, help="Requests that run or wait (embedded engine: 256).")
+        int | None, typer.Option(help="Requests that run or wait (embedded engine: 256).")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Start, test the server, print a table and end.")
     ] = False,
 ) -> None:
     """Serve a checkpoint over the OpenAI API. Flags after -- go to vLLM as they are."""
+    from pvrt_server.options import ServeOptions
+
+    # The flags above are its fields, which know their ranges; checked before anything is imported.
+    values = {name: value for name, value in context.params.items() if name != "path"}
+    options = ServeOptions(**values, extra=tuple(context.args))
     from pvrt_server.launch import serve as run
 
-    code = run(
-        path,
-        host=host,
-        port=port,
-        engine=engine.value,
-        dtype=dtype.value,
-        max_model_len=max_model_len,
-        served_model_name=served_model_name,
-        api_key=api_key,
-        log_level=log_level,
-        max_num_seqs=max_num_seqs,
-        max_num_queued_reqs=max_num_queued_reqs,
-        check=check,
-        extra=list(context.args),
-    )
-    raise typer.Exit(code)
+    raise typer.Exit(run(path, options))
 
 
 @app.command()

@@ -26,8 +26,7 @@ from pvrt.checkpoint import (
     Checkpoint,
     is_aqlm,
     read_config,
-    read_headers,
-    weight_files,
+    read_tensors,
 )
 from pvrt.errors import CheckpointError
 from pvrt.scheme import GridScheme
@@ -68,16 +67,17 @@ class GridCheckpoint(StoredModel):
     PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
     @classmethod
-    def open(cls, path: str | Path) -> "GridCheckpoint":
+    def open(cls, path: str | Path, config: dict[str, Any] | None = None) -> "GridCheckpoint":
         """Open a checkpoint folder and check config and headers, reading no weights.
 
-        Raises CheckpointError with one sentence that names the file and the tensor.
+        config is the folder's config.json where it has been read. Raises CheckpointError with one
+        sentence that names the file and the tensor.
         """
         folder = Path(path)
-        config = read_config(folder)
+        config = read_config(folder) if config is None else config
         where = str(folder / CONFIG_FILE)
         scheme = parse_grid_config(config.get("quantization_config"), where)
-        tensors = read_headers(weight_files(folder))
+        tensors = read_tensors(folder)
         layers = _find_layers(tensors, scheme)
         if not layers:
             raise CheckpointError(f"{folder} says quant_method {METHOD} but holds no packed weight")
@@ -112,11 +112,29 @@ class GridCheckpoint(StoredModel):
         return self.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint | GridCheckpoint:
-    """Open a checkpoint of additive codebooks or of grids. Raises CheckpointError."""
-    return (
-        GridCheckpoint.open(path) if is_packed(read_config(Path(path))) else Checkpoint.open(path)
-    )
+def open_checkpoint(
+    path: str | Path, config: dict[str, Any] | None = None
+) -> Checkpoint | GridCheckpoint:
+    """Open a checkpoint of additive codebooks or of grids. Raises CheckpointError.
+
+    config is the folder's config.json where it has been read.
+    """
+    config = read_config(Path(path)) if config is None else config
+    if is_packed(config):
+        return GridCheckpoint.open(path, config)
+    return Checkpoint.open(path, config)
+
+
+def open_folder(path: str | Path) -> StoredModel:
+    """Open any model folder: a checkpoint as `open_checkpoint` does, or a dense model.
+
+    Reads config.json and every header once. Raises CheckpointError.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    if is_quantised(config):
+        return open_checkpoint(folder, config)
+    return StoredModel(folder, config, {}, read_tensors(folder))
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:

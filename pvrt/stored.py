@@ -1,4 +1,4 @@
-"""A model folder with quantised layers, whatever their layout: headers and what they add up to."""
+"""A model folder, whatever the layout of its layers: headers and what they add up to."""
 
 import math
 from dataclasses import dataclass, field
@@ -43,15 +43,15 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """An opened model folder with quantised layers. PARTS are the tensors of such a layer that
-    stand for its weight."""
+    """An opened model folder. `layers` are the quantised ones, none in a dense model. PARTS are the
+    tensors of such a layer that stand for its weight."""
 
     path: Path
     config: dict[str, Any]
     layers: dict[str, LayerInfo]
     tensors: dict[str, TensorInfo] = field(repr=False)
 
-    PARTS: ClassVar[tuple[str, ...]]
+    PARTS: ClassVar[tuple[str, ...]] = ()
 
     def read(self, name: str) -> Tensor:
         """Read one tensor. Raises CheckpointError when absent or not finite."""

@@ -20,12 +20,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import AqlmConfig
 
 from pvrt.checkpoint import (
-    Checkpoint,
     LayerInfo,
     TensorInfo,
     check_codes,
     find_layers,
-    is_aqlm,
     parse_quantization_config,
     read_config,
     read_headers,
@@ -33,7 +31,8 @@ from pvrt.checkpoint import (
 from pvrt.errors import CheckpointError
 from pvrt.experts import module_name, unfuse, without_fusing
 from pvrt.linear import AQLMLinear, decode_once, pack_model, quantized_linears
-from pvrt.packed import GridCheckpoint, is_packed
+from pvrt.packed import is_packed, is_quantised, open_checkpoint
+from pvrt.stored import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,18 +162,28 @@ def _need_compressed_tensors(folder: Path) -> None:
         )
 
 
-def load_model(path: str | Path, *, dense: bool = False, **kwargs: Any) -> "PreTrainedModel":
+def _decode_grids(model: Any) -> None:
+    """Decode layers on grids now. Some versions of transformers wait for the first forward pass."""
+    if any(name.endswith(".weight_packed") for name, _ in model.named_parameters()):
+        model.hf_quantizer.compressor.decompress_model(model=model)
+
+
+def load_model(
+    path: str | Path | StoredModel, *, dense: bool = False, **kwargs: Any
+) -> "PreTrainedModel":
     """See `pvrt.load`."""
     # Not at the top: this module is imported while transformers itself is half imported.
     from transformers import AutoModelForCausalLM
 
     register()
-    folder = Path(path)
-    config = read_config(folder)
-    quantised = is_aqlm(config)
-    if quantised:
-        Checkpoint.open(folder)  # its errors name file and tensor
-    elif is_packed(config) and GridCheckpoint.open(folder):
+    if isinstance(path, StoredModel):
+        folder, config = path.path, path.config
+    else:
+        folder = Path(path)
+        config = read_config(folder)
+        if is_quantised(config):
+            open_checkpoint(folder, config)  # its errors name file and tensor
+    if is_packed(config):
         _need_compressed_tensors(folder)
     kwargs.setdefault("dtype", "auto")
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
@@ -187,7 +196,10 @@ def load_model(path: str | Path, *, dense: bool = False, **kwargs: Any) -> "PreT
         if names:
             first = sorted(str(name) for name in names)[0]
             raise CheckpointError(f"{folder}: {len(names)} tensors are {what}, first {first}")
-    if dense and quantised:
-        decode_once(model)
+    if dense and is_quantised(config):
+        if is_packed(config):
+            _decode_grids(model)
+        else:
+            decode_once(model)
         model.hf_quantizer.remove_quantization_config(model)
     return model.eval()

@@ -12,8 +12,8 @@ from pvrt_server.generation import ClientGone, Generation
 from pvrt_server.responses import (
     DONE,
     KEEP_ALIVE,
+    Delta,
     Form,
-    Piece,
     Usage,
     error_body,
     merge,
@@ -44,7 +44,6 @@ class Responder:
         usage: Usage,
         *,
         stream: bool,
-        include_usage: bool,
     ) -> Response:
         """Run requests, one choice each, and write what becomes of them.
 
@@ -57,23 +56,23 @@ class Responder:
                 error.param = form.prompt_field
             raise
         if stream:
-            chunks = self._stream(generation, form, usage, include_usage)
+            chunks = self._stream(generation, form, usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
-        pieces: list[list[Piece]] = [[] for _ in requests]
+        deltas: list[list[Delta]] = [[] for _ in requests]
         async for event in generation.events():
             if event is not None:
                 usage.count(event)
-                pieces[event.index] += form.pieces(event)
-        choices = [form.choice(merge(parts)) for parts in pieces]
+                deltas[event.index] += form.deltas(event)
+        choices = [form.choice(merge(parts)) for parts in deltas]
         header = new_header(self.name, form.prefix)
         return JSONResponse(header.body(form.kind, choices, usage=usage.body()))
 
     async def _stream(
-        self, generation: Generation, form: Form, usage: Usage, include_usage: bool
+        self, generation: Generation, form: Form, usage: Usage
     ) -> AsyncIterator[bytes]:
         header = new_header(self.name, form.prefix)
-        # With include_usage all chunks carry the field, null up to the last.
-        more = {"usage": None} if include_usage else {}
+        # Where the last chunk has usage, all carry the field, null up to the last.
+        more = {"usage": None} if usage.in_stream else {}
         opened: set[int] = set()
         try:
             async for event in generation.events(self.keep_alive_seconds):
@@ -81,19 +80,19 @@ class Responder:
                     yield KEEP_ALIVE
                     continue
                 usage.count(event)
-                for piece in form.pieces(event):
-                    opening = None if piece.index in opened else form.opening(piece.index)
-                    opened.add(piece.index)
+                for delta in form.deltas(event):
+                    opening = None if delta.index in opened else form.opening(delta.index)
+                    opened.add(delta.index)
                     if opening is not None:
                         yield sse(header.body(form.chunk_kind, [opening], **more))
-                    if not piece.empty:
-                        yield sse(header.body(form.chunk_kind, [form.chunk(piece)], **more))
+                    if not delta.empty:
+                        yield sse(header.body(form.chunk_kind, [form.chunk(delta)], **more))
         except (GenerationError, EngineStoppedError) as error:
             # Never just close: to clients a cut stream looks like a complete answer.
             yield sse(error_body(str(error), "server_error", None, None))
         except ClientGone:
             return
         else:
-            if include_usage:
+            if usage.in_stream:
                 yield sse(header.body(form.chunk_kind, [], usage=usage.body()))
         yield DONE

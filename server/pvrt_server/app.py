@@ -1,6 +1,6 @@
 """OpenAI's protocol over the embedded engine: completions, chat completions, models, metrics.
 
-`create_app(engine, "name")` is an ASGI application; `launch.serve` runs it.
+`create_app(engine, options)` is an ASGI application; `local_server` runs it.
 """
 
 import asyncio
@@ -16,12 +16,13 @@ import pvrt
 from pvrt_server.answer import Responder
 from pvrt_server.engine import Engine
 from pvrt_server.errors import EngineStoppedError, ModelNotFoundError, RequestError
-from pvrt_server.failures import ERROR_RESPONSES, add_handlers, failure_response
-from pvrt_server.gate import MAX_BODY_BYTES, Gate
+from pvrt_server.failures import ERROR_RESPONSES, add_handlers, error_response
+from pvrt_server.gate import Auth
 from pvrt_server.grammar import Grammar
 from pvrt_server.messages import template_messages
 from pvrt_server.metrics import CONTENT_TYPE
-from pvrt_server.page import Page
+from pvrt_server.options import ServeOptions
+from pvrt_server.page import Page, model_card
 from pvrt_server.responses import ChatForm, CompletionForm, Echo, Form, Usage
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.schema import (
@@ -36,19 +37,10 @@ from pvrt_server.tool_params import offer
 from pvrt_server.tools import Tools
 
 
-def create_app(
-    engine: Engine,
-    served_model_name: str,
-    api_key: str | None = None,
-    *,
-    max_body_bytes: int = MAX_BODY_BYTES,
-    keep_alive_seconds: float = 15,
-) -> FastAPI:
+def create_app(engine: Engine, options: ServeOptions) -> FastAPI:
     """The application. It closes the engine when it shuts down.
 
     With an api_key everything but /health and the page at / needs it as a bearer token.
-    Streams carry an SSE comment whenever nothing else was sent for keep_alive_seconds, because
-    proxies cut connections that are silent while a long prompt is read.
     """
 
     @asynccontextmanager
@@ -64,7 +56,14 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    api = _Api(engine, served_model_name, keep_alive_seconds)
+    _add_routes(app, _Api(engine, options))
+    add_handlers(app)
+    app.add_middleware(Page, card=model_card(engine.opened))
+    app.add_middleware(Auth, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
+    return app
+
+
+def _add_routes(app: FastAPI, api: "_Api") -> None:
     get: dict[str, Callable[..., Any]] = {
         "/health": api.health,
         "/version": api.version,
@@ -81,20 +80,17 @@ def create_app(
     for method, routes in (("GET", get), ("POST", post)):
         for path, endpoint in routes.items():
             app.add_api_route(path, endpoint, methods=[method], responses=ERROR_RESPONSES)
-    add_handlers(app)
-    app.add_middleware(Page, folder=engine.folder)
-    app.add_middleware(Gate, api_key=api_key, max_body_bytes=max_body_bytes)
-    return app
 
 
 class _Api:
-    def __init__(self, engine: Engine, name: str, keep_alive_seconds: float) -> None:
+    def __init__(self, engine: Engine, options: ServeOptions) -> None:
+        folder = engine.opened.path
         self._engine = engine
-        self._name = name
-        self._responder = Responder(engine, name, keep_alive_seconds)
+        self._name = options.name(folder)
+        self._responder = Responder(engine, self._name, options.sse_keep_alive_seconds)
         # What people type: the name, the folder they served, its last part.
-        self._names = {name, str(engine.folder), engine.folder.name}
-        self._created = int((engine.folder / "config.json").stat().st_mtime)
+        self._names = {self._name, str(folder), folder.name}
+        self._created = int((folder / "config.json").stat().st_mtime)
 
     async def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._card()]}
@@ -105,7 +101,7 @@ class _Api:
 
     async def health(self) -> Response:
         if self._engine.failure is not None:
-            return failure_response(EngineStoppedError(self._engine.failure))
+            return error_response(EngineStoppedError(self._engine.failure))
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> dict[str, str]:
@@ -164,7 +160,8 @@ class _Api:
                 echo = Echo(text, tuple(ids))
             echoes += [echo] * body.choices
         form = CompletionForm(codec, echoes, body.logprobs is not None)
-        return await self._answer(body, request, form, prompts, params)
+        requests = await self._requests(body, prompts, params)
+        return await self._answer(body, request, form, requests)
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -181,31 +178,35 @@ class _Api:
             template_kwargs=body.chat_template_kwargs,
         )
         form = ChatForm(codec, bool(body.logprobs), tools)
-        return await self._answer(body, request, form, [ids], params, tools)
+        requests = await self._requests(body, [ids], params, tools)
+        return await self._answer(body, request, form, requests)
+
+    async def _requests(
+        self,
+        body: GenerateRequest,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        tools: Tools | None = None,
+    ) -> list[GenerationRequest]:
+        """One request for each choice of each prompt."""
+        grammar = await asyncio.to_thread(self._grammar, body.schema_to_follow(), tools)
+        return [
+            GenerationRequest(tuple(ids), _for_choice(params, number), grammar)
+            for ids in prompts
+            for number in range(body.choices)
+        ]
 
     async def _answer(
         self,
         body: GenerateRequest,
         request: Request,
         form: Form,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        tools: Tools | None = None,
+        requests: Sequence[GenerationRequest],
     ) -> Response:
-        grammar = await asyncio.to_thread(self._grammar, body.schema_to_follow(), tools)
-        requests = [
-            GenerationRequest(tuple(ids), _for_choice(params, number), grammar)
-            for ids in prompts
-            for number in range(body.choices)
-        ]
-        return await self._responder.answer(
-            requests,
-            form,
-            request,
-            Usage(sum(len(ids) for ids in prompts), body.choices),
-            stream=bool(body.stream),
-            include_usage=body.include_usage,
-        )
+        once = sum(len(each.prompt_ids) for each in requests) // body.choices
+        usage = Usage(once, body.choices, in_stream=body.include_usage)
+        stream = bool(body.stream)
+        return await self._responder.answer(requests, form, request, usage, stream=stream)
 
     def _grammar(
         self, schema: dict[str, Any] | None, tools: Tools | None

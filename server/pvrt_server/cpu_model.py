@@ -23,8 +23,6 @@ from pvrt_kernels import cpu
 from pvrt_kernels.packed import PackedWeight
 from pvrt_kernels.program import MOST_ROWS, Program, Rounded, Step
 
-_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others depend on the length so far
 _FIRST_CAPACITY = 256
 _FEW_ROWS = 4
 _WIDENED_ROWS = 1024  # of a 16-bit weight, at a time, where it is multiplied by many tokens
@@ -64,8 +62,8 @@ class _State:
 class CpuModel:
     """A Llama-like model, packed or dense, decoding up to `rows` sequences at once.
 
-    A dense model may be given in 16 bits: all sums are in float32 in any case. Its layers are
-    replaced.
+    `backend.runs_in_c` says which models these are. A dense one may be given in 16 bits: all sums
+    are in float32 in any case. Its layers are replaced.
     """
 
     def __init__(self, model: Any, rows: int = 1) -> None:
@@ -73,13 +71,11 @@ class CpuModel:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.generation_config = model.generation_config
-        self.most_rows = min(rows, MOST_ROWS)
+        self._rows = min(rows, MOST_ROWS)
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         self._kv_heads, self._dim = config.num_key_value_heads, attention.head_dim
         self._limit = config.max_position_embeddings
-        layers = config.num_hidden_layers
-        self.cache_bytes_per_token = layers * 2 * self._kv_heads * self._dim * 4
         tied = model.lm_head.weight is decoder.embed_tokens.weight
         self._embedding = _narrow(decoder.embed_tokens)
         if tied:
@@ -91,7 +87,7 @@ class CpuModel:
         for parameter in model.parameters():  # norms and biases
             if parameter.dim() == 1:
                 parameter.data = parameter.data.float()
-        self._logits = torch.empty(self.most_rows, self._head.shape[0])
+        self._logits = torch.empty(self._rows, self._head.shape[0])
         self._program = self._build()
         self.bytes_per_token = self._program.bytes_read
         self._positions = 0  # that queries and keys can be rotated to
@@ -163,7 +159,7 @@ class CpuModel:
         model, config = self.model.model, self.model.config
         program, epsilon = Program(), config.rms_norm_eps
         heads, kv_heads, dim = config.num_attention_heads, self._kv_heads, self._dim
-        rows = self.most_rows
+        rows = self._rows
         hidden = torch.empty(rows, config.hidden_size)
         qkv = torch.empty(rows, (heads + 2 * kv_heads) * dim)
         attended = torch.empty(rows, heads * dim)
@@ -173,7 +169,7 @@ class CpuModel:
         for layer in model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-            _linears(program, projections, hidden, qkv, layer.input_layernorm, epsilon=epsilon)
+            _linears(program, projections, hidden, qkv, norm=layer.input_layernorm)
             program.attend(
                 qkv,
                 attended,
@@ -185,11 +181,11 @@ class CpuModel:
                 key_norm=_norm(getattr(attention, "k_norm", None)),
                 epsilon=epsilon,
             )
-            _linears(program, [attention.o_proj], attended, hidden, None, accumulate=True)
+            _linears(program, [attention.o_proj], attended, hidden, accumulate=True)
             norm = layer.post_attention_layernorm
-            _linears(program, [mlp.gate_proj, mlp.up_proj], hidden, gates, norm, epsilon=epsilon)
+            _linears(program, [mlp.gate_proj, mlp.up_proj], hidden, gates, norm=norm)
             program.gate(gates, product)
-            _linears(program, [mlp.down_proj], product, hidden, None, accumulate=True)
+            _linears(program, [mlp.down_proj], product, hidden, accumulate=True)
         norm = _norm(model.norm)
         assert norm is not None
         program.logits(hidden, self._logits, self._head, norm, epsilon, Rounded(self._head))
@@ -219,14 +215,6 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([F.linear(x, rows.float()) for rows in torch.split(weight, _WIDENED_ROWS)], -1)
 
 
-def runs(model: Any) -> bool:
-    """Whether CpuModel computes exactly what a model of transformers does in float32."""
-    if not supports(model.config, model.device):
-        return False
-    kinds = {type(linear) for _, _, linear in _linears_of(model)}
-    return kinds <= {AQLMLinear, nn.Linear}
-
-
 def _linears_of(model: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """The layers of attentions and MLPs, with what they are part of and as what."""
     for layer in model.model.layers:
@@ -234,23 +222,6 @@ def _linears_of(model: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
             for name, module in list(parent.named_children()):
                 if name.endswith("_proj"):
                     yield parent, name, module
-
-
-def supports(config: Any, device: torch.device) -> bool:
-    """Whether CpuModel computes models of a configuration; their layers may be of other kinds."""
-    if cpu.library() is None or device.type != "cpu":
-        return False
-    rope = getattr(config, "rope_parameters", None) or {}
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"]
-    sliding = getattr(config, "sliding_window", None)
-    return (
-        config.model_type in _MODEL_TYPES
-        and config.hidden_act == "silu"
-        and rope.get("rope_type", "default") in _ROPE_TYPES
-        and (sliding is None or config.model_type != "mistral")
-        and set(layer_types) == {"full_attention"}
-        and not getattr(config, "mlp_bias", False)
-    )
 
 
 def _narrow(module: Any) -> Tensor:
@@ -275,16 +246,18 @@ def _linears(
     layers: list[Any],
     x: Tensor,
     y: Tensor,
-    norm: Any,
     *,
-    epsilon: float = 0.0,
+    norm: Any = None,
     accumulate: bool = False,
 ) -> None:
-    """y = the layers' outputs one after the other; one operation where they are packed in one."""
+    """y = the layers' outputs one after the other; one operation where they are packed in one.
+
+    norm is the model's normalisation of x before them, if there is one.
+    """
     shared = getattr(layers[0], "packed", None)
     options: dict[str, Any] = {
         "norm": _norm(norm),
-        "epsilon": epsilon,
+        "epsilon": 0.0 if norm is None else norm.variance_epsilon,
         "accumulate": accumulate,
     }
     if shared is not None and all(getattr(layer, "packed", None) is shared for layer in layers):

@@ -17,10 +17,14 @@ from queue import SimpleQueue
 
 import torch
 
+from pvrt_server.backend import Decision, choose_backend
 from pvrt_server.errors import BusyError, EngineStoppedError, RequestError
+from pvrt_server.fits import this_machine
 from pvrt_server.grammar import GrammarCompiler
-from pvrt_server.loading import EngineOptions, load_runtime, sampling_defaults
+from pvrt_server.loading import load_runtime, sampling_defaults
 from pvrt_server.metrics import Metrics
+from pvrt_server.opened import OpenedModel, open_model
+from pvrt_server.options import ServeOptions
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.scheduler import Event, FailureEvent, Job, Scheduler
 from pvrt_server.sequence import GenerationRequest, PromptEvent, Runtime, TokenEvent
@@ -40,17 +44,21 @@ class Engine:
     """
 
     def __init__(
-        self, runtime: Runtime, defaults: SamplingParams, *, folder: Path, max_requests: int
+        self,
+        runtime: Runtime,
+        opened: OpenedModel,
+        options: ServeOptions,
+        defaults: SamplingParams | None = None,
     ) -> None:
-        self.folder = folder
-        self.defaults = defaults
+        self.opened = opened
+        self.defaults = defaults or sampling_defaults(runtime.model)
         self.metrics = Metrics()
         self.grammars = GrammarCompiler(
             runtime.codec.tokenizer, runtime.vocabulary, runtime.eos_ids
         )
         self.on_broken: Callable[[], None] = lambda: None
         self._runtime = runtime
-        self._max_requests = max_requests
+        self._most_requests = options.requests
         self._scheduler = Scheduler(runtime, self.metrics)
         self._changed = threading.Condition()
         self._stopped: str | None = None
@@ -60,16 +68,20 @@ class Engine:
         self._worker.start()
 
     @classmethod
-    def load(cls, folder: Path, options: EngineOptions | None = None) -> "Engine":
-        """Load a checkpoint folder, AQLM or dense, onto the GPU if there is one.
+    def load(cls, folder: Path, options: ServeOptions | None = None) -> "Engine":
+        """Load a model folder, quantised or dense, onto the GPU if there is one.
 
-        Raises CheckpointError for a folder that is not sound, ServeError for options that do not
-        fit the model.
+        Raises CheckpointError for a folder that is not sound, ServeError for options that the model
+        cannot meet.
         """
-        options = options or EngineOptions()
-        runtime = load_runtime(folder, options)
-        defaults = sampling_defaults(runtime.model)
-        return cls(runtime, defaults, folder=folder, max_requests=options.max_requests)
+        options = (options or ServeOptions()).changed(engine="local")
+        opened = open_model(folder)
+        return cls.start(opened, options, choose_backend(opened, options, this_machine()))
+
+    @classmethod
+    def start(cls, opened: OpenedModel, options: ServeOptions, decision: Decision) -> "Engine":
+        """Load an opened model as was decided. Raises CheckpointError and ServeError."""
+        return cls(load_runtime(opened, options, decision), opened, options)
 
     def __enter__(self) -> "Engine":
         return self
@@ -158,10 +170,10 @@ class Engine:
         with self._changed:
             if self._stopped is not None:
                 raise EngineStoppedError(self._stopped)
-            if self._scheduler.requests >= self._max_requests:
+            if self._scheduler.requests >= self._most_requests:
                 seconds = max(1, math.ceil(self._scheduler.seconds_to_start))
                 raise BusyError(
-                    f"{self._max_requests} requests run or wait already; try again in "
+                    f"{self._most_requests} requests run or wait already; try again in "
                     f"{seconds} seconds",
                     seconds,
                 )

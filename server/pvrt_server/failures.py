@@ -57,7 +57,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-def failure_response(error: PvrtError) -> JSONResponse:
+def error_response(error: PvrtError) -> JSONResponse:
     """The response for one of our errors."""
     message = str(error)
     match error:
@@ -84,7 +84,7 @@ def _response(
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PvrtError)
-    return failure_response(error)
+    return error_response(error)
 
 
 async def _on_gone(request: Request, error: Exception) -> Response:

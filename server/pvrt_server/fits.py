@@ -1,68 +1,77 @@
-"""What fits on this device before anything is loaded: weights, cache, context, requests at once.
+"""Capacity: what a machine has, what a model needs there, and what is left for its cache.
 
-Reads config.json and the headers of the weights, and asks the device for its free memory.
+Counts from headers and free memory, before anything is loaded. `backend` decides by it.
 """
 
-from collections.abc import Mapping
+import importlib.util
+import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
-from pvrt.checkpoint import Checkpoint, read_config, read_headers, weight_files
-from pvrt.errors import ServeError
 from pvrt.memory import free_host_bytes
-from pvrt.packed import GridCheckpoint, is_quantised, open_checkpoint
-from pvrt.plan import CacheShape, cache_shape
-from pvrt.stored import TensorInfo
-from pvrt_server import cpu_model
+from pvrt.plan import CacheShape
+from pvrt.stored import StoredModel, TensorInfo
 
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Beside weights and cache, measured on SmolLM2-135M (CPU) and rounded up: Python, torch and
-# activations, in vLLM's case for three processes. On a GPU: context, graphs and activations.
-_LOCAL_HOST_BYTES = 700_000_000
-_VLLM_HOST_BYTES = 2_500_000_000
-_GPU_BYTES = 1_500_000_000
+#: What becomes of the weights: used as they are stored, looked up by our kernels, or decoded once.
+WeightKind = Literal["dense", "packed", "decoded"]
 
 
 @dataclass(frozen=True)
-class Device:
-    """Memory to serve from, in bytes: all of a GPU's (of `count` GPUs together), or the host's."""
+class Machine:
+    """What there is to serve with. device is cpu, or torch's name of an accelerator.
 
-    kind: str  # cpu or cuda
+    Bytes are all of a GPU's (of `gpus` GPUs together), or the host's. vllm is the folder of the
+    installed vLLM; avx512 says that the CPU has these instructions, or is no x86 CPU.
+    """
+
+    device: str
     free_bytes: int
     total_bytes: int
-    count: int = 1
-
-    @classmethod
-    def here(cls, count: int = 1) -> "Device":
-        """The first GPUs of this machine, or its host memory."""
-        if not torch.cuda.is_available():
-            free = free_host_bytes()
-            return cls("cpu", free, free)
-        count = min(count, torch.cuda.device_count())
-        sizes = [torch.cuda.mem_get_info(number) for number in range(count)]
-        # Every GPU gets the same share, so the fullest decides.
-        free, total = min(size[0] for size in sizes), min(size[1] for size in sizes)
-        return cls("cuda", count * free, count * total, count)
+    gpus: int = 1
+    vllm: Path | None = None
+    avx512: bool = True
 
     def __str__(self) -> str:
-        names = "the CPU" if self.kind == "cpu" else "the GPU"
-        if self.count > 1:
-            names = f"{self.count} GPUs"
+        names = "the CPU" if self.device == "cpu" else "the GPU"
+        if self.gpus > 1:
+            names = f"{self.gpus} GPUs"
         return f"{names}, {gigabytes(self.free_bytes)} free"
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How a model fits on a device. Sizes are bytes, lengths tokens.
+def this_machine(gpus: int = 1) -> Machine:
+    """The first GPUs of this machine, or its host memory."""
+    vllm, avx512 = installed_vllm(), _has_avx512()
+    if not torch.cuda.is_available():
+        free = free_host_bytes()
+        return Machine("cpu", free, free, 1, vllm, avx512)
+    gpus = min(gpus, torch.cuda.device_count())
+    sizes = [torch.cuda.mem_get_info(number) for number in range(gpus)]
+    # Every GPU gets the same share, so the fullest decides.
+    free, total = min(size[0] for size in sizes), min(size[1] for size in sizes)
+    return Machine("cuda", gpus * free, gpus * total, gpus, vllm, avx512)
 
-    cache is one sequence's key-value cache; max_model_len the longest sequence that will be served;
-    wanted_len what was asked for, or what the model was made for.
+
+def installed_vllm() -> Path | None:
+    """The folder of the installed vLLM. Importing it to ask would take seconds."""
+    spec = importlib.util.find_spec("vllm")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+def _has_avx512() -> bool:
+    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_supported()
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How a model fits on a machine. Sizes are bytes, lengths tokens.
+
+    cache is one sequence's key-value cache, cache_bytes what all sequences may take; wanted_len is
+    what was asked for, or what the model was made for.
     """
 
-    device: Device
     weight_bytes: int
     cache: CacheShape
     cache_bytes: int
@@ -70,7 +79,7 @@ class Fit:
 
     @property
     def max_model_len(self) -> int:
-        """The longest sequence that fits, at most the one wanted."""
+        """The longest sequence that will be served: what fits, at most the one wanted."""
         return min(self.wanted_len, self.longest)
 
     @property
@@ -94,44 +103,10 @@ class Fit:
         per_token = self.cache.bytes_for(2) - self.cache.bytes_for(1)
         full = gigabytes(self.cache.bytes_for(length))
         return [
-            f"memory      {self.device}",
-            f"weights     {gigabytes(self.weight_bytes)}",
             f"KV cache    {per_token / 1e3:,.1f} kB per token, {full} for {length:,} tokens",
             f"context     {context}",
             f"at once     {self.concurrency} requests of that length, more of shorter ones",
         ]
-
-
-def fit(
-    folder: Path,
-    engine: str,
-    device: Device,
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-) -> Fit:
-    """How a checked model folder fits.
-
-    engine is vllm or local; dtype and max_model_len are the user's. Raises ServeError when the
-    weights alone, or a single token, are too much for the device.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    itemsize = _itemsize(read_config(folder), engine, device, dtype)
-    cache = cache_shape(config, itemsize)
-    weights = _weight_bytes(folder, engine, device, itemsize, config)
-    own = _VLLM_HOST_BYTES if engine == "vllm" else _LOCAL_HOST_BYTES
-    if device.kind == "cuda":
-        own = device.count * _GPU_BYTES
-    left = device.free_bytes - weights - own
-    result = Fit(device, weights, cache, max(left, 0), max_model_len or cache.longest)
-    if left < 0 or not result.longest:
-        needed = weights + own + cache.bytes_for(1)
-        raise ServeError(
-            f"{folder.name} needs {gigabytes(needed)} to start, {gigabytes(weights)} of it for "
-            f"weights; there is {device}. Close what else uses it, or compress to fewer bits"
-        )
-    return result
 
 
 def gigabytes(size: float) -> str:
@@ -139,47 +114,30 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _itemsize(config: Mapping[str, Any], engine: str, device: Device, dtype: str) -> int:
-    if dtype == "auto" and engine == "local":
-        if device.kind == "cpu":
-            return 4  # see loading.EngineOptions
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return _ITEMSIZE.get(dtype, 2)  # vLLM computes 32-bit checkpoints in 16 bits
+def weight_bytes(
+    model: StoredModel, kind: WeightKind, itemsize: int, *, in_c: bool, on_cpu: bool
+) -> int:
+    """What a model's weights will take in memory.
 
-
-def _weight_bytes(folder: Path, engine: str, device: Device, itemsize: int, config: Any) -> int:
-    model: Checkpoint | GridCheckpoint | None = None
-    if is_quantised(read_config(folder)):
-        model = open_checkpoint(folder)
-    tensors = dict(model.tensors if model else read_headers(weight_files(folder)))
+    itemsize is of the type that is computed in; in_c says that the embedded engine runs the model
+    in C, which keeps what is not quantised as narrow as it is stored.
+    """
+    tensors = dict(model.tensors)
     total = 0
-    if _in_c(config, engine, device, itemsize):
-        for name in model.dense_bytes() if model else list(tensors):
-            if len(tensors[name].shape) == 2:  # what is not quantised stays as narrow as it is
+    if in_c:
+        for name in model.dense_bytes():
+            if len(tensors[name].shape) == 2:
                 info = tensors.pop(name)
                 total += info.elements * info.float_bits // 8
-    if model is not None and _is_decoded(model, engine, device):
+    if kind == "decoded":
         for layer in model.layers.values():
             total += layer.out_features * layer.in_features * itemsize
             for part in model.PARTS:
                 tensors.pop(f"{layer.name}.{part}", None)
-    elif device.kind == "cpu":  # the kernels keep codebooks in two layouts
+    elif on_cpu:  # the kernels keep codebooks in two layouts
         books = [info for name, info in tensors.items() if name.endswith(".codebooks")]
         total += sum(_loaded_bytes(info, itemsize) for info in books)
     return total + sum(_loaded_bytes(info, itemsize) for info in tensors.values())
-
-
-def _in_c(config: Any, engine: str, device: Device, itemsize: int) -> bool:
-    """Whether the embedded engine will run the model in C."""
-    kind = torch.device(device.kind)
-    return engine == "local" and itemsize == 4 and cpu_model.supports(config, kind)
-
-
-def _is_decoded(model: Checkpoint | GridCheckpoint, engine: str, device: Device) -> bool:
-    """Whether an engine decodes the weights once and keeps them dense."""
-    if isinstance(model, GridCheckpoint):
-        return engine == "local"
-    return not model.scheme.has_fast_kernel(device.kind)
 
 
 def _loaded_bytes(info: TensorInfo, itemsize: int) -> int:

@@ -2,33 +2,43 @@
 errors, and /v1/models/NAME.
 
 vLLM takes the class by name (--middleware) and gives it nothing but the application, so the rest
-comes through the environment.
+comes through the environment. `frontend_environment` writes it, `Frontend` reads it.
 """
 
 import json
 import os
-from pathlib import Path
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pvrt_server.envelope import Envelope
-from pvrt_server.gate import MAX_BODY_BYTES, Gate
-from pvrt_server.page import Page
+from pvrt_server.gate import Auth
+from pvrt_server.opened import OpenedModel
+from pvrt_server.options import ServeOptions
+from pvrt_server.page import Page, model_card
 from pvrt_server.responses import error_body
 
-KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own, so that its check and ours agree
-FOLDER_VARIABLE = "PVRT_SERVED_FOLDER"
+_KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own, so that its check and ours agree
+_VARIABLE = "PVRT_FRONTEND"
 _MODELS = "/v1/models"
 
 
-class Frontend(Gate):
+class Frontend(Auth):
     """ASGI middleware for vLLM's server. vLLM alone guards /v1 and leaves the rest open."""
 
     def __init__(self, app: ASGIApp) -> None:
-        page = Page(Envelope(ModelCards(app)), Path(os.environ[FOLDER_VARIABLE]))
-        key = os.environ.get(KEY_VARIABLE) or None
-        super().__init__(page, api_key=key, max_body_bytes=MAX_BODY_BYTES)
+        given = json.loads(os.environ[_VARIABLE])
+        page = Page(Envelope(ModelCards(app)), given["card"])
+        key = os.environ.get(_KEY_VARIABLE) or None
+        super().__init__(page, api_key=key, max_body_bytes=given["max_body_bytes"])
+
+
+def frontend_environment(opened: OpenedModel, options: ServeOptions) -> dict[str, str]:
+    """The variables that `Frontend` reads in the process of vLLM's server."""
+    given = {"card": model_card(opened), "max_body_bytes": options.max_body_bytes}
+    # The key is no flag of vLLM's: anybody can read those.
+    key = {} if options.api_key is None else {_KEY_VARIABLE: options.api_key}
+    return {_VARIABLE: json.dumps(given), **key}
 
 
 class ModelCards:

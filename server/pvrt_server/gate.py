@@ -9,12 +9,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pvrt_server.responses import error_body
 
-MAX_BODY_BYTES = 16 << 20  # a prompt of a million tokens as a list of numbers fits
 # Load balancers have no key, and a browser can send one only from the page, which holds no secret.
 _OPEN = frozenset({"/health", "/"})
 
 
-class Gate:
+class Auth:
     """ASGI middleware that answers 401 and 413 before any work is done."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int) -> None:

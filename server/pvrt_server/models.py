@@ -30,8 +30,6 @@ class LanguageModel(Protocol):
     dtype: torch.dtype
     generation_config: Any
     bytes_per_token: int  # of weights that greedy decoding reads
-    cache_bytes_per_token: int
-    most_rows: int  # sequences that `step` takes at once
 
     def start(self) -> Any:
         """The state of a new sequence."""
@@ -75,7 +73,7 @@ class _Batch:
 class TransformersModel:
     """A model of transformers as it is."""
 
-    def __init__(self, model: Any, rows: int = 1) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
@@ -83,9 +81,7 @@ class TransformersModel:
         self.bytes_per_token = weight_bytes(model)
         if not getattr(model.config, "tie_word_embeddings", False):
             self.bytes_per_token -= model.get_input_embeddings().weight.nbytes
-        self.most_rows = rows
         self._batch = _Batch((), None)
-        self.cache_bytes_per_token = self._measure_cache()
 
     def start(self) -> _State:
         """See LanguageModel."""
@@ -180,11 +176,3 @@ class TransformersModel:
     def _unstack(self, states: Sequence[_State]) -> None:
         for state in states:
             state.cache = self._cache(self._kept(state, state.length))
-
-    def _measure_cache(self) -> int:
-        """Bytes that one token takes in the cache, from a sequence of one token."""
-        with torch.inference_mode():
-            state = self.start()
-            self.read(state, (0,), 1)
-        layers = [layer for layer in state.cache.layers if hasattr(layer, "keys")]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

@@ -14,20 +14,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import pvrt
-from pvrt.checkpoint import read_config
-from pvrt.packed import is_quantised, open_checkpoint
-from pvrt_server.templates import chat_template
+from pvrt_server.opened import OpenedModel
 
 _FILE = Path(__file__).with_name("page.html")
 STATUS_PATH = "/pvrt/status"
 
 
 class Page:
-    """ASGI middleware that answers GET / with the page and GET /pvrt/status with JSON."""
+    """ASGI middleware that answers GET / with the page and GET /pvrt/status with JSON.
 
-    def __init__(self, app: ASGIApp, folder: Path) -> None:
+    card is what `model_card` gives.
+    """
+
+    def __init__(self, app: ASGIApp, card: dict[str, Any]) -> None:
         self._app = app
-        self._card = model_card(folder)
+        self._card = card
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -43,23 +44,22 @@ class Page:
         await self._app(scope, receive, send)
 
 
-def model_card(folder: Path) -> dict[str, Any]:
-    """What the folder says of its model: architecture, scheme, bits, size, origin, quality."""
-    config = read_config(folder)
+def model_card(opened: OpenedModel) -> dict[str, Any]:
+    """What a folder says of its model: architecture, scheme, bits, size, origin. Plain JSON."""
+    stored, config = opened.stored, opened.stored.config
     text = config.get("text_config", config)
     card: dict[str, Any] = {
-        "name": folder.name,
+        "name": opened.path.name,
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "context": text.get("max_position_embeddings"),
         "layers": text.get("num_hidden_layers"),
-        "chat": chat_template(folder) is not None,
+        "chat": opened.chat_template is not None,
     }
-    if is_quantised(config):
-        model = open_checkpoint(folder)
-        card["scheme"] = str(model.scheme)
-        card["bits_per_weight"] = model.linear_bits_per_weight()
-        card["file_bytes"] = model.file_bytes()
-    return card | _origin(folder / "pvrt.json")
+    if opened.scheme is not None:
+        card["scheme"] = str(opened.scheme)
+        card["bits_per_weight"] = stored.linear_bits_per_weight()
+        card["file_bytes"] = stored.file_bytes()
+    return card | _origin(opened.path / "pvrt.json")
 
 
 def memory_in_use() -> dict[str, int | None]:

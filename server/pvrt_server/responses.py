@@ -33,7 +33,7 @@ class ScoredToken:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Delta:
     """Part of one choice: text and tool calls, the tokens behind them if asked for, and its end."""
 
     index: int
@@ -50,10 +50,14 @@ class Piece:
 
 @dataclass
 class Usage:
-    """Token counts of a request with a number of choices per prompt."""
+    """Token counts of a request with a number of choices per prompt.
+
+    in_stream says whether a stream ends with them.
+    """
 
     prompt_tokens: int
     choices: int = 1
+    in_stream: bool = False
     completion_tokens: int = 0
     cached_tokens: int = 0
 
@@ -101,7 +105,7 @@ def new_header(model: str, prefix: str) -> Header:
 
 
 class Form(Protocol):
-    """How one endpoint writes pieces."""
+    """How one endpoint writes deltas."""
 
     prefix: str
     kind: str
@@ -109,16 +113,16 @@ class Form(Protocol):
     prompt_field: str
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The first choice of a stream, before any piece; None where there is no such thing."""
+        """The first choice of a stream, before any delta; None where there is no such thing."""
 
-    def pieces(self, event: PromptEvent | TokenEvent) -> Iterable[Piece]:
+    def deltas(self, event: PromptEvent | TokenEvent) -> Iterable[Delta]:
         """What an event adds to the answer."""
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, delta: Delta) -> dict[str, Any]:
         """A choice of a streamed chunk."""
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
-        """A choice of a whole body; the piece holds all of it."""
+    def choice(self, delta: Delta) -> dict[str, Any]:
+        """A choice of a whole body; the delta holds all of it."""
 
 
 @dataclass(frozen=True)
@@ -144,24 +148,24 @@ class CompletionForm:
     def opening(self, index: int) -> None:
         """See Form."""
 
-    def pieces(self, event: PromptEvent | TokenEvent) -> Iterable[Piece]:
+    def deltas(self, event: PromptEvent | TokenEvent) -> Iterable[Delta]:
         """See Form."""
         echo = self._echoes[event.index]
         if isinstance(event, PromptEvent):
             if echo is not None:
                 tokens = _prompt_tokens(self._codec, echo, event.logprobs)
-                yield Piece(event.index, echo.text, tokens, event.finish_reason)
+                yield Delta(event.index, echo.text, tokens, event.finish_reason)
             return
         shift = len(echo.text) if echo else 0
-        yield _token_piece(event, shift)
+        yield _token_delta(event, shift)
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, delta: Delta) -> dict[str, Any]:
         """See Form."""
         return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": self._scores(piece.tokens) if self._logprobs else None,
-            "finish_reason": piece.finish_reason,
+            "index": delta.index,
+            "text": delta.text,
+            "logprobs": self._scores(delta.tokens) if self._logprobs else None,
+            "finish_reason": delta.finish_reason,
         }
 
     choice = chunk
@@ -211,42 +215,42 @@ class ChatForm:
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def pieces(self, event: PromptEvent | TokenEvent) -> Iterable[Piece]:
+    def deltas(self, event: PromptEvent | TokenEvent) -> Iterable[Delta]:
         """See Form."""
         if not isinstance(event, TokenEvent):
             return
-        piece = _token_piece(event, 0)
+        delta = _token_delta(event, 0)
         if self._tools is not None:
             stream = self._streams.setdefault(event.index, ToolStream(self._tools))
-            piece = _with_calls(piece, stream)
-        yield piece
+            delta = _with_calls(delta, stream)
+        yield delta
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
+    def chunk(self, delta: Delta) -> dict[str, Any]:
         """See Form."""
-        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
-        if piece.calls:
-            delta["tool_calls"] = _call_entries(piece.calls)
+        news: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        if delta.calls:
+            news["tool_calls"] = _call_entries(delta.calls)
         return {
-            "index": piece.index,
-            "delta": delta,
-            "logprobs": self._scores(piece.tokens),
-            "finish_reason": piece.finish_reason,
+            "index": delta.index,
+            "delta": news,
+            "logprobs": self._scores(delta.tokens),
+            "finish_reason": delta.finish_reason,
         }
 
-    def choice(self, piece: Piece) -> dict[str, Any]:
+    def choice(self, delta: Delta) -> dict[str, Any]:
         """See Form."""
-        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
-        if piece.calls:
-            message["content"] = piece.text or None
-            calls = _call_entries(piece.calls)
+        message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        if delta.calls:
+            message["content"] = delta.text or None
+            calls = _call_entries(delta.calls)
             message["tool_calls"] = [
                 {key: value for key, value in call.items() if key != "index"} for call in calls
             ]
         return {
-            "index": piece.index,
+            "index": delta.index,
             "message": message,
-            "logprobs": self._scores(piece.tokens),
-            "finish_reason": piece.finish_reason,
+            "logprobs": self._scores(delta.tokens),
+            "finish_reason": delta.finish_reason,
         }
 
     def _scores(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
@@ -270,14 +274,14 @@ class ChatForm:
         }
 
 
-def merge(pieces: Sequence[Piece]) -> Piece:
-    """The pieces of one choice, in order, as one."""
-    return Piece(
-        pieces[0].index,
-        "".join(piece.text for piece in pieces),
-        tuple(token for piece in pieces for token in piece.tokens),
-        pieces[-1].finish_reason,
-        tuple(call for piece in pieces for call in piece.calls),
+def merge(deltas: Sequence[Delta]) -> Delta:
+    """The deltas of one choice, in order, as one."""
+    return Delta(
+        deltas[0].index,
+        "".join(delta.text for delta in deltas),
+        tuple(token for delta in deltas for token in delta.tokens),
+        deltas[-1].finish_reason,
+        tuple(call for delta in deltas for call in delta.calls),
     )
 
 
@@ -294,17 +298,17 @@ def sse(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, separators=(",", ":")).encode("ascii") + b"\n\n"
 
 
-def _with_calls(piece: Piece, stream: ToolStream) -> Piece:
-    """A piece whose text has been taken apart into content and calls."""
-    parts = list(stream.push(piece.text))
-    reason = piece.finish_reason
+def _with_calls(delta: Delta, stream: ToolStream) -> Delta:
+    """A delta whose text has been taken apart into content and calls."""
+    parts = list(stream.push(delta.text))
+    reason = delta.finish_reason
     if reason is not None:
         parts += stream.flush()
         if reason == "stop" and stream.calls:
             reason = "tool_calls"
     text = "".join(part for part in parts if isinstance(part, str))
     calls = tuple(part for part in parts if isinstance(part, CallDelta))
-    return Piece(piece.index, text, piece.tokens, reason, calls)
+    return Delta(delta.index, text, delta.tokens, reason, calls)
 
 
 def _call_entries(deltas: Iterable[CallDelta]) -> list[dict[str, Any]]:
@@ -324,11 +328,11 @@ def _call_entries(deltas: Iterable[CallDelta]) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def _token_piece(event: TokenEvent, shift: int) -> Piece:
+def _token_delta(event: TokenEvent, shift: int) -> Delta:
     tokens: tuple[ScoredToken, ...] = ()
     if event.logprob is not None:
         tokens = (ScoredToken(event.token_id, event.offset + shift, event.logprob),)
-    return Piece(event.index, event.text, tokens, event.finish_reason)
+    return Delta(event.index, event.text, tokens, event.finish_reason)
 
 
 def _prompt_tokens(

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,13 @@ from pvrt.errors import CheckpointError, ServeError
 from pvrt.packed import GridCheckpoint, grid_config, pack, parse_grid_config, unpack
 from pvrt.report import describe
 from pvrt.scheme import GridScheme
-from pvrt_server.launch import _choose
+from pvrt_server.backend import choose_backend
+from pvrt_server.engine import Engine
+from pvrt_server.fits import Machine
+from pvrt_server.opened import open_model
+from pvrt_server.options import ServeOptions
+from pvrt_server.sampling import SamplingParams
+from pvrt_server.sequence import TokenEvent
 from tests.fixtures.greedy import greedy
 from tests.fixtures.toy import decoded, random_grid, write_toy_grid
 from tests.fixtures.vllm_generate import Job, run_jobs
@@ -108,23 +113,28 @@ def test_vllm_runs_four_bits_and_no_fewer_on_a_cpu(folder: Path, dense: dict[str
     ],
 )
 def test_serving_takes_the_engine_that_can_run_the_grid(
-    scheme: str,
-    avx512: bool,
-    problem: str | None,
-    folder: Path,
-    dense: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    scheme: str, avx512: bool, problem: str | None, folder: Path, dense: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    opened = open_model(folder / scheme)
+    machine = Machine("cpu", 10**11, 10**11, vllm=Path("vllm"), avx512=avx512)
+    decision = choose_backend(opened, ServeOptions(), machine)
     if problem is None:
-        assert _choose("auto", folder / scheme) == "vllm"
+        assert (decision.backend, decision.weights) == ("vllm", "packed")
         return
-    assert _choose("auto", folder / scheme) == "local"
+    assert (decision.backend, decision.weights) == ("local", "decoded")
+    assert problem in decision.report("m")
     with pytest.raises(ServeError, match=f"{problem}.*; use --engine local"):
-        _choose("vllm", folder / scheme)
+        choose_backend(opened, ServeOptions(engine="vllm"), machine)
+
+
+@pytest.mark.parametrize("scheme", ["w3g64", "w4g64"])
+def test_the_embedded_engine_runs_grids(scheme: str, folder: Path, dense: dict[str, Any]) -> None:
+    pytest.importorskip("compressed_tensors")
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    with Engine.load(folder / scheme) as engine:
+        events = [list(engine.generate(prompt, params)) for prompt in PROMPTS]
+    answers = [[e.token_id for e in answer if isinstance(e, TokenEvent)] for answer in events]
+    assert answers == greedy(dense[scheme], PROMPTS, MAX_TOKENS)
 
 
 def test_a_missing_package_is_named(

@@ -48,8 +48,10 @@ def vllm_server(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """vLLM, started by `serve` on the toy checkpoint in float32, with a key. Starts once."""
     code = (
         "import sys; from pathlib import Path; from pvrt_server.launch import serve; "
-        f"sys.exit(serve(Path({str(toy)!r}), engine='vllm', port=0, served_model_name='toy', "
-        "api_key='secret', dtype='float32', extra=['--enforce-eager', '--max-num-seqs', '4']))"
+        "from pvrt_server.options import ServeOptions; "
+        f"sys.exit(serve(Path({str(toy)!r}), ServeOptions(engine='vllm', port=0, "
+        "served_model_name='toy', api_key='secret', dtype='float32', "
+        "extra=('--enforce-eager', '--max-num-seqs', '4'))))"
     )
     log = tmp_path_factory.mktemp("vllm") / "log"
     with log.open("w") as sink:

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pvrt_server.app import create_app
 from pvrt_server.engine import Engine
+from pvrt_server.opened import open_model
+from pvrt_server.options import ServeOptions
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import Runtime
 from pvrt_server.text import TextCodec
@@ -50,8 +52,6 @@ class ScriptedModel:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.bytes_per_token = 0
-        self.cache_bytes_per_token = 1
-        self.most_rows = 64
         self.gate = threading.Event()
         self.gate.set()
         self.hold_after: int | None = None
@@ -117,7 +117,8 @@ def scripted_engine(
         cache_tokens=1 << 20,
     )
     greedy = SamplingParams(temperature=0)
-    return Engine(runtime, greedy, folder=folder, max_requests=max_requests), model
+    options = ServeOptions(max_num_queued_reqs=max_requests)
+    return Engine(runtime, open_model(folder), options, greedy), model
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def post_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
 @contextmanager
 def serving(engine: Engine, **options: Any) -> Iterator[Server]:
     """Serve an engine as "toy" while the block runs."""
-    app = create_app(engine, "toy", **options)
+    app = create_app(engine, ServeOptions(served_model_name="toy", **options))
     config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=30)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -14,10 +14,11 @@ from pvrt.linear import pack_model, quantized_linears
 from pvrt_kernels import cpu
 from pvrt_kernels.program import Rounded
 from pvrt_server import cpu_model
+from pvrt_server.backend import runs_in_c
 from pvrt_server.cpu_model import CpuModel
 from pvrt_server.engine import Engine
-from pvrt_server.loading import EngineOptions, load_runtime
 from pvrt_server.models import TransformersModel
+from pvrt_server.options import ServeOptions
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
@@ -57,7 +58,7 @@ def test_logits_are_those_of_transformers(
 ) -> None:
     write_toy(tmp_path, architecture, scheme, dtype=dtype)
     model = loaded(tmp_path)
-    assert cpu_model.runs(model)
+    assert runs_in_c(model.config, "cpu")
     expected = logits_after(
         TransformersModel(pvrt.load(tmp_path, dense=True, dtype=torch.float32)), 12
     )
@@ -169,7 +170,7 @@ def test_the_engine_takes_it_and_dense_weights_keep_sixteen_bits(tmp_path: Path)
         assert isinstance(model, CpuModel)
         assert model._head.dtype == torch.bfloat16
         assert model._head is model._embedding
-    with Engine.load(tmp_path, EngineOptions(dtype="bfloat16")) as engine:
+    with Engine.load(tmp_path, ServeOptions(dtype="bfloat16")) as engine:
         assert isinstance(engine._runtime.model, TransformersModel)
 
 
@@ -180,7 +181,8 @@ def test_models_that_are_not_quantised_run_in_it_as_they_are_stored(
 ) -> None:
     toy_model(architecture).to(dtype).save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
-    model = load_runtime(tmp_path, EngineOptions()).model
+    with Engine.load(tmp_path) as engine:
+        model = engine._runtime.model
     assert isinstance(model, CpuModel)
     assert {p.dtype for p in model.model.parameters() if p.dim() == 2} == {dtype}
     reference = TransformersModel(pvrt.load(tmp_path, dtype=torch.float32))
@@ -189,8 +191,8 @@ def test_models_that_are_not_quantised_run_in_it_as_they_are_stored(
 
 
 def test_more_sequences_than_the_program_runs_are_refused(toy: Path) -> None:
-    with pytest.raises(ServeError, match="max_num_seqs is 65; this model runs at most 64"):
-        load_runtime(toy, EngineOptions(max_sequences=65))
+    with pytest.raises(ServeError, match="--max-num-seqs is 65; this model runs at most 64"):
+        Engine.load(toy, ServeOptions(max_num_seqs=65))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs Linux")
@@ -227,10 +229,10 @@ def test_what_the_program_does_not_compute_is_left_to_transformers(
 ) -> None:
     write_toy(tmp_path, "llama")
     model = pvrt.load(tmp_path, dtype=torch.float32)
-    assert cpu_model.runs(model)
+    assert runs_in_c(model.config, "cpu")
     for name, value in change.items():
         setattr(model.config, name, value)
-    assert not cpu_model.runs(model)
+    assert not runs_in_c(model.config, "cpu")
 
 
 def test_packed_models_save_the_checkpoint_they_came_from(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pvrt_server.errors import (
     GenerationError,
     RequestError,
 )
-from pvrt_server.loading import EngineOptions
+from pvrt_server.options import ServeOptions
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import GenerationRequest, PromptEvent, TokenEvent
 from tests.fixtures.toy import write_toy
@@ -43,7 +43,7 @@ def test_greedy_answers_are_those_of_transformers(
 ) -> None:
     write_toy(tmp_path, architecture)
     prompt = list(range(60, 120))  # longer than gemma's sliding window of 32
-    with Engine.load(tmp_path, EngineOptions(prefill_chunk=chunk)) as engine:
+    with Engine.load(tmp_path, ServeOptions(prefill_chunk=chunk)) as engine:
         found = tokens(engine, prompt)
     assert found == transformers_answer(tmp_path, prompt, 24)
 
@@ -61,8 +61,11 @@ def test_a_device_without_a_kernel_decodes_once_and_says_so(
 
 def test_dtype_is_float32_on_cpu_unless_asked(toy: Path, tmp_path: Path) -> None:
     write_toy(tmp_path, dtype=torch.bfloat16)
-    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
-        with Engine.load(tmp_path, EngineOptions(dtype)) as engine:
+    for options, expected in (
+        (ServeOptions(), torch.float32),
+        (ServeOptions(dtype="bfloat16"), torch.bfloat16),
+    ):
+        with Engine.load(tmp_path, options) as engine:
             assert engine._runtime.model.dtype == expected
 
 
@@ -80,7 +83,7 @@ def test_the_models_generation_config_sets_the_defaults(tmp_path: Path) -> None:
 def test_prompt_scores_predict_each_token_from_those_before(toy: Path) -> None:
     prompt = list(range(70, 90))
     params = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=3)
-    with Engine.load(toy, EngineOptions(prefill_chunk=6)) as engine:
+    with Engine.load(toy, ServeOptions(prefill_chunk=6)) as engine:
         (event,) = engine.generate(prompt, params)
     assert isinstance(event, PromptEvent)
     assert event.finish_reason == "length"
@@ -95,7 +98,7 @@ def test_prompt_scores_predict_each_token_from_those_before(toy: Path) -> None:
 
 
 def test_the_answer_ends_at_the_end_of_the_context(toy: Path) -> None:
-    with Engine.load(toy, EngineOptions(max_model_len=40)) as engine:
+    with Engine.load(toy, ServeOptions(max_model_len=40)) as engine:
         params = SamplingParams(temperature=0, ignore_eos=True)
         events = list(engine.generate(list(range(30)), params))
     assert len(events) == 11
@@ -245,11 +248,7 @@ def test_requests_that_cannot_run_are_refused_at_once(
 
 def test_options_are_checked(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ServeError, match="made for 512 tokens; give --max-model-len 512"):
-        Engine.load(toy, EngineOptions(max_model_len=1024))
-    with pytest.raises(ServeError, match="dtype is 'int4'"):
-        EngineOptions("int4")
-    with pytest.raises(ServeError, match="max_requests is 0"):
-        EngineOptions(max_requests=0)
+        Engine.load(toy, ServeOptions(max_model_len=1024))
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         Engine.load(tmp_path)
 

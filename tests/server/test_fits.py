@@ -1,16 +1,33 @@
-"""What fits: sizes against the tensors that engines really hold, and the sentences."""
+"""Capacity: sizes against the tensors that engines really hold, and the sentences."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pvrt.errors import ServeError
-from pvrt_server.fits import Device, fit
-from pvrt_server.loading import EngineOptions, load_runtime
+from pvrt_kernels import cpu
+from pvrt_server.backend import Decision, choose_backend
+from pvrt_server.engine import Engine
+from pvrt_server.fits import Capacity, Machine
+from pvrt_server.opened import open_model
+from pvrt_server.options import ServeOptions
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
 
-ROOMY = Device("cpu", 10**11, 10**11)
+ROOMY = Machine("cpu", 10**11, 10**11, vllm=Path("vllm"))
+
+
+def decide(folder: Path, engine: str, machine: Machine = ROOMY, **options: Any) -> Decision:
+    """How a folder is served there by an engine."""
+    chosen = ServeOptions(**options).changed(engine=engine)
+    return choose_backend(open_model(folder), chosen, machine)
+
+
+def fit(folder: Path, engine: str, machine: Machine = ROOMY, **options: Any) -> Capacity:
+    """How a folder fits there."""
+    return decide(folder, engine, machine, **options).capacity
 
 
 def test_the_weights_are_counted_as_the_engine_will_hold_them(
@@ -22,26 +39,26 @@ def test_the_weights_are_counted_as_the_engine_will_hold_them(
     toy_tokenizer().save_pretrained(tmp_path / "dense")
     write_toy_grid(tmp_path / "grid", "llama", "w4g128")
     with caplog.at_level("INFO"):
-        load_runtime(tmp_path / "aqlm", EngineOptions())
+        Engine.load(tmp_path / "aqlm").close()
     (said,) = (r.args for r in caplog.records if r.msg.startswith("loaded"))
     assert isinstance(said, tuple)
-    found = fit(tmp_path / "aqlm", "local", ROOMY).weight_bytes
+    found = fit(tmp_path / "aqlm", "local").weight_bytes
     assert found == pytest.approx(float(str(said[4])) * 1e6, rel=0.05)
     # On a CPU the embedded engine computes in float32, but keeps matrices in their 16 bits.
     parameters = sum(p.numel() for p in dense.parameters())
     matrices = sum(p.numel() for p in dense.parameters() if p.dim() == 2)
-    local = fit(tmp_path / "dense", "local", ROOMY).weight_bytes
+    local = fit(tmp_path / "dense", "local").weight_bytes
     assert local == 4 * parameters - 2 * matrices
     caplog.clear()
     with caplog.at_level("INFO"):
-        load_runtime(tmp_path / "dense", EngineOptions())
+        Engine.load(tmp_path / "dense").close()
     (said,) = (r.args for r in caplog.records if r.msg.startswith("loaded"))
     assert isinstance(said, tuple)
     assert local == pytest.approx(float(str(said[4])) * 1e6, rel=0.01)
-    assert fit(tmp_path / "dense", "vllm", ROOMY).weight_bytes == 2 * parameters
-    assert fit(tmp_path / "dense", "vllm", ROOMY, "float32").weight_bytes == 4 * parameters
-    assert fit(tmp_path / "grid", "local", ROOMY).weight_bytes == 4 * parameters
-    assert fit(tmp_path / "grid", "vllm", ROOMY).weight_bytes < 1.1 * parameters
+    assert fit(tmp_path / "dense", "vllm").weight_bytes == 2 * parameters
+    assert fit(tmp_path / "dense", "vllm", dtype="float32").weight_bytes == 4 * parameters
+    assert fit(tmp_path / "grid", "local").weight_bytes == 4 * parameters
+    assert fit(tmp_path / "grid", "vllm").weight_bytes < 1.1 * parameters
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "deepseek_v3"])
@@ -51,25 +68,52 @@ def test_the_cache_is_counted_as_transformers_fills_it(tmp_path: Path, architect
     with torch.inference_mode():
         cache = model(torch.randint(200, (1, 100)), use_cache=True).past_key_values
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    found = fit(tmp_path, "local", ROOMY)
+    found = fit(tmp_path, "local")
     # transformers keeps a window's last token but one: the new one makes it whole.
     assert found.cache.bytes_for(100) == pytest.approx(held, rel=0.03)
 
 
 def test_less_memory_means_a_shorter_context_and_says_what_is_missing(toy: Path) -> None:
-    roomy = fit(toy, "local", ROOMY)
+    roomy = fit(toy, "local")
     assert (roomy.max_model_len, roomy.wanted_len) == (512, 512)
     assert roomy.concurrency > 1000
     fixed = ROOMY.free_bytes - roomy.cache_bytes
-    half = Device("cpu", fixed + roomy.cache.bytes_for(256), 10**11)
+    half = Machine("cpu", fixed + roomy.cache.bytes_for(256), 10**11)
     tight = fit(toy, "local", half)
     assert (tight.max_model_len, tight.concurrency) == (256, 1)
     assert any("256 tokens of 512" in line and "more" in line for line in tight.lines())
-    assert fit(toy, "local", ROOMY, max_model_len=100).max_model_len == 100
+    assert fit(toy, "local", max_model_len=100).max_model_len == 100
 
 
 def test_a_model_that_cannot_start_is_refused_with_both_numbers(toy: Path) -> None:
     with pytest.raises(ServeError, match=r"needs 70\d MB to start, .* the CPU, 300 MB free"):
-        fit(toy, "local", Device("cpu", 3 * 10**8, 10**11))
+        fit(toy, "local", Machine("cpu", 3 * 10**8, 10**11))
     with pytest.raises(ServeError, match=r"needs 3\.0 GB .* 2 GPUs, 1\.0 GB free"):
-        fit(toy, "vllm", Device("cuda", 10**9, 10**11, count=2))
+        fit(toy, "vllm", Machine("cuda", 10**9, 10**11, gpus=2, vllm=Path("vllm")))
+
+
+def test_layers_that_others_quantised_are_left_to_transformers(tmp_path: Path) -> None:
+    toy_model("llama").save_pretrained(tmp_path)
+    assert decide(tmp_path, "local").in_c == (cpu.library() is not None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not decide(tmp_path, "local").in_c
+
+
+def test_the_report_says_why_and_how_and_the_engine_does_it(toy: Path, tmp_path: Path) -> None:
+    asked = decide(toy, "local")
+    assert asked.report("m").startswith("m on the embedded engine, because --engine local asks for")
+    assert f"weights     {asked.capacity.weight_bytes / 1e6:.0f} MB, packed" in asked.report("m")
+    missing = decide(toy, "auto", Machine("cpu", 10**11, 10**11))
+    assert "m on the embedded engine, because vLLM is not installed" in missing.report("m")
+    assert decide(toy, "auto").report("m").startswith("m on vLLM, because it is installed")
+    with Engine.load(toy, ServeOptions(max_model_len=100, cache_bytes=10**6)) as engine:
+        decided = decide(toy, "local", max_model_len=100, cache_bytes=10**6)
+        assert engine.max_model_len == decided.capacity.max_model_len == 100
+        assert engine._runtime.cache_tokens == decided.cache_tokens
+    with pytest.raises(ServeError, match=r"made for 512 tokens; give --max-model-len 512"):
+        decide(toy, "vllm", max_model_len=513)
+    per_token = asked.capacity.cache.bytes_for(1)
+    with pytest.raises(ServeError, match=r"a context of 200 tokens .* Try: --max-model-len 100"):
+        decide(toy, "local", max_model_len=200, cache_bytes=100 * per_token)

@@ -10,14 +10,21 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from pvrt_server.frontend import Frontend
+from pvrt_server.frontend import Frontend, frontend_environment
+from pvrt_server.opened import open_model
+from pvrt_server.options import ServeOptions
+
+
+def set_variables(folder: Path, options: ServeOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the process of vLLM's server is started with."""
+    for name, value in frontend_environment(open_model(folder), options).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
 def guarded(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     """An application as vLLM builds it: middleware by class, without arguments."""
-    monkeypatch.setenv("PVRT_SERVED_FOLDER", str(toy))
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    set_variables(toy, ServeOptions(api_key="secret"), monkeypatch)
     paths = ("/health", "/metrics", "/invocations", "/v1/models", "/tokenize")
     methods = ["GET", "OPTIONS"]
     app = Starlette(
@@ -30,8 +37,8 @@ def guarded(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
 @pytest.fixture
 def client(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     """The same without a key, over routes that answer as vLLM's do."""
-    monkeypatch.setenv("PVRT_SERVED_FOLDER", str(toy))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    set_variables(toy, ServeOptions(), monkeypatch)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": "org/m", "max_model_len": 9}]})

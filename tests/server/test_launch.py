@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import signal
@@ -17,29 +16,39 @@ import pytest
 
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.plan import CacheShape
-from pvrt_server.fits import Device, Fit
+from pvrt_server.backend import Decision
+from pvrt_server.fits import Capacity, Machine
 from pvrt_server.launch import serve
-from pvrt_server.loading import EngineOptions
-from pvrt_server.options import Plan
-from pvrt_server.vllm_process import gpu_count, vllm_command, vllm_environment
+from pvrt_server.opened import OpenedModel, open_model
+from pvrt_server.options import ServeOptions
+from pvrt_server.vllm_process import vllm_command, vllm_environment
 from tests.fixtures.toy import write_toy
 from tests.server.running import PATIENCE, wait_until
 
-RUN = "import sys; from pathlib import Path; from pvrt_server.launch import serve; sys.exit(serve("
+# Serves a folder given as sys.argv[1], by what stands in the braces.
+RUN = """
+import sys
+from pathlib import Path
+from pvrt_server.launch import serve
+from pvrt_server.options import ServeOptions
+sys.exit(serve(Path(sys.argv[1]), ServeOptions({options})))
+"""
 
 # Serves; before a sequence of 30 tokens gets the next one, a statement runs.
 RUN_WITH = """
 import sys
 from pathlib import Path
-from pvrt_server import cpu_model, launch, models
+from pvrt_server import cpu_model, local_server, models
+from pvrt_server.launch import serve
+from pvrt_server.options import ServeOptions
 for kind in (cpu_model.CpuModel, models.TransformersModel):
     def step(self, states, tokens, argmax_only=False, step=kind.step):
         if states[0].length == 30:
             {statement}
         return step(self, states, tokens, argmax_only)
     kind.step = step
-launch.GRACE_SECONDS = 600
-sys.exit(launch.serve(Path(sys.argv[1]), engine="local", port=0, api_key="k"))
+local_server.GRACE_SECONDS = 600
+sys.exit(serve(Path(sys.argv[1]), ServeOptions(engine="local", port=0, api_key="k")))
 """
 
 FAKE_VLLM = """
@@ -66,29 +75,29 @@ def taken_port() -> Iterator[int]:
         yield holder.getsockname()[1]
 
 
-def plan(**changes: Any) -> Plan:
-    values = {
-        "model": Path("/models/m"),
-        "name": "m",
-        "host": "127.0.0.1",
-        "port": 8123,
-        "dtype": "auto",
-        "max_model_len": None,
-        "api_key": None,
-        "log_level": "info",
-    }
-    return Plan(**{**values, **changes})
+def decision(device: Any = "cpu", free: int = 10**10, wanted: int = 512) -> Decision:
+    """A model of 1 GB that has 1 MB of cache per token and was made for 4096 tokens, on vLLM."""
+    machine = Machine(device, free, 2 * 10**10)
+    capacity = Capacity(10**9, CacheShape(((10**6, None),), 4096), free - 10**9, wanted)
+    return Decision("vllm", "it is installed", machine, "auto", "packed", False, capacity, 0)
 
 
-def room(kind: str = "cpu", free: int = 10**10, wanted: int = 512) -> Fit:
-    """A model of 1 GB that has 1 MB of cache per token and was made for 4096 tokens."""
-    device = Device(kind, free, 2 * 10**10)
-    return Fit(device, 10**9, CacheShape(((10**6, None),), 4096), free - 10**9, wanted)
+def command(toy: Path, decided: Decision | None = None, **options: Any) -> list[str]:
+    """vLLM's command line for options."""
+    return vllm_command(open_model(toy), ServeOptions(**options), decided or decision())
+
+
+def environment(
+    toy: Path, given: dict[str, str] | None = None, decided: Decision | None = None, **options: Any
+) -> dict[str, str]:
+    """What vLLM's process is given beside what the user set."""
+    chosen = ServeOptions(**options)
+    return vllm_environment(open_model(toy), chosen, decided or decision(), given or {})
 
 
 def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(toy: Path) -> None:
     with taken_port() as port, pytest.raises(ServeError) as caught:
-        serve(toy, port=port, engine="local")
+        serve(toy, ServeOptions(port=port, engine="local"))
     assert f"port {port} (Address already in use)" in str(caught.value)
     assert f"--port {port + 1}" in str(caught.value)
 
@@ -96,23 +105,23 @@ def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(toy: Path) -> N
 def test_a_folder_that_is_not_sound_is_refused_first(tmp_path: Path) -> None:
     with taken_port() as port:
         with pytest.raises(CheckpointError, match=r"config\.json is missing"):
-            serve(tmp_path, port=port)
+            serve(tmp_path, ServeOptions(port=port))
         write_toy(tmp_path)
         weights = tmp_path / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-10])
         with pytest.raises(CheckpointError, match="damaged or cut short"):
-            serve(tmp_path, port=port)
+            serve(tmp_path, ServeOptions(port=port))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "local", "extra": ["--enforce-eager"]}, "no option --enforce-eager"),
+        ({"engine": "local", "extra": ("--enforce-eager",)}, "no option --enforce-eager"),
         ({"engine": "local", "host": "no.such.host.invalid"}, "no address of this machine"),
         ({"engine": "local", "host": "192.0.2.1"}, "cannot listen on 192.0.2.1"),
         ({"engine": "local", "dtype": "int4", "port": 0}, "dtype is 'int4'"),
         ({"engine": "local", "max_model_len": 4096, "port": 0}, "made for 512 tokens"),
-        ({"engine": "local", "log_level": "loud"}, "log level 'loud'"),
+        ({"engine": "local", "log_level": "loud"}, "--log-level is 'loud'; choose debug, info"),
         ({"engine": "local", "api_key": ""}, "the API key must be"),
     ],
 )
@@ -120,7 +129,7 @@ def test_options_that_cannot_be_met_are_one_sentence(
     toy: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ServeError, match=message):
-        serve(toy, **options)
+        serve(toy, ServeOptions(**options))
 
 
 def test_vllm_is_asked_for_by_name_only_where_it_is_installed(
@@ -128,9 +137,9 @@ def test_vllm_is_asked_for_by_name_only_where_it_is_installed(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ServeError, match=r"pip install 'pvrt\[vllm\]', or use --engine local"):
-        serve(toy, engine="vllm")
+        serve(toy, ServeOptions(engine="vllm"))
     with pytest.raises(ServeError, match="no option --x"):  # auto is the embedded engine then
-        serve(toy, extra=["--x"])
+        serve(toy, ServeOptions(extra=("--x",)))
 
 
 def test_a_missing_chat_template_and_an_open_door_are_warned_of(
@@ -139,78 +148,78 @@ def test_a_missing_chat_template_and_an_open_door_are_warned_of(
     write_toy(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ServeError):
-        serve(tmp_path, engine="local", host="0.0.0.0", port=0, dtype="int4")
+        serve(tmp_path, ServeOptions(engine="local", host="0.0.0.0", max_model_len=4096))
     said = [record.message for record in caplog.records]
     assert any("no chat template" in line and "chat_template.jinja" in line for line in said)
     assert any("there is no --api-key" in line for line in said)
 
 
-def test_vllm_gets_our_defaults_and_the_users_flags_last() -> None:
-    command = vllm_command(plan(max_model_len=512), room(), ["--dtype", "float16"])
-    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    joined = " ".join(command)
-    assert "--model /models/m --served-model-name m /models/m" in joined
+def test_vllm_gets_our_defaults_and_the_users_flags_last(toy: Path) -> None:
+    extra = ("--dtype", "float16")
+    found = command(toy, port=8123, served_model_name="m", max_model_len=512, extra=extra)
+    assert found[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    joined = " ".join(found)
+    assert f"--model {toy} --served-model-name m {toy}" in joined
     assert "--host 127.0.0.1 --port 8123" in joined
     assert "--max-model-len 512" in joined
     assert "--middleware pvrt_server.frontend.Frontend" in joined
-    assert command[-2:] == ["--dtype", "float16"]
+    assert found[-2:] == ["--dtype", "float16"]
 
 
 def test_bounds_go_to_either_engine_by_one_name(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    joined = " ".join(vllm_command(plan(max_num_seqs=3, max_num_queued_reqs=7), room(), []))
+    joined = " ".join(command(toy, max_num_seqs=3, max_num_queued_reqs=7))
     assert "--max-num-seqs 3 --max-num-queued-reqs 7" in joined
-    assert "--max-num" not in " ".join(vllm_command(plan(), room(), []))
+    assert "--max-num" not in " ".join(command(toy))
 
-    def load(folder: Path, options: EngineOptions) -> None:
-        raise ServeError(f"{options.max_sequences} at once of {options.max_requests}")
+    def start(opened: OpenedModel, options: ServeOptions, decided: Decision) -> None:
+        raise ServeError(f"{options.sequences} at once of {options.requests}")
 
-    monkeypatch.setattr("pvrt_server.engine.Engine.load", load)
+    monkeypatch.setattr("pvrt_server.engine.Engine.start", start)
     with pytest.raises(ServeError, match="3 at once of 7"):
-        serve(toy, engine="local", port=0, max_num_seqs=3, max_num_queued_reqs=7)
+        serve(toy, ServeOptions(engine="local", port=0, max_num_seqs=3, max_num_queued_reqs=7))
     with pytest.raises(ServeError, match="16 at once of 256"):
-        serve(toy, engine="local", port=0)
+        serve(toy, ServeOptions(engine="local", port=0))
 
 
-def test_vllm_finds_its_own_context_unless_one_is_asked_for_or_less_fits() -> None:
-    assert "--max-model-len" not in vllm_command(plan(), room(), [])
-    command = vllm_command(plan(), room(free=2 * 10**9, wanted=4096), [])
-    assert command[command.index("--max-model-len") + 1] == "1000"
+def test_vllm_finds_its_own_context_unless_one_is_asked_for_or_less_fits(toy: Path) -> None:
+    assert "--max-model-len" not in command(toy)
+    found = command(toy, decision(free=2 * 10**9, wanted=4096))
+    assert found[found.index("--max-model-len") + 1] == "1000"
 
 
-def test_vllm_reserves_what_is_free_and_not_more() -> None:
-    command = vllm_command(plan(), room("cuda"), [])
-    assert command[command.index("--gpu-memory-utilization") + 1] == "0.49"
-    assert "0.49" not in vllm_command(plan(), room("cuda"), ["--gpu-memory-utilization=0.7"])
+def test_vllm_reserves_what_is_free_and_not_more(toy: Path) -> None:
+    gpu = decision("cuda")
+    found = command(toy, gpu)
+    assert found[found.index("--gpu-memory-utilization") + 1] == "0.49"
+    assert "0.49" not in command(toy, gpu, extra=("--gpu-memory-utilization=0.7",))
     # On a CPU: four sequences of 512 MB, in GiB; what the user says stays.
-    assert vllm_environment(plan(), room(), [], {})["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert environment(toy)["VLLM_CPU_KVCACHE_SPACE"] == "2"
     given = {"VLLM_CPU_KVCACHE_SPACE": "7"}
-    assert vllm_environment(plan(), room(), [], given)["VLLM_CPU_KVCACHE_SPACE"] == "7"
-    flags = ["--kv-cache-memory-bytes", "9"]
-    assert "VLLM_CPU_KVCACHE_SPACE" not in vllm_environment(plan(), room(), flags, {})
+    assert environment(toy, given)["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    flags = ("--kv-cache-memory-bytes", "9")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment(toy, extra=flags)
 
 
 def test_the_number_of_gpus_is_read_from_the_flags_for_vllm() -> None:
-    assert gpu_count([]) == 1
-    assert gpu_count(["--tensor-parallel-size", "2", "-pp=3"]) == 6
-    assert gpu_count(["--tensor_parallel_size=4"]) == 4
+    assert ServeOptions().gpus == 1
+    assert ServeOptions(extra=("--tensor-parallel-size", "2", "-pp=3")).gpus == 6
+    assert ServeOptions(extra=("--tensor_parallel_size=4",)).gpus == 4
+    assert ServeOptions(extra=("--tensor-parallel-size",)).gpus == 1
 
 
 @pytest.mark.parametrize("flag", ["--port", "--api-key=x", "--served_model_name"])
-def test_flags_of_our_own_are_refused_behind_the_dashes(toy: Path, flag: str) -> None:
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
+def test_flags_of_our_own_are_refused_behind_the_dashes(flag: str) -> None:
     with pytest.raises(ServeError, match="give it before the --"):
-        serve(toy, engine="vllm", port=0, extra=[flag])
+        ServeOptions(extra=(flag,))
 
 
-def test_vllm_gets_the_key_unseen_and_our_plugin_always() -> None:
-    guarded = plan(api_key="secret")
-    assert "secret" not in " ".join(vllm_command(guarded, room(), [])) + repr(guarded)
-    assert vllm_environment(guarded, room(), [], {})["VLLM_API_KEY"] == "secret"
+def test_vllm_gets_the_key_unseen_and_our_plugin_always(toy: Path) -> None:
+    assert "secret" not in " ".join(command(toy, api_key="secret"))
+    assert "secret" not in repr(ServeOptions(api_key="secret"))
+    assert environment(toy, api_key="secret")["VLLM_API_KEY"] == "secret"
     for given, expected in {"": "pvrt", "other": "other,pvrt", "a,pvrt": "a,pvrt"}.items():
-        environment = vllm_environment(plan(), room(), [], {"VLLM_PLUGINS": given})
-        assert environment["VLLM_PLUGINS"] == expected
-    assert "VLLM_PLUGINS" not in vllm_environment(plan(), room(), [], {})
+        assert environment(toy, {"VLLM_PLUGINS": given})["VLLM_PLUGINS"] == expected
+    assert "VLLM_PLUGINS" not in environment(toy)
 
 
 @pytest.fixture
@@ -223,14 +232,14 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     flags = tmp_path / "flags.json"
     (package / "api_server.py").write_text(f"FLAGS_FILE = {str(flags)!r}\n{FAKE_VLLM}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("pvrt_server.launch._choose", lambda *_: "vllm")
+    monkeypatch.setattr("pvrt_server.fits.installed_vllm", lambda: tmp_path / "vllm")
     return flags
 
 
 def test_a_check_that_fails_ends_the_server_and_says_so_by_its_exit_code(
     toy: Path, fake_vllm: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert serve(toy, engine="vllm", port=0, check=True) == 1
+    assert serve(toy, ServeOptions(engine="vllm", port=0, check=True)) == 1
     said = capsys.readouterr().out
     assert "ok    health, without a key" in said
     assert "FAIL  completion: text, usage, finish_reason" in said
@@ -253,7 +262,12 @@ def test_signals_reach_vllm_and_its_exit_code_comes_back(
     thread = threading.Thread(target=terminate_when_ready)
     thread.start()
     try:
-        code = serve(toy, engine="vllm", port=0, served_model_name="toy", extra=["--enforce-eager"])
+        code = serve(
+            toy,
+            ServeOptions(
+                engine="vllm", port=0, served_model_name="toy", extra=("--enforce-eager",)
+            ),
+        )
     finally:
         ended.set()
         thread.join()
@@ -318,7 +332,9 @@ def test_a_start_that_vllm_refuses_ends_in_one_sentence(toy: Path) -> None:
     with pytest.raises(ServeError, match=r"this vLLM has no tool-call parser nonsense\. Try"):
         serve(
             toy,
-            engine="vllm",
-            port=0,
-            extra=["--enable-auto-tool-choice", "--tool-call-parser", "nonsense"],
+            ServeOptions(
+                engine="vllm",
+                port=0,
+                extra=("--enable-auto-tool-choice", "--tool-call-parser", "nonsense"),
+            ),
         )

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from pvrt_server.opened import open_model
 from pvrt_server.page import model_card
 from tests.server.running import PATIENCE, Server, scripted_engine, serving
 
@@ -43,9 +44,9 @@ def test_a_manifest_tells_where_a_model_comes_from_and_a_broken_one_nothing(toy:
     copy = toy.parent / "with-manifest"
     shutil.copytree(toy, copy)
     (copy / "pvrt.json").write_text('{"base_model": {"name": "original", "sha256": "0"}}')
-    assert model_card(copy)["base_model"] == "original"
+    assert model_card(open_model(copy))["base_model"] == "original"
     (copy / "pvrt.json").write_text("{")
-    assert "base_model" not in model_card(copy)
+    assert "base_model" not in model_card(open_model(copy))
 
 
 @pytest.fixture(scope="module")

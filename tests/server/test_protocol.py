@@ -292,7 +292,7 @@ def test_a_silent_stream_is_kept_alive_with_comments(toy: Path) -> None:
     model.gate.clear()
     text = ""
     with (
-        serving(engine, keep_alive_seconds=0.01) as server,
+        serving(engine, sse_keep_alive_seconds=0.01) as server,
         server.connect() as connection,
     ):
         connection.sendall(post_bytes(COMPLETIONS, b'{"prompt": "ab", "stream": true}'))

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from pvrt.plan import cache_shape
 from pvrt_server.engine import Engine, Event, FailureEvent
 from pvrt_server.errors import GenerationError, RequestError
-from pvrt_server.loading import EngineOptions
+from pvrt_server.options import ServeOptions
 from pvrt_server.prefix import shared
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import GenerationRequest, PromptEvent, TokenEvent
@@ -49,9 +50,9 @@ def alone(engine: Engine, prompt: Sequence[int], params: SamplingParams = GREEDY
 def test_answers_are_the_same_alone_and_in_company(tmp_path: Path, architecture: str) -> None:
     write_toy(tmp_path, architecture)
     asked = [prompt[: 5 + 6 * n] for n, prompt in enumerate(prompts(6, 60))]
-    with Engine.load(tmp_path, EngineOptions(max_sequences=1)) as engine:
+    with Engine.load(tmp_path, ServeOptions(max_num_seqs=1)) as engine:
         expected = [alone(engine, prompt) for prompt in asked]
-    with Engine.load(tmp_path, EngineOptions(max_sequences=4, prefill_chunk=16)) as engine:
+    with Engine.load(tmp_path, ServeOptions(max_num_seqs=4, prefill_chunk=16)) as engine:
         assert at_once(engine, asked) == expected
 
 
@@ -144,7 +145,7 @@ def test_choices_of_one_prompt_read_it_once(toy: Path) -> None:
         if isinstance(event, PromptEvent):
             cached.put(event.cached)
 
-    with Engine.load(toy, EngineOptions(prefill_chunk=64)) as engine:
+    with Engine.load(toy, ServeOptions(prefill_chunk=64)) as engine:
         engine.submit([GenerationRequest(tuple(prompt), params)] * 4, note)
         found = sorted(cached.get(timeout=PATIENCE) for _ in range(4))
     assert found == [0, 199, 199, 199]
@@ -165,8 +166,8 @@ def test_a_full_cache_puts_sequences_back_and_loses_nothing(toy: Path) -> None:
     asked = prompts(5, 40)
     with Engine.load(toy) as engine:
         expected = [alone(engine, prompt) for prompt in asked]
-        per_token = engine._runtime.model.cache_bytes_per_token
-    small = EngineOptions(cache_bytes=130 * per_token, max_model_len=100)
+    per_token = cache_shape(engine.opened.config, 4).bytes_for(1)
+    small = ServeOptions(cache_bytes=130 * per_token, max_model_len=100)
     with Engine.load(toy, small) as engine:
         assert at_once(engine, asked) == expected
         text = engine.metrics.expose("toy").decode()
@@ -257,7 +258,7 @@ def test_shared_beginnings_are_counted(length: int) -> None:
 
 
 def test_reuse_can_be_turned_off(toy: Path) -> None:
-    with Engine.load(toy, EngineOptions(prefix_reuse=False)) as engine:
+    with Engine.load(toy, ServeOptions(prefix_reuse=False)) as engine:
         for _ in range(2):
             first = next(iter(engine.generate(prompts(1)[0], GREEDY)))
             assert isinstance(first, PromptEvent)

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from pvrt_server.app import create_app
 from pvrt_server.engine import Engine
+from pvrt_server.options import ServeOptions
 from pvrt_server.smoke import Target, report, run_checks
 from tests.server import running
 from tests.server.running import PATIENCE, Server
@@ -17,9 +18,9 @@ from tests.server.test_launch import RUN
 
 
 def test_the_embedded_engine_passes_every_check_on_the_command_line(toy: Path) -> None:
-    code = f"{RUN}Path({str(toy)!r}), engine='local', port=0, api_key='k', check=True))"
+    code = RUN.format(options="engine='local', port=0, api_key='k', check=True")
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=5 * PATIENCE
+        [sys.executable, "-c", code, str(toy)], capture_output=True, text=True, timeout=5 * PATIENCE
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert "FAIL" not in run.stdout
@@ -31,8 +32,8 @@ def test_the_embedded_engine_passes_every_check_on_the_command_line(toy: Path) -
 def failures(toy: Path) -> dict[str, str]:
     """What the checks find wrong with a server that breaks several promises."""
 
-    def sloppy(engine: Engine, *args: Any, **options: Any) -> Any:
-        app = create_app(engine, *args, **options)
+    def sloppy(engine: Engine, options: ServeOptions) -> Any:
+        app = create_app(engine, options)
 
         async def broken(scope: Scope, receive: Receive, send: Send) -> None:
             async def spoil(message: Any) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pvrt_server import vllm_process
+from pvrt_server.fits import installed_vllm
 from pvrt_server.startup_failures import CAUSES, explain
 
 #: (what is printed, the file of vLLM that has it, a fixed part of it there, sentence, command)
@@ -243,7 +243,7 @@ def test_a_failure_becomes_one_sentence_and_one_command(
     assert said is not None
     assert sentence in said
     assert said.endswith(command) or command in said.partition("Try: ")[2]
-    folder = vllm_process.installed()
+    folder = installed_vllm()
     if folder is not None and file is not None:
         assert fixed in (folder / file).read_text(encoding="utf-8")
 

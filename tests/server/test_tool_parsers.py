@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pvrt_server import vllm_process
+from pvrt_server.fits import installed_vllm
 from pvrt_server.tool_parsers import _PARSERS, tool_parser
 
 HERMES = "{% if tools %}<tool_call>\n{...}\n</tool_call>{% endif %}"
@@ -33,7 +33,7 @@ def test_no_parser_where_none_is_known(registry: Path, tmp_path: Path) -> None:
 
 
 def test_every_parser_is_one_of_the_installed_vllm() -> None:
-    folder = vllm_process.installed()
+    folder = installed_vllm()
     if folder is None:
         pytest.skip("vLLM is not installed")
     known = (folder / "tool_parsers" / "__init__.py").read_text(encoding="utf-8")

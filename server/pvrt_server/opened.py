@@ -1,0 +1,58 @@
+"""The model folder that is served, opened and checked once. Everything else is handed this."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pvrt.checkpoint import Checkpoint
+from pvrt.errors import ServeError
+from pvrt.packed import GridCheckpoint, open_folder
+from pvrt.scheme import GridScheme, Scheme
+from pvrt.stored import StoredModel
+from pvrt_server.templates import chat_template
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model folder: its config.json and headers, the same config as transformers has it, and the
+    text of its chat template, if there is one."""
+
+    stored: StoredModel
+    config: Any
+    chat_template: str | None
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.stored.path
+
+    @property
+    def scheme(self) -> Scheme | GridScheme | None:
+        """How its layers are quantised; None for a dense model."""
+        stored = self.stored
+        return stored.scheme if isinstance(stored, Checkpoint | GridCheckpoint) else None
+
+    @property
+    def foreign(self) -> bool:
+        """Whether its layers are quantised in a way that is not ours and transformers' affair."""
+        return self.scheme is None and "quantization_config" in self.stored.config
+
+
+def open_model(folder: Path) -> OpenedModel:
+    """Open a model folder, quantised or dense. No weights are read.
+
+    Raises CheckpointError for a folder that is not sound, and ServeError for a kind of model that
+    transformers does not know.
+    """
+    from transformers import AutoConfig, __version__
+
+    stored = open_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        kind = stored.config.get("model_type")
+        raise ServeError(
+            f"transformers {__version__} cannot read {folder}/config.json, whose model_type is "
+            f"{kind!r} ({str(error).splitlines()[0]}); pip install --upgrade transformers"
+        ) from error
+    return OpenedModel(stored, config, chat_template(folder))
