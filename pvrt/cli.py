@@ -93,11 +93,19 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    # Before any work is done; doctor reports it among its findings.
+    if os.environ.get("PVRT_CPU_ISA") and context.invoked_subcommand != "doctor":
+        from pvrt_kernels import cpu
+
+        try:
+            cpu.library()
+        except ValueError as error:
+            raise PvrtError(str(error)) from error
 
 
 @app.command()

@@ -64,7 +64,7 @@ def product_bound(
         for rows, part in zip(code_rows(partition_sizes, 1), codebooks[:, :, :, 0], strict=True):
             tables = torch.einsum("njg,mvg->njmv", inputs, part.double())
             spans = (tables.amax(-1) - tables.amin(-1)).amax(-1)  # [n, groups]
-            for block in spans.split(block_groups, 1):
+            for block in torch.split(spans, block_groups, 1):
                 widest = block.amax(1, keepdim=True)
                 bound[:, rows] += block.shape[1] * books * per_span * widest
     bound *= scales.double().reshape(-1).abs()

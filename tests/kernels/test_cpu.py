@@ -16,7 +16,7 @@ from pvrt.scheme import Scheme
 from pvrt_kernels import aqlm_linear, cpu, cpu_rounding, dispatch, reference
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 from pvrt_kernels.program import Program, Rounded, Step
-from tests.fixtures.instruction_sets import SOURCES, compiled, relative
+from tests.fixtures.instruction_sets import SOURCES, compiled, natively, relative, using
 from tests.fixtures.toy import random_layer
 
 HERE = Path(__file__).parent
@@ -132,6 +132,18 @@ def test_one_tokens_result_is_its_own_among_others_within_the_bound(isa: str, sc
         x[1:] = x[1:].roll(1, 0)  # other neighbours, at other places
         assert torch.equal(aqlm_packed_linear(x[:tokens], weight)[0], together[0])
         x[1:] = x[1:].roll(-1, 0)
+
+
+@pytest.mark.parametrize("scheme", ["2x8g8", "1x7g4", "17x8g8"])
+def test_the_model_of_avx512_computes_what_the_instructions_do(modelled: Path, scheme: str) -> None:
+    if "avx512-vbmi" not in natively():
+        pytest.skip("no AVX-512 with VBMI here")
+    layer, x = fused(scheme, [200], 208, torch.float32), torch.randn(1, 208)
+    weight, found = packed(layer, [200]), []
+    for library in (cpu.LIBRARY, modelled):
+        with using("avx512-vbmi", library):
+            found.append(aqlm_packed_linear(x, weight))
+    assert torch.equal(*found)
 
 
 @needs_library
