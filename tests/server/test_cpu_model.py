@@ -45,7 +45,8 @@ def logits_after(model: Any, steps: int, argmax_only: bool = False) -> Tensor:
 
 def tolerance(model: Any) -> float:
     """Of logits: errors of all products that a token passes, four in a layer, and of lm_head."""
-    return (4 * model.config.num_hidden_layers + 1) * cpu_rounding.relative_error()
+    layers: int = model.config.num_hidden_layers
+    return (4 * layers + 1) * cpu_rounding.relative_error()
 
 
 CASES = [
