@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import pvrt
 from pvrt.errors import PvrtError, RunError
+from pvrt.instruction_set import check_choice
 
 app = typer.Typer(
     name="pvrt",
@@ -93,19 +94,11 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    # Before any work is done; doctor reports it among its findings.
-    if os.environ.get("PVRT_CPU_ISA") and context.invoked_subcommand != "doctor":
-        from pvrt_kernels import cpu
-
-        try:
-            cpu.library()
-        except ValueError as error:
-            raise PvrtError(str(error)) from error
+    check_choice()
 
 
 @app.command()

@@ -61,11 +61,11 @@ def test_an_instruction_set_that_is_not_there_is_refused_before_anything_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PVRT_CPU_ISA", "avx512")
-    done = run("inspect", "nowhere")
-    assert done.returncode == 2
-    assert done.stderr.startswith("pvrt: PVRT_CPU_ISA is 'avx512', which cannot be used here: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert "PVRT_CPU_ISA is 'avx512'" in run("doctor").stdout
+    for command in (["inspect", "nowhere"], ["doctor"]):
+        done = run(*command)
+        assert done.returncode == 2
+        assert done.stderr.startswith("pvrt: PVRT_CPU_ISA is 'avx512', which cannot be used here: ")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_inspect_prints_true_bits_and_what_is_dense(folder: Path) -> None:
