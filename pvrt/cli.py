@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import pvrt
 from pvrt.errors import PvrtError, RunError
+from pvrt.instruction_set import check_choice
 
 app = typer.Typer(
     name="pvrt",
@@ -97,7 +98,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    check_choice()
 
 
 @app.command()

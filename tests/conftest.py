@@ -11,3 +11,5 @@ os.environ["TQDM_DISABLE"] = "1"
 import torch
 
 torch.set_num_threads(1)
+
+pytest_plugins = ["tests.fixtures.instruction_sets"]

@@ -16,7 +16,7 @@
 const isa *kernels = &isa_portable;
 
 #ifdef PVRT_X86
-static const isa *const all[] = {&isa_vbmi, &isa_avx512, &isa_avx2, &isa_portable};
+static const isa *const all[] = {&isa_vbmi, &isa_avx2, &isa_portable};
 static int available(const isa *set) {
 #ifdef PVRT_MODEL_AVX512
     (void)set;
@@ -25,10 +25,10 @@ static int available(const isa *set) {
     __builtin_cpu_init();
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
-    int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (set == &isa_vbmi) return avx512 && __builtin_cpu_supports("avx512vbmi");
-    if (set == &isa_avx512) return avx512;
+    if (set == &isa_vbmi)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vbmi");
     return set == &isa_portable || avx2;
 }
 #else
@@ -37,7 +37,7 @@ static int available(const isa *set) { return set == &isa_portable; }
 #endif
 
 /* Use the instruction set of a name, or the best one for "". Returns its name, NULL if it cannot
- * run here. */
+ * run here; then the one in use stays. */
 API const char *pvrt_use_isa(const char *name) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (available(all[i]) && (!*name || !strcmp(name, all[i]->name))) {
@@ -46,6 +46,10 @@ API const char *pvrt_use_isa(const char *name) {
         }
     return NULL;
 }
+
+/* The instruction set in use, and its table_rounding. */
+API const char *pvrt_isa_name(void) { return kernels->name; }
+API double pvrt_table_rounding(void) { return kernels->table_rounding; }
 
 parallel_fn parallel;
 team_size_fn team_size;

@@ -90,6 +90,9 @@ typedef struct {
     const char *name;
     size_t table_bytes; /* of one group and book */
     size_t extra_bytes; /* of one block, after its tables */
+    /* How far an entry of one token's tables may be from the sum it stands for, as a part of the
+     * span (largest minus least entry) of the widest table of its block. 0: tables are fp32. */
+    double table_rounding;
     /* Tables of `groups` input groups (x points at the first) into t, [group][book]. */
     void (*build)(const float *books, const float *x, int groups, int group, int books_count,
                   void *t);
@@ -152,7 +155,7 @@ extern const isa *kernels; /* the instruction set in use */
 extern const isa isa_portable;
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PVRT_X86 1
-extern const isa isa_avx2, isa_avx512, isa_vbmi;
+extern const isa isa_avx2, isa_vbmi;
 #endif
 
 /* The i-th row to read of rows [from, to): from two places in turn, since memory delivers two

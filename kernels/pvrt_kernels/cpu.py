@@ -1,9 +1,10 @@
 """CPU kernels: the C library beside this file, its two registrations and what else it offers.
 
 `cpu` multiplies by weights in the checkpoint's layout, `cpu-tiles` by packed ones (8-bit codes
-through lookup tables, see cpu.h). All arithmetic is fp32. The library has no dependency on torch or
-Python: `pip install` builds it with the system's C compiler, and every torch can use it. Without it
-(no compiler) nothing registers, and dispatch falls back to the reference with a warning.
+through lookup tables, see cpu.h). All sums are fp32; `cpu_rounding` bounds the errors. The library
+has no dependency on torch or Python: `pip install` builds it with the system's C compiler, and
+every torch can use it. Without it (no compiler) nothing registers, and dispatch falls back to the
+reference with a warning.
 
 Threads are torch's own: the library calls the OpenMP runtime that torch has loaded.
 """
@@ -25,6 +26,7 @@ from pvrt_kernels import dispatch, reference
 
 LIBRARY = Path(__file__).with_name("libpvrt_cpu.so")
 REMEDY = "install a C compiler (apt-get install gcc) and pip install --force-reinstall pvrt"
+INSTRUCTION_SETS = ("avx512-vbmi", "avx2", "portable")  # the best first, as the library chooses
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TILE, _ENTRIES = 64, 256
 # Rows decoded at a time for a dense product: 1 MiB of fp32 stays in the second-level cache.
@@ -73,12 +75,17 @@ class PlainWeight(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The C library, or None where it was not built. PVRT_CPU_ISA names an instruction set."""
+    """The C library, or None where it was not built. PVRT_CPU_ISA names an instruction set.
+
+    Raises ValueError when it names one that cannot be used here.
+    """
     if not LIBRARY.is_file():
         return None
     lib = ctypes.CDLL(str(LIBRARY))
     lib.pvrt_use_isa.argtypes = [ctypes.c_char_p]
-    lib.pvrt_use_isa.restype = ctypes.c_char_p
+    lib.pvrt_use_isa.restype = lib.pvrt_isa_name.restype = ctypes.c_char_p
+    lib.pvrt_isa_name.argtypes = lib.pvrt_table_rounding.argtypes = []
+    lib.pvrt_table_rounding.restype = ctypes.c_double
     lib.pvrt_tiled_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
     lib.pvrt_plain_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
     lib.pvrt_decode_rows.argtypes = [_VOID, _LONG, _LONG, _VOID, _LONG]
@@ -111,17 +118,27 @@ def library() -> Any:
     lib.pvrt_use_threads(*torch_threads())
     wanted = os.environ.get("PVRT_CPU_ISA", "")
     if lib.pvrt_use_isa(wanted.encode()) is None:
-        raise ValueError(f"PVRT_CPU_ISA is {wanted!r}, which this CPU or library does not have")
+        usable = [name for name in INSTRUCTION_SETS if lib.pvrt_use_isa(name.encode())]
+        raise ValueError(
+            f"PVRT_CPU_ISA is {wanted!r}, which cannot be used here: "
+            f"unset it, or choose from {', '.join(usable)}"
+        )
     return lib
 
 
 def instruction_set() -> str | None:
-    """The kernels in use: avx512-vbmi, avx512, avx2 or portable; None without the library."""
+    """The instruction set in use, of INSTRUCTION_SETS; None without the library."""
     lib = library()
     if lib is None:
         return None
-    name: bytes = lib.pvrt_use_isa(os.environ.get("PVRT_CPU_ISA", "").encode())
+    name: bytes = lib.pvrt_isa_name()
     return name.decode()
+
+
+def table_rounding() -> float:
+    """`table_rounding` of cpu.h for the instruction set in use; 0 without the library."""
+    lib = library()
+    return 0.0 if lib is None else float(lib.pvrt_table_rounding())
 
 
 def torch_threads() -> tuple[int | None, int | None]:

@@ -1,4 +1,5 @@
-/* AVX-512: gathers from fp32 tables, and with VBMI byte permutes of 16-bit tables.
+/* AVX-512 with VBMI: byte permutes of 16-bit tables. Without VBMI nothing is gained over AVX2:
+ * gathers from fp32 tables take twice the time of its scalar loads.
  *
  * With PVRT_MODEL_AVX512 the intrinsics come from a scalar model of the same instructions
  * (tests/kernels/avx512_model.h), so that the values are tested on machines without them.
@@ -22,38 +23,13 @@ static inline void table16(const float *book, const float *x, int group, __m512 
     }
 }
 
-static void build(const float *books, const float *x, int groups, int group, int count, void *t) {
-    float *out = t;
-    for (int j = 0; j < groups; j++, x += group)
-        for (int m = 0; m < count; m++, out += ENTRIES) {
-            __m512 sums[ENTRIES / 16];
-            table16(books + (size_t)m * group * ENTRIES, x, group, sums);
-            for (int k = 0; k < ENTRIES / 16; k++) _mm512_storeu_ps(out + 16 * k, sums[k]);
-        }
-}
-
-static void lookup(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
-                   float *acc) {
-    const float *table = t;
-    __m512 s0 = _mm512_loadu_ps(acc), s1 = _mm512_loadu_ps(acc + 16);
-    __m512 s2 = _mm512_loadu_ps(acc + 32), s3 = _mm512_loadu_ps(acc + 48);
-    for (int k = 0; k < tables; k++, table += ENTRIES, codes += TILE, next += TILE) {
-        _mm_prefetch((const char *)next, _MM_HINT_T0);
-#define GATHER(i)                                                                                  \
-    _mm512_i32gather_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(codes + 16 * (i)))),   \
-                        table, 4)
-        s0 = _mm512_add_ps(s0, GATHER(0)), s1 = _mm512_add_ps(s1, GATHER(1));
-        s2 = _mm512_add_ps(s2, GATHER(2)), s3 = _mm512_add_ps(s3, GATHER(3));
-    }
-    _mm512_storeu_ps(acc, s0), _mm512_storeu_ps(acc + 16, s1);
-    _mm512_storeu_ps(acc + 32, s2), _mm512_storeu_ps(acc + 48, s3);
-}
-
 /* 16-bit tables as two planes of bytes [2][256], every table without its minimum, one scale for a
- * block. After the tables: the scale, then the sum of the minima. */
+ * block: the span of its widest table in STEPS. After the tables: the scale, then the sum of the
+ * minima. An entry is rounded to the nearest step, so each lookup is off by at most half a step;
+ * that is table_rounding. Sums of steps are exact. */
+#define STEPS 65535.0f
 #define PLANES (2 * ENTRIES)
-static void build_bytes(const float *books, const float *x, int groups, int group, int count,
-                        void *t) {
+static void build(const float *books, const float *x, int groups, int group, int count, void *t) {
     float least[256], widest = 0, sum = 0; /* a block has at most 16 tables, or books (<= 64) */
     const float *block = x;
     for (int j = 0, k = 0; j < groups; j++, x += group)
@@ -68,7 +44,7 @@ static void build_bytes(const float *books, const float *x, int groups, int grou
             least[k] = from, sum += from;
             if (to - from > widest) widest = to - from;
         }
-    const float scale = widest > 0 ? widest / 65535.0f : 1.0f;
+    const float scale = widest > 0 ? widest / STEPS : 1.0f;
     const __m512 inverse = _mm512_set1_ps(1.0f / scale);
     uint8_t *out = t;
     x = block;
@@ -112,8 +88,8 @@ static inline void add_sums(__m512i all, __m512i odd, float factor, float *even1
     ADD(even16, even, 0), ADD(even16, even, 1), ADD(odd16, odd, 0), ADD(odd16, odd, 1);
 }
 
-static void lookup_bytes(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
-                         float *acc) {
+static void lookup(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
+                   float *acc) {
     const uint8_t *table = t;
     __m512i low = _mm512_setzero_si512(), low_odd = low, high = low, high_odd = low;
     for (int k = 0; k < tables; k++, table += PLANES, codes += TILE, next += TILE) {
@@ -176,9 +152,6 @@ static void gate(const float *x, const float *values, float *y, int64_t n) {
     isa_avx2.gate(x, values, y, n);
 }
 
-const isa isa_avx512 = {"avx512", ENTRIES * 4, 0, build, lookup, build8, lookup8, direct,
-                        decode, attend, dot, dot_bytes, dot4, gate};
-const isa isa_vbmi = {"avx512-vbmi", PLANES, 8, build_bytes, lookup_bytes, build8, lookup8,
-                      direct,
-                        decode, attend, dot, dot_bytes, dot4, gate};
+const isa isa_vbmi = {"avx512-vbmi", PLANES, 8, 0.5 / STEPS, build, lookup, build8, lookup8,
+                      direct, decode, attend, dot, dot_bytes, dot4, gate};
 #endif

@@ -27,7 +27,6 @@ MODEL __m512 _mm512_set1_ps(float a) { __m512 r; LANES32(i) r.f[i] = a; return r
 MODEL __m512 _mm512_setzero_ps(void) { return _mm512_set1_ps(0); }
 MODEL __m512 _mm512_loadu_ps(const void *p) { __m512 r; memcpy(&r, p, 64); return r; }
 MODEL void _mm512_storeu_ps(void *p, __m512 a) { memcpy(p, &a, 64); }
-MODEL __m512 _mm512_add_ps(__m512 a, __m512 b) { LANES32(i) a.f[i] += b.f[i]; return a; }
 MODEL __m512 _mm512_sub_ps(__m512 a, __m512 b) { LANES32(i) a.f[i] -= b.f[i]; return a; }
 MODEL __m512 _mm512_mul_ps(__m512 a, __m512 b) { LANES32(i) a.f[i] *= b.f[i]; return a; }
 MODEL __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
@@ -38,11 +37,6 @@ MODEL __m512 _mm512_min_ps(__m512 a, __m512 b) { LANES32(i) a.f[i] = a.f[i] < b.
 MODEL __m512 _mm512_max_ps(__m512 a, __m512 b) { LANES32(i) a.f[i] = a.f[i] > b.f[i] ? a.f[i] : b.f[i]; return a; }
 MODEL float _mm512_reduce_min_ps(__m512 a) { LANES32(i) if (a.f[i] < a.f[0]) a.f[0] = a.f[i]; return a.f[0]; }
 MODEL float _mm512_reduce_max_ps(__m512 a) { LANES32(i) if (a.f[i] > a.f[0]) a.f[0] = a.f[i]; return a.f[0]; }
-MODEL __m512 _mm512_i32gather_ps(__m512i index, const void *base, int scale) {
-    __m512 r;
-    LANES32(i) memcpy(&r.f[i], (const char *)base + (int64_t)dword(&index, i) * scale, 4);
-    return r;
-}
 MODEL __m512 _mm512_cvtepi32_ps(__m512i a) { __m512 r; LANES32(i) r.f[i] = (float)dword(&a, i); return r; }
 MODEL __m512i _mm512_cvtps_epi32(__m512 a) { /* to nearest, ties to even */
     __m512i r;
@@ -50,7 +44,6 @@ MODEL __m512i _mm512_cvtps_epi32(__m512 a) { /* to nearest, ties to even */
     return r;
 }
 
-MODEL __m128i _mm_loadu_si128(const void *p) { __m128i r; memcpy(&r, p, 16); return r; }
 MODEL void _mm_storeu_si128(void *p, __m128i a) { memcpy(p, &a, 16); }
 MODEL __m512i _mm512_loadu_si512(const void *p) { __m512i r; memcpy(&r, p, 64); return r; }
 MODEL __m512i _mm512_setzero_si512(void) { __m512i r; memset(&r, 0, 64); return r; }
@@ -59,7 +52,6 @@ MODEL __m512i _mm512_min_epi32(__m512i a, __m512i b) {
     LANES32(i) if (dword(&b, i) < dword(&a, i)) set_dword(&a, i, dword(&b, i));
     return a;
 }
-MODEL __m512i _mm512_cvtepu8_epi32(__m128i a) { __m512i r; LANES32(i) set_dword(&r, i, a.b[i]); return r; }
 MODEL __m512i _mm512_cvtepu16_epi32(__m256i a) { __m512i r; LANES32(i) set_dword(&r, i, word(&a, i)); return r; }
 MODEL __m128i _mm512_cvtepi32_epi8(__m512i a) { /* truncates */
     __m128i r;

@@ -1,25 +1,14 @@
-"""What tuning has in C, against every sum and float64, on both kinds of instructions."""
-
-from collections.abc import Iterator
+"""What tuning has in C, against every sum and float64, on every instruction set."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from pvrt.scheme import Scheme
-from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads, cpu, cpu_tuning
+from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads, cpu_tuning
 from tests.fixtures.toy import random_layer
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
-
-
-@pytest.fixture(params=["portable", "avx2"], autouse=True)
-def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Plain C, and what every other instruction set of x86 shares."""
-    if cpu.library().pvrt_use_isa(request.param.encode()) is None:
-        pytest.skip(f"no {request.param} here")
-    yield
-    cpu.library().pvrt_use_isa(b"")
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 def all_sums(books: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ int main(void) {
     const int64_t all = OUT;
     const plain_weight g = {codes, books, scales, &all, 1, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 0};
     pvrt_use_threads(threads, four_threads);
-    const char *sets[] = {"portable", "avx2"};
-    for (int s = 0; s < 2; s++) {
+    const char *sets[] = {"portable", "avx2", "avx512-vbmi"};
+    for (int s = 0; s < 3; s++) {
         if (!pvrt_use_isa(sets[s])) continue;
         for (int repeat = 0; repeat < 3; repeat++)
             for (int64_t tokens = 1; tokens <= TOKENS; tokens += 6) {

@@ -59,6 +59,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert done.stdout == ""
 
 
+def test_an_instruction_set_that_is_not_there_is_refused_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PVRT_CPU_ISA", "avx512")
+    for command in (["inspect", "nowhere"], ["doctor"]):
+        done = run(*command)
+        assert done.returncode == 2
+        assert done.stderr.startswith("pvrt: PVRT_CPU_ISA is 'avx512', which cannot be used here: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
 def test_inspect_prints_true_bits_and_what_is_dense(folder: Path) -> None:
     text = run("inspect", str(folder), "--verify").stdout
     assert "2x8g8, 14 quantised layers" in text

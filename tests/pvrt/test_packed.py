@@ -23,7 +23,7 @@ from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import TokenEvent
-from tests.fixtures.greedy import greedy
+from tests.fixtures.greedy import assert_greedy, greedy
 from tests.fixtures.toy import decoded, random_grid, write_toy_grid
 from tests.fixtures.vllm_generate import Job, run_jobs
 
@@ -94,12 +94,19 @@ def test_our_own_loading_is_the_same(folder: Path, dense: dict[str, Any]) -> Non
 
 @pytest.mark.vllm
 def test_vllm_runs_four_bits_and_no_fewer_on_a_cpu(folder: Path, dense: dict[str, Any]) -> None:
-    """Its loader, fusing and packing are stock; see `provide_int4_product` for its product."""
+    """Its loader, fusing and packing are stock; see `provide_int4_product` for its product.
+
+    In bfloat16, because the product has no float32. That moves each of these logits by up to 0.025,
+    and two of them nearer or farther by 0.05.
+    """
     pytest.importorskip("vllm")
-    jobs = [Job(str(folder / scheme)) for scheme in ("w4g64", "w4g64s", "w3g64", "w2g64s")]
+    schemes = ("w4g64", "w4g64s", "w3g64", "w2g64s")
+    jobs = [Job(str(folder / scheme), engine={"dtype": "bfloat16"}) for scheme in schemes]
     results = run_jobs(jobs, PROMPTS, max_tokens=MAX_TOKENS)
-    assert results[0]["tokens"] == greedy(dense["w4g64"], PROMPTS, MAX_TOKENS)
-    assert results[1]["tokens"] == greedy(dense["w4g64s"], PROMPTS, MAX_TOKENS)
+    for scheme, result in zip(schemes[:2], results, strict=False):
+        assert "tokens" in result, result["error"]
+        for prompt, tokens in zip(PROMPTS, result["tokens"], strict=True):
+            assert_greedy(dense[scheme], prompt, tokens, margin=0.05)
     for result in results[2:]:
         assert result["error"].startswith("ValueError: Failed to find a kernel")
 

@@ -16,7 +16,8 @@ from pvrt.errors import CheckpointError, ServeError
 from pvrt.scheme import Scheme
 from pvrt.vllm_backend import AQLMConfig
 from pvrt.vllm_experts import AQLMExpertsMethod
-from pvrt_kernels import aqlm_dequantize
+from pvrt_kernels import aqlm_dequantize, cpu_rounding
+from tests.fixtures.instruction_sets import relative
 from tests.fixtures.toy import random_layer
 
 HIDDEN, WIDTH, EXPERTS = 64, 96, 4
@@ -90,9 +91,14 @@ def routing(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.rand(tokens, 2, generator=generator), ids.int()
 
 
+def tolerance() -> float:
+    """Errors of three products add up: gate, of which silu makes a tenth more, up, and down."""
+    return 3.1 * cpu_rounding.relative_error()
+
+
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x12g8", "2x8g8o4"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_add_up_to_the_mixture(scheme: str, ranks: int) -> None:
+def test_ranks_add_up_to_the_mixture(isa: str, scheme: str, ranks: int) -> None:
     given, (x, weights, ids) = sources(scheme), routing()
     total = torch.zeros(x.shape[0], HIDDEN)
     for rank in range(ranks):
@@ -101,10 +107,10 @@ def test_ranks_add_up_to_the_mixture(scheme: str, ranks: int) -> None:
         assert loaded == {name for name, _ in layer.named_parameters()}
         method.process_weights_after_loading(layer)
         total += method.apply(layer, x, weights, ids)
-    torch.testing.assert_close(total, mixture(given, x, ids, weights))
+    assert relative(total, mixture(given, x, ids, weights)) < tolerance()
 
 
-def test_ranks_of_expert_parallelism_add_up_too() -> None:
+def test_ranks_of_expert_parallelism_add_up_too(isa: str) -> None:
     given, (x, weights, ids) = sources(), routing()
     total = torch.zeros(x.shape[0], HIDDEN)
     for owned in ([0, 2], [1, 3]):
@@ -112,10 +118,10 @@ def test_ranks_of_expert_parallelism_add_up_too() -> None:
         list(layer.load_weights(tensors(given).items()))
         method.process_weights_after_loading(layer)
         total += method.apply(layer, x, weights, ids)
-    torch.testing.assert_close(total, mixture(given, x, ids, weights))
+    assert relative(total, mixture(given, x, ids, weights)) < tolerance()
 
 
-def test_a_weight_on_the_input_is_no_weight_on_the_output() -> None:
+def test_a_weight_on_the_input_is_no_weight_on_the_output(isa: str) -> None:
     given, (x, weights, ids) = sources(), routing()
     method, layer = made(Experts())
     list(layer.load_weights(tensors(given).items()))
@@ -123,7 +129,7 @@ def test_a_weight_on_the_input_is_no_weight_on_the_output() -> None:
     layer.apply_router_weight_on_input = True
     ones = torch.ones(5, 1)
     expected = mixture(given, x * weights[:, :1], ids[:, :1], ones)
-    torch.testing.assert_close(method.apply(layer, x, weights[:, :1], ids[:, :1]), expected)
+    assert relative(method.apply(layer, x, weights[:, :1], ids[:, :1]), expected) < tolerance()
 
 
 def test_vllms_own_way_of_calling_loaders_works_too() -> None:

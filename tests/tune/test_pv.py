@@ -498,14 +498,12 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from tests.tune.test_pv import SETTINGS, Problem
+from tests.tune.test_pv import SETTINGS, Problem, course
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 problem = Problem(Path({folder!r}), torch.load({tokens!r}))
 trainer = problem.trainer(replace(SETTINGS, microbatch=1, compute={compute!r}))
-kls = [trainer.held_out_kl()]
-kls += [trainer.train_step()["train_kl"] for _ in range(6)]
-kls.append(trainer.held_out_kl())
+kls = course(trainer)
 state = trainer.optimizer.tensors()
 if dist.get_rank() == 0:
     torch.save(state, {state!r})
@@ -514,11 +512,24 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("compute", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.05)])
+def course(trainer: Trainer) -> list[float]:
+    """KLs: held-out before, of six steps, held-out after."""
+    before = trainer.held_out_kl()
+    return [before, *(trainer.train_step()["train_kl"] for _ in range(6)), trainer.held_out_kl()]
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_two_processes_learn_what_one_does(
-    problem: Problem, tmp_path: Path, compute: Literal["float32", "bfloat16"], tolerance: float
+    problem: Problem, tmp_path: Path, compute: Literal["float32", "bfloat16"]
 ) -> None:
-    """FSDP2 over gloo: rows, latents and the choice of groups are cut over the ranks."""
+    """FSDP2 over gloo: rows, latents and the choice of groups are cut over the ranks.
+
+    In bfloat16 two things differ. A sharded student computes with norms in bfloat16, which changes
+    KLs by 1 to 2 % before anything is learned. And ranks add gradients up in another order: it
+    changes their last bits, of which Adam makes whole steps where a gradient is close to zero. From
+    the first step on KLs scatter by 1 to 3 %, as they do in one process with other microbatches.
+    That scatter sets the tolerance.
+    """
     torch.save(problem.tokens, tmp_path / "tokens.pt")
     script = tmp_path / "rank.py"
     script.write_text(
@@ -533,12 +544,15 @@ def test_two_processes_learn_what_one_does(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    alone = problem.trainer(replace(SETTINGS, microbatch=4, compute=compute))
-    kls = [alone.held_out_kl()]
-    kls += [alone.train_step()["train_kl"] for _ in range(6)]
-    kls.append(alone.held_out_kl())
-    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx(kls, rel=tolerance)
-    ours, theirs = torch.load(tmp_path / "state.pt"), alone.optimizer.tensors()
+    alone = {
+        n: problem.trainer(replace(SETTINGS, microbatch=n, compute=compute)) for n in (4, 2, 1)
+    }
+    kls = torch.tensor([course(trainer) for trainer in alone.values()])
+    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    scatter = float((kls / kls[0] - 1).abs().max())
+    assert scatter < 0.1
+    torch.testing.assert_close(found, kls[0], rtol=3 * scatter + 1e-5, atol=0)
+    ours, theirs = torch.load(tmp_path / "state.pt"), alone[4].optimizer.tensors()
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert ours[name].shape == tensor.shape, name
