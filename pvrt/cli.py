@@ -165,6 +165,7 @@ def tune(
     ] = False,
 ) -> None:
     """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
+    from pvrt_tune import parallel
     from pvrt_tune.options import Changes, build
     from pvrt_tune.pipeline import tune as run
     from pvrt_tune.recipe import TuneJob
@@ -189,12 +190,14 @@ def tune(
     try:
         checkpoint = run(job, _say)
     except KeyboardInterrupt:
-        _say(f"stopped; what is finished is in {out}. The same command goes on from there.")
+        if parallel.speaks():
+            _say(f"stopped; what is finished is in {out}. The same command goes on from there.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    from pvrt.report import as_text, describe
+    if parallel.speaks():
+        from pvrt.report import as_text, describe
 
-    print(as_text(describe(checkpoint), shown=3))
-    print(f"next: pvrt serve {out}")
+        print(as_text(describe(checkpoint), shown=3))
+        print(f"next: pvrt serve {out}")
 
 
 def _device(choice: str) -> str:

@@ -27,6 +27,8 @@ class ExpertList(nn.Module):
         weight = fused.get_parameter("down_proj")
         count, hidden, width = weight.shape
         self.names = names
+        #: Whether experts without tokens compute as well, so that their weights have gradients.
+        self.all_compute = False
         # (in, out) of gate, up and down
         shapes = dict(zip(names, ((hidden, width), (hidden, width), (width, hidden)), strict=True))
         for index in range(count):
@@ -42,7 +44,8 @@ class ExpertList(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, width]; top_k_index and top_k_weights [tokens, k]."""
         output = torch.zeros_like(hidden_states)
-        for index in sorted(set(top_k_index.flatten().tolist())):
+        used = set(top_k_index.flatten().tolist())
+        for index in sorted(used.union(range(len(self._modules)) if self.all_compute else ())):
             if index >= len(self._modules):  # an expert-parallel rank's mark for "not mine"
                 continue
             expert: Any = self._modules[str(index)]

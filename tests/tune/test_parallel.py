@@ -1,9 +1,22 @@
-"""Choices of one process; those over ranks are in test_pv.py."""
+"""Ranks: joining, stopping, dealing, choosing, and pieces of a run that are cut over them.
+
+Three gloo processes run once; what they learn together is in test_pv.py.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from pvrt_tune.parallel import top_share
+from pvrt.errors import RunError
+from pvrt_tune import parallel, shards
+from pvrt_tune.parallel import Group, Rows, joined, top_share
+from pvrt_tune.runstate import RunState
 
 
 @pytest.mark.parametrize("count", [1, 37, 999, 1000, 2000])
@@ -19,3 +32,215 @@ def test_scores_that_are_not_positive_are_left_out() -> None:
     assert set(top_share(scores, 5).tolist()) == {1, 3, 5}
     assert len(top_share(torch.zeros(8), 3)) == 0
     assert len(top_share(torch.empty(0), 3)) == 0
+
+
+def test_a_clusters_world_size_alone_is_no_call_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in parallel._TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    lines: list[str] = []
+    with joined("cpu", lines.append) as group:
+        assert (group.device, parallel.world()) == ("cpu", 1)
+        assert group.first(lambda: "alone") == "alone"
+    assert lines == [
+        "WORLD_SIZE is 8, but torchrun did not start this process: it tunes alone",
+    ]
+    assert parallel.speaks()
+
+
+def test_a_first_process_without_a_sign_of_life_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parallel, "_SILENCE", 0.3)
+    store = HashStore()
+    with pytest.raises(RunError, match="no sign of life"):
+        Group("cpu", store)._wait("first 0", store)
+
+
+# ---- three processes ----
+
+SCRIPT = """
+import json, os, signal, sys; sys.path[:0] = {paths!r}
+from pathlib import Path
+import torch
+from pvrt.errors import RunError
+from pvrt_tune import parallel, shards
+from pvrt_tune.runstate import RunState
+from tests.tune.test_parallel import COUNTS, SIZES, gathered, is_read, raised, tensors
+signal.signal(signal.SIGINT, signal.default_int_handler)
+folder = Path({folder!r})
+
+def fail_on_1():
+    if parallel.rank() == 1:
+        raise RunError("the disk of rank 1 is full")
+
+def interrupt():
+    raise KeyboardInterrupt
+
+def steps():
+    with parallel.held_signals():
+        if parallel.rank() == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        for step in range(1000):
+            found["steps"] = step
+            parallel.stop_if_asked()
+
+found = {{}}
+with parallel.joined("cpu", print) as group:
+    found["dealt"] = [parallel.dealt(range(n), size) for n in COUNTS for size in SIZES]
+    found["gathered"] = gathered()
+    state = RunState(folder, writes=parallel.rank() == 0)
+    shards.save(state, "of-three-1", tensors(1), {{"from": 3}})
+    shards.save(state, "of-three-2", tensors(2), {{"from": 3}})
+    if parallel.rank() == 2:
+        os.truncate(state.file("of-three-2", 2), 9)
+    found["newest"] = shards.newest(state, "of-three-")
+    found["read"] = is_read(state, "of-one", tensors(5))
+    found["agreed"] = parallel.agreed(f"said by {{parallel.rank()}}")
+    found["together"] = parallel.together(parallel.rank)
+    found["failed"] = raised(lambda: parallel.together(fail_on_1))
+    found["stopped"] = raised(steps)
+    found["first"] = group.first(lambda: "made")
+    found["first failed"] = raised(lambda: group.first(lambda: 1 / 0))
+    found["first interrupted"] = raised(lambda: group.first(interrupt))
+    (folder / f"{{parallel.rank()}}.json").write_text(json.dumps(found))
+"""
+RANKS = 3
+COUNTS, SIZES = range(1, 11), range(1, 5)
+
+
+def raised(work: Any) -> str:
+    """What work raises, as text."""
+    try:
+        work()
+    except (Exception, KeyboardInterrupt) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def tensors(seed: int) -> dict[str, Rows]:
+    """Tensors that ranks share: cut ones, of which the last rank has fewer rows or none, and one
+    that every rank has whole.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    cut = {
+        "student/a.codes": torch.randint(-99, 99, (7, 3), generator=generator).short(),
+        "optimizer/a/latent": torch.randn(4, 2, generator=generator).bfloat16(),
+        "student/norm": torch.randn(3, generator=generator),
+    }
+    whole = {"student/a.codebooks": Rows(torch.randn(2, 5, generator=generator), None)}
+    rows = {name: Rows(t[parallel.rows_of(len(t))].clone(), len(t)) for name, t in cut.items()}
+    return rows | whole
+
+
+def is_read(state: RunState, name: str, expected: dict[str, Rows]) -> bool:
+    """Whether a piece fills this rank's rows with what is expected."""
+    blank = {n: rows._replace(local=torch.zeros_like(rows.local)) for n, rows in expected.items()}
+    shards.fill(state, name, blank)
+    return all(torch.equal(blank[n].local, rows.local) for n, rows in expected.items())
+
+
+def gathered() -> list[list[float]]:
+    """What this rank gets of the rows of all."""
+    wholes = [parallel.gather(rows) for rows in tensors(4).values()]
+    return [whole.flatten().tolist() for whole in wholes if whole is not None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where three processes left what they found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    shards.save(RunState(folder), "of-one", tensors(5), {"from": 1})
+    script = folder / "rank.py"
+    script.write_text(SCRIPT.format(paths=sys.path, folder=str(folder)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={RANKS}", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    """What each of three processes found."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_windows_are_dealt_once_in_as_many_passes_on_every_rank(
+    found: list[dict[str, Any]],
+) -> None:
+    cases = [(count, size) for count in COUNTS for size in SIZES]
+    for number, (count, size) in enumerate(cases):
+        hands = [one["dealt"][number] for one in found]
+        assert len({len(hand) for hand in hands}) == 1
+        passes = [one for hand in hands for one in hand]
+        worked = [(item, share / len(items)) for items, share in passes if share for item in items]
+        assert sorted(item for item, _ in worked) == list(range(count))
+        assert all(share == pytest.approx(1 / count) for _, share in worked)
+        assert all(0 < len(items) <= size for items, _ in passes)
+
+
+def test_rank_0_alone_gathers_rows_of_every_type(found: list[dict[str, Any]]) -> None:
+    wholes = [rows.local.flatten().tolist() for rows in tensors(4).values()]
+    assert [one["gathered"] for one in found] == [wholes, [], []]
+
+
+def test_one_process_reads_what_three_saved_and_the_other_way_round(
+    folder: Path, found: list[dict[str, Any]]
+) -> None:
+    assert all(one["read"] for one in found)
+    state = RunState(folder)
+    assert state.parts("of-three-1") == RANKS
+    assert state.report("of-three-1") == {"from": 3}
+    assert is_read(state, "of-three-1", tensors(1))
+    # One process cuts nothing: all is whole to it.
+    assert is_read(state, "of-three-1", {n: Rows(r.local, None) for n, r in tensors(1).items()})
+    sizes = [state.file("of-three-1", part).stat().st_size for part in range(RANKS)]
+    assert max(sizes) < state.file("of-one").stat().st_size
+
+
+def test_a_piece_with_a_damaged_part_is_passed_over_by_all(
+    folder: Path, found: list[dict[str, Any]]
+) -> None:
+    assert [one["newest"] for one in found] == ["of-three-1"] * RANKS
+    state = RunState(folder)
+    assert state.report("of-three-2") is None
+    assert shards.newest(state, "of-three-") == "of-three-1"
+
+
+def test_pieces_of_another_version_are_refused_with_a_sentence(folder: Path) -> None:
+    more = tensors(5) | {"optimizer/a/news": Rows(torch.zeros(1), None)}
+    with pytest.raises(RunError, match="other things; start again with --restart"):
+        shards.fill(RunState(folder), "of-one", more)
+
+
+def test_names_of_one_level_are_still_read(tmp_path: Path) -> None:
+    """As version 0.1 saved them."""
+    state = RunState(tmp_path)
+    names = ("a.codes", "a.latent", "norm", "a.codebooks")
+    old = {name: rows.local for name, rows in zip(names, tensors(1).values(), strict=True)}
+    state.save("old", old, {})
+    assert is_read(state, "old", tensors(1))
+
+
+def test_what_one_rank_fails_at_stops_all_with_its_sentence(found: list[dict[str, Any]]) -> None:
+    assert [one["failed"] for one in found] == ["RunError: the disk of rank 1 is full"] * RANKS
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(found: list[dict[str, Any]]) -> None:
+    assert [one["stopped"] for one in found] == ["KeyboardInterrupt: "] * RANKS
+    assert len({one["steps"] for one in found}) == 1
+
+
+def test_the_others_wait_for_the_first_and_end_with_it(found: list[dict[str, Any]]) -> None:
+    assert [one["first"] for one in found] == ["made", None, None]
+    error = "RunError: the first process stopped with an error, which it prints"
+    division = "ZeroDivisionError: division by zero"
+    assert [one["first failed"] for one in found] == [division, error, error]
+    assert [one["first interrupted"] for one in found] == ["KeyboardInterrupt: "] * RANKS
+
+
+def test_the_first_rank_speaks_for_all(found: list[dict[str, Any]]) -> None:
+    assert [one["agreed"] for one in found] == ["said by 0"] * RANKS
+    assert [one["together"] for one in found] == [[0, 1, 2]] * RANKS

@@ -19,13 +19,14 @@ from pvrt.errors import RunError
 from pvrt.linear import AQLMLinear
 from pvrt.scheme import GridScheme, Scheme
 from pvrt_kernels import aqlm_dequantize, cpu_tuning
-from pvrt_tune import distill
+from pvrt_tune import distill, parallel, shards
 from pvrt_tune.calibration import CalibrationData, from_model
 from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVSettings
+from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVOptimizer, PVSettings
+from pvrt_tune.pvstage import teacher_of
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation, represent
 from pvrt_tune.runstate import RunState
@@ -221,10 +222,12 @@ def test_packed_documents_do_not_see_each_other() -> None:
     positions = torch.stack([torch.arange(12), torch.cat([torch.arange(5), torch.arange(7)])])
     data = CalibrationData(tokens, "", positions)
     separate = Teacher(model, data, 4, lambda number: None, lambda number, kept: None)
+    separate.prepare([0, 1])
     first, second = separate.hidden([0, 1])
     torch.testing.assert_close(second[5:], first[:7])
-    joined = replace(data, positions=None)
-    first, second = Teacher(model, joined, 4, separate.load, separate.save).hidden([0, 1])
+    joined = Teacher(model, replace(data, positions=None), 4, separate.load, separate.save)
+    joined.prepare([0, 1])
+    first, second = joined.hidden([0, 1])
     assert float((second[5:] - first[:7]).abs().max()) > 0.1
 
 
@@ -251,13 +254,16 @@ class Problem:
     folder: Path
     tokens: Tensor
 
-    def trainer(self, settings: TrainSettings) -> Trainer:
-        """A fresh trainer on the calibrated student."""
+    def trainer(self, settings: TrainSettings, run: Path | None = None) -> Trainer:
+        """A fresh trainer on the calibrated student; `run` keeps what the teacher computes."""
         teacher = AutoModelForCausalLM.from_pretrained(self.folder / "dense", dtype=torch.float32)
         compute = compute_dtype(settings.compute, "cpu")
         student = Student.of(pvrt.load(self.folder / "out", dtype="float32"), compute)
         data = CalibrationData(self.tokens, "the teacher")
-        states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
+        if run is None:
+            states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
+        else:
+            states = teacher_of(teacher, data, RunState(run, writes=parallel.rank() == 0))
         if settings.teacher_first:
             states.finish(lambda done, total: None)
         return Trainer(student, states, data, settings, seed=0)
@@ -436,7 +442,7 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path)
     ours, theirs = resumed.optimizer.tensors(), whole.optimizer.tensors()
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        assert torch.equal(ours[name], theirs[name]), name
+        assert torch.equal(ours[name].local, theirs[name].local), name
 
 
 def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
@@ -490,6 +496,28 @@ def test_auto_is_bfloat16_where_the_processor_multiplies_it(
     assert compute_dtype("bfloat16", "cpu") is torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["block.latent", "block.limits", "block.exp_avg"])
+def test_a_parameter_may_have_any_name(problem: Problem, name: str) -> None:
+    trainer = problem.trainer(SETTINGS)
+    dense = {name: torch.nn.Parameter(torch.ones(3))}
+    weights = trainer.student.weights()
+    representations = trainer.student.representations
+    optimizer = PVOptimizer(representations, weights, dense, SETTINGS.pv)
+    assert name in optimizer.student()
+    assert optimizer.optimizer()[name].keys() == {"exp_avg", "exp_avg_sq"}
+
+
+def test_experts_without_tokens_have_gradients_too(tmp_path: Path) -> None:
+    """Ranks could not sum the gradients of an expert that only some of them used."""
+    model = toy_model("mixtral")
+    model.save_pretrained(tmp_path / "dense")
+    toy_tokenizer().save_pretrained(tmp_path / "dense")
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), lambda line: None)
+    settings = replace(SETTINGS, batch=1, microbatch=1, held_out=1)
+    trainer = Problem(tmp_path, torch.tensor([[1], [2]])).trainer(settings)  # one token a step
+    trainer.train_step()
+
+
 # ---- several processes ----
 
 RANK_SCRIPT = """
@@ -497,64 +525,102 @@ import json, sys; sys.path[:0] = {paths!r}
 from dataclasses import replace
 from pathlib import Path
 import torch
-import torch.distributed as dist
-from tests.tune.test_pv import SETTINGS, Problem, course
+from pvrt_tune import parallel, shards
+from pvrt_tune.runstate import RunState
+from tests.tune.test_pv import Problem, curve, of_few
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
-problem = Problem(Path({folder!r}), torch.load({tokens!r}))
-trainer = problem.trainer(replace(SETTINGS, microbatch=1, compute={compute!r}))
-kls = course(trainer)
-state = trainer.optimizer.tensors()
-if dist.get_rank() == 0:
-    torch.save(state, {state!r})
-    print(json.dumps(kls))
-dist.destroy_process_group()
+with parallel.joined("cpu", print):
+    problem = Problem(Path({folder!r}), torch.load({tokens!r}))
+    run = Path({run!r})
+    trainer = problem.trainer(of_few({compute!r}), run)
+    kls = curve(trainer, 4)
+    state = RunState(run, writes=parallel.rank() == 0)
+    shards.save(state, "pv-state-0000004", trainer.optimizer.tensors(), {{}})
+    trainer.settings = replace(trainer.settings, batch=2)
+    kls += curve(trainer, 2)
+    student = trainer.tensors()
+    if parallel.rank() == 0:
+        torch.save(student, run / "student.pt")
+        print(json.dumps(kls))
 """
 
 
+def of_few(compute: Literal["float32", "bfloat16"]) -> TrainSettings:
+    """Batches of 4 and 7 held-out windows, in passes of 3: nothing divides by 3 ranks.
+
+    In float32 codes move in the first steps. In bfloat16 they would follow the rounding errors of
+    gradients, and with them the losses.
+    """
+    settings = settings_with(code_learning_rate=0.1 if compute == "float32" else 0.03)
+    return replace(settings, held_out=7, microbatch=3, compute=compute)
+
+
+def curve(trainer: Trainer, steps: int) -> list[float]:
+    """Losses of some steps, and on held-out text before and after them."""
+    return [
+        trainer.held_out_kl(),
+        *(trainer.train_step()["train_kl"] for _ in range(steps)),
+        trainer.held_out_kl(),
+    ]
+
+
 def course(trainer: Trainer) -> list[float]:
-    """KLs: held-out before, of six steps, held-out after."""
-    before = trainer.held_out_kl()
-    return [before, *(trainer.train_step()["train_kl"] for _ in range(6)), trainer.held_out_kl()]
+    """The losses of four steps, then of two whose batch is smaller than three ranks."""
+    kls = curve(trainer, 4)
+    trainer.settings = replace(trainer.settings, batch=2)
+    return kls + curve(trainer, 2)
 
 
-@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
-def test_two_processes_learn_what_one_does(
-    problem: Problem, tmp_path: Path, compute: Literal["float32", "bfloat16"]
+@pytest.mark.parametrize(("ranks", "compute"), [(3, "float32"), (2, "bfloat16")])
+def test_several_processes_learn_what_one_does(
+    problem: Problem, tmp_path: Path, ranks: int, compute: Literal["float32", "bfloat16"]
 ) -> None:
     """FSDP2 over gloo: rows, latents and the choice of groups are cut over the ranks.
 
-    In bfloat16 two things differ. A sharded student computes with norms in bfloat16, which changes
-    KLs by 1 to 2 % before anything is learned. And ranks add gradients up in another order: it
-    changes their last bits, of which Adam makes whole steps where a gradient is close to zero. From
-    the first step on KLs scatter by 1 to 3 %, as they do in one process with other microbatches.
-    That scatter sets the tolerance.
+    Ranks add gradients up in another order. In bfloat16 that matters: it changes their last bits,
+    of which Adam makes whole steps where a gradient is close to zero. One process differs from
+    itself as much when it takes other numbers of windows at once: this scatter is the tolerance.
     """
     torch.save(problem.tokens, tmp_path / "tokens.pt")
-    script = tmp_path / "rank.py"
+    script, run = tmp_path / "rank.py", tmp_path / "run"
+    run.mkdir()
     script.write_text(
         RANK_SCRIPT.format(
             paths=sys.path,
             folder=str(problem.folder),
             tokens=str(tmp_path / "tokens.pt"),
-            state=str(tmp_path / "state.pt"),
+            run=str(run),
             compute=compute,
         )
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    alone = {
-        n: problem.trainer(replace(SETTINGS, microbatch=n, compute=compute)) for n in (4, 2, 1)
-    }
-    kls = torch.tensor([course(trainer) for trainer in alone.values()])
-    found = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
-    scatter = float((kls / kls[0] - 1).abs().max())
-    assert scatter < 0.1
-    torch.testing.assert_close(found, kls[0], rtol=3 * scatter + 1e-5, atol=0)
-    ours, theirs = torch.load(tmp_path / "state.pt"), alone[4].optimizer.tensors()
+    alone = problem.trainer(of_few(compute))
+    before = codes_of(alone)
+    kls = json.loads(done.stdout.splitlines()[-1])
+    expected, tolerance = course(alone), 1e-4
+    if compute == "bfloat16":
+        for windows in (1, 2):
+            others = course(problem.trainer(replace(of_few(compute), microbatch=windows)))
+            scatter = max(abs(a / b - 1) for a, b in zip(others, expected, strict=True))
+            tolerance = max(tolerance, 3 * scatter)
+        assert tolerance < 0.2
+    assert kls == pytest.approx(expected, rel=tolerance)
+    assert kls[:2] == pytest.approx(expected[:2], rel=1e-5 if compute == "float32" else 1e-3)
+    ours, theirs = torch.load(run / "student.pt"), alone.tensors()
     assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].shape == tensor.shape, name
-        if name.endswith(".codes"):  # sums in another order may tip a tie
-            assert (ours[name] == tensor).float().mean() > 0.99, name
+    assert all(ours[name].shape == tensor.shape for name, tensor in theirs.items())
+    same = moved = 0
+    for name, codes in codes_of(alone).items():
+        moved += int((codes != before[name]).sum())
+        same += int((codes == ours[f"{name}.codes"])[codes != before[name]].sum())
+    if compute == "float32":
+        assert moved > 100 and same >= 0.9 * moved  # sums in another order may tip a tie
+    # One process goes on from what several saved, each its rows.
+    resumed, state = problem.trainer(replace(of_few(compute), batch=2)), RunState(run)
+    assert state.parts("pv-state-0000004") == ranks
+    resumed.step = 4
+    resumed.optimizer.resume(4, lambda tensors: shards.fill(state, "pv-state-0000004", tensors))
+    assert curve(resumed, 2) == pytest.approx(kls[-4:], rel=tolerance)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 import pvrt
 from pvrt.checkpoint import Checkpoint
+from pvrt_tune.config import as_yaml
 from pvrt_tune.pipeline import tune
 from pvrt_tune.pv import PVSettings
 from pvrt_tune.recipe import TuneJob
@@ -152,18 +154,61 @@ def test_ctrl_c_leaves_the_best_so_far(dense: Path, tmp_path: Path) -> None:
     Checkpoint.open(out).verify()
 
 
-def test_torchrun_tunes_one_model_with_two_processes(
-    dense: Path, whole: tuple[Path, list[str]], tmp_path: Path
-) -> None:
-    script, out = tmp_path / "rank.py", tmp_path / "out"
-    script.write_text(SCRIPT.format(paths=sys.path, model=str(dense), out=str(out), before=""))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
+# ---- several processes ----
+
+
+def torchrun(dense: Path, out: Path, ranks: int = 2) -> list[str]:
+    """The command line for a run of several processes."""
+    config = dense.parent / "recipe.yaml"
+    config.write_text(as_yaml(RECIPE))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", "pvrt", "tune", str(dense), "-o", str(out)]
+    return [*command, "--config", str(config), "--effort", "quick"]
+
+
+@pytest.fixture(scope="module")
+def sharded(dense: Path) -> tuple[Path, str]:
+    """An uninterrupted run of two processes and what they print."""
+    out = dense.parent / "sharded"
+    done = subprocess.run(torchrun(dense, out), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("PV step 30/30") == 1  # one process speaks
+    return out, done.stdout
+
+
+def test_torchrun_tunes_one_model_with_two_processes(
+    whole: tuple[Path, list[str]], sharded: tuple[Path, str]
+) -> None:
+    out, printed = sharded
+    assert printed.count("PV step 30/30") == printed.count("next: pvrt serve") == 1  # one speaks
     Checkpoint.open(out).verify()
-    ours, theirs = (
-        json.loads((folder / "pvrt.json").read_text())["pv"]["held_out_kl"]
-        for folder in (out, whole[0])
-    )
+    ours, theirs = (held_out_kls(lines) for lines in (printed.splitlines(), whole[1]))
+    assert ours[0] == theirs[0]
     assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+def test_ctrl_c_under_torchrun_stops_all_and_the_same_command_goes_on(
+    dense: Path, sharded: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = torchrun(dense, out)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as run:
+        assert run.stdout is not None
+        seen = []
+        for line in run.stdout:
+            seen.append(line)
+            if line.startswith("PV step 6/"):
+                os.killpg(run.pid, signal.SIGINT)
+    text = "".join(seen)
+    assert run.returncode != 0
+    assert text.count("stopped; what is finished") == 1, text
+    assert "PV step 30/" not in text
+    manifest = json.loads((out / "pvrt.json").read_text())
+    assert manifest["pv"]["step"] == 6 and manifest["blocks"], text
+    Checkpoint.open(out).verify()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0, again.stderr
+    assert "PV step 6/" not in again.stdout and "PV step 9/" in again.stdout
+    ours, theirs = ((folder / "model.safetensors").read_bytes() for folder in (out, sharded[0]))
+    assert ours == theirs

@@ -6,7 +6,7 @@ So the original's final hidden states are what is kept (exact, and smaller than 
 logits), and both models' logits exist for one chunk of tokens at a time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvrt.errors import RunError
+from pvrt_tune import parallel
 from pvrt_tune.calibration import CalibrationData
 
 CHUNK_BYTES = 64 << 20
@@ -157,8 +158,10 @@ def kl_loss(hidden: Tensor, head: Head, target: Tensor, target_head: Head) -> Te
 class Teacher:
     """Final hidden states of the original model, computed once per window of `data` and kept.
 
-    Windows are handled in chunks of `chunk`: `load(chunk number)` may return what an earlier run
-    kept, `save(chunk number, states)` keeps it.
+    Windows are handled in chunks of `chunk`, and as many chunks at once as there are ranks, one on
+    each. `load(chunk number)` may return what an earlier run or another rank kept. `save(chunk
+    number, states)` is called on every rank, and is to keep the states, which are None where that
+    chunk was kept before; when it returns, all ranks can load what any saved.
     """
 
     def __init__(
@@ -167,35 +170,63 @@ class Teacher:
         data: CalibrationData,
         chunk: int,
         load: Callable[[int], Tensor | None],
-        save: Callable[[int, Tensor], None],
+        save: Callable[[int, Tensor | None], None],
     ) -> None:
         self.model: nn.Module | None = model
         self.data, self.chunk = data, chunk
         self.load, self.save = load, save
         self.chunks: dict[int, Tensor] = {}
+        self.rounds: set[int] = set()
         self.head = Head.of(model)
 
+    def prepare(self, numbers: Iterable[int]) -> None:
+        """Have the states of windows by number ready, the same numbers on every rank."""
+        for index in sorted({n // self._windows_per_round for n in numbers} - self.rounds):
+            self._round(index)
+
     def hidden(self, numbers: list[int]) -> Tensor:
-        """States [n, length, width] of windows by number."""
-        return torch.stack([self._chunk(n // self.chunk)[n % self.chunk] for n in numbers])
+        """States [n, length, width] of windows by number, which are ready.
+
+        Raises RunError when what another rank kept cannot be read here.
+        """
+        return torch.stack([self._kept(n // self.chunk)[n % self.chunk] for n in numbers])
 
     def finish(self, progress: Callable[[int, int], None]) -> None:
         """Compute all states that are not kept yet, then let go of the model (but for its head).
 
-        `progress(done, total)` counts windows.
+        `progress(done, total)` counts windows. Raises KeyboardInterrupt like `stop_if_asked`.
         """
         self.head = replace(self.head, weight=self.head.weight.clone())
-        for first in range(0, len(self.data), self.chunk):
-            self._chunk(first // self.chunk)
-            progress(min(first + self.chunk, len(self.data)), len(self.data))
+        for first in range(0, len(self.data), self._windows_per_round):
+            parallel.stop_if_asked()
+            self.prepare([first])
+            progress(min(first + self._windows_per_round, len(self.data)), len(self.data))
         self.model = None
 
-    def _chunk(self, number: int) -> Tensor:
+    @property
+    def _windows_per_round(self) -> int:
+        return self.chunk * parallel.world()
+
+    def _round(self, index: int) -> None:
+        """Have one chunk per rank kept."""
+        number = index * parallel.world() + parallel.rank()
+        part = self.data[number * self.chunk : (number + 1) * self.chunk]
+        states, made = self.load(number) if len(part) else None, None
+        if len(part) and states is None:
+            states = made = self._compute(part)
+        self.save(number, made)
+        if states is not None:
+            self.chunks[number] = states
+        self.rounds.add(index)
+
+    def _kept(self, number: int) -> Tensor:
         if number not in self.chunks:
             states = self.load(number)
             if states is None:
-                states = self._compute(self.data[number * self.chunk : (number + 1) * self.chunk])
-                self.save(number, states)
+                raise RunError(
+                    "what another process saved cannot be read here; give an output folder that "
+                    "all processes see"
+                )
             self.chunks[number] = states
         return self.chunks[number]
 

@@ -53,15 +53,16 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     calibrates while the others wait; then all tune together.
     """
     deadline = None if job.seconds is None else time.monotonic() + job.seconds
-    with parallel.joined(job.device) as device:
-        job = replace(job, device=device)
-        if parallel.rank():
-            report = _silent
-        run = parallel.first(lambda: _calibrate(job, report)) or _follow(job)
+    if not parallel.speaks():
+        report = _silent
+    with parallel.joined(job.device, report) as group:
+        job = replace(job, device=group.device)
+        run = group.first(lambda: _calibrate(job, report)) or _follow(job)
         if run.state.finished:
             report(f"{job.out} is already complete; --restart tunes it again")
         else:
-            _finish(run, report, deadline)
+            with parallel.held_signals():
+                _finish(run, group, report, deadline)
     return open_checkpoint(job.out)
 
 
@@ -102,7 +103,7 @@ def _follow(job: TuneJob) -> _Run:
     return _Run(job, source, find_blocks(source.model), data, state, [])
 
 
-def _finish(run: _Run, report: Report, deadline: float | None) -> None:
+def _finish(run: _Run, group: parallel.Group, report: Report, deadline: float | None) -> None:
     """PV-Tuning, if the recipe has it, and the final checkpoint."""
     job, state = run.job, run.state
     complete = True
@@ -110,11 +111,11 @@ def _finish(run: _Run, report: Report, deadline: float | None) -> None:
         try:
             complete = pv_tune(job, run.source, run.blocks, run.data, state, report, deadline)
         except KeyboardInterrupt:
-            run.write()
+            group.first(run.write)
             raise
-    parallel.first(run.write)
+    group.first(run.write)
     if complete:
-        parallel.first(lambda: state.finish({"blocks": len(run.reports)}))
+        group.first(lambda: state.finish({"blocks": len(run.reports)}))
     else:
         report(f"the time is over: {job.out} holds the best so far, the same command goes on")
 

@@ -14,7 +14,7 @@ the choice of groups are summed over ranks.
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from pvrt_tune import parallel
 from pvrt_tune.latent import Latent
+from pvrt_tune.parallel import Rows
 from pvrt_tune.representation import Representation
 
 
@@ -50,13 +51,10 @@ STRATEGIES = {
 }
 
 
-#: Last names of the tensors that only an optimizer needs, and those of them that every rank has
-#: whole; the others have a layer's rows.
-OPTIMIZER_PARTS = {
-    *("latent", "second_moment", "moment_rows", "moment_columns", "exp_avg", "exp_avg_sq"),
-    *("limits", "searched_books", "books_moved"),
-}
+#: Parts of a layer's optimizer state that every rank has whole; the others have a layer's rows.
 WHOLE_PARTS = {"moment_columns", "searched_books", "books_moved"}
+#: What Adam keeps of a continuous tensor.
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -223,22 +221,26 @@ class PVOptimizer:
             for name, representation in representations.items()
         }
         self.continuous: dict[str, Tensor] = dict(dense)
-        # Held whole by every rank: shared codebooks, and what FSDP does not cut.
-        self.replicated = {name for name, p in dense.items() if not isinstance(p, DTensor)}
-        self.whole_dense = sorted(self.replicated)
+        # Held whole by every rank: shared codebooks, and what is not decoded.
+        self.replicated, self.whole_dense = set(dense), sorted(dense)
         for name, layer in self.layers.items():
             for part, tensor in layer.representation.continuous().items():
                 self.continuous[f"{name}.{part}"] = tensor
                 if part in layer.representation.shared():
                     self.replicated.add(f"{name}.{part}")
         squares = self._squares(self.continuous)
-        counts = self._sums({k: torch.tensor(float(v.numel())) for k, v in self._locals().items()})
+        counts = self._sums(
+            {name: torch.tensor(float(t.numel())) for name, t in self.continuous.items()}
+        )
         self.rates = {
             name: settings.learning_rate * math.sqrt(squares[name] / max(counts[name], 1.0))
             for name in self.continuous
         }
         groups = [{"params": [p], "lr": self.rates[n]} for n, p in self.continuous.items()]
         self.adam = torch.optim.Adam(groups, betas=settings.betas)
+        for tensor in self.continuous.values():  # as Adam would at its first step
+            moments = {part: torch.zeros_like(tensor) for part in _MOMENTS}
+            self.adam.state[tensor] = {"step": torch.tensor(0.0), **moments}
 
     def step(self, factor: float, generator: torch.Generator) -> StepReport:
         """One PV step from the student's gradients; `factor` scales both learning rates.
@@ -276,14 +278,9 @@ class PVOptimizer:
             raise ValueError(f"{name} took no part in the backward pass")
         return _local(grad).float()
 
-    def _locals(self) -> dict[str, Tensor]:
-        return {name: _local(tensor) for name, tensor in self.continuous.items()}
-
     def _squares(self, tensors: Mapping[str, Tensor]) -> dict[str, float]:
         """Sum of squares of every tensor, over all ranks."""
-        return self._sums(
-            {name: _local(t).detach().float().square().sum() for name, t in tensors.items()}
-        )
+        return self._sums({name: t.detach().float().square().sum() for name, t in tensors.items()})
 
     def _sums(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars summed over ranks, but for tensors that every rank holds whole."""
@@ -297,66 +294,62 @@ class PVOptimizer:
         norm = math.sqrt(sum(self._squares(grads).values()))
         if norm > self.settings.clip_norm:
             for grad in grads.values():
-                _local(grad).mul_(self.settings.clip_norm / norm)
+                grad.mul_(self.settings.clip_norm / norm)
         return norm
 
     # ---- state ----
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, whole (rows of all ranks), by name."""
+    def student(self) -> dict[str, Rows]:
+        """All that is trained, by checkpoint name: representations and dense parameters."""
+        state = {name: self._rows(name, tensor) for name, tensor in self.continuous.items()}
+        for name, layer in self.layers.items():
+            shared = layer.representation.shared()
+            for part, tensor in layer.representation.tensors().items():
+                rows = None if part in shared else self.weights[name].shape[0]
+                state[f"{name}.{part}"] = Rows(tensor, rows)
+        return state
+
+    def optimizer(self) -> dict[str, dict[str, Rows]]:
+        """What a resumed run needs besides the student, by the name of a layer or a continuous
+        tensor and by part.
+        """
         state = {}
         for name, layer in self.layers.items():
             rows = self.weights[name].shape[0]
-            shared = layer.representation.shared()
-            for part, tensor in layer.representation.tensors().items():
-                whole = tensor if part in shared else parallel.gather_rows(tensor, rows)
-                state[f"{name}.{part}"] = whole
-            for part, tensor in layer.tensors().items():
-                if part not in WHOLE_PARTS:
-                    tensor = parallel.gather_rows(tensor, rows)
-                state[f"{name}.{part}"] = tensor
+            state[name] = {
+                part: Rows(tensor, None if part in WHOLE_PARTS else rows)
+                for part, tensor in layer.tensors().items()
+            }
         for name, tensor in self.continuous.items():
-            rows = self._rows(name)
-            if name not in state:
-                state[name] = self._whole(name, _local(tensor).detach(), rows)
-            for part, value in self.adam.state.get(tensor, {}).items():
-                if part != "step":
-                    state[f"{name}.{part}"] = self._whole(name, _local(value), rows)
+            moments = self.adam.state[tensor]
+            state[name] = {part: self._rows(name, moments[part]) for part in _MOMENTS}
         return state
 
-    def load(self, state: Mapping[str, Tensor], number: int) -> None:
-        """Go on from `tensors()` after step `number`. Raises KeyError for a missing tensor."""
+    def tensors(self) -> dict[str, Rows]:
+        """Student and optimizer together: what `resume` fills."""
+        student = {f"student/{name}": rows for name, rows in self.student().items()}
+        parts = {
+            f"optimizer/{name}/{part}": rows
+            for name, state in self.optimizer().items()
+            for part, rows in state.items()
+        }
+        return student | parts
+
+    def resume(self, number: int, fill: Callable[[Mapping[str, Rows]], None]) -> None:
+        """Go on after step `number`; `fill` puts what was saved then into `tensors()`."""
         self.number = number
+        for moments in self.adam.state.values():
+            moments["step"].fill_(number)
         with torch.no_grad():
-            for name, layer in self.layers.items():
-                rows = parallel.rows_of(self.weights[name].shape[0])
-                shared = layer.representation.shared()
-                for part, tensor in layer.representation.tensors().items():
-                    whole = state[f"{name}.{part}"]
-                    tensor.copy_(whole if part in shared else whole[rows])
-                for part, tensor in layer.tensors().items():
-                    kept = state[f"{name}.{part}"]
-                    tensor.copy_(kept if part in WHOLE_PARTS else kept[rows])
+            fill(self.tensors())
+            for layer in self.layers.values():
                 layer.weight.copy_(layer.representation.decode())
-            for name, tensor in self.continuous.items():
-                _local(tensor).copy_(self._part(name, state[name]))
-                if number:
-                    self.adam.state[tensor] = {"step": torch.tensor(float(number))} | {
-                        part: _like(tensor, self._part(name, state[f"{name}.{part}"]))
-                        for part in ("exp_avg", "exp_avg_sq")
-                    }
 
-    def _rows(self, name: str) -> int:
-        layer, _, part = name.rpartition(".")
-        if layer in self.layers and part in self.layers[layer].representation.continuous():
-            return self.weights[layer].shape[0]
-        return self.continuous[name].shape[0]
-
-    def _whole(self, name: str, local: Tensor, rows: int) -> Tensor:
-        return local if name in self.replicated else parallel.gather_rows(local, rows)
-
-    def _part(self, name: str, whole: Tensor) -> Tensor:
-        return whole if name in self.replicated else whole[parallel.rows_of(len(whole))]
+    def _rows(self, name: str, tensor: Tensor) -> Rows:
+        """What is here of a continuous tensor or one of its moments."""
+        layer = name.rpartition(".")[0]
+        height = None if name in self.replicated else self.weights[layer].shape[0]
+        return Rows(tensor.detach(), height)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -365,13 +358,3 @@ def _local(tensor: Tensor) -> Tensor:
         return tensor
     local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return local
-
-
-def _like(tensor: Tensor, local: Tensor) -> Tensor:
-    """A tensor sharded like another from its local rows (a copy)."""
-    value = local.clone()
-    if isinstance(tensor, DTensor):
-        return DTensor.from_local(
-            value, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
-        )
-    return value

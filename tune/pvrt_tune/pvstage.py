@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvrt_tune import parallel
 from pvrt_tune.blocks import BlockList
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.distill import Teacher, check_head
@@ -44,7 +45,7 @@ def pv_tune(
     original = source.dense(compute if job.device == "cpu" else None, job.device)
     sample = data.tokens[:1, :32].to(job.device)
     check_head(original, sample, separate_documents=settings.separate_documents)
-    teacher = _teacher(original, data, state)
+    teacher = teacher_of(original, data, state)
     del original
     if settings.teacher_first:
         teacher.finish(_progress(len(data), report))
@@ -77,15 +78,28 @@ def calibrated(job: TuneJob, source: Source, blocks: BlockList, state: RunState)
     return model
 
 
-def _teacher(model: Any, data: CalibrationData, state: RunState) -> Teacher:
+def teacher_of(model: Any, data: CalibrationData, state: RunState) -> Teacher:
+    """The original model as a teacher whose states are pieces of the run, on every rank."""
+
     def load(number: int) -> Tensor | None:
-        piece = state.load(f"teacher-{number:05d}")
+        piece = state.load(_states_name(number))
         return None if piece is None else piece.tensors["hidden"]
 
-    def save(number: int, hidden: Tensor) -> None:
-        state.save(f"teacher-{number:05d}", {"hidden": hidden}, {})
+    def save(number: int, hidden: Tensor | None) -> None:
+        def write() -> tuple[str, str] | None:
+            name = _states_name(number)
+            return None if hidden is None else (name, state.write(name, {"hidden": hidden}))
+
+        for written in parallel.together(write):
+            if written is not None:
+                name, digest = written
+                state.note(name, [digest], {})
 
     return Teacher(model, data, _TEACHER_CHUNK, load, save)
+
+
+def _states_name(chunk: int) -> str:
+    return f"teacher-{chunk:05d}"
 
 
 def _progress(count: int, report: Report) -> Callable[[int, int], None]:

@@ -5,14 +5,16 @@
     OUT/.run/pieces/block-00007.safetensors
 
 Files are written to a temporary name, synced and renamed; a piece counts only when the journal
-names it and its file has the journal's hash. A kill at any moment costs the piece at work.
+names it and its files have the journal's hashes. A kill at any moment costs the piece at work.
+A piece may have several parts, which the ranks of a sharded run write at once (shards.py); the
+first rank alone writes the journal, when all of them are there.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pvrt.durable import as_json, try_writing, write_synced
+from pvrt.durable import as_json, sync, try_writing, write_synced
 from pvrt.errors import RunError
 
 RUN_FOLDER = ".run"
@@ -39,7 +41,8 @@ class Piece:
 class RunState:
     """The journal of one run folder. Open it with `open_run`.
 
-    With `writes=False` (all ranks of a sharded run but the first) nothing is saved.
+    With `writes=False` (all ranks of a sharded run but the first) the journal and the pieces in it
+    stay as they are; `write` still works.
     """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
@@ -52,65 +55,112 @@ class RunState:
         return any(event["event"] == "checkpoint" for event in self.events)
 
     def load(self, name: str) -> Piece | None:
-        """A finished piece, or None when it is not (soundly) there."""
+        """A finished piece of one part, or None when it is not (soundly) there."""
         report = self.report(name)
-        return None if report is None else Piece(load_file(self._file(name)), report)
+        return None if report is None else Piece(load_file(self.file(name)), report)
 
     def report(self, name: str) -> dict[str, Any] | None:
         """What was reported of a finished piece, or None when it is not (soundly) there."""
-        events = [e for e in self.events if e["event"] == "piece" and e["name"] == name]
-        file = self._file(name)
-        if not events or not file.is_file() or _sha256(file) != events[-1]["sha256"]:
-            return None
-        report: dict[str, Any] = events[-1]["report"]
+        count = self.parts(name)
+        sound = count > 0 and all(self.sound(name, part) for part in range(count))
+        return self.noted(name) if sound else None
+
+    def noted(self, name: str) -> dict[str, Any]:
+        """What was reported of a piece in the journal; its files are not looked at."""
+        event = self._event(name)
+        if event is None:
+            raise KeyError(name)
+        report: dict[str, Any] = event["report"]
         return report
+
+    def parts(self, name: str) -> int:
+        """Number of files of a piece in the journal; 0 when it is not in there."""
+        event = self._event(name)
+        return 0 if event is None else len(_hashes(event))
+
+    def sound(self, name: str, part: int) -> bool:
+        """Whether a part of a piece in the journal is on the disk as it was written."""
+        event, file = self._event(name), self.file(name, part)
+        return event is not None and file.is_file() and _sha256(file) == _hashes(event)[part]
+
+    def file(self, name: str, part: int = 0) -> Path:
+        """Where a part of a piece is."""
+        suffix = f".part{part}" if part else ""
+        return self.folder / "pieces" / f"{name}{suffix}.safetensors"
 
     def save(self, name: str, tensors: Mapping[str, Tensor], report: dict[str, Any]) -> None:
         """Store a finished piece atomically. Raises RunError when the disk refuses."""
-        if not self.writes:
-            return
-        file = self._file(name)
+        if self.writes:
+            self.note(name, [self.write(name, tensors)], report)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], part: int = 0) -> str:
+        """Write a part of a piece, which counts once it is noted. Returns its SHA-256.
+
+        Raises RunError when the disk refuses.
+        """
+        file = self.file(name, part)
         temporary = file.with_suffix(".partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
-            with temporary.open("rb") as handle:
-                os.fsync(handle.fileno())
+            sync(temporary)
             os.replace(temporary, file)
-            self._append(
-                {"event": "piece", "name": name, "sha256": _sha256(file), "report": report}
-            )
+            return _sha256(file)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise RunError(
-                f"cannot save {name} to {file.parent} ({error}); free some space and run the same "
-                "command again: what is finished is kept"
-            ) from error
+            raise _refused(name, file.parent, error) from error
+
+    def note(self, name: str, hashes: Sequence[str], report: dict[str, Any]) -> None:
+        """Note a piece whose parts are written; hashes [parts]. Raises RunError like `write`."""
+        event: dict[str, Any] = {"event": "piece", "name": name, "sha256": hashes[0]}
+        if len(hashes) > 1:
+            event["parts"] = list(hashes)
+        try:
+            self._append({**event, "report": report})
+        except OSError as error:
+            raise _refused(name, self.folder, error) from error
 
     def names(self, prefix: str) -> list[str]:
         """Pieces that were saved and not discarded, by name."""
         saved = {e["name"] for e in self.events if e["event"] == "piece"}
-        return sorted(n for n in saved if n.startswith(prefix) and self._file(n).is_file())
+        return sorted(n for n in saved if n.startswith(prefix) and self.file(n).is_file())
 
     def keep_last(self, prefix: str) -> None:
         """Drop all pieces of a prefix but the last by name, which replaces them."""
         for name in self.names(prefix)[:-1] if self.writes else ():
-            self._file(name).unlink(missing_ok=True)
+            for part in range(self.parts(name)):
+                self.file(name, part).unlink(missing_ok=True)
 
     def finish(self, report: dict[str, Any]) -> None:
         """Note that the checkpoint is written, and drop the pieces that it now contains."""
         self._append({"event": "checkpoint", "report": report})
         shutil.rmtree(self.folder / "pieces", ignore_errors=True)
 
-    def _file(self, name: str) -> Path:
-        return self.folder / "pieces" / f"{name}.safetensors"
+    def _event(self, name: str) -> dict[str, Any] | None:
+        """The newest of a piece."""
+        events = (e for e in reversed(self.events) if e["event"] == "piece" and e["name"] == name)
+        return next(events, None)
 
     def _append(self, event: dict[str, Any]) -> None:
-        with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(event) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        if self.writes:
+            with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(event) + "\n")
+                handle.flush()
+                os.fsync(handle.fileno())
         self.events.append(event)
+
+
+def _hashes(event: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of every part of a piece."""
+    hashes: list[str] = event.get("parts", [event["sha256"]])
+    return hashes
+
+
+def _refused(name: str, folder: Path, error: Exception) -> RunError:
+    return RunError(
+        f"cannot save {name} to {folder} ({error}); free some space and run the same command "
+        "again: what is finished is kept"
+    )
 
 
 def has_piece(out: Path, name: str) -> bool:

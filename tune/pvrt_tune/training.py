@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pvrt.experts import ExpertList
 from pvrt.linear import AQLMLinear
-from pvrt_tune import parallel
+from pvrt_tune import parallel, shards
 from pvrt_tune.blocks import find_blocks
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.distill import Head, Teacher, final_hidden, kl_loss, on_device
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.progress import Report
-from pvrt_tune.pv import OPTIMIZER_PARTS, PVOptimizer, PVSettings
+from pvrt_tune.pv import PVOptimizer, PVSettings
 from pvrt_tune.randomness import seeded
 from pvrt_tune.representation import Representation, represent
 from pvrt_tune.runstate import RunState
@@ -81,11 +82,13 @@ class Student:
     def of(cls, model: Any, compute: torch.dtype) -> "Student":
         """Decode every quantised layer of a float32 model into a trainable weight, in place.
 
-        In a run of several ranks, blocks are sharded and every rank represents its own rows.
+        In a run of several ranks, decoded weights are sharded and every rank represents its rows.
         """
         kept = compute if parallel.world() == 1 else torch.float32
         representations = {}
         for name, module in list(model.named_modules()):
+            if isinstance(module, ExpertList):  # every weight must have a gradient, on every rank
+                module.all_compute = True
             if not isinstance(module, AQLMLinear | GridLinear):
                 continue
             bias = module.bias is not None
@@ -97,8 +100,10 @@ class Student:
             model.set_submodule(name, dense)
             rows = parallel.rows_of(module.out_features)
             representations[name] = whole if parallel.world() == 1 else represent(module, rows)
-        parallel.shard(find_blocks(model).blocks, next(model.parameters()).device.type, compute)
-        return cls(model, representations, compute)
+        student = cls(model, representations, compute)
+        device = next(model.parameters()).device.type
+        parallel.shard(find_blocks(model).blocks, student.weights().values(), device, compute)
+        return student
 
     def final_hidden(self, data: CalibrationData) -> Tensor:
         """What enters the output head for windows of text, [windows, length, width]."""
@@ -170,13 +175,15 @@ class Trainer:
     def run(self, state: RunState, report: Report, deadline: float | None = None) -> Outcome:
         """Train to the last step, the deadline (time.monotonic) or the end of patience.
 
-        Goes on from the newest state of the run folder. The best student is kept there.
+        Goes on from the newest state of the run folder. The best student is kept there. Raises
+        KeyboardInterrupt between steps on every rank when any of several was interrupted.
         """
         self._resume(state)
         if not self.curves:
             self._evaluate(state, report)
         started, begun = time.monotonic(), self.step
         while self.step < self.steps and not self._stale():
+            parallel.stop_if_asked()
             if deadline is not None and parallel.agreed(time.monotonic() - deadline) > 0:
                 break
             figures = self.train_step()
@@ -205,18 +212,18 @@ class Trainer:
         """One optimizer step on the next batch; returns its figures."""
         started = time.perf_counter()
         batch = self._batch(self.step)
-        loss = 0.0
-        parts = [batch[i : i + self.settings.microbatch] for i in _starts(batch, self.settings)]
-        for numbers in parts:
+        self.teacher.prepare(batch)
+        loss = torch.zeros((), dtype=torch.float64)
+        for numbers, share in parallel.dealt(batch, self.settings.microbatch):
             part = self._loss(numbers)
-            share = len(numbers) / len(batch)
-            (part * share).backward()  # type: ignore[no-untyped-call]
+            # Gradients of a sharded run are means over ranks.
+            (part * share * parallel.world()).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
         generator = seeded(self.seed, f"V step {self.step}")
         outcome = self.optimizer.step(self.settings.factor(self.step, self.steps), generator)
         self.step += 1
         return {
-            "train_kl": float(parallel.total(torch.tensor(loss))) / parallel.world(),
+            "train_kl": float(parallel.total(loss)),
             "gradient_norm": outcome.gradient_norm,
             "changed": outcome.changed,
             "seconds": time.perf_counter() - started,
@@ -225,14 +232,15 @@ class Trainer:
 
     def held_out_kl(self) -> float:
         """Mean KL over the held-out windows."""
-        numbers = list(range(self.held_out))[parallel.rank() :: parallel.world()]
-        sums = torch.zeros(2)
+        numbers = range(self.held_out)
+        self.teacher.prepare(numbers)
+        kls = torch.zeros(self.held_out, dtype=torch.float64)
         with torch.no_grad():
-            for number in numbers:
-                sums[0] += float(self._loss([number]))
-                sums[1] += 1
-        sums = parallel.total(sums)
-        return float(sums[0] / sums[1])
+            for (number,), share in parallel.dealt(numbers, 1):
+                kl = float(self._loss([number]))
+                kls[number] = kl if share else 0.0
+        # A sum of one number and zeros: the mean is the same over any number of ranks.
+        return float(parallel.total(kls).mean())
 
     def _loss(self, numbers: list[int]) -> Tensor:
         """Mean KL over windows of `data` by number."""
@@ -241,14 +249,14 @@ class Trainer:
         return kl_loss(hidden.flatten(0, 1), self.head, target, self.teacher.head)
 
     def _batch(self, step: int) -> list[int]:
-        """Windows of a step for this rank: in order at first, in a new random order every epoch."""
+        """Windows of a step: in order at first, in a new random order every epoch."""
         size, count = self.settings.batch, len(self.data) - self.held_out
         first = step * size
         numbers = []
         for position in range(first, first + size):
             epoch, offset = divmod(position, count)
             numbers.append(self.held_out + (offset if epoch == 0 else self._order(epoch)[offset]))
-        return numbers[parallel.rank() :: parallel.world()]
+        return numbers
 
     def _order(self, epoch: int) -> list[int]:
         generator = seeded(self.seed, f"epoch {epoch}")
@@ -271,40 +279,35 @@ class Trainer:
         is_best = row["held_out_kl"] <= min(r["held_out_kl"] for r in self.curves)
         if is_best:
             kept = {"step": self.step, "held_out_kl": row["held_out_kl"], "curves": [*self.curves]}
-            state.save(f"{BEST}{self.step:07d}", self.tensors(), kept)
+            tensors = self.tensors()
+            parallel.together(lambda: state.save(f"{BEST}{self.step:07d}", tensors, kept))
             state.keep_last(BEST)
         report(_line(row, self.steps, left, is_best))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The student as it stands: every representation's tensors and the dense parameters."""
-        state = self.optimizer.tensors()
-        return {
-            name: tensor.contiguous()
-            for name, tensor in state.items()
-            if name.rpartition(".")[2] not in OPTIMIZER_PARTS
-        }
+        """The student as it stands, on rank 0's host; every rank gives its rows, a tensor at a
+        time.
+        """
+        whole = {name: parallel.gather(rows) for name, rows in self.optimizer.student().items()}
+        return {name: tensor for name, tensor in whole.items() if tensor is not None}
 
     def _save(self, state: RunState) -> None:
-        tensors = {name: t.contiguous() for name, t in self.optimizer.tensors().items()}
-        state.save(f"{STATE}{self.step:07d}", tensors, self._report())
+        name = f"{STATE}{self.step:07d}"
+        shards.save(state, name, self.optimizer.tensors(), self._report())
         state.keep_last(STATE)
 
     def _report(self) -> dict[str, Any]:
         return {"steps": self.steps, "curves": self.curves}
 
     def _resume(self, state: RunState) -> None:
-        for name in reversed(state.names(STATE)):
-            saved = state.load(name)
-            if saved is not None:
-                self.step = int(name.rpartition("-")[2])
-                self.steps = int(saved.report["steps"])
-                self.curves = list(saved.report["curves"])
-                self.optimizer.load(saved.tensors, self.step)
-                return
-
-
-def _starts(batch: list[int], settings: TrainSettings) -> range:
-    return range(0, len(batch), settings.microbatch)
+        name = shards.newest(state, STATE)
+        if name is None:
+            return
+        saved = state.noted(name)
+        self.step = int(name.rpartition("-")[2])
+        self.steps = int(saved["steps"])
+        self.curves = list(saved["curves"])
+        self.optimizer.resume(self.step, lambda tensors: shards.fill(state, name, tensors))
 
 
 def _recompute_activations(model: Any) -> None:
