@@ -25,7 +25,7 @@ from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVSettings
+from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVSettings, StrategyName
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation, represent
 from pvrt_tune.runstate import RunState
@@ -295,7 +295,7 @@ def codes_of(trainer: Trainer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_learns_and_moves_what_it_should(
-    problem: Problem, tmp_path: Path, strategy: str
+    problem: Problem, tmp_path: Path, strategy: StrategyName
 ) -> None:
     pv = replace(SETTINGS.pv, strategy=strategy)
     if strategy == "stochastic":  # every rounded group is noise: it needs smaller steps
