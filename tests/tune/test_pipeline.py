@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from pvrt_tune import calibration, walk
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.pipeline import tune
+from pvrt_tune.plan import Plan
+from pvrt_tune.planning import plan_job
 from pvrt_tune.recipe import Recipe, TuneJob
+from pvrt_tune.runstate import RUN_FOLDER, _discard
+from pvrt_tune.training import TrainSettings
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -42,6 +47,20 @@ def dense_folder(path: Path, architecture: str, dtype: torch.dtype = torch.float
 
 def silent(line: str) -> None:
     pass
+
+
+class Stopped(Exception):
+    """A run ends here as it would by a kill: nothing more is written."""
+
+
+def stopping(line: str) -> Callable[[str], None]:
+    """A report that ends the run at the first line beginning so."""
+
+    def report(shown: str) -> None:
+        if shown.startswith(line):
+            raise Stopped
+
+    return report
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -171,15 +190,8 @@ def test_a_damaged_block_file_is_made_again(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "llama")
     job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK)
 
-    class Stop(Exception):
-        pass
-
-    def stop_after_first(line: str) -> None:
-        if line.startswith("block 1/"):
-            raise Stop
-
-    with pytest.raises(Stop):
-        tune(job, stop_after_first)
+    with pytest.raises(Stopped):
+        tune(job, stopping("block 1/"))
     block = tmp_path / "out" / ".run" / "pieces" / "block-00000.safetensors"
     os.truncate(block, block.stat().st_size - 7)
     journal = tmp_path / "out" / ".run" / "journal.jsonl"
@@ -223,6 +235,109 @@ def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> No
     assert any("already complete" in line for line in lines)
     tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8"), restart=True), silent)
     assert str(Checkpoint.open(out).scheme) == "1x8g8"
+
+
+def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
+    tmp_path: Path,
+) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    pv = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
+    out = tmp_path / "out"
+    old = TuneJob(str(tmp_path / "dense"), out, replace(QUICK, scheme="1x8g8", pv=pv))
+    tune(old, silent)
+    new = replace(old, recipe=replace(QUICK, pv=pv), restart=True)
+    with pytest.raises(Stopped):
+        tune(new, stopping("block 2/"))
+    assert str(Checkpoint.open(out).scheme) == "1x8g8"
+    Checkpoint.open(out).verify()
+    with pytest.raises(Stopped):
+        tune(replace(new, restart=False), stopping("PV step 1/"))
+    assert str(Checkpoint.open(out).scheme) == "2x8g8"
+    Checkpoint.open(out).verify()
+
+
+def test_a_checkpoint_whose_writing_was_cut_short_is_written_again(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    pv = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, pv=pv))
+    with pytest.raises(Stopped):
+        tune(job, stopping("PV step 1/"))
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(Stopped):
+        tune(job, stopping("PV step 2/"))
+    Checkpoint.open(tmp_path / "out").verify()
+
+
+def test_the_plan_of_a_restart_counts_sampling_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK)
+    phases: list[list[str]] = []
+
+    def watched(*arguments: Any, **named: Any) -> Plan:
+        plan = plan_job(*arguments, **named)
+        phases.append([phase.name for phase in plan.phases])
+        return plan
+
+    monkeypatch.setattr("pvrt_tune.pipeline.plan_job", watched)
+    for again in (job, job, replace(job, restart=True)):
+        with pytest.raises(Stopped):
+            tune(again, stopping("block"))
+    assert ["sampling" in names for names in phases] == [True, False, True]
+
+
+def test_a_discarded_run_leaves_its_folder_to_the_next_one(tmp_path: Path) -> None:
+    """A kill while --restart discards must not leave a folder that no run may be started in."""
+    dense_folder(tmp_path / "dense", "llama")
+    out = tmp_path / "out"
+    job = TuneJob(str(tmp_path / "dense"), out, QUICK)
+    tune(job, silent)
+    _discard(out / RUN_FOLDER)
+    tune(replace(job, restart=True), silent)
+    Checkpoint.open(out).verify()
+
+
+def test_other_versions_of_pvrt_and_torch_go_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    out = tmp_path / "out"
+    job = TuneJob(str(tmp_path / "dense"), out, QUICK)
+    here = {"pvrt": pvrt.__version__, "torch": torch.__version__}
+    with monkeypatch.context() as before:
+        before.setattr(torch, "__version__", "2.6.0")
+        before.setattr(pvrt, "__version__", "0.0.9")
+        with pytest.raises(Stopped):
+            tune(job, stopping("block 1/"))
+    lines: list[str] = []
+    tune(job, lines.append)
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert f"made with torch 2.6.0 so far and goes on with {torch.__version__}" in warnings[1]
+    assert not any(line.startswith("block 1/") for line in lines)
+    manifest = json.loads((out / "pvrt.json").read_text())
+    assert manifest["versions"] == [{"pvrt": "0.0.9", "torch": "2.6.0"}, here]
+    tune(TuneJob(job.model, tmp_path / "whole", QUICK), silent)
+    whole = json.loads((tmp_path / "whole" / "pvrt.json").read_text())
+    assert whole["versions"] == [here]
+
+
+def test_a_run_folder_with_the_versions_in_its_fingerprint_goes_on(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK)
+    with pytest.raises(Stopped):
+        tune(job, stopping("block 1/"))
+    run = tmp_path / "out" / RUN_FOLDER
+    fingerprint = json.loads((run / "fingerprint.json").read_text())
+    fingerprint["versions"] = {"pvrt": "0.1.0", "torch": "2.6.0"}
+    (run / "fingerprint.json").write_text(json.dumps(fingerprint))
+    journal = (run / "journal.jsonl").read_text().splitlines(keepends=True)
+    (run / "journal.jsonl").write_text("".join(x for x in journal if '"versions"' not in x))
+    lines: list[str] = []
+    tune(job, lines.append)
+    assert any("made with torch 2.6.0 so far" in line for line in lines)
+    assert not any(line.startswith("block 1/") for line in lines)
 
 
 def test_resume_needs_a_run_and_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:

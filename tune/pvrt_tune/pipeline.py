@@ -76,7 +76,8 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
     blocks = find_blocks(source.model)
     text = _text(job, source)
     fingerprint = _fingerprint(job, source, text)
-    state = open_run(job.out, fingerprint, resume=job.resume, restart=job.restart)
+    versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
+    state = open_run(job.out, fingerprint, versions, report, resume=job.resume, restart=job.restart)
     if state.finished:
         return _Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), state, [])
     write_synced(state.folder / "config.yaml", as_yaml(job.recipe).encode())
@@ -84,8 +85,11 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
     release_memory()  # of reading the model and its text
     reports = walk(job, source, blocks, data[job.recipe.calibration], state, report)
     run = _Run(job, source, blocks, data, state, reports)
-    if job.recipe.pv is not None and not (job.out / CONFIG_FILE).exists():
+    # A checkpoint in OUT may be another run's, or its writing may have been cut short.
+    served = state.calibrated and (job.out / CONFIG_FILE).exists()
+    if job.recipe.pv is not None and not served:
         run.write()
+        state.note_calibrated()
         report(f"{job.out} can be served from here on; PV-Tuning makes it better")
     return run
 
@@ -135,7 +139,8 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
     """
     map_large_tensors()
     machine = Machine.here(job.device, job.out)
-    text_at_hand = job.data is not None or has_piece(job.out, "calibration")
+    kept = not job.restart and has_piece(job.out, "calibration")
+    text_at_hand = job.data is not None or kept
     plan = plan_job(job, machine, sampled=not text_at_hand)
     report(summary(plan))
     problem = misfit(plan, machine)
@@ -173,5 +178,4 @@ def _fingerprint(job: TuneJob, source: Source, text: CalibrationData | None) -> 
         "model": source.digest,
         "data": "sampled from the model" if text is None else text.digest,
         "recipe": asdict(job.recipe),
-        "versions": {"pvrt": pvrt.__version__, "torch": torch.__version__},
     }

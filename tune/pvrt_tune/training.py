@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from pvrt.errors import RunError
 from pvrt.linear import AQLMLinear
 from pvrt_tune import parallel
 from pvrt_tune.blocks import find_blocks
@@ -301,7 +302,13 @@ class Trainer:
                 self.step = int(name.rpartition("-")[2])
                 self.steps = int(saved.report["steps"])
                 self.curves = list(saved.report["curves"])
-                self.optimizer.load(saved.tensors, self.step)
+                try:
+                    self.optimizer.load(saved.tensors, self.step)
+                except KeyError as error:
+                    raise RunError(
+                        f"{name} in {state.folder} has no tensor {error}: another version of pvrt "
+                        "saved it; go on with that one, or give --restart to start again"
+                    ) from error
                 return
 
 
