@@ -53,11 +53,11 @@ class ModelCards:
             answer.append(message)
 
         await self._app({**scope, "path": _MODELS, "raw_path": _MODELS.encode()}, receive, collect)
-        if any(message.get("status", 200) != 200 for message in answer):
-            for message in answer:  # it says what is wrong
-                await send(message)
+        if any(part.get("status", 200) != 200 for part in answer):
+            for part in answer:  # it says what is wrong
+                await send(part)
             return
-        body = b"".join(message.get("body", b"") for message in answer)
+        body = b"".join(part.get("body", b"") for part in answer)
         cards = {card["id"]: card for card in json.loads(body).get("data", [])}
         name = path.removeprefix(f"{_MODELS}/")
         if name in cards:
