@@ -1,7 +1,9 @@
 """Tuning end to end on toy models of real architectures: quality, resume, refusals."""
 
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import pvrt
 from pvrt.checkpoint import Checkpoint
@@ -452,6 +455,62 @@ def test_positions_begin_with_every_document_and_window(tmp_path: Path) -> None:
     texts = (tokenizer.decode(window) for window in data.tokens)
     found = dict(zip(texts, data.positions.tolist(), strict=True))
     assert found == {"abcdefgh": [0, 1, 2, *range(5)], "ijklmnop": [*range(5), 0, 1, 2]}
+
+
+def test_a_long_document_is_cut_where_its_tokens_part(tmp_path: Path) -> None:
+    """Every window that fits into it comes out as from the document in one piece."""
+    words = ["a", "bcd", "\u00e9t\u00e9", "x" * 900, "\n", "\n\n", "  "]
+    generator = random.Random(0)
+    text = "".join(generator.choice(words) + generator.choice(["", " "]) for _ in range(1000))
+    assert len(text) > 20 * calibration._STRETCH * 64
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = toy_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <|end|>", special_tokens=[("<s>", 256), ("<|end|>", 257)]
+    )
+    whole = tokenizer(text)["input_ids"]
+    assert (whole[0], whole[-1]) == (256, 257)
+    count = len(whole) // 64
+    data = calibration.from_text(str(tmp_path / "a.txt"), tokenizer, count, 64, seed=0)
+    wanted = torch.tensor(whole[: count * 64]).view(count, 64)
+    assert sorted(data.tokens.tolist()) == sorted(wanted.tolist())
+
+
+def test_text_is_read_from_all_over_and_no_more_than_is_needed(tmp_path: Path) -> None:
+    """A long file costs what its windows cost, whatever its length."""
+    lines = "".join(f"{number:09d}\n" for number in range(400_000))
+    (tmp_path / "a.txt").write_text(lines)
+    tokenizer = toy_tokenizer()
+    read = 0
+
+    class Counting:
+        bos_token_id = tokenizer.bos_token_id
+
+        def __call__(self, text: str, **named: Any) -> Any:
+            nonlocal read
+            read += len(text)
+            return tokenizer(text, **named)
+
+    shown: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        shown.append((done, total))
+
+    file = str(tmp_path / "a.txt")
+    data = calibration.from_text(file, Counting(), 256, 64, 0, progress)
+    assert 256 * 64 <= read < 2 * 256 * 64
+    assert shown[-1] == (256, 256)
+    places = sorted(
+        int(tokenizer.decode(window).split("\n")[1]) / 400_000 for window in data.tokens
+    )
+    assert len(set(places)) == 256
+    assert all(any(low / 4 <= place < (low + 1) / 4 for place in places) for low in range(4))
+
+
+def test_a_dataset_without_end_is_read_for_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "documents", lambda spec: itertools.repeat("0123456789"))
+    data = calibration.from_text("hf:endless", toy_tokenizer(), 4, 16, seed=0)
+    assert data.tokens.shape == (4, 16)
 
 
 def test_too_little_text_names_both_numbers(tmp_path: Path) -> None:

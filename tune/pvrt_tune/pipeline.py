@@ -74,7 +74,7 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
     job = _planned(job, report)
     source = load_source(job.model)
     blocks = find_blocks(source.model)
-    text = _text(job, source)
+    text = _text(job, source, report)
     fingerprint = _fingerprint(job, source, text)
     versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
     state = open_run(job.out, fingerprint, versions, report, resume=job.resume, restart=job.restart)
@@ -98,7 +98,7 @@ def _follow(job: TuneJob) -> _Run:
     """What the first process has prepared, for the others."""
     source = load_source(job.model)
     state = RunState(job.out / RUN_FOLDER, writes=False)
-    data = _text(job, source)
+    data = _text(job, source, _silent)
     if data is None:
         saved = state.load("calibration")
         data = CalibrationData(saved.tensors["tokens"] if saved else torch.empty(0), "")
@@ -122,13 +122,20 @@ def _finish(run: _Run, report: Report, deadline: float | None) -> None:
         report(f"the time is over: {job.out} holds the best so far, the same command goes on")
 
 
-def _text(job: TuneJob, source: Source) -> CalibrationData | None:
+def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | None:
     """Windows of the text that the job names, if it names one."""
     if job.data is None:
         return None
     recipe = job.recipe
+    clock = Clock(recipe.windows)
+
+    def progress(done: int, total: int) -> None:
+        clock.done = done
+        if clock.due():
+            report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
+
     return calibration.from_text(
-        job.data, source.tokenizer, recipe.windows, recipe.length, recipe.seed
+        job.data, source.tokenizer, recipe.windows, recipe.length, recipe.seed, progress
     )
 
 
