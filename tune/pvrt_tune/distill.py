@@ -18,6 +18,8 @@ from pvrt.errors import RunError
 from pvrt_tune.calibration import CalibrationData
 
 CHUNK_BYTES = 64 << 20
+#: Windows whose states of the original model are computed and kept together.
+TEACHER_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,9 @@ class Teacher:
             if states is None:
                 states = self._compute(self.data[number * self.chunk : (number + 1) * self.chunk])
                 self.save(number, states)
+                # What was kept is mapped from its file: its pages can go, computed ones cannot.
+                kept = self.load(number)
+                states = states if kept is None else kept
             self.chunks[number] = states
         return self.chunks[number]
 
