@@ -34,7 +34,7 @@ from pvrt.linear import decode_once
 from pvrt.scheme import GridScheme, parse_scheme
 from pvrt_tune.blocks import find_blocks
 from pvrt_tune.calibration import CalibrationData, documents, from_model, from_text
-from pvrt_tune.pv import STRATEGIES, PVSettings
+from pvrt_tune.pv import STRATEGIES, PVSettings, StrategyName
 from pvrt_tune.pvstage import calibrated, pv_tune, tuned_tensors
 from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
 from pvrt_tune.runstate import RunState
@@ -69,7 +69,7 @@ class Subject:
     evaluated: int
     hour: Recipe | None = None  #: of one run that takes an hour on 2 cores
 
-    def settings(self, strategy: str) -> TrainSettings:
+    def settings(self, strategy: StrategyName) -> TrainSettings:
         """Of a run by one strategy."""
         settings = self.recipe.pv
         assert settings is not None
@@ -186,7 +186,7 @@ class Bench:
         calibration = self.data[self.job.recipe.calibration]
         walk(self.job, source, self.blocks, calibration, self.state, say)
 
-    def run(self, strategy: str, seed: int) -> dict[str, Any]:
+    def run(self, strategy: StrategyName, seed: int) -> dict[str, Any]:
         """Tune from the calibrated blocks and measure the best state."""
         return self._tune(self.subject.settings(strategy), self.data, seed)
 

@@ -136,11 +136,9 @@ def tune(
         bool, typer.Option("--pv/--no-pv", help="PV-Tuning after calibration (from --effort).")
     ] = True,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration windows (from --effort).")
+        int | None, typer.Option(help="Calibration windows (from --effort).")
     ] = None,
-    length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens per window (from --effort).")
-    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per window (from --effort).")] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of everything random. [default: 0]")
     ] = None,
@@ -225,8 +223,8 @@ def plan(
         typer.Option("--data/--no-data", help="Whether tune will get --data, or sample its text."),
     ] = False,
     effort: Annotated[Effort, typer.Option(help="As for tune.")] = Effort.standard,
-    samples: Annotated[int | None, typer.Option(min=1, help="As for tune.")] = None,
-    length: Annotated[int | None, typer.Option(min=8, help="As for tune.")] = None,
+    samples: Annotated[int | None, typer.Option(help="As for tune.")] = None,
+    length: Annotated[int | None, typer.Option(help="As for tune.")] = None,
     device: Annotated[
         str, typer.Option(help="As for tune; a GPU may be planned for where there is none.")
     ] = "auto",

@@ -1,6 +1,7 @@
 """AQLMLinear: a linear layer whose weight lives in codes, codebooks and scales."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,60 @@ from torch import Tensor, nn
 from pvrt.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+
+
+class _Shared:
+    """Outputs that wait for the other layers of one input, which must not have changed since.
+
+    They go when they are taken, each once, or when the input goes; it is not kept alive. Where
+    torch.compile traces, only the identity of the input is asked: it can trace neither versions
+    nor weak references, and no decoder writes to an input between two of its projections.
+    """
+
+    def __init__(self, x: Tensor, outputs: dict[int, Tensor]) -> None:
+        self._outputs = outputs
+        self._input: Callable[[], Tensor | None] = lambda: x
+        self._version: int | None = -1  # that no tensor has: a trace's is of no use outside it
+        self._copy: list[Tensor] = []
+        if torch.compiler.is_compiling():
+            return
+        self._version = _version(x)
+        # Nothing else tells of a tensor of inference mode that was written to. A comparison would
+        # make a GPU wait: there, layers of one input must be called without a write between them.
+        if self._version is None and x.device.type == "cpu":
+            self._copy = [x.clone()]
+        self._input = weakref.ref(x, _clearing(outputs, self._copy))
+
+    def take(self, index: int, x: Tensor) -> Tensor | None:
+        """The output of a layer for x; None when it has to be computed."""
+        if self._input() is not x:
+            return None
+        if torch.compiler.is_compiling():
+            return self._outputs.pop(index, None)
+        if self._version != _version(x):
+            return None
+        if self._copy and not torch.equal(self._copy[0], x):
+            return None
+        return self._outputs.pop(index, None)
+
+    def __bool__(self) -> bool:
+        """Whether any layer has yet to come."""
+        return bool(self._outputs)
+
+
+def _version(x: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count."""
+    return None if x.is_inference() else x._version
+
+
+def _clearing(*containers: dict[int, Tensor] | list[Tensor]) -> Callable[[object], None]:
+    """A callback that empties them."""
+
+    def clear(_: object) -> None:
+        for container in containers:
+            container.clear()
+
+    return clear
 
 
 class PackedLayers:
@@ -20,20 +75,21 @@ class PackedLayers:
     def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
-        self._input: Tensor | None = None
-        self._outputs: list[Tensor] = []
+        self._shared: _Shared | None = None
 
     def forward(self, index: int, x: Tensor) -> Tensor:
         """Output number `index` for x [..., in]."""
-        if self._input is not x:
+        taken = None if self._shared is None else self._shared.take(index, x)
+        if taken is None:
             y = aqlm_packed_linear(x, self.weight, self.bias)
             sizes = self.weight.partition_sizes
             if len(sizes) == 1:
                 return y
-            self._input, self._outputs = x, list(torch.split(y, sizes, -1))
-        taken = self._outputs[index]
-        if index == len(self._outputs) - 1:  # nothing is held once the last has come
-            self._input, self._outputs = None, []
+            outputs = dict(enumerate(torch.split(y, sizes, -1)))
+            taken = outputs.pop(index)
+            self._shared = _Shared(x, outputs)
+        elif not self._shared:  # nothing is held once the last has come
+            self._shared = None
         return taken
 
     def stored(self, index: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,10 @@ def frontend_environment(opened: OpenedModel, options: ServeOptions) -> dict[str
 
 
 class ModelCards:
-    """ASGI middleware that answers GET /v1/models/NAME from what GET /v1/models says."""
+    """ASGI middleware that answers GET /v1/models/NAME from what GET /v1/models says.
+
+    An error of GET /v1/models is passed on as it is.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -54,17 +57,23 @@ class ModelCards:
         if not asked or not path.startswith(f"{_MODELS}/"):
             await self._app(scope, receive, send)
             return
-        body = bytearray()
+        answer: list[Message] = []
 
         async def collect(message: Message) -> None:
-            body.extend(message.get("body", b""))
+            answer.append(message)
 
         await self._app({**scope, "path": _MODELS, "raw_path": _MODELS.encode()}, receive, collect)
+        if any(part.get("status", 200) != 200 for part in answer):
+            for part in answer:  # it says what is wrong
+                await send(part)
+            return
+        body = b"".join(part.get("body", b"") for part in answer)
         cards = {card["id"]: card for card in json.loads(body).get("data", [])}
         name = path.removeprefix(f"{_MODELS}/")
         if name in cards:
             await JSONResponse(cards[name])(scope, receive, send)
             return
-        message = f"model {name!r} is not served here; {', '.join(map(repr, cards))} is"
+        served = ", ".join(map(repr, cards)) or "no model"
+        message = f"model {name!r} is not served here; {served} is"
         error = error_body(message, "invalid_request_error", "model", "model_not_found")
         await JSONResponse(error, 404)(scope, receive, send)

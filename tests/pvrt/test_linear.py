@@ -1,5 +1,10 @@
 """Quantised layers in a kernel's layout: moving, casting, saving, fusing, going back."""
 
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,6 +13,8 @@ from pvrt import linear
 from pvrt.linear import AQLMLinear, pack, pack_model
 from pvrt.scheme import Scheme
 from pvrt_kernels import dispatch, reference
+from pvrt_kernels.packed import aqlm_packed_linear
+from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import random_layer
 
 SCHEME = Scheme.parse("2x8g8")
@@ -114,3 +121,99 @@ def test_siblings_share_one_weight_also_when_they_were_packed_alone() -> None:
     pack_model(model, torch.float64)
     assert model.q_proj.packed is model.v_proj.packed
     torch.testing.assert_close(model(x.double()).float(), y)
+
+
+@pytest.fixture(params=["inference_mode", "no_grad", "enable_grad"])
+def mode(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What is asked about shared outputs is asked of tensors with and without a version."""
+    with getattr(torch, request.param)():
+        yield request.param
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every product with a packed weight from here on."""
+    rows: list[int] = []
+
+    def product(x: Tensor, *arguments: Any) -> Tensor:
+        rows.append(len(x))
+        return aqlm_packed_linear(x, *arguments)
+
+    monkeypatch.setattr(linear, "aqlm_packed_linear", product)
+    return rows
+
+
+def siblings() -> tuple[list[AQLMLinear], list[nn.Linear]]:
+    """Packed q, k and v, and the dense layers that they stand for."""
+    layers = [layer_of(16, 1), layer_of(8, 2), layer_of(8, 3)]
+    dense = [layer.to_dense() for layer in layers]
+    pack(layers, torch.float32)
+    return layers, dense
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_siblings_of_one_input_are_computed_once_in_any_order(
+    mode: str, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers, dense = siblings()
+    products = counted(monkeypatch)
+    x = torch.randn(3, 32)
+    for index in order:
+        torch.testing.assert_close(layers[index](x), dense[index](x))
+    assert products == [3]
+
+
+def test_an_input_that_was_written_to_is_computed_again(mode: str) -> None:
+    layers, dense = siblings()
+    x = torch.randn(3, 32)
+    layers[0](x)
+    for index in (1, 2, 0, 0):
+        x.copy_(torch.randn(3, 32))
+        torch.testing.assert_close(layers[index](x), dense[index](x))
+
+
+def test_a_layer_that_is_asked_twice_gives_no_output_twice(mode: str) -> None:
+    layers, dense = siblings()
+    x = torch.randn(3, 32)
+    layers[0](x).zero_()  # what was handed out is the caller's
+    torch.testing.assert_close(layers[0](x), dense[0](x))
+
+
+def test_a_buffer_of_before_inference_mode_is_computed_again_too() -> None:
+    layers, dense = siblings()
+    x = torch.randn(3, 32)
+    with torch.inference_mode():
+        layers[0](x)
+        x.mul_(2)
+        torch.testing.assert_close(layers[1](x), dense[1](x))
+
+
+@pytest.mark.parametrize("called", [(0,), (2, 1, 0), (0, 2)])
+def test_neither_input_nor_outputs_outlive_their_use(mode: str, called: tuple[int, ...]) -> None:
+    layers, _ = siblings()
+    gc.collect()
+    with LiveTensors() as live:
+        x = torch.randn(1024, 32)
+        for index in called:
+            layers[index](x)
+        alive = weakref.ref(x)
+        if len(called) == 3:
+            assert live.bytes == x.nbytes  # all have come: the outputs are gone before the input
+        del x
+        assert alive() is None
+        assert live.bytes == 0
+
+
+def test_siblings_are_compiled_in_one_graph_and_computed_once() -> None:
+    model = Attention()
+    pack_model(model, torch.float32)
+    products: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        products.extend(node for node in graph.graph.nodes if "aqlm_packed" in str(node.target))
+        return graph.forward
+
+    x = torch.randn(2, 32)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert len(products) == 2  # q, k and v in one; o

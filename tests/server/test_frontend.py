@@ -41,6 +41,8 @@ def client(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     set_variables(toy, ServeOptions(), monkeypatch)
 
     async def models(request: Request) -> Response:
+        if failure := request.headers.get("X-Failure"):
+            return JSONResponse({"detail": failure}, 503, {"Retry-After": "7"})
         return JSONResponse({"object": "list", "data": [{"id": "org/m", "max_model_len": 9}]})
 
     async def good(request: Request) -> Response:
@@ -72,6 +74,14 @@ def test_a_model_is_found_by_its_name(client: TestClient) -> None:
     assert refusal.status_code == 404
     assert refusal.json()["error"]["code"] == "model_not_found"
     assert "'org/m'" in refusal.json()["error"]["message"]
+
+
+def test_a_list_of_models_that_fails_says_so_for_one_model_too(client: TestClient) -> None:
+    for path in ("/v1/models", "/v1/models/org/m"):
+        refusal = client.get(path, headers={"X-Failure": "the engine is dead"})
+        assert refusal.status_code == 503
+        assert refusal.headers["Retry-After"] == "7"
+        assert refusal.json()["error"]["message"] == "the engine is dead"
 
 
 def test_errors_of_every_route_have_one_form(client: TestClient) -> None:

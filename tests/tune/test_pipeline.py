@@ -1,17 +1,21 @@
 """Tuning end to end on toy models of real architectures: quality, resume, refusals."""
 
+import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import pvrt
 from pvrt.checkpoint import Checkpoint
@@ -21,7 +25,11 @@ from pvrt_tune import calibration, walk
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.pipeline import tune
+from pvrt_tune.plan import Plan
+from pvrt_tune.planning import plan_job
 from pvrt_tune.recipe import Recipe, TuneJob
+from pvrt_tune.runstate import RUN_FOLDER, _discard
+from pvrt_tune.training import TrainSettings
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -42,6 +50,20 @@ def dense_folder(path: Path, architecture: str, dtype: torch.dtype = torch.float
 
 def silent(line: str) -> None:
     pass
+
+
+class Stopped(Exception):
+    """A run ends here as it would by a kill: nothing more is written."""
+
+
+def stopping(line: str) -> Callable[[str], None]:
+    """A report that ends the run at the first line beginning so."""
+
+    def report(shown: str) -> None:
+        if shown.startswith(line):
+            raise Stopped
+
+    return report
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -171,15 +193,8 @@ def test_a_damaged_block_file_is_made_again(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "llama")
     job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK)
 
-    class Stop(Exception):
-        pass
-
-    def stop_after_first(line: str) -> None:
-        if line.startswith("block 1/"):
-            raise Stop
-
-    with pytest.raises(Stop):
-        tune(job, stop_after_first)
+    with pytest.raises(Stopped):
+        tune(job, stopping("block 1/"))
     block = tmp_path / "out" / ".run" / "pieces" / "block-00000.safetensors"
     os.truncate(block, block.stat().st_size - 7)
     journal = tmp_path / "out" / ".run" / "journal.jsonl"
@@ -223,6 +238,109 @@ def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> No
     assert any("already complete" in line for line in lines)
     tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8"), restart=True), silent)
     assert str(Checkpoint.open(out).scheme) == "1x8g8"
+
+
+def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
+    tmp_path: Path,
+) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    pv = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
+    out = tmp_path / "out"
+    old = TuneJob(str(tmp_path / "dense"), out, replace(QUICK, scheme="1x8g8", pv=pv))
+    tune(old, silent)
+    new = replace(old, recipe=replace(QUICK, pv=pv), restart=True)
+    with pytest.raises(Stopped):
+        tune(new, stopping("block 2/"))
+    assert str(Checkpoint.open(out).scheme) == "1x8g8"
+    Checkpoint.open(out).verify()
+    with pytest.raises(Stopped):
+        tune(replace(new, restart=False), stopping("PV step 1/"))
+    assert str(Checkpoint.open(out).scheme) == "2x8g8"
+    Checkpoint.open(out).verify()
+
+
+def test_a_checkpoint_whose_writing_was_cut_short_is_written_again(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    pv = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, pv=pv))
+    with pytest.raises(Stopped):
+        tune(job, stopping("PV step 1/"))
+    (tmp_path / "out" / "config.json").unlink()
+    with pytest.raises(Stopped):
+        tune(job, stopping("PV step 2/"))
+    Checkpoint.open(tmp_path / "out").verify()
+
+
+def test_the_plan_of_a_restart_counts_sampling_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK)
+    phases: list[list[str]] = []
+
+    def watched(*arguments: Any, **named: Any) -> Plan:
+        plan = plan_job(*arguments, **named)
+        phases.append([phase.name for phase in plan.phases])
+        return plan
+
+    monkeypatch.setattr("pvrt_tune.pipeline.plan_job", watched)
+    for again in (job, job, replace(job, restart=True)):
+        with pytest.raises(Stopped):
+            tune(again, stopping("block"))
+    assert ["sampling" in names for names in phases] == [True, False, True]
+
+
+def test_a_discarded_run_leaves_its_folder_to_the_next_one(tmp_path: Path) -> None:
+    """A kill while --restart discards must not leave a folder that no run may be started in."""
+    dense_folder(tmp_path / "dense", "llama")
+    out = tmp_path / "out"
+    job = TuneJob(str(tmp_path / "dense"), out, QUICK)
+    tune(job, silent)
+    _discard(out / RUN_FOLDER)
+    tune(replace(job, restart=True), silent)
+    Checkpoint.open(out).verify()
+
+
+def test_other_versions_of_pvrt_and_torch_go_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    out = tmp_path / "out"
+    job = TuneJob(str(tmp_path / "dense"), out, QUICK)
+    here = {"pvrt": pvrt.__version__, "torch": torch.__version__}
+    with monkeypatch.context() as before:
+        before.setattr(torch, "__version__", "2.6.0")
+        before.setattr(pvrt, "__version__", "0.0.9")
+        with pytest.raises(Stopped):
+            tune(job, stopping("block 1/"))
+    lines: list[str] = []
+    tune(job, lines.append)
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert len(warnings) == 2
+    assert f"made with torch 2.6.0 so far and goes on with {torch.__version__}" in warnings[1]
+    assert not any(line.startswith("block 1/") for line in lines)
+    manifest = json.loads((out / "pvrt.json").read_text())
+    assert manifest["versions"] == [{"pvrt": "0.0.9", "torch": "2.6.0"}, here]
+    tune(TuneJob(job.model, tmp_path / "whole", QUICK), silent)
+    whole = json.loads((tmp_path / "whole" / "pvrt.json").read_text())
+    assert whole["versions"] == [here]
+
+
+def test_a_run_folder_with_the_versions_in_its_fingerprint_goes_on(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK)
+    with pytest.raises(Stopped):
+        tune(job, stopping("block 1/"))
+    run = tmp_path / "out" / RUN_FOLDER
+    fingerprint = json.loads((run / "fingerprint.json").read_text())
+    fingerprint["versions"] = {"pvrt": "0.1.0", "torch": "2.6.0"}
+    (run / "fingerprint.json").write_text(json.dumps(fingerprint))
+    journal = (run / "journal.jsonl").read_text().splitlines(keepends=True)
+    (run / "journal.jsonl").write_text("".join(x for x in journal if '"versions"' not in x))
+    lines: list[str] = []
+    tune(job, lines.append)
+    assert any("made with torch 2.6.0 so far" in line for line in lines)
+    assert not any(line.startswith("block 1/") for line in lines)
 
 
 def test_resume_needs_a_run_and_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -348,6 +466,62 @@ def test_positions_begin_with_every_document_and_window(tmp_path: Path) -> None:
     texts = (tokenizer.decode(window) for window in data.tokens)
     found = dict(zip(texts, data.positions.tolist(), strict=True))
     assert found == {"abcdefgh": [0, 1, 2, *range(5)], "ijklmnop": [*range(5), 0, 1, 2]}
+
+
+def test_a_long_document_is_cut_where_its_tokens_part(tmp_path: Path) -> None:
+    """Every window that fits into it comes out as from the document in one piece."""
+    words = ["a", "bcd", "\u00e9t\u00e9", "x" * 900, "\n", "\n\n", "  "]
+    generator = random.Random(0)
+    text = "".join(generator.choice(words) + generator.choice(["", " "]) for _ in range(1000))
+    assert len(text) > 20 * calibration._STRETCH * 64
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = toy_tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A <|end|>", special_tokens=[("<s>", 256), ("<|end|>", 257)]
+    )
+    whole = tokenizer(text)["input_ids"]
+    assert (whole[0], whole[-1]) == (256, 257)
+    count = len(whole) // 64
+    data = calibration.from_text(str(tmp_path / "a.txt"), tokenizer, count, 64, seed=0)
+    wanted = torch.tensor(whole[: count * 64]).view(count, 64)
+    assert sorted(data.tokens.tolist()) == sorted(wanted.tolist())
+
+
+def test_text_is_read_from_all_over_and_no_more_than_is_needed(tmp_path: Path) -> None:
+    """A long file costs what its windows cost, whatever its length."""
+    lines = "".join(f"{number:09d}\n" for number in range(400_000))
+    (tmp_path / "a.txt").write_text(lines)
+    tokenizer = toy_tokenizer()
+    read = 0
+
+    class Counting:
+        bos_token_id = tokenizer.bos_token_id
+
+        def __call__(self, text: str, **named: Any) -> Any:
+            nonlocal read
+            read += len(text)
+            return tokenizer(text, **named)
+
+    shown: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        shown.append((done, total))
+
+    file = str(tmp_path / "a.txt")
+    data = calibration.from_text(file, Counting(), 256, 64, 0, progress)
+    assert 256 * 64 <= read < 2 * 256 * 64
+    assert shown[-1] == (256, 256)
+    places = sorted(
+        int(tokenizer.decode(window).split("\n")[1]) / 400_000 for window in data.tokens
+    )
+    assert len(set(places)) == 256
+    assert all(any(low / 4 <= place < (low + 1) / 4 for place in places) for low in range(4))
+
+
+def test_a_dataset_without_end_is_read_for_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "documents", lambda spec: itertools.repeat("0123456789"))
+    data = calibration.from_text("hf:endless", toy_tokenizer(), 4, 16, seed=0)
+    assert data.tokens.shape == (4, 16)
 
 
 def test_too_little_text_names_both_numbers(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from pvrt_tune.blocks import linears
 from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.machine import Machine
 from pvrt_tune.pipeline import tune
-from pvrt_tune.plan import Plan, Request, fit_bytes, misfit, plan_run
+from pvrt_tune.plan import Phase, Plan, Request, fit_bytes, misfit, plan_run
 from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
 from pvrt_tune.source import Source, load_skeleton
 from pvrt_tune.speed import GPU_OF_A100_CLASS
+from pvrt_tune.training import TrainSettings
 from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
@@ -95,6 +96,24 @@ def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: P
     # 6.25 bytes for every quantised weight, the original model, and embeddings twice.
     known = 6.25 * 6.98e9 + 2 * 8.03e9 + 2 * 1.05e9
     assert known < pv.device_bytes < 1.1 * known
+
+
+def test_the_original_models_states_take_disk_and_no_host_memory(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    best = EFFORTS["best"]
+    assert best.pv is not None
+
+    def phase(pv: TrainSettings) -> Phase:
+        plan = plan_of(folder, recipe=replace(best, pv=pv), device="cuda")
+        return next(phase for phase in plan.phases if phase.name == "PV-Tuning")
+
+    many, few = phase(best.pv), phase(replace(best.pv, windows=1024))
+    assert many.disk_bytes - few.disk_bytes == 2 * (4096 - 1024) * 1024 * 4096
+    assert many.host_bytes == few.host_bytes
+    # With few steps, only what they see is computed; all of it where the original model goes first.
+    short = replace(best.pv, steps=1)
+    first = phase(replace(short, teacher_first=True))
+    assert first.disk_bytes - phase(short).disk_bytes == 2 * (4096 - 16) * 1024 * 4096
 
 
 def test_the_command_reads_config_json_alone(tmp_path: Path) -> None:

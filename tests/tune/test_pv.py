@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVOptimizer, PVSettings
+from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVOptimizer, PVSettings, StrategyName
 from pvrt_tune.pvstage import teacher_of
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation, represent
@@ -244,6 +245,31 @@ def test_a_model_that_ignores_positions_is_refused(monkeypatch: pytest.MonkeyPat
         check_head(model, tokens, separate_documents=True)
 
 
+def test_states_of_the_original_model_are_mapped_from_their_pieces(tmp_path: Path) -> None:
+    """Host memory would grow with the text: 34 GB at effort best and a width of 4096."""
+    model = toy_model("llama")
+    data = CalibrationData(torch.randint(0, 256, (10, 16)), "random")
+    state = RunState(tmp_path)
+    computed: list[weakref.ref[Tensor]] = []
+
+    def load(number: int) -> Tensor | None:
+        piece = state.load(f"teacher-{number}")
+        return None if piece is None else piece.tensors["hidden"]
+
+    def save(number: int, hidden: Tensor) -> None:
+        computed.append(weakref.ref(hidden))
+        state.save(f"teacher-{number}", {"hidden": hidden}, {})
+
+    teacher = Teacher(model, data, 4, load, save)
+    teacher.finish(lambda done, total: None)
+    assert [states() for states in computed] == [None, None, None]
+    mapped = Path("/proc/self/maps").read_text()
+    assert all(str(file) in mapped for file in (tmp_path / "pieces").iterdir())
+    with torch.no_grad():
+        wanted = final_hidden(model, data.tokens[[9, 0]]).bfloat16()
+    assert torch.equal(teacher.hidden([9, 0]), wanted)
+
+
 # ---- strategies ----
 
 
@@ -301,7 +327,7 @@ def codes_of(trainer: Trainer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_learns_and_moves_what_it_should(
-    problem: Problem, tmp_path: Path, strategy: str
+    problem: Problem, tmp_path: Path, strategy: StrategyName
 ) -> None:
     pv = replace(SETTINGS.pv, strategy=strategy)
     if strategy == "stochastic":  # every rounded group is noise: it needs smaller steps

@@ -26,6 +26,7 @@ from pvrt.scheme import Scheme
 from pvrt_tune.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.objective import Objective, column_blocks
 from pvrt_tune.search import Cells, ScoreRows, halve, in_metric, lowest
+from pvrt_tune.settings import Count, Decay, Positive, Repeats, settings
 
 #: Codebooks up to this size are searched entry by entry: two levels gain nothing below.
 EXHAUSTIVE = 1024
@@ -36,7 +37,7 @@ _IMPORTANCE_POWER = 0.65
 _CONTINUATIONS = 2
 
 
-@dataclass(frozen=True)
+@settings
 class FitSettings:
     """Effort of one layer's fit.
 
@@ -46,14 +47,14 @@ class FitSettings:
     never damped. column_block: input features whose products with H are updated at once.
     """
 
-    rounds: int = 6
-    kmeans_iterations: int = 24
-    kmeans_momentum: float = 0.8
-    beam: int = 8
-    probes: int = 8
-    cg_iterations: int = 3
-    damping: float = 0.01
-    column_block: int = 128
+    rounds: Repeats = 6
+    kmeans_iterations: Count = 24
+    kmeans_momentum: Decay = 0.8
+    beam: Count = 8
+    probes: Count = 8
+    cg_iterations: Count = 3
+    damping: Positive = 0.01
+    column_block: Count = 128
 
 
 def cells_of(scheme: Scheme) -> int:

@@ -19,6 +19,8 @@ from pvrt_tune import parallel
 from pvrt_tune.calibration import CalibrationData
 
 CHUNK_BYTES = 64 << 20
+#: Windows whose states of the original model are computed and kept together.
+TEACHER_CHUNK = 16
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,10 @@ class Teacher:
         if len(part) and states is None:
             states = made = self._compute(part)
         self.save(number, made)
+        if made is not None:
+            # What was kept is mapped from its file: its pages can go, computed ones cannot.
+            kept = self.load(number)
+            states = made if kept is None else kept
         if states is not None:
             self.chunks[number] = states
         self.rounds.add(index)

@@ -12,17 +12,18 @@ from torch import nn
 
 from pvrt_tune.activations import Activations
 from pvrt_tune.blocks import run_block
+from pvrt_tune.settings import Part, Rate, Repeats, settings
 
 
-@dataclass(frozen=True)
+@settings
 class FinetuneSettings:
     """Adam on one block. `learning_rate` is relative: a step moves a tensor by about this share of
     its own root mean square. `held_out` is the share of batches that only decides when to stop.
     """
 
-    epochs: int = 4
-    learning_rate: float = 2e-3
-    held_out: float = 0.125
+    epochs: Repeats = 4
+    learning_rate: Rate = 2e-3
+    held_out: Part = 0.125
 
 
 @dataclass(frozen=True)

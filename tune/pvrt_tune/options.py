@@ -1,11 +1,10 @@
 """From the options of a command to a recipe: preset, then file, then what was typed."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from pvrt.errors import RunError
-from pvrt.scheme import parse_scheme
 from pvrt_tune.config import from_file
 from pvrt_tune.recipe import EFFORTS, Recipe
 from pvrt_tune.training import TrainSettings
@@ -30,17 +29,12 @@ def build(
     A limit asks for PV-Tuning at any effort. Raises RunError with one sentence for what cannot be.
     """
     recipe = EFFORTS[effort] if config is None else from_file(config, EFFORTS[effort])
-    recipe = replace(
-        recipe,
-        scheme=changes.scheme or recipe.scheme,
-        samples=changes.samples or recipe.samples,
-        length=changes.length or recipe.length,
-        seed=recipe.seed if changes.seed is None else changes.seed,
-    )
+    named = {field.name: getattr(changes, field.name) for field in fields(changes)}
+    typed = {name: value for name, value in named.items() if value is not None and name != "pv"}
     try:
-        parse_scheme(recipe.scheme)
-    except ValueError as error:
-        raise RunError(f"--scheme: {error}") from error
+        recipe = replace(recipe, **typed)
+    except RunError as error:  # an option has the name of its setting
+        raise RunError(f"--{error}") from error
     if limit is None:
         return recipe if changes.pv else replace(recipe, pv=None), None
     if not changes.pv:

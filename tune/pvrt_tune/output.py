@@ -55,6 +55,7 @@ def write(
     manifest = {
         "pvrt": pvrt.__version__,
         "torch": torch.__version__,
+        "versions": state.versions,
         "scheme": str(scheme),
         "base_model": {"name": Path(source.name).name, "sha256": source.digest},
         "data": {"origin": data.origin, "sha256": data.digest},

@@ -76,9 +76,10 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
     job = _planned(job, report)
     source = load_source(job.model)
     blocks = find_blocks(source.model)
-    text = _text(job, source)
+    text = _text(job, source, report)
     fingerprint = _fingerprint(job, source, text)
-    state = open_run(job.out, fingerprint, resume=job.resume, restart=job.restart)
+    versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
+    state = open_run(job.out, fingerprint, versions, report, resume=job.resume, restart=job.restart)
     if state.finished:
         return _Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), state, [])
     write_synced(state.folder / "config.yaml", as_yaml(job.recipe).encode())
@@ -86,8 +87,11 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
     release_memory()  # of reading the model and its text
     reports = walk(job, source, blocks, data[job.recipe.calibration], state, report)
     run = _Run(job, source, blocks, data, state, reports)
-    if job.recipe.pv is not None and not (job.out / CONFIG_FILE).exists():
+    # A checkpoint in OUT may be another run's, or its writing may have been cut short.
+    served = state.calibrated and (job.out / CONFIG_FILE).exists()
+    if job.recipe.pv is not None and not served:
         run.write()
+        state.note_calibrated()
         report(f"{job.out} can be served from here on; PV-Tuning makes it better")
     return run
 
@@ -96,7 +100,7 @@ def _follow(job: TuneJob) -> _Run:
     """What the first process has prepared, for the others."""
     source = load_source(job.model)
     state = RunState(job.out / RUN_FOLDER, writes=False)
-    data = _text(job, source)
+    data = _text(job, source, _silent)
     if data is None:
         saved = state.load("calibration")
         data = CalibrationData(saved.tensors["tokens"] if saved else torch.empty(0), "")
@@ -120,13 +124,20 @@ def _finish(run: _Run, group: parallel.Group, report: Report, deadline: float | 
         report(f"the time is over: {job.out} holds the best so far, the same command goes on")
 
 
-def _text(job: TuneJob, source: Source) -> CalibrationData | None:
+def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | None:
     """Windows of the text that the job names, if it names one."""
     if job.data is None:
         return None
     recipe = job.recipe
+    clock = Clock(recipe.windows)
+
+    def progress(done: int, total: int) -> None:
+        clock.done = done
+        if clock.due():
+            report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
+
     return calibration.from_text(
-        job.data, source.tokenizer, recipe.windows, recipe.length, recipe.seed
+        job.data, source.tokenizer, recipe.windows, recipe.length, recipe.seed, progress
     )
 
 
@@ -137,7 +148,8 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
     """
     map_large_tensors()
     machine = Machine.here(job.device, job.out)
-    text_at_hand = job.data is not None or has_piece(job.out, "calibration")
+    kept = not job.restart and has_piece(job.out, "calibration")
+    text_at_hand = job.data is not None or kept
     plan = plan_job(job, machine, sampled=not text_at_hand)
     report(summary(plan))
     problem = misfit(plan, machine)
@@ -175,5 +187,4 @@ def _fingerprint(job: TuneJob, source: Source, text: CalibrationData | None) -> 
         "model": source.digest,
         "data": "sampled from the model" if text is None else text.digest,
         "recipe": asdict(job.recipe),
-        "versions": {"pvrt": pvrt.__version__, "torch": torch.__version__},
     }

@@ -338,11 +338,11 @@ class _Planner:
         )
         item = compute_dtype(recipe.pv.compute, self.request.device).itemsize
         original = self.itemsize if self.cuda else item
-        needed = needs(sizes, recipe.pv, recipe.length, item, original)
+        needed = needs(sizes, recipe.pv, recipe.windows, recipe.length, item, original)
         both = needed.student + needed.original
         peak = max(needed.student, needed.original) if recipe.pv.teacher_first else both
-        disk = needed.disk + sizes.stored
-        yield self.phase("PV-Tuning", peak, needed.operations / self.speed.products, disk=disk)
+        place = {"host": needed.states, "disk": needed.disk + sizes.stored}
+        yield self.phase("PV-Tuning", peak, needed.operations / self.speed.products, **place)
 
     def write(self) -> Phase:
         """The checkpoint beside the pieces it is made of; tensors are written from mapped files."""

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from pvrt_tune import parallel
 from pvrt_tune.latent import Latent
 from pvrt_tune.parallel import Rows
 from pvrt_tune.representation import Representation
+from pvrt_tune.settings import Count, Decay, Flag, Positive, Rate, Share, settings
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,16 @@ class Strategy:
     stochastic: bool = False
 
 
+StrategyName = Literal[
+    "continuous",
+    "linearized",
+    "stochastic",
+    "straight-through",
+    "subspace",
+    "subspace-straight-through",
+]
 #: The paper's table 1, by name.
-STRATEGIES = {
+STRATEGIES: dict[StrategyName, Strategy] = {
     "continuous": Strategy(moves_codes=False),
     "linearized": Strategy(),
     "stochastic": Strategy(stochastic=True),
@@ -57,7 +67,7 @@ WHOLE_PARTS = {"moment_columns", "searched_books", "books_moved"}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
+@settings
 class PVSettings:
     """Hyperparameters of a step.
 
@@ -73,16 +83,16 @@ class PVSettings:
     bytes per weight instead of 8.
     """
 
-    strategy: str = "subspace-straight-through"
-    learning_rate: float = 2e-3
-    code_learning_rate: float = 2e-2
-    betas: tuple[float, float] = (0.9, 0.95)
-    code_beta: float = 0.95
-    fraction: float = 0.01
-    gain_pool: int = 4
-    trust_ratio: float | None = None
-    low_memory: bool = False
-    clip_norm: float = 1.0
+    strategy: StrategyName = "subspace-straight-through"
+    learning_rate: Rate = 2e-3
+    code_learning_rate: Rate = 2e-2
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    code_beta: Decay = 0.95
+    fraction: Share = 0.01
+    gain_pool: Count = 4
+    trust_ratio: Positive | None = None
+    low_memory: Flag = False
+    clip_norm: Positive = 1.0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pvrt_tune.distill import CHUNK_BYTES
+from pvrt_tune.distill import CHUNK_BYTES, TEACHER_CHUNK
 from pvrt_tune.pv import STRATEGIES
 from pvrt_tune.training import TrainSettings
 
@@ -30,19 +30,27 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of the student at work and of the original model, of the run folder, and operations."""
+    """Bytes of the student at work, of the original model, of that model's states in host memory
+    and of the run folder; and operations.
+    """
 
     student: float
     original: float
+    states: float
     disk: float
     operations: float
 
 
 def needs(
-    sizes: Sizes, settings: TrainSettings, length: int, item: int, original_item: int
+    sizes: Sizes,
+    settings: TrainSettings,
+    available: int,
+    length: int,
+    item: int,
+    original_item: int,
 ) -> Needs:
-    """PV-Tuning of a student that computes in `item` bytes per number; the original model's numbers
-    have `original_item`.
+    """PV-Tuning of a student that computes in `item` bytes per number on `available` windows of
+    text, held-out ones included; the original model's numbers have `original_item`.
     """
     pv = settings.pv
     strategy = STRATEGIES[pv.strategy]
@@ -62,8 +70,12 @@ def needs(
     student = per_weight * sizes.quantised + item * sizes.outside + kept_too + work
     original = original_item * sizes.parameters
     seen = settings.steps * settings.batch
-    windows = min(settings.windows, seen) + settings.held_out
+    windows = available
+    if not settings.teacher_first:
+        windows = min(windows, seen + settings.held_out)
     states = 2 * windows * length * sizes.width
+    # One chunk is being computed, part by part; the others are mapped from their files.
+    states_at_hand = 2 * 2 * min(TEACHER_CHUNK, windows) * length * sizes.width
     state = (latent + moment) * sizes.quantised + kept_too
     looks = settings.steps // settings.evaluate_every + 1
     head = sizes.vocabulary * sizes.width
@@ -78,4 +90,5 @@ def needs(
         )
     )
     # The newest state and best student are complete before older ones go.
-    return Needs(student, original, 2 * (state + sizes.stored) + states, operations)
+    disk = 2 * (state + sizes.stored) + states
+    return Needs(student, original, states_at_hand, disk, operations)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pvrt_tune import parallel
 from pvrt_tune.blocks import BlockList
 from pvrt_tune.calibration import CalibrationData
-from pvrt_tune.distill import Teacher, check_head
+from pvrt_tune.distill import TEACHER_CHUNK, Teacher, check_head
 from pvrt_tune.machine import compute_dtype, release_memory
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.recipe import TuneJob
@@ -18,9 +18,6 @@ from pvrt_tune.runstate import RunState
 from pvrt_tune.source import Source
 from pvrt_tune.training import BEST, Student, Trainer, TrainSettings
 from pvrt_tune.walk import finished_blocks, rebuild
-
-#: Windows whose teacher states are computed and kept together.
-_TEACHER_CHUNK = 16
 
 
 def pv_tune(
@@ -95,7 +92,7 @@ def teacher_of(model: Any, data: CalibrationData, state: RunState) -> Teacher:
                 name, digest = written
                 state.note(name, [digest], {})
 
-    return Teacher(model, data, _TEACHER_CHUNK, load, save)
+    return Teacher(model, data, TEACHER_CHUNK, load, save)
 
 
 def _states_name(chunk: int) -> str:

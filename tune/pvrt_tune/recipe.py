@@ -1,16 +1,32 @@
 """What a tuning run is asked to do: the recipe, its presets by effort, and the job."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import AfterValidator, Field
+
+from pvrt.scheme import Scheme, parse_scheme
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.pv import PVSettings
+from pvrt_tune.settings import Count, settings
 from pvrt_tune.training import TrainSettings
 
 
-@dataclass(frozen=True)
+def _tunable(scheme: str) -> str:
+    """The text of a scheme that layers can be fitted in; ValueError for any other."""
+    parsed = parse_scheme(scheme)
+    if isinstance(parsed, Scheme) and parsed.out_group_size != 1:
+        alone = replace(parsed, out_group_size=1)
+        raise ValueError(
+            f"{scheme} has groups that span {parsed.out_group_size} outputs, which pvrt reads but "
+            f"does not make; give {alone}, say"
+        )
+    return scheme
+
+
+@settings
 class Recipe:
     """Everything that decides the result besides model and text. Stored with the run.
 
@@ -20,12 +36,12 @@ class Recipe:
     states is kept for it). pv: PV-Tuning after calibration, or None.
     """
 
-    scheme: str = "2x8g8"
-    samples: int = 64
-    length: int = 512
-    seed: int = 0
-    fit: FitSettings = field(default_factory=FitSettings)
-    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    scheme: Annotated[str, AfterValidator(_tunable)] = "2x8g8"
+    samples: Count = 64
+    length: Annotated[int, Field(strict=True, ge=8)] = 512
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    fit: FitSettings = Field(default_factory=FitSettings)
+    finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
     targets: Literal["quantised", "original"] = "quantised"
     pv: TrainSettings | None = None
 

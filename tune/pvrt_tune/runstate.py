@@ -1,7 +1,8 @@
 """A tuning run on disk: what was finished, and whether a resumed run is the same run.
 
-    OUT/.run/fingerprint.json   model, data, recipe and versions; resume refuses anything else
-    OUT/.run/journal.jsonl      one line per finished piece, with the SHA-256 of its file
+    OUT/.run/fingerprint.json   model, data and recipe; resume refuses anything else
+    OUT/.run/journal.jsonl      one line per finished piece, with the SHA-256 of its file, per
+                                checkpoint written, and per set of versions that took part
     OUT/.run/pieces/block-00007.safetensors
 
 Files are written to a temporary name, synced and renamed; a piece counts only when the journal
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from pvrt.durable import as_json, sync, try_writing, write_synced
 from pvrt.errors import RunError
+from pvrt_tune.progress import Report
 
 RUN_FOLDER = ".run"
 FINGERPRINT_FILE = "fingerprint.json"
+_JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,22 @@ class RunState:
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
-        self.events = _read_journal(folder / "journal.jsonl")
+        self.events = _read_journal(folder / _JOURNAL)
 
     @property
     def finished(self) -> bool:
         """Whether the checkpoint of this run was written."""
         return any(event["event"] == "checkpoint" for event in self.events)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether this run wrote the checkpoint that PV-Tuning starts from."""
+        return any(event["event"] == "calibrated" for event in self.events)
+
+    @property
+    def versions(self) -> list[dict[str, str]]:
+        """Versions of pvrt and torch that took part, in this order."""
+        return [event["versions"] for event in self.events if event["event"] == "versions"]
 
     def load(self, name: str) -> Piece | None:
         """A finished piece of one part, or None when it is not (soundly) there."""
@@ -131,6 +144,15 @@ class RunState:
             for part in range(self.parts(name)):
                 self.file(name, part).unlink(missing_ok=True)
 
+    def note_calibrated(self) -> None:
+        """Note that the checkpoint that PV-Tuning starts from is written."""
+        self._append({"event": "calibrated"})
+
+    def note_versions(self, versions: Mapping[str, str]) -> None:
+        """Note with which versions the run goes on, if they are not those of before."""
+        if self.versions[-1:] != [versions]:
+            self._append({"event": "versions", "versions": dict(versions)})
+
     def finish(self, report: dict[str, Any]) -> None:
         """Note that the checkpoint is written, and drop the pieces that it now contains."""
         self._append({"event": "checkpoint", "report": report})
@@ -143,7 +165,7 @@ class RunState:
 
     def _append(self, event: dict[str, Any]) -> None:
         if self.writes:
-            with (self.folder / "journal.jsonl").open("a", encoding="utf-8") as handle:
+            with (self.folder / _JOURNAL).open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(event) + "\n")
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -187,27 +209,41 @@ def check_output(out: Path, *, resume: bool) -> None:
         raise RunError(f"cannot write to {out} ({error}); give another output folder") from error
 
 
-def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart: bool) -> RunState:
+def open_run(
+    out: Path,
+    fingerprint: Mapping[str, Any],
+    versions: Mapping[str, str],
+    report: Report,
+    *,
+    resume: bool,
+    restart: bool,
+) -> RunState:
     """Open or start the run of an output folder.
 
-    An unfinished run with the same fingerprint goes on. `resume` insists that there is one,
-    `restart` throws it away. Raises RunError when the folder belongs to something else; the
-    message lists what differs.
+    An unfinished run with the same fingerprint goes on; `report` gets a warning when its versions
+    were others. `resume` insists that there is a run, `restart` throws it away; its checkpoint
+    stays until the new run writes one. Raises RunError when the folder belongs to something else;
+    the message lists what differs.
     """
     folder = out / RUN_FOLDER
     file = folder / FINGERPRINT_FILE
     check_output(out, resume=resume)
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
+    if restart and folder.is_dir():
+        try:
+            _discard(folder)
+        except OSError as error:
+            raise RunError(f"cannot discard the run in {out}: {error}") from error
     if file.is_file():
         stored = _read_fingerprint(file)
+        # Runs begun before the journal knew versions have the first ones here.
+        first = stored.pop("versions", None)
         different = _differences(stored, json.loads(json.dumps(fingerprint)))
         if different:
             raise RunError(
                 f"{out} holds another run: {'; '.join(different)}. Give the old settings to "
                 "resume it, --restart to discard it, or another output folder"
             )
-        return RunState(folder)
+        return _go_on(RunState(folder), first, versions, report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".partial")
@@ -215,7 +251,36 @@ def open_run(out: Path, fingerprint: Mapping[str, Any], *, resume: bool, restart
         os.replace(temporary, file)
     except OSError as error:
         raise RunError(f"cannot write to {out} ({error}); give another output folder") from error
-    return RunState(folder)
+    return _go_on(RunState(folder), None, versions, report)
+
+
+def _discard(folder: Path) -> None:
+    """Empty a run folder. A kill on the way leaves one in which a run can start or go on."""
+    (folder / _JOURNAL).unlink(missing_ok=True)  # first: no piece counts without it
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _go_on(
+    state: RunState, first: Mapping[str, str] | None, versions: Mapping[str, str], report: Report
+) -> RunState:
+    """The run with its present versions noted; `first` are those that the journal does not know."""
+    if state.finished:
+        return state
+    if first and not state.versions:
+        state.note_versions(first)
+    for before in state.versions[-1:]:
+        for name in sorted(versions):
+            if before.get(name) != versions[name]:
+                report(
+                    f"warning: this run was made with {name} {before.get(name)} so far and goes on "
+                    f"with {versions[name]}: its result may differ from that of one version alone"
+                )
+    state.note_versions(versions)
+    return state
 
 
 def _read_fingerprint(file: Path) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from pvrt.experts import ExpertList
@@ -20,6 +21,7 @@ from pvrt_tune.pv import PVOptimizer, PVSettings
 from pvrt_tune.randomness import seeded
 from pvrt_tune.representation import Representation, represent
 from pvrt_tune.runstate import RunState
+from pvrt_tune.settings import Count, Flag, Ramp, settings
 
 #: Pieces of a run, numbered by step: the best student so far, and the state to go on from.
 BEST, STATE = "pv-best-", "pv-state-"
@@ -30,7 +32,7 @@ _PROBES = {3 << doubling for doubling in range(32)}
 _SHARE_OF_STEPS = 0.9
 
 
-@dataclass(frozen=True)
+@settings
 class TrainSettings:
     """The loop around the PV step.
 
@@ -45,20 +47,20 @@ class TrainSettings:
     separate_documents: documents that share a window do not see each other.
     """
 
-    windows: int = 256
-    steps: int = 200
-    batch: int = 4
-    microbatch: int = 4
-    held_out: int = 8
-    evaluate_every: int = 20
-    patience: int = 6
-    warmup: float = 0.05
-    freeze_embeddings: bool = True
+    windows: Count = 256
+    steps: Count = 200
+    batch: Count = 4
+    microbatch: Count = 4
+    held_out: Count = 8
+    evaluate_every: Count = 20
+    patience: Count = 6
+    warmup: Ramp = 0.05
+    freeze_embeddings: Flag = True
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    recompute_activations: bool = False
-    teacher_first: bool = False
-    separate_documents: bool = False
-    pv: PVSettings = field(default_factory=PVSettings)
+    recompute_activations: Flag = False
+    teacher_first: Flag = False
+    separate_documents: Flag = False
+    pv: PVSettings = Field(default_factory=PVSettings)
 
     def factor(self, step: int, steps: int) -> float:
         """Learning-rate factor of step `step` (from 0) of `steps`: linear up, then down to zero."""
