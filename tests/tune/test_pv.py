@@ -256,7 +256,8 @@ def test_states_of_the_original_model_are_mapped_from_their_pieces(tmp_path: Pat
         piece = state.load(f"teacher-{number}")
         return None if piece is None else piece.tensors["hidden"]
 
-    def save(number: int, hidden: Tensor) -> None:
+    def save(number: int, hidden: Tensor | None) -> None:
+        assert hidden is not None  # nothing was kept before
         computed.append(weakref.ref(hidden))
         state.save(f"teacher-{number}", {"hidden": hidden}, {})
 
