@@ -8,8 +8,17 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads are ruinous on a b
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TQDM_DISABLE"] = "1"
 
+import zlib
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
 
 pytest_plugins = ["tests.fixtures.instruction_sets"]
+
+
+@pytest.fixture(autouse=True)
+def _same_draws_in_every_run(request: pytest.FixtureRequest) -> None:
+    """A test that fails must fail again: its random numbers follow from its name alone."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
