@@ -30,10 +30,13 @@ class Latent:
         self._group, self._beta = group, beta
         kept = torch.bfloat16 if low_memory else torch.float32
         self.value = weight.detach().to(kept, copy=True) if accumulates else None
-        empty = torch.zeros_like(weight, dtype=torch.float32)
-        self.moments = {"second_moment": empty}
+        rows, columns = weight.shape
+        sizes: dict[str, tuple[int, ...]] = {"second_moment": (rows, columns)}
         if low_memory:
-            self.moments = {"moment_rows": empty[:, 0].clone(), "moment_columns": empty[0].clone()}
+            sizes = {"moment_rows": (rows,), "moment_columns": (columns,)}
+        self.moments = {
+            name: torch.zeros(size, device=weight.device) for name, size in sizes.items()
+        }
 
     def step(
         self, decoded: Tensor, grad: Tensor, rate: float, generator: torch.Generator
