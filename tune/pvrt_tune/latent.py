@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pvrt_kernels import cpu_tuning
 from pvrt_tune import parallel
+from pvrt_tune.randomness import branch
 
 # Keeps a direction finite where a gradient was always zero; cpu_tuning.c has the same.
 _TINY = 1e-12
@@ -90,9 +91,12 @@ class Latent:
 
 def _round_stochastically(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """float32 -> bfloat16, up or down with the chance that keeps the mean."""
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    own = torch.Generator(tensor.device).manual_seed(seed + parallel.rank())
+    device = tensor.device
     noise = torch.randint(
-        1 << 16, tensor.shape, generator=own, dtype=torch.int32, device=tensor.device
+        1 << 16,
+        tensor.shape,
+        generator=branch(generator, device),
+        dtype=torch.int32,
+        device=device,
     )
     return ((tensor.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

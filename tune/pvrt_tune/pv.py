@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from pvrt_tune import parallel
 from pvrt_tune.latent import Latent
+from pvrt_tune.randomness import branch
 from pvrt_tune.representation import Representation
 
 
@@ -152,7 +153,8 @@ class PVLayer:
         g = self.representation.group_size
         draws = None
         if self.strategy.stochastic:
-            draws = torch.rand(self.groups, generator=generator).to(distance.device)
+            own = branch(generator, distance.device)
+            draws = torch.rand(self.groups, generator=own, device=distance.device)
         candidates = self._candidates(distance, draws)
         drawn = None if draws is None else draws.index_select(0, candidates)
         wanted, old = target.view(-1, g).index_select(0, candidates), decoded.view(-1, g)
@@ -368,8 +370,8 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _like(tensor: Tensor, local: Tensor) -> Tensor:
-    """A tensor sharded like another from its local rows (a copy)."""
-    value = local.clone()
+    """A tensor sharded like another, and on its device, from its local rows (a copy)."""
+    value = local.to(tensor.device, copy=True)
     if isinstance(tensor, DTensor):
         return DTensor.from_local(
             value, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
