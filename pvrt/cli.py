@@ -199,8 +199,10 @@ def tune(
 def _device(choice: str) -> str:
     import torch
 
+    from pvrt.device import default_device
+
     if choice == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         torch.empty(0, device=choice)
     except (RuntimeError, AssertionError) as error:

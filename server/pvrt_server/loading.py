@@ -9,6 +9,7 @@ import torch
 
 import pvrt
 from pvrt.checkpoint import is_aqlm, parse_quantization_config, read_config, weight_files
+from pvrt.device import default_device, free_device_bytes
 from pvrt.errors import ServeError
 from pvrt.linear import pack_model
 from pvrt.memory import free_host_bytes
@@ -65,7 +66,7 @@ def load_runtime(folder: Path, options: EngineOptions) -> Runtime:
     """Load model and tokenizer. Raises CheckpointError and ServeError."""
     from transformers import AutoConfig
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     scheme = _scheme(folder)
     dense = scheme is not None and not scheme.has_fast_kernel(device.type)
     dtype: torch.dtype | str = DTYPES.get(options.dtype, "auto")
@@ -135,8 +136,9 @@ def _cache_tokens(model: LanguageModel, options: EngineOptions, length: int) -> 
     each = max(1, model.cache_bytes_per_token)
     if options.cache_bytes is not None:
         return options.cache_bytes // each
-    cuda = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if cuda else free_host_bytes()
+    free = free_device_bytes(model.device)
+    if free is None:
+        free = free_host_bytes()
     return max(min(length, free // each), free // 2 // each)
 
 

@@ -36,8 +36,8 @@ class Speed:
 #: per 8 bytes.
 GPU_OF_A100_CLASS = Speed(9.7e12, 2e12, 1e12, "half the data sheet of an A100, not measured")
 
-# What is measured: a square matrix, and outputs and inputs of a layer. On a CPU a layer of SmolLM2's
-# size; a GPU needs a larger one to be busy.
+# What is measured: a square matrix, and outputs and inputs of a layer. On a CPU the layer has the
+# size of SmolLM2's; a GPU needs a larger one to be busy.
 _CPU_SIZES, _GPU_SIZES = (768, 768, 384), (4096, 2048, 2048)
 
 
