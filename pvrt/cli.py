@@ -197,18 +197,9 @@ def tune(
 
 
 def _device(choice: str) -> str:
-    import torch
+    from pvrt.device import checked_device
 
-    from pvrt.device import default_device
-
-    if choice == "auto":
-        return default_device()
-    try:
-        torch.empty(0, device=choice)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise RunError(f"--device {choice} cannot be used: {reason}") from error
-    return choice
+    return checked_device(choice)
 
 
 @app.command()

@@ -16,6 +16,18 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def checked_device(choice: str) -> str:
+    """The device that a user means by "auto" or a name. Raises RunError if it cannot be used."""
+    if choice == "auto":
+        return default_device()
+    try:
+        torch.empty(0, device=choice)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise RunError(f"--device {choice} cannot be used: {reason}") from error
+    return choice
+
+
 def is_here(device: Device) -> bool:
     """Whether this machine has a device of that kind. Raises RunError for a kind that is none."""
     try:
