@@ -334,7 +334,7 @@ def tuning(bench: Bench) -> Row:
     settings = FitSettings(rounds=1, kmeans_iterations=2) if bench.dry else FitSettings()
     for out, features in bench.some(((4096, 4096), (11008, 4096)), ((64, 64),)):
         weight, x = bench.x(out, features).float(), bench.x(4 * features, features).float()
-        generator = torch.Generator(bench.device).manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         started = time.perf_counter()
         fit = fit_layer(weight, x.T @ x / len(x), scheme, settings, generator, torch.float16)
         seconds = time.perf_counter() - started
@@ -358,7 +358,7 @@ def tuning(bench: Bench) -> Row:
         for parameter in weights.values():
             parameter.grad = torch.randn_like(parameter) * 1e-3
         started = time.perf_counter()
-        optimizer.step(1.0, torch.Generator(bench.device).manual_seed(0))
+        optimizer.step(1.0, torch.Generator().manual_seed(0))
         if bench.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)

@@ -199,16 +199,9 @@ def tune(
 
 
 def _device(choice: str) -> str:
-    import torch
+    from pvrt.device import checked_device
 
-    if choice == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=choice)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise RunError(f"--device {choice} cannot be used: {reason}") from error
-    return choice
+    return checked_device(choice)
 
 
 @app.command()

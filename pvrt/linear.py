@@ -175,7 +175,7 @@ class AQLMLinear(nn.Module):
         packed = self.packed is not None
         self.unpack()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if packed or (_packs_on_arrival(self.codes.device) and not self.codebooks.requires_grad):
+        if packed or (packs_on_arrival(self.codes.device) and not self.codebooks.requires_grad):
             pack([self], self.codebooks.dtype)
         return self
 
@@ -210,7 +210,8 @@ _PARTS = ("codes", "codebooks", "scales")
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def _packs_on_arrival(device: torch.device) -> bool:
+def packs_on_arrival(device: torch.device) -> bool:
+    """Whether layers that come to a device are packed at once, with nobody asking."""
     return device.type == "cuda"
 
 

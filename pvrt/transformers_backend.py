@@ -30,7 +30,13 @@ from pvrt.checkpoint import (
 )
 from pvrt.errors import CheckpointError
 from pvrt.experts import module_name, unfuse, without_fusing
-from pvrt.linear import AQLMLinear, decode_once, pack_model, quantized_linears
+from pvrt.linear import (
+    AQLMLinear,
+    decode_once,
+    pack_model,
+    packs_on_arrival,
+    quantized_linears,
+)
 from pvrt.packed import is_packed, is_quantised, open_checkpoint
 from pvrt.stored import StoredModel
 
@@ -96,7 +102,7 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
             for part in (module.codebooks, module.scales):
                 if not bool(torch.isfinite(part).all()):
                     raise CheckpointError(f"{name} holds codebooks or scales that are not finite")
-        if model.device.type == "cuda":  # on arrival by .to("cuda") layers pack themselves
+        if packs_on_arrival(model.device):  # as layers do that arrive by .to(device)
             pack_model(model, model.dtype)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":

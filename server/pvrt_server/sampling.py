@@ -125,7 +125,7 @@ class Sampler:
     ) -> None:
         self._params = params
         self._grammar = grammar
-        self._generator = torch.Generator(device)
+        self._generator = torch.Generator()  # of the CPU: a seed means the same on every device
         if params.seed is None:
             self._generator.seed()
         else:
@@ -198,9 +198,9 @@ class Sampler:
         # Not torch.multinomial, which draws a random number per token of the vocabulary: 1.3 ms
         # per choice from 49152 on one core, this 0.2.
         total = probabilities.cumsum(-1, dtype=torch.float64)
-        random = torch.rand(1, generator=self._generator, device=logits.device, dtype=torch.float64)
+        random = float(torch.rand(1, generator=self._generator, dtype=torch.float64))
         # From (0, 1], so that rounding cannot lead past the end or to a token of probability 0.
-        pick = torch.searchsorted(total, (1 - random) * total[-1])
+        pick = torch.searchsorted(total, (1 - random) * total[-1:])
         return int(pick if ids is None else ids[pick])
 
 

@@ -43,6 +43,7 @@ def test_help_names_every_command() -> None:
         (("tune", "/nowhere/model", "-o", "x"), "/nowhere/model does not exist"),
         (("tune", "a", "-o", "x", "--scheme", "2bit"), "'2bit' is not a scheme"),
         (("tune", "a", "-o", "x", "--device", "cuda:9"), "--device cuda:9 cannot be used"),
+        (("plan", "a", "--device", "gpu"), "there is no device 'gpu'"),
         (("tune", "a", "-o", "x", "--resume", "--restart"), "exclude each other"),
         (("eval", "/nowhere"), "/nowhere does not exist"),
         (("serve", "nowhere"), "nowhere is not a folder"),

@@ -97,7 +97,7 @@ def test_casting_a_packed_layer_packs_it_anew() -> None:
 def test_layers_pack_themselves_where_they_arrive_unless_they_train(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(linear, "_packs_on_arrival", lambda device: device.type == "cpu")
+    monkeypatch.setattr(linear, "packs_on_arrival", lambda device: device.type == "cpu")
     layer, trained = layer_of(16), layer_of(16)
     trained.codebooks.requires_grad_(True)
     assert layer.to("cpu").packed is not None

@@ -26,12 +26,20 @@ from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv import STRATEGIES, WHOLE_PARTS, PVOptimizer, PVSettings, StrategyName
+from pvrt_tune.pv import (
+    STRATEGIES,
+    WHOLE_PARTS,
+    PVLayer,
+    PVOptimizer,
+    PVSettings,
+    StrategyName,
+)
 from pvrt_tune.pvstage import teacher_of
 from pvrt_tune.recipe import TuneJob
 from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation, represent
 from pvrt_tune.runstate import RunState
 from pvrt_tune.training import Student, Trainer, TrainSettings
+from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import toy_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK
 
@@ -330,6 +338,19 @@ def codes_of(trainer: Trainer) -> dict[str, Tensor]:
 def test_every_strategy_learns_and_moves_what_it_should(
     problem: Problem, tmp_path: Path, strategy: StrategyName
 ) -> None:
+    learn_and_move(problem, tmp_path, strategy)
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "continuous"])
+def test_every_strategy_does_so_without_the_c_library(
+    problem: Problem, tmp_path: Path, strategy: str
+) -> None:
+    with without_c_library():
+        learn_and_move(problem, tmp_path, strategy)
+
+
+def learn_and_move(problem: Problem, tmp_path: Path, strategy: str) -> None:
+    """Train with a strategy; assert that it learns, moves codes if it should, and stays exact."""
     pv = replace(SETTINGS.pv, strategy=strategy)
     if strategy == "stochastic":  # every rounded group is noise: it needs smaller steps
         pv = replace(pv, code_learning_rate=0.002)
@@ -346,6 +367,38 @@ def test_every_strategy_learns_and_moves_what_it_should(
     for name, weight in trainer.student.weights().items():
         decoded = trainer.student.representations[name].decode()
         torch.testing.assert_close(weight.detach(), decoded)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("scheme", ["1x8g8", "2x8g8", "1x10g8", "w2g8"])
+def test_no_groups_need_no_search(scheme: str, stochastic: bool) -> None:
+    """A layer whose groups are all at their nearest values has none to move in a step."""
+    layer = layer_of(scheme) if "x" in scheme else GridLinear(32, 24, GridScheme.parse(scheme))
+    representation, none = represent(layer), torch.arange(0)
+    draws = torch.rand(0) if stochastic else None
+    with without_c_library():
+        proposal = representation.nearest(torch.empty(0, representation.group_size), none, draws)
+    assert proposal.values.shape == (0, representation.group_size)
+    assert len(proposal.moves) == len(proposal.codes) == 0
+    before = representation.decode()
+    representation.assign(none, proposal)
+    assert torch.equal(representation.decode(), before)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("strategy", ["subspace-straight-through", "stochastic"])
+@pytest.mark.parametrize("scheme", ["2x4g8", "w2g8"])
+def test_a_rank_without_rows_of_a_layer_takes_its_steps(
+    scheme: str, strategy: str, low_memory: bool
+) -> None:
+    """Of many ranks, the last hold none of a narrow layer's rows."""
+    layer = layer_of(scheme) if "x" in scheme else GridLinear(32, 24, GridScheme.parse(scheme))
+    settings = PVSettings(strategy=strategy, low_memory=low_memory)
+    rank = PVLayer(represent(layer, slice(24, 24)), torch.empty(0, 32), settings)
+    grad = torch.empty(0, 32)
+    assert rank.step(grad, 1.0, torch.Generator().manual_seed(0)) == 0
+    for name, gradient in rank.pull_back(grad).items():
+        assert gradient.shape == rank.representation.continuous()[name].shape
 
 
 def settings_with(**changes: Any) -> TrainSettings:

@@ -11,7 +11,8 @@ Minimises tr(E H E^T) with E = W - s * sum_m C_m[b_m] and H = mean of x x^T over
                  the codes), then a sweep over all codes on the exact objective
 
 Shapes: W [out, in], H [in, in], codes [out, groups, M], codebooks C [M, K, g], scales s [out, 1].
-Everything is float32; a run is deterministic for one seed, machine and thread count.
+Everything is float32 and on the weight's device; random draws come from a generator of the CPU. A
+run is deterministic for one seed, machine and thread count.
 """
 
 from dataclasses import dataclass
@@ -337,8 +338,7 @@ class AdditiveFit:
         return list(column_blocks(len(self.moment), self.g, self.settings.column_block))
 
     def _permutation(self, count: int) -> list[int]:
-        device = self.generator.device
-        order: list[int] = torch.randperm(count, generator=self.generator, device=device).tolist()
+        order: list[int] = torch.randperm(count, generator=self.generator).tolist()
         return order
 
     def result(self, dtype: torch.dtype) -> LayerFit:

@@ -31,7 +31,8 @@ def kmeans(
 ) -> tuple[Tensor, Tensor]:
     """Centres [size, g] of points [n, g], each coordinate with a weight [n, g]; assignments [n].
 
-    With no more points than centres every point is one, and the rest are zero.
+    With no more points than centres every point is one, and the rest are zero. `generator` is one
+    of the CPU, wherever the points are.
     """
     if len(points) <= size:
         centres = points.new_zeros(size, points.shape[1])
@@ -46,8 +47,7 @@ def kmeans(
         cells = Cells(halve(centres * loudness, schedule.cells))
         return cells.lowest(features, centres, weighted, (schedule.probes, 1))[:, 0]
 
-    device = generator.device
-    start = torch.randperm(len(points), generator=generator, device=device)[:size]
+    start = torch.randperm(len(points), generator=generator)[:size]
     centres = points[start.to(points.device)]
     width = points.shape[1]
     velocity = torch.zeros_like(centres)

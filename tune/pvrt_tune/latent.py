@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pvrt_kernels import cpu_tuning
 from pvrt_tune import parallel
+from pvrt_tune.randomness import branch
 
 # Keeps a direction finite where a gradient was always zero; cpu_tuning.c has the same.
 _TINY = 1e-12
@@ -30,10 +31,13 @@ class Latent:
         self._group, self._beta = group, beta
         kept = torch.bfloat16 if low_memory else torch.float32
         self.value = weight.detach().to(kept, copy=True) if accumulates else None
-        empty = torch.zeros_like(weight, dtype=torch.float32)
-        self.moments = {"second_moment": empty}
+        rows, columns = weight.shape
+        sizes: dict[str, tuple[int, ...]] = {"second_moment": (rows, columns)}
         if low_memory:
-            self.moments = {"moment_rows": empty[:, 0].clone(), "moment_columns": empty[0].clone()}
+            sizes = {"moment_rows": (rows,), "moment_columns": (columns,)}
+        self.moments = {
+            name: torch.zeros(size, device=weight.device) for name, size in sizes.items()
+        }
 
     def step(
         self, decoded: Tensor, grad: Tensor, rate: float, generator: torch.Generator
@@ -87,9 +91,12 @@ class Latent:
 
 def _round_stochastically(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """float32 -> bfloat16, up or down with the chance that keeps the mean."""
-    seed = int(torch.randint(1 << 62, (1,), generator=generator))
-    own = torch.Generator(tensor.device).manual_seed(seed + parallel.rank())
+    device = tensor.device
     noise = torch.randint(
-        1 << 16, tensor.shape, generator=own, dtype=torch.int32, device=tensor.device
+        1 << 16,
+        tensor.shape,
+        generator=branch(generator, device),
+        dtype=torch.int32,
+        device=device,
     )
     return ((tensor.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -7,6 +7,12 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from pvrt.device import (
+    free_device_bytes,
+    is_here,
+    multiplies_bfloat16,
+    release_device_memory,
+)
 from pvrt.memory import free_host_bytes
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
@@ -25,8 +31,7 @@ class Machine:
         """This machine; a container's memory limit counts where it is lower."""
         folders = [out.absolute(), *out.absolute().parents]
         disk = psutil.disk_usage(str(next(folder for folder in folders if folder.exists()))).free
-        device_free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None
-        return cls(free_host_bytes(), device_free, disk)
+        return cls(free_host_bytes(), free_device_bytes(device), disk)
 
 
 def compute_dtype(wanted: str, device: str) -> torch.dtype:
@@ -37,8 +42,7 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
     if wanted != "auto":
         return torch.float32 if wanted == "float32" else torch.bfloat16
     if device != "cpu":
-        absent = not torch.cuda.is_available()
-        fast = absent or torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = not is_here(device) or multiplies_bfloat16(device)
     else:
         # torch before 2.12 cannot tell.
         has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -66,5 +70,4 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_device_memory()

@@ -4,8 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from pvrt.device import default_device, is_here
 from pvrt.scheme import parse_scheme
 from pvrt_tune import speed
 from pvrt_tune.blocks import check_divisible, find_blocks
@@ -42,10 +41,9 @@ def plan_here(
     device_memory: float | None = None,
 ) -> tuple[dict[str, Any], str | None]:
     """(description, why it does not fit) of a run; memory in GB, default what is free here."""
-    cuda = torch.cuda.is_available()
     if device == "auto":
-        device = "cuda" if cuda or device_memory is not None else "cpu"
-    machine = Machine.here(device if cuda else "cpu", Path())
+        device = "cuda" if device_memory is not None else default_device()
+    machine = Machine.here(device if is_here(device) else "cpu", Path())
     if host_memory is not None:
         machine = replace(machine, host=int(host_memory * 1e9))
     if device_memory is not None and device != "cpu":
@@ -62,6 +60,6 @@ def plan_here(
 def _plan(request: Request, machine: Machine) -> Plan:
     model = load_skeleton(request.model)
     check_divisible(find_blocks(model), parse_scheme(request.recipe.scheme))
-    here = request.device == "cpu" or torch.cuda.is_available()
+    here = is_here(request.device)
     rates = speed.measure(request.device) if here else speed.GPU_OF_A100_CLASS
     return plan_run(model, request, rates, machine)

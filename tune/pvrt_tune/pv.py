@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from pvrt_tune import parallel
 from pvrt_tune.latent import Latent
 from pvrt_tune.parallel import Rows
+from pvrt_tune.randomness import branch
 from pvrt_tune.representation import Representation
 from pvrt_tune.settings import Count, Decay, Flag, Positive, Rate, Share, settings
 
@@ -160,7 +161,8 @@ class PVLayer:
         g = self.representation.group_size
         draws = None
         if self.strategy.stochastic:
-            draws = torch.rand(self.groups, generator=generator).to(distance.device)
+            own = branch(generator, distance.device)
+            draws = torch.rand(self.groups, generator=own, device=distance.device)
         candidates = self._candidates(distance, draws)
         drawn = None if draws is None else draws.index_select(0, candidates)
         wanted, old = target.view(-1, g).index_select(0, candidates), decoded.view(-1, g)

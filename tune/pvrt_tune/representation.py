@@ -222,7 +222,7 @@ class GridRepresentation(Representation):
         # A step of the grid is a scale: the next code is nearer from half of one on.
         scale = self.scales.detach().abs().unsqueeze(2)
         scale = torch.where(scale == 0, torch.inf, scale)
-        shape = *scale.shape[:2], -1
+        shape = *scale.shape[:2], self._group
         share = 0.5 if draws is None else draws.clamp(max=0.5).view(shape)
         return (distance.view(shape) > scale * share).view(-1)
 

@@ -36,6 +36,10 @@ class Speed:
 #: per 8 bytes.
 GPU_OF_A100_CLASS = Speed(9.7e12, 2e12, 1e12, "half the data sheet of an A100, not measured")
 
+# What is measured: a square matrix, and outputs and inputs of a layer. On a CPU the layer has the
+# size of SmolLM2's; a GPU needs a larger one to be busy.
+_CPU_SIZES, _GPU_SIZES = (768, 768, 384), (4096, 2048, 2048)
+
 
 def fit_products(out: int, in_features: int, recipe: Recipe) -> float:
     """Operations in products with H of one layer's fit: conjugate gradients, scales, sweeps, and
@@ -60,18 +64,16 @@ def fit_search(out: int, in_features: int, recipe: Recipe) -> float:
 @cache
 def measure(device: str) -> Speed:
     """Rates of a device that is here, from two products and one small fit (about a second)."""
-    generator = torch.Generator(device).manual_seed(0)
-    size = 768 if device == "cpu" else 4096
-    square = torch.randn(size, size, generator=generator, device=device)
+    generator = torch.Generator().manual_seed(0)
+    size, out, inputs = _CPU_SIZES if device == "cpu" else _GPU_SIZES
+    square = torch.randn(size, size, generator=generator).to(device)
     products = 2.0 * size**3 / _best(lambda: square @ square, device)
-    vector = torch.randn(size, 1, generator=generator, device=device)
+    vector = torch.randn(size, 1, generator=generator).to(device)
     memory = 4.0 * size**2 / _best(lambda: square @ vector, device)
-    # A layer of SmolLM2's size on a CPU; a GPU needs a larger one to be busy.
-    out, inputs = (768, 384) if device == "cpu" else (2048, 2048)
     base = Recipe()
     recipe = replace(base, fit=replace(base.fit, rounds=2, kmeans_iterations=4))
     linear = nn.Linear(inputs, out, bias=False, device=device)
-    x = torch.randn(2 * inputs, inputs, generator=generator, device=device)
+    x = torch.randn(2 * inputs, inputs, generator=generator).to(device)
     moment = x.T @ x / len(x)
     seconds = _best(
         lambda: quantize_linear(linear, moment, recipe, generator, torch.float32), device, repeats=1
@@ -88,6 +90,6 @@ def _best(work: Callable[[], object], device: str, repeats: int = 3) -> float:
         started = time.perf_counter()
         work()
         if device != "cpu":
-            torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times[1:])

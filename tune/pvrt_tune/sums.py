@@ -46,8 +46,7 @@ def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
     """
     if cpu_tuning.can_search(books, count):
         return cpu_tuning.nearest_sums(wanted, books, _BEAM, count)
-    parts = [_nearest_sums(part, books, count) for part in torch.split(wanted, _AT_ONCE)]
-    return torch.cat(parts) if parts else wanted.new_zeros(0, count, len(books), dtype=torch.int64)
+    return torch.cat([_nearest_sums(part, books, count) for part in torch.split(wanted, _AT_ONCE)])
 
 
 def _nearest_sums(wanted: Tensor, books: Tensor, count: int) -> Tensor:
@@ -59,10 +58,11 @@ def _nearest_sums(wanted: Tensor, books: Tensor, count: int) -> Tensor:
         later = books[m + 1 :].mean(1).sum(0)
         aims = (left - later).reshape(-1, g)
         entries = lowest(aims, -2 * book, book.square().sum(1), count if last else _BEAM)
-        left = (left.reshape(-1, 1, g) - book[entries]).view(n, -1, g)
+        candidates = left.shape[1] * entries.shape[1]
+        left = (left.reshape(-1, 1, g) - book[entries]).view(n, candidates, g)
         before = codes.repeat_interleave(entries.shape[1], 1)
-        codes = torch.cat([before, entries.reshape(n, -1, 1)], 2)
-        kept = min(count if last else _BEAM, left.shape[1])
+        codes = torch.cat([before, entries.reshape(n, candidates, 1)], 2)
+        kept = min(count if last else _BEAM, candidates)
         error = (left - later).square().sum(2)
         best = error.topk(kept, largest=False).indices.unsqueeze(2)
         left = left.gather(1, best.expand(-1, -1, g))

@@ -162,12 +162,12 @@ def _quantize_block(
                 f"no calibration token reached {blocks.prefix(index)}{name}; raise --samples or "
                 "give other text with --data"
             )
-        generator = seeded(recipe.seed, f"{blocks.prefix(index)}{name}", job.device)
+        generator = seeded(recipe.seed, f"{blocks.prefix(index)}{name}")
         quantised = quantize_linear(linear, moments.pop(name), recipe, generator, dtype)
         block.set_submodule(name, quantised.module)
         errors[name] = quantised.relative_error
         release_memory()
-    generator = seeded(recipe.seed, f"{blocks.prefix(index)}finetune", job.device)
+    generator = seeded(recipe.seed, f"{blocks.prefix(index)}finetune")
     tuned = finetune_block(
         block, stream.hidden, stream.targets, arguments, recipe.finetune, generator
     )
