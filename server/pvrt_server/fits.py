@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from pvrt.device import default_device
 from pvrt.memory import free_host_bytes
 from pvrt.plan import CacheShape
 from pvrt.stored import StoredModel, TensorInfo
@@ -43,15 +44,16 @@ class Machine:
 
 def this_machine(gpus: int = 1) -> Machine:
     """The first GPUs of this machine, or its host memory."""
-    vllm, avx512 = installed_vllm(), _has_avx512()
-    if not torch.cuda.is_available():
+    vllm, avx512, device = installed_vllm(), _has_avx512(), default_device()
+    if device == "cpu":
         free = free_host_bytes()
-        return Machine("cpu", free, free, 1, vllm, avx512)
-    gpus = min(gpus, torch.cuda.device_count())
-    sizes = [torch.cuda.mem_get_info(number) for number in range(gpus)]
+        return Machine(device, free, free, 1, vllm, avx512)
+    devices = torch.get_device_module(device)
+    gpus = min(gpus, devices.device_count())
+    sizes = [devices.mem_get_info(number) for number in range(gpus)]
     # Every GPU gets the same share, so the fullest decides.
     free, total = min(size[0] for size in sizes), min(size[1] for size in sizes)
-    return Machine("cuda", gpus * free, gpus * total, gpus, vllm, avx512)
+    return Machine(device, gpus * free, gpus * total, gpus, vllm, avx512)
 
 
 def installed_vllm() -> Path | None:

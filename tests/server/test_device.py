@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
-from pvrt_server import loading
+from pvrt.plan import cache_shape
+from pvrt_server import fits
 from pvrt_server.engine import Engine
-from pvrt_server.loading import EngineOptions
+from pvrt_server.options import ServeOptions
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import TokenEvent
 from tests.fixtures.c_library import without_c_library
@@ -38,14 +40,17 @@ def test_answers_are_those_of_the_cpu(
     architecture: str, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_toy(tmp_path / "toy", architecture)
-    options = EngineOptions(dtype="float32")
+    shape = cache_shape(AutoConfig.from_pretrained(tmp_path / "toy"), itemsize=4)
+    options = ServeOptions(dtype="float32")
     # Without the C library, whose kernels round otherwise: drawn tokens could differ by that.
     with without_c_library(), Engine.load(tmp_path / "toy", options) as engine:
         ours = [answers(engine, params) for params in (GREEDY, DRAWN)]
-    monkeypatch.setattr(loading, "default_device", lambda: device)
+    monkeypatch.setattr(fits, "default_device", lambda: device)
     with Engine.load(tmp_path / "toy", options) as engine:
         assert engine.device == "sim"
-        cache = engine._runtime.cache_tokens * engine._runtime.model.cache_bytes_per_token
-        assert cache < TOTAL_BYTES  # of the device's memory, not the host's
+        shape = cache_shape(engine._runtime.model.model.config, itemsize=4)
+        assert (
+            shape.bytes_for(engine._runtime.cache_tokens) < TOTAL_BYTES
+        )  # of the device's memory, not the host's
         theirs = [answers(engine, params) for params in (GREEDY, DRAWN)]
     assert theirs == ours

@@ -22,7 +22,7 @@ from pvrt_tune.distill import Teacher
 from pvrt_tune.machine import Machine, compute_dtype
 from pvrt_tune.pipeline import tune
 from pvrt_tune.planning import plan_here
-from pvrt_tune.pv import STRATEGIES, PVSettings
+from pvrt_tune.pv import STRATEGIES, PVSettings, StrategyName
 from pvrt_tune.recipe import Recipe, TuneJob
 from pvrt_tune.training import Student, Trainer, TrainSettings
 from tests.fixtures import simulated_device
@@ -130,7 +130,7 @@ def trainer(dense: Path, calibrated: Path, pv: PVSettings, device: str) -> Train
     [*((name, False) for name in STRATEGIES), ("straight-through", True), ("subspace", True)],
 )
 def test_every_strategy_takes_the_steps_that_it_takes_on_the_cpu(
-    strategy: str, low_memory: bool, dense: Path, calibrated: Path, device: str
+    strategy: StrategyName, low_memory: bool, dense: Path, calibrated: Path, device: str
 ) -> None:
     rate = {"stochastic": 0.005, "subspace": 0.3}.get(strategy, 0.1)
     pv = replace(SETTINGS.pv, strategy=strategy, low_memory=low_memory, code_learning_rate=rate)

@@ -343,13 +343,13 @@ def test_every_strategy_learns_and_moves_what_it_should(
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "continuous"])
 def test_every_strategy_does_so_without_the_c_library(
-    problem: Problem, tmp_path: Path, strategy: str
+    problem: Problem, tmp_path: Path, strategy: StrategyName
 ) -> None:
     with without_c_library():
         learn_and_move(problem, tmp_path, strategy)
 
 
-def learn_and_move(problem: Problem, tmp_path: Path, strategy: str) -> None:
+def learn_and_move(problem: Problem, tmp_path: Path, strategy: StrategyName) -> None:
     """Train with a strategy; assert that it learns, moves codes if it should, and stays exact."""
     pv = replace(SETTINGS.pv, strategy=strategy)
     if strategy == "stochastic":  # every rounded group is noise: it needs smaller steps
@@ -389,7 +389,7 @@ def test_no_groups_need_no_search(scheme: str, stochastic: bool) -> None:
 @pytest.mark.parametrize("strategy", ["subspace-straight-through", "stochastic"])
 @pytest.mark.parametrize("scheme", ["2x4g8", "w2g8"])
 def test_a_rank_without_rows_of_a_layer_takes_its_steps(
-    scheme: str, strategy: str, low_memory: bool
+    scheme: str, strategy: StrategyName, low_memory: bool
 ) -> None:
     """Of many ranks, the last hold none of a narrow layer's rows."""
     layer = layer_of(scheme) if "x" in scheme else GridLinear(32, 24, GridScheme.parse(scheme))
