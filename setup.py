@@ -13,10 +13,10 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = (
-    *("cpu.c", "cpu_program.c", "cpu_tuning.c"),
-    *("cpu_portable.c", "cpu_avx2.c", "cpu_avx512.c"),
+    *("products.c", "decoder_program.c", "pv_step.c"),
+    *("portable.c", "avx2.c", "avx512.c"),
 )
-HEADERS = ("cpu.h", "cpu_attend.h", "cpu_tuning.h")
+HEADERS = ("cpu.h", "attention.h", "pv_step.h")
 FLAGS = "-std=c11 -O3 -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 
 
@@ -41,9 +41,9 @@ setup(
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     ext_modules=[
         Extension(
-            "pvrt_kernels.libpvrt_cpu",
-            [f"kernels/pvrt_kernels/{name}" for name in SOURCES],
-            depends=[f"kernels/pvrt_kernels/{name}" for name in HEADERS],
+            "pvrt_kernels.cpu.libpvrt_cpu",
+            [f"kernels/pvrt_kernels/cpu/csrc/{name}" for name in SOURCES],
+            depends=[f"kernels/pvrt_kernels/cpu/csrc/{name}" for name in HEADERS],
             extra_compile_args=FLAGS.split(),
             libraries=["m"],
             optional=True,

@@ -210,11 +210,11 @@ def _line(process: "subprocess.Popen[str]") -> str:
 def _bandwidth(threads: int) -> float:
     import torch
 
-    from pvrt_kernels import cpu
+    from pvrt_kernels.cpu import library
 
     torch.set_num_threads(threads)
     clock = time.process_time if threads == 1 else time.perf_counter
-    return cpu.read_bandwidth(3.0, clock=clock)
+    return library.read_bandwidth(3.0, clock=clock)
 
 
 def main() -> None:

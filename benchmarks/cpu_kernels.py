@@ -162,7 +162,7 @@ def llama(out: int, inputs: int, x: Any, folder: Path, threads: int) -> dict[str
     """ggml's dot products over all rows, x quantised inside, as its matrix product does."""
     import torch
 
-    from pvrt_kernels.cpu import torch_threads
+    from pvrt_kernels.cpu.library import torch_threads
 
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None or inputs % 256:

@@ -36,9 +36,10 @@ from torch import Tensor
 from pvrt import kernel_tuning
 from pvrt.kernel_tuning import Clock, time_plan, weight_copies
 from pvrt.scheme import Scheme
-from pvrt_kernels import gpu, plans, reference
+from pvrt_kernels import reference
+from pvrt_kernels.gpu import choose, launch
+from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
 from pvrt_kernels.packed import PackedWeight, aqlm_packed_linear
-from pvrt_kernels.plans import DENSE, Plan, Shape
 
 TWO_BIT = (2, 256, 8)
 SCHEMES = ("2x8g8", "1x16g8", "1x16g16", "1x8g8", "1x8g4", "4x8g8")
@@ -109,7 +110,7 @@ def correctness(bench: Bench) -> list[Row]:
                 for count in tokens:
                     x = bench.x(count, features, dtype)
                     errors = poisoned(bench, partial(aqlm_packed_linear, x, layer), x, exact)
-                    plan = gpu.plan_for(x, layer.tensors)
+                    plan = launch.plan_for(x, layer.tensors)
                     rows.append(verdict(scheme, dtype, [out, features], count, plan, errors))
     rows += other_kernels(bench)
     bad = [row for row in rows if not row["passed"]]
@@ -125,13 +126,13 @@ def other_kernels(bench: Bench) -> list[Row]:
     layer, exact = checked_layer(
         bench, "2x8g8", shape.out_features, shape.in_features, torch.float16
     )
-    card = plans.describe_gpu(bench.device)
+    card = choose.describe_gpu(bench.device)
     for tokens in bench.some((1, 2, 4, 8, 64), (1, 8)):
         x = bench.x(tokens, shape.in_features)
         for plan in kernel_tuning.candidates(card, shape, tokens):
             if plan == DENSE or (bench.dry and plan.kernel == "lut_gluon"):
                 continue
-            call = partial(gpu.launch, plan, x, layer.tensors, None, layer.partition_sizes)
+            call = partial(launch.launch, plan, x, layer.tensors, None, layer.partition_sizes)
             errors = poisoned(bench, call, x, exact)
             sizes = [shape.out_features, shape.in_features]
             rows.append(verdict("2x8g8", torch.float16, sizes, tokens, plan, errors))
@@ -148,7 +149,7 @@ def checked_layer(
     codes = torch.randint(0, form.codebook_size, shape, device=bench.device).to(form.code_dtype)
     books = torch.randn(len(sizes), *form.codebooks_shape, device=bench.device).to(dtype)
     scales = (torch.rand(out, 1, 1, 1, device=bench.device) + 0.5).to(dtype)
-    packed = PackedWeight(gpu.NAME, gpu.pack(codes, books, scales, sizes), sizes, features)
+    packed = PackedWeight(launch.NAME, launch.pack(codes, books, scales, sizes), sizes, features)
     return packed, reference.dequantize(codes, books.double(), scales.double(), sizes)
 
 
@@ -193,7 +194,7 @@ def gemv(bench: Bench) -> list[Row]:
             if bench.late("gemv"):
                 return rows
             x = bench.x(tokens, shape.in_features)
-            plan = gpu.plan_for(x, copies[0].tensors)
+            plan = launch.plan_for(x, copies[0].tensors)
             seconds = time_plan(bench.clock, plan, x, copies)
             dense = kernel_tuning.time_dense(bench.clock, x, shape)
             row = rate(bench, shape, vars(plan), seconds)
@@ -236,7 +237,7 @@ def design(bench: Bench) -> list[Row]:
     """
     import gpu_variants  # imports Triton, which --dry-run first has to tell so
 
-    card = plans.describe_gpu(bench.device)
+    card = choose.describe_gpu(bench.device)
     rows: list[Row] = []
     layers = bench.some(((4096, 4096), (11008, 4096), (1024, 4096), (28672, 8192)), ((70, 96),))
     for shape in [Shape(*TWO_BIT, *layer) for layer in layers]:
@@ -244,7 +245,7 @@ def design(bench: Bench) -> list[Row]:
         copies = weight_copies(weight, 2 if bench.dry else 64)
         x = bench.x(1, shape.in_features)
         tried = kernel_tuning.candidates(card, shape, 1)
-        half = plans.fit(Plan("lut", 0, 1024, 16, 0), card, shape, 2)  # float16 tables
+        half = choose.fit(Plan("lut", 0, 1024, 16, 0), card, shape, 2)  # float16 tables
         for plan in [*tried, half]:
             if bench.dry and (plan.kernel == "lut_gluon" or plan.rows > 512):
                 continue
@@ -252,7 +253,7 @@ def design(bench: Bench) -> list[Row]:
                 return rows
             seconds = time_plan(bench.clock, plan, x, copies)
             rows.append(rate(bench, shape, vars(plan), seconds))
-        exact = gpu.multiply_decoded(x, weight.tensors, None, weight.partition_sizes).double()
+        exact = launch.multiply_decoded(x, weight.tensors, None, weight.partition_sizes).double()
         for name, calls in gpu_variants.variants(card, x, copies):
             if bench.late("design"):
                 return rows
@@ -277,7 +278,7 @@ def rate(bench: Bench, shape: Shape, plan: Row, seconds: float) -> Row:
 
 def crossover(bench: Bench) -> list[Row]:
     """Batches 2 to 512 under every kernel that takes them: the rules of a table."""
-    card = plans.describe_gpu(bench.device)
+    card = choose.describe_gpu(bench.device)
     rows: list[Row] = []
     layers = bench.some(((4096, 4096), (22016, 4096), (4096, 11008)), ((70, 96),))
     for scheme in bench.some((TWO_BIT, (1, 65536, 8)), (TWO_BIT,)):
@@ -398,8 +399,8 @@ def small_case() -> None:
         x = bench.x(tokens, 512)
         error = float((aqlm_packed_linear(x, layer).double() - x.double() @ exact.T).abs().max())
         print(scheme, tokens, error)
-        if (scheme, tokens) == ("2x8g8", 1) and gpu.gluon_gathers():
-            gpu.launch(Plan("lut_gluon", 1, 1024, 8, 2), x, layer.tensors, None, [1400, 700])
+        if (scheme, tokens) == ("2x8g8", 1) and launch.gluon_gathers():
+            launch.launch(Plan("lut_gluon", 1, 1024, 8, 2), x, layer.tensors, None, [1400, 700])
 
 
 SECTIONS: dict[str, Callable[[Bench], Any]] = {
@@ -416,7 +417,7 @@ SECTIONS: dict[str, Callable[[Bench], Any]] = {
 
 def describe(bench: Bench) -> Row:
     """The card, its driver and the versions."""
-    card = plans.describe_gpu(bench.device)
+    card = choose.describe_gpu(bench.device)
     driver = "none"
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

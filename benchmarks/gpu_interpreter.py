@@ -19,8 +19,8 @@ import torch
 
 from pvrt import kernel_tuning
 from pvrt.scheme import Scheme
-from pvrt_kernels import gpu, plans
-from pvrt_kernels.plans import DENSE, Plan, Shape
+from pvrt_kernels.gpu import choose, launch
+from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "gpu_interpreter.json"
 TOKENS = (1, 2, 3, 4, 9, 33)
@@ -29,7 +29,7 @@ OUTPUTS, INPUTS = 70, 96
 
 def plans_of(shape: Shape, tokens: int) -> list[Plan]:
     """What the tuner may choose for a layer and a number of tokens, one of each kernel."""
-    card = plans.describe_gpu(torch.device("cpu"))
+    card = choose.describe_gpu(torch.device("cpu"))
     found: dict[str, Plan] = {}
     for plan in kernel_tuning.candidates(card, shape, tokens):
         if plan != DENSE and plan.kernel != "lut_gluon":  # Gluon has no interpreter
@@ -49,7 +49,7 @@ def main() -> None:
             book = (form.num_codebooks, form.codebook_size, form.in_group_size)
             x = bench.x(tokens, INPUTS)
             for plan in plans_of(Shape(*book, OUTPUTS, INPUTS), tokens):
-                product = gpu.multiply_decoded if plan == DENSE else partial(gpu.launch, plan)
+                product = launch.multiply_decoded if plan == DENSE else partial(launch.launch, plan)
                 call = partial(product, x, layer.tensors, None, layer.partition_sizes)
                 errors = bench_gpu.poisoned(bench, call, x, exact)
                 verdict = bench_gpu.verdict(

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvrt.kernel_tuning import random_packed
+from pvrt_kernels.gpu.choose import Shape
 from pvrt_kernels.packed import aqlm_packed_linear
-from pvrt_kernels.plans import Shape
 
 
 @dataclass(frozen=True)

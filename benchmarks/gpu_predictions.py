@@ -12,6 +12,7 @@ are spread over SMs as `plans` plans them, so that uneven shares cost what they 
 """
 
 import json
+import sys
 from collections import Counter
 from typing import Any
 
@@ -19,9 +20,12 @@ import gpu_llama
 import machine
 import torch
 
-from pvrt_kernels import aot, plans
-from pvrt_kernels.aot import Binary, Variant
-from pvrt_kernels.plans import Gpu, Plan, Shape
+from pvrt_kernels.gpu import choose
+from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
+
+sys.path.insert(0, str(machine.ROOT))
+from tests.fixtures import aot
+from tests.fixtures.aot import Binary, Variant
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "gpu_predictions.json"
 #: SMs, GHz, GB/s, architecture, L2 GB/s (assumed).
@@ -69,7 +73,7 @@ def predict(card: str, shape: Shape, lookup: float, cache: dict[Any, Binary]) ->
     """Time of one product with one token, and what bounds it."""
     sms, ghz, bandwidth, architecture, _ = CARDS[card]
     capability = divmod(architecture, 10)
-    plan = plans.choose(Gpu(card, capability, sms), shape, 1, torch.float16, False)
+    plan = choose.choose(Gpu(card, capability, sms), shape, 1, torch.float16, False)
     variant = Variant(
         Plan(plan.kernel, 1, plan.rows, plan.warps), shape.num_codebooks, shape.size, shape.group
     )

@@ -18,7 +18,8 @@ from typing import Any
 import machine
 import triton
 
-from pvrt_kernels import aot
+sys.path.insert(0, str(machine.ROOT))
+from tests.fixtures import aot
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "kernels_aot.json"
 

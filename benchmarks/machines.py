@@ -18,7 +18,7 @@ import machine
 import needs
 
 from pvrt.lock import compare
-from pvrt_kernels.cpu import instruction_set
+from pvrt_kernels.cpu.library import instruction_set
 
 ROOT = machine.ROOT
 RESULT = ROOT / "benchmarks" / "results" / "machines.json"

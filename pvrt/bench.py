@@ -72,9 +72,9 @@ def measure(
 
 def memory(tokens_per_second: float, bytes_per_token: int) -> Memory | None:
     """How much of this machine's measured bandwidth a rate uses; None where nothing measures it."""
-    from pvrt_kernels import cpu
+    from pvrt_kernels.cpu import library
 
-    if cpu.library() is None:
+    if library.library() is None:
         return None
-    found = cpu.read_bandwidth()
+    found = library.read_bandwidth()
     return Memory(bytes_per_token, found, tokens_per_second * bytes_per_token / found)

@@ -183,15 +183,15 @@ def _kernels_package() -> Finding:
 
 
 def _cpu_kernels() -> Finding:
-    from pvrt_kernels import cpu
+    from pvrt_kernels.cpu import library
 
     try:
-        name = cpu.instruction_set()
+        name = library.instruction_set()
     except (OSError, ValueError) as error:
-        return Finding("cpu kernels", "problem", f"cannot be used: {error}", cpu.REMEDY)
+        return Finding("cpu kernels", "problem", f"cannot be used: {error}", library.REMEDY)
     if name is None:
         text = "not built; on the CPU quantised weights run many times slower"
-        return Finding("cpu kernels", "problem", text, cpu.REMEDY)
+        return Finding("cpu kernels", "problem", text, library.REMEDY)
     return Finding("cpu kernels", "ok", f"{name}; this CPU has {', '.join(_cpu_features())}")
 
 

@@ -9,9 +9,9 @@ def check_choice() -> None:
     """Raise PvrtError where PVRT_CPU_ISA names kernels that this CPU or library has not."""
     if not os.environ.get("PVRT_CPU_ISA"):
         return
-    from pvrt_kernels import cpu  # loads torch
+    from pvrt_kernels.cpu import library  # loads torch
 
     try:
-        cpu.library()
+        library.library()
     except ValueError as error:
         raise PvrtError(str(error)) from error

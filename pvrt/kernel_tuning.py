@@ -2,7 +2,8 @@
 
 Every time is that of CUDA graphs over several copies of a weight, together larger than the L2
 cache, as in a model whose layers follow each other; the median of repeats. What is measured here
-is written to the user's table (`pvrt_kernels.plans.user_table`); nothing measures while serving.
+is written to the user's table (`pvrt_kernels.gpu.choose.user_table`); nothing measures while
+serving.
 """
 
 import time
@@ -20,9 +21,9 @@ from pvrt.checkpoint import Checkpoint
 from pvrt.durable import as_json, try_writing, write_synced
 from pvrt.errors import RunError
 from pvrt.scheme import Scheme
-from pvrt_kernels import gpu, plans
+from pvrt_kernels.gpu import choose, launch
+from pvrt_kernels.gpu.choose import DENSE, Gpu, Plan, Shape
 from pvrt_kernels.packed import PackedWeight
-from pvrt_kernels.plans import DENSE, Gpu, Plan, Shape
 
 COLD_BYTES = 256 << 20  # more than any L2 cache holds
 COMMON_LAYERS = (
@@ -94,8 +95,8 @@ def random_packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pac
     books = torch.randn(1, *scheme.codebooks_shape, dtype=dtype, device=device)
     scales = torch.full((shape.out_features,), shape.in_features**-0.5, dtype=dtype, device=device)
     sizes = [shape.out_features]
-    tensors = gpu.pack(codes.to(scheme.code_dtype), books, scales, sizes)
-    return PackedWeight(gpu.NAME, tensors, sizes, shape.in_features)
+    tensors = launch.pack(codes.to(scheme.code_dtype), books, scales, sizes)
+    return PackedWeight(launch.NAME, tensors, sizes, shape.in_features)
 
 
 def weight_copies(weight: PackedWeight, limit: int = 64) -> list[PackedWeight]:
@@ -111,8 +112,8 @@ def time_plan(clock: Clock, plan: Plan, x: Tensor, copies: Iterable[PackedWeight
     def call(weight: PackedWeight) -> Callable[[], Tensor]:
         sizes = weight.partition_sizes
         if plan.kernel == "dense":
-            return lambda: gpu.multiply_decoded(x, weight.tensors, None, sizes)
-        return lambda: gpu.launch(plan, x, weight.tensors, None, sizes)
+            return lambda: launch.multiply_decoded(x, weight.tensors, None, sizes)
+        return lambda: launch.launch(plan, x, weight.tensors, None, sizes)
 
     return clock.time([call(weight) for weight in copies])
 
@@ -132,19 +133,19 @@ def candidates(card: Gpu, shape: Shape, tokens: int) -> list[Plan]:
     if tokens <= 4 and shape.width == "8bit" and shape.num_codebooks in (1, 2, 4):
         tiles = ((512, 4), (1024, 8), (512, 8), (2048, 16)) if tokens == 1 else ()
         for rows, warps in (*tiles, (1024, 16)):
-            found.append(plans.fit(Plan("lut", 0, rows, warps, 0), card, shape, tokens))
-        if tokens == 1 and gpu.gluon_gathers():
+            found.append(choose.fit(Plan("lut", 0, rows, warps, 0), card, shape, tokens))
+        if tokens == 1 and launch.gluon_gathers():
             for rows in (1024, 2048):
-                found.append(plans.fit(Plan("lut_gluon", 0, rows, 8, 0), card, shape, tokens))
+                found.append(choose.fit(Plan("lut_gluon", 0, rows, 8, 0), card, shape, tokens))
         base = found[0] if tokens > 1 else found[1]
         for split in {max(1, base.split // 2), min(shape.blocks, base.split * 2)} - {base.split}:
             found.append(replace(base, split=split))
     if tokens <= 4:
-        found.append(plans.fit(Plan("direct", 0, 128, 4, 0), card, shape, tokens))
+        found.append(choose.fit(Plan("direct", 0, 128, 4, 0), card, shape, tokens))
     if tokens <= 16:
-        found.append(plans.fit(Plan("tile", 0, 128, 4, 0), card, shape, tokens))
+        found.append(choose.fit(Plan("tile", 0, 128, 4, 0), card, shape, tokens))
     if tokens > 4:
-        found.append(plans.fit(Plan("tile", 0, 128, 8, 0), card, shape, tokens))
+        found.append(choose.fit(Plan("tile", 0, 128, 8, 0), card, shape, tokens))
         found.append(DENSE)
     return list(dict.fromkeys(found))
 
@@ -153,8 +154,8 @@ def measure_layer(
     shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, tune: bool
 ) -> list[Timing]:
     """Times of a layer: of its plan, or of all candidates, fastest first."""
-    clock, card = Clock(device), plans.describe_gpu(device)
-    chosen = plans.choose(card, shape, tokens, dtype, False)
+    clock, card = Clock(device), choose.describe_gpu(device)
+    chosen = choose.choose(card, shape, tokens, dtype, False)
     copies = weight_copies(random_packed(shape, dtype, device))
     x = torch.randn(tokens, shape.in_features, dtype=dtype, device=device)
     dense = time_dense(clock, x, shape)
@@ -220,7 +221,7 @@ def run(path: Path | None, scheme: str, tune: bool, say: Callable[[str], None]) 
     if not torch.cuda.is_available():
         raise RunError("pvrt bench kernels measures an NVIDIA GPU, and torch finds none here")
     device = torch.device("cuda")
-    card, bandwidth = plans.describe_gpu(device), copy_bandwidth(device)
+    card, bandwidth = choose.describe_gpu(device), copy_bandwidth(device)
     if tune:
         check_table(card)
     layers = common_layers(scheme) if path is None else fused_layers(Checkpoint.open(path))
@@ -255,7 +256,7 @@ def _line(shape: Shape, tokens: int, timing: Timing, bandwidth: float) -> str:
 
 def check_table(card: Gpu) -> None:
     """Raise RunError where `store` could not write: asked before minutes of measuring."""
-    folder = plans.user_table(card.name).parent
+    folder = choose.user_table(card.name).parent
     try:
         try_writing(folder)
     except OSError as error:
@@ -264,15 +265,15 @@ def check_table(card: Gpu) -> None:
 
 def store(card: Gpu, best: dict[tuple[Shape, int], Plan]) -> Path:
     """Write the user's table for a card; what it says of other layers is kept."""
-    file = plans.user_table(card.name)
+    file = choose.user_table(card.name)
     file.parent.mkdir(parents=True, exist_ok=True)
-    own = plans.read_table(file) if file.is_file() else None
+    own = choose.read_table(file) if file.is_file() else None
     new = rules_of(best)
     measured = [(rule["scheme"], rule["layer"]) for rule in new]
     before = own["rules"] if own else []
     kept = [rule for rule in before if (rule.get("scheme"), rule.get("layer")) not in measured]
     table = {
-        "version": plans.VERSION,
+        "version": choose.VERSION,
         "names": [card.name],
         "measured": True,
         "basis": f"pvrt bench kernels --tune, torch {torch.__version__}",

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu, cpu_tuning, dispatch, reference
+from pvrt_kernels import dispatch, reference
+from pvrt_kernels.cpu import library, pv_step
 
 
 @torch.library.custom_op("pvrt::aqlm_dequantize", mutates_args=())
 def _dequantize_op(
     codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
 ) -> Tensor:
-    decode = cpu.dequantize if cpu.can_decode(codes, codebooks) else reference.dequantize
+    decode = library.dequantize if library.can_decode(codes, codebooks) else reference.dequantize
     return decode(codes, codebooks, scales, partition_sizes)
 
 
@@ -186,8 +187,8 @@ def aqlm_parameter_grads(
     """
     sets, sizes = _partitioned(codes, codebooks, None)
     _check(codes, sets, scales, sizes)
-    if cpu_tuning.can_gather(grad_weight, codes, codebooks):
-        books, own = cpu_tuning.parameter_gradients(grad_weight, codes, codebooks, scales)
+    if pv_step.can_gather(grad_weight, codes, codebooks):
+        books, own = pv_step.parameter_gradients(grad_weight, codes, codebooks, scales)
         return books, own.to(scales.dtype)
     book_grads, scale_grads = _parameter_grads(grad_weight, codes, sets, scales, sizes)
     return book_grads[0], scale_grads

@@ -10,8 +10,8 @@ from pvrt.checkpoint import Checkpoint
 from pvrt.errors import ServeError
 from pvrt.packed import GridCheckpoint
 from pvrt.plan import CacheShape, cache_shape
-from pvrt_kernels import cpu
-from pvrt_kernels.program import MOST_ROWS
+from pvrt_kernels.cpu import library
+from pvrt_kernels.cpu.decoder_program import MOST_ROWS
 from pvrt_server.fits import Capacity, Machine, WeightKind, gigabytes, weight_bytes
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
@@ -101,7 +101,7 @@ def choose_backend(opened: OpenedModel, options: ServeOptions, machine: Machine)
 
 def runs_in_c(config: Any, device: str) -> bool:
     """Whether the C program computes models of a transformers config on a device (cpu, cuda)."""
-    if cpu.library() is None or device != "cpu":
+    if library.library() is None or device != "cpu":
         return False
     rope = getattr(config, "rope_parameters", None) or {}
     layer_types = getattr(config, "layer_types", None) or ["full_attention"]

@@ -2,9 +2,9 @@
 
 A token of a small model takes milliseconds, of which transformers' Python alone would take most.
 So decoding, of one sequence or of many at once, is a program of the C library
-(`pvrt_kernels.program`), over the same packed weights and the same caches. Everything is computed
-in float32; what is not quantised is kept in the 16 bits that the checkpoint has it in, which halves
-what a token reads and changes no result.
+(`pvrt_kernels.cpu.decoder_program`), over the same packed weights and the same caches. Everything
+is computed in float32; what is not quantised is kept in the 16 bits that the checkpoint has it in,
+which halves what a token reads and changes no result.
 """
 
 import math
@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pvrt.linear import AQLMLinear
-from pvrt_kernels import cpu
+from pvrt_kernels.cpu import library
+from pvrt_kernels.cpu.decoder_program import MOST_ROWS, Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight
-from pvrt_kernels.program import MOST_ROWS, Program, Rounded, Step
 
 _FIRST_CAPACITY = 256
 _FEW_ROWS = 4
@@ -209,7 +209,7 @@ class _DenseLinear(nn.Module):
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [tokens, in] in float32 times a weight [out, in] of 32 or 16 bits."""
     if x.shape[0] <= _FEW_ROWS:
-        return cpu.dense_linear(x, weight)
+        return library.dense_linear(x, weight)
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
     return torch.cat([F.linear(x, rows.float()) for rows in torch.split(weight, _WIDENED_ROWS)], -1)

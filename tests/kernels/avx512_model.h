@@ -1,4 +1,4 @@
-/* A scalar model of the AVX-512 instructions that cpu_avx512.c uses, after Intel's intrinsics
+/* A scalar model of the AVX-512 instructions that avx512.c uses, after Intel's intrinsics
  * guide: its pseudo-code, lane by lane. It lets machines without them test the kernels' values. */
 #include <math.h>
 #include <stdint.h>

@@ -17,10 +17,11 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from pvrt.scheme import Scheme
-from pvrt_kernels import dispatch, gpu, lut_gluon, plans, reference
+from pvrt_kernels import dispatch, reference
+from pvrt_kernels.gpu import choose, launch, lut_gluon
+from pvrt_kernels.gpu.choose import Plan
+from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
-from pvrt_kernels.packing import pack_codes, unpack_codes
-from pvrt_kernels.plans import Plan
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 # Relative error of a product: one rounding of its sums, one of each weight (tile and dense). The
@@ -46,9 +47,9 @@ interpreter.InterpreterBuilder.create_dot = multiply_in_float32
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = dataclasses.replace(gpu.KERNEL, supports=lambda problem: True)
-    monkeypatch.setattr(dispatch, "_packed_kernels", {gpu.NAME: kernel})
-    monkeypatch.setattr(plans, "user_table", lambda name: Path("/nonexistent"))
+    kernel = dataclasses.replace(launch.KERNEL, supports=lambda problem: True)
+    monkeypatch.setattr(dispatch, "_packed_kernels", {launch.NAME: kernel})
+    monkeypatch.setattr(choose, "user_table", lambda name: Path("/nonexistent"))
 
 
 @dataclasses.dataclass
@@ -84,9 +85,9 @@ def run(plan: Plan, layer: Case, tokens: int, dtype: torch.dtype, bias: bool = F
     x = torch.randn(tokens, layer.packed.in_features).to(dtype)
     b = torch.randn(sum(sizes)).to(dtype) if bias else None
     for _ in range(min(plan.split, 2)):  # the second finds the workspace as the first left it
-        y = gpu.launch(plan, x, packed, b, sizes)
+        y = launch.launch(plan, x, packed, b, sizes)
         assert error(y, x, layer.weight, b) < TOLERANCE[dtype], (plan, tokens)
-    sums, arrived = gpu._workspaces[torch.device("cpu")][-1]
+    sums, arrived = launch._workspaces[torch.device("cpu")][-1]
     assert not sums.any()
     assert not arrived.any()
 
@@ -144,7 +145,7 @@ def test_half_precision_tables_do_not_overflow() -> None:
     layer = case("2x8g8", [40], 64)
     x = torch.randn(2, 64).to(HALF)
     x[1] *= 3000  # products with codewords are beyond float16 before they are scaled
-    y = gpu.launch(Plan("lut", 2, 64, 4, 1), x, layer.packed.tensors, None, [40])
+    y = launch.launch(Plan("lut", 2, 64, 4, 1), x, layer.packed.tensors, None, [40])
     for token in range(2):
         expected = x[token].double() @ layer.weight.T
         finite = expected.abs() < 60000
@@ -204,10 +205,10 @@ def test_decoding_whole_weights_rounds_once(dtype: torch.dtype) -> None:
 def test_many_tokens_are_multiplied_in_pieces_of_the_scratch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gpu, "SCRATCH_BYTES", 1)  # 128 rows at a time
+    monkeypatch.setattr(launch, "SCRATCH_BYTES", 1)  # 128 rows at a time
     layer = case("2x8g8", [150, 120], 48)
     x, bias = torch.randn(3, 100, 48).to(HALF), torch.randn(270).to(HALF)
-    monkeypatch.setattr(plans, "rules", lambda name: ())
+    monkeypatch.setattr(choose, "rules", lambda name: ())
     y = aqlm_packed_linear(x, layer.packed, bias)
     assert error(y, x, layer.weight, bias) < TOLERANCE[HALF]
 
@@ -218,7 +219,7 @@ def test_every_batch_size_through_the_public_op(dtype: torch.dtype) -> None:
     kernels = set()
     for tokens in (1, 3, 5, 33, 65, 300):
         x = torch.randn(1, tokens, 72).to(dtype)
-        kernels.add(gpu.plan_for(x[0], layer.packed.tensors).kernel)
+        kernels.add(launch.plan_for(x[0], layer.packed.tensors).kernel)
         y = aqlm_packed_linear(x, layer.packed)
         assert y.shape == (1, tokens, 103)
         assert error(y, x, layer.weight) < TOLERANCE[dtype], tokens
@@ -239,7 +240,7 @@ def test_deterministic_mode_decodes_directly() -> None:
     x = torch.randn(2, 72).to(HALF)
     torch.use_deterministic_algorithms(True)
     try:
-        assert gpu.plan_for(x, layer.packed.tensors).kernel == "direct"
+        assert launch.plan_for(x, layer.packed.tensors).kernel == "direct"
         y = aqlm_packed_linear(x, layer.packed)
         assert torch.equal(y, aqlm_packed_linear(x, layer.packed))
     finally:
@@ -263,20 +264,20 @@ def test_other_layouts_of_x_and_gradients() -> None:
 def test_warming_up_runs_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = case("2x8g8", [40], 72)
     seen = []
-    real = gpu.launch
+    real = launch.launch
 
     def note(plan: Plan, *rest: Any) -> Tensor:
         seen.append((plan.kernel, plan.tokens))
         return real(plan, *rest)
 
-    monkeypatch.setattr(gpu, "launch", note)
-    monkeypatch.setattr(gpu, "_warm", set())
+    monkeypatch.setattr(launch, "launch", note)
+    monkeypatch.setattr(launch, "_warm", set())
     for _ in range(2):
-        gpu.warm_up(layer.packed.tensors, [40], 72, HALF, has_bias=False)
+        launch.warm_up(layer.packed.tensors, [40], 72, HALF, has_bias=False)
     tiles = [("tile", tokens) for tokens in (8, 16, 32, 64)]
     assert list(dict.fromkeys(seen)) == [("lut", 1), ("lut", 2), ("lut", 4), *tiles]
     assert len(seen) <= 8  # tiles of 64 tokens: of 64 rows, and for more tokens of 128
-    assert ("cpu", "dense") in {(str(key[0]), key[1]) for key in gpu._warm}
+    assert ("cpu", "dense") in {(str(key[0]), key[1]) for key in launch._warm}
 
 
 class Shared:
@@ -328,7 +329,7 @@ def interpreted_gluon(warps: int) -> Any:
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x8g4", "4x8g16"])
 def test_gluon_lookups(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_kernel", lambda name: interpreted_gluon(1))
+    monkeypatch.setattr(launch, "_kernel", lambda name: interpreted_gluon(1))
     layer = case(scheme, [70, 33], 144)
     for split in (1, 2):
         run(Plan("lut_gluon", 1, 64, 1, split), layer, 1, HALF, bias=split == 2)
@@ -341,7 +342,7 @@ def test_a_model_of_transformers_runs_on_packed_layers(
     from pvrt.linear import pack_model, quantized_linears
     from tests.fixtures.toy import write_toy
 
-    monkeypatch.setattr(gpu, "WARM_TOKENS", ())  # tested by itself, and slow here
+    monkeypatch.setattr(launch, "WARM_TOKENS", ())  # tested by itself, and slow here
     exact = write_toy(tmp_path, "qwen2", dtype=HALF)  # q, k and v have biases
     model = pvrt.load(tmp_path)
     pack_model(model, model.dtype)

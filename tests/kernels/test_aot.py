@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from pvrt_kernels import aot, gpu
-from pvrt_kernels.aot import Variant
-from pvrt_kernels.plans import Plan
+from pvrt_kernels.gpu import launch
+from pvrt_kernels.gpu.choose import Plan
+from tests.fixtures import aot
+from tests.fixtures.aot import Variant
 
 LUT = Variant(Plan("lut", 1, 1024, 8), 2, 256, 8)
 
@@ -49,7 +50,7 @@ def test_lookups_are_single_loads_from_shared_memory_and_nothing_is_shuffled() -
 
 
 def test_the_gluon_kernel_stores_its_table_once_per_block() -> None:
-    if not gpu.gluon_gathers():
+    if not launch.gluon_gathers():
         pytest.skip("this Triton's Gluon cannot gather from shared memory (3.7.1 and newer can)")
     variant = Variant(Plan("lut_gluon", 1, 2048, 8), 2, 256, 8)
     binary = aot.compile_variant(variant, 89)

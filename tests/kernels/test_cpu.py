@@ -13,9 +13,11 @@ from torch import Tensor
 
 from pvrt.checkpoint import QuantizedLayer
 from pvrt.scheme import Scheme
-from pvrt_kernels import aqlm_linear, cpu, cpu_rounding, dispatch, reference
+from pvrt_kernels import aqlm_linear, dispatch, reference
+from pvrt_kernels.cpu import library as cpu
+from pvrt_kernels.cpu import rounding
+from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
-from pvrt_kernels.program import Program, Rounded, Step
 from tests.fixtures.instruction_sets import SOURCES, compiled, natively, relative, using
 from tests.fixtures.toy import random_layer
 
@@ -61,7 +63,7 @@ def test_products_are_those_of_float64(isa: str, scheme: str) -> None:
             x = torch.randn(tokens, in_features)
             expected = x.double() @ dense.T + layer.bias.double()
             y = aqlm_packed_linear(x, weight, layer.bias)
-            assert relative(y, expected) < cpu_rounding.relative_error()
+            assert relative(y, expected) < rounding.relative_error()
             y = aqlm_linear(x, layer.codes, layer.codebooks, layer.scales, layer.bias, sizes)
             assert relative(y, expected) < FP32
     decoded = weight.dequantize()
@@ -102,7 +104,7 @@ def share_of_bound(data: Callable[[QuantizedLayer, Tensor], None], scheme: str) 
     weight = packed(layer, sizes)
     alone = torch.cat([aqlm_packed_linear(row[None], weight, layer.bias) for row in x])
     both = torch.stack([alone, aqlm_packed_linear(x, weight, layer.bias)])
-    return float(((both.double() - expected).abs() / cpu_rounding.product_bound(x, *given)).max())
+    return float(((both.double() - expected).abs() / rounding.product_bound(x, *given)).max())
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x7g4", "17x8g8"])
@@ -128,7 +130,7 @@ def test_one_tokens_result_is_its_own_among_others_within_the_bound(isa: str, sc
     alone = torch.cat([aqlm_packed_linear(row[None], weight) for row in x])
     for tokens in (2, 3, 8, 10, 11):
         together = aqlm_packed_linear(x[:tokens], weight)
-        assert relative(together, alone[:tokens]) < cpu_rounding.relative_error()
+        assert relative(together, alone[:tokens]) < rounding.relative_error()
         x[1:] = x[1:].roll(1, 0)  # other neighbours, at other places
         assert torch.equal(aqlm_packed_linear(x[:tokens], weight)[0], together[0])
         x[1:] = x[1:].roll(-1, 0)
@@ -277,7 +279,7 @@ def test_without_the_library_one_warning_names_the_remedy() -> None:
     script = (
         "from pathlib import Path\n"
         "import sys, warnings, torch\n"
-        "import pvrt_kernels.cpu as cpu\n"
+        "import pvrt_kernels.cpu.library as cpu\n"
         "from pvrt_kernels import dispatch, aqlm_linear\n"
         "dispatch.unregister('cpu'); dispatch._packed_kernels.clear(); cpu.library.cache_clear()\n"
         "cpu.LIBRARY = Path('/nonexistent/libpvrt_cpu.so'); cpu.register()\n"
@@ -292,7 +294,7 @@ def test_without_the_library_one_warning_names_the_remedy() -> None:
         "said = [str(w.message) for w in caught if 'kernel' in str(w.message)]\n"
         "assert len(said) == 1 and 'apt-get install gcc' in said[0], said\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{SOURCES.parent}:{HERE.parents[1]}"}
+    env = {**os.environ, "PYTHONPATH": f"{SOURCES.parents[2]}:{HERE.parents[1]}"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 

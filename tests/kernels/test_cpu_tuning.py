@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from pvrt.scheme import Scheme
-from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads, cpu_tuning
+from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
+from pvrt_kernels.cpu import pv_step
 from tests.fixtures.toy import random_layer
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -35,7 +36,7 @@ def falling_books(number: int, size: int, group: int) -> Tensor:
 def test_the_nearest_of_all_sums_is_found(number: int, size: int, group: int) -> None:
     books = falling_books(number, size, group)
     wanted = chosen(books, torch.randint(size, (300, number))) + 0.2 * torch.randn(300, group)
-    codes = cpu_tuning.nearest_sums(wanted, books, beam=8, count=2)
+    codes = pv_step.nearest_sums(wanted, books, beam=8, count=2)
     assert codes.shape == (300, 2, number)
     distance = torch.cdist(wanted, all_sums(books)).square()
     found = (wanted.unsqueeze(1) - chosen(books, codes)).square().sum(2)
@@ -49,13 +50,13 @@ def test_the_nearest_of_all_sums_is_found(number: int, size: int, group: int) ->
 def test_values_that_are_sums_are_found_with_all_their_codes() -> None:
     books = falling_books(4, 64, 8)
     codes = torch.randint(64, (200, 4))
-    found = cpu_tuning.nearest_sums(chosen(books, codes), books, beam=8, count=1)[:, 0]
+    found = pv_step.nearest_sums(chosen(books, codes), books, beam=8, count=1)[:, 0]
     error = (chosen(books, found) - chosen(books, codes)).square().sum(1)
     assert float((error < 1e-6).float().mean()) > 0.8  # one book after the other finds a fifth
 
 
 def test_no_values_need_no_search() -> None:
-    found = cpu_tuning.nearest_sums(torch.empty(0, 8), falling_books(2, 256, 8), 8, 1)
+    found = pv_step.nearest_sums(torch.empty(0, 8), falling_books(2, 256, 8), 8, 1)
     assert found.shape == (0, 1, 2)
 
 
@@ -64,7 +65,7 @@ def test_no_values_need_no_search() -> None:
     [(2, 256, 1, True), (8, 8, 8, True), (1, 512, 1, False), (9, 8, 1, False), (1, 4, 1, False)],
 )
 def test_what_the_kernel_takes(number: int, size: int, kept: int, can: bool) -> None:
-    assert cpu_tuning.can_search(torch.empty(number, size, 8), kept) is can
+    assert pv_step.can_search(torch.empty(number, size, 8), kept) is can
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8", "1x7g8", "2x8g16", "3x4g4"])
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_autograd(scheme: str, threads: int) -> None:
     books.requires_grad_(), scales.requires_grad_()
     exact = aqlm_dequantize(layer.codes, books, scales)  # in torch: the kernel takes no doubles
     expected = torch.autograd.grad(exact, (books, scales), grad.double())
-    assert cpu_tuning.can_gather(grad, layer.codes, layer.codebooks)
+    assert pv_step.can_gather(grad, layer.codes, layer.codebooks)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -107,8 +108,8 @@ def test_a_latent_takes_the_step_of_lamb(group: int, threads: int) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert cpu_tuning.can_step(latent, grad, moment, decoded)
-        distance = cpu_tuning.latent_step(latent, grad, moment, decoded, group, 0.9, rate)
+        assert pv_step.can_step(latent, grad, moment, decoded)
+        distance = pv_step.latent_step(latent, grad, moment, decoded, group, 0.9, rate)
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(asked[0], squares, rtol=1e-5, atol=0)
@@ -120,7 +121,7 @@ def test_a_latent_takes_the_step_of_lamb(group: int, threads: int) -> None:
 
 def test_latents_that_the_kernel_does_not_take() -> None:
     whole = torch.empty(4, 8)
-    assert cpu_tuning.can_step(whole)
-    assert not cpu_tuning.can_step(whole, whole.bfloat16())
-    assert not cpu_tuning.can_step(whole.T)
-    assert not cpu_tuning.can_step(torch.empty(3, 5))
+    assert pv_step.can_step(whole)
+    assert not pv_step.can_step(whole, whole.bfloat16())
+    assert not pv_step.can_step(whole.T)
+    assert not pv_step.can_step(torch.empty(3, 5))

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pvrt_kernels import gpu, plans
 from pvrt_kernels.dispatch import Problem
-from pvrt_kernels.plans import Gpu, Plan, Shape
+from pvrt_kernels.gpu import choose, launch
+from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
 SQUARE = Shape(2, 256, 8, 4096, 4096)
-CONFIGS = Path(plans.__file__).parent / "configs"
+CONFIGS = Path(choose.__file__).parent / "configs"
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    plans.rules.cache_clear()
+    choose.rules.cache_clear()
     return tmp_path
 
 
@@ -59,9 +59,9 @@ def problem(**changes: object) -> Problem:
 
 
 def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_usable", lambda: True)
-    assert gpu.supports(problem())
-    assert gpu.supports(problem(num_codebooks=1, codebook_size=65536, in_group_size=16))
+    monkeypatch.setattr(launch, "_usable", lambda: True)
+    assert launch.supports(problem())
+    assert launch.supports(problem(num_codebooks=1, codebook_size=65536, in_group_size=16))
     refused: list[dict[str, object]] = [
         {"device_type": "cpu"},
         {"num_codebooks": 5},
@@ -70,17 +70,17 @@ def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
         {"dtype": torch.float64},
     ]
     for change in refused:
-        assert not gpu.supports(problem(**change)), change
+        assert not launch.supports(problem(**change)), change
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda file: file.stem)
 def test_shipped_tables_are_sound_and_say_where_they_come_from(file: Path) -> None:
-    table = plans.read_table(file)
+    table = choose.read_table(file)
     assert table is not None
     assert {"version", "names", "measured", "basis", "rules"} <= table.keys()
     assert table["rules"][-1] == {"kernel": "dense"}, "any number of tokens must find a rule"
     for rule in table["rules"]:
-        assert rule["kernel"] in plans.KERNELS
+        assert rule["kernel"] in choose.KERNELS
         if rule["kernel"] == "lut":
             assert rule["scheme"] != "16bit" and rule["max_tokens"] <= 4
 
@@ -92,7 +92,7 @@ def test_every_batch_has_a_plan_that_fills_the_card(name: str) -> None:
         for scheme in ((2, 256, 8), (1, 65536, 8), (1, 65536, 16), (1, 256, 4), (4, 256, 16)):
             shape = Shape(*scheme, out, inputs)
             for tokens in (1, 2, 4, 8, 16, 64):
-                plan = plans.choose(card, shape, tokens, torch.float16, False)
+                plan = choose.choose(card, shape, tokens, torch.float16, False)
                 assert plan.kernel != "dense"
                 programs = -(-out // plan.rows) * plan.split
                 assert programs >= min(128, -(-out // plan.rows) * min(shape.blocks, 64)) * 0.7
@@ -105,43 +105,43 @@ def test_kernels_change_with_the_batch() -> None:
         dtype = options.get("dtype", torch.float16)
         assert isinstance(dtype, torch.dtype)
         deterministic = bool(options.get("deterministic", False))
-        return plans.choose(ADA, SQUARE, tokens, dtype, deterministic).kernel
+        return choose.choose(ADA, SQUARE, tokens, dtype, deterministic).kernel
 
     assert [kernel(n) for n in (1, 4, 5, 64, 4096)] == ["lut", "lut", "tile", "tile", "dense"]
     assert kernel(1, deterministic=True) == "direct"
     assert kernel(8, deterministic=True) == "dense"
     assert kernel(1, dtype=torch.float32) == "direct"
     turing = Gpu("NVIDIA GeForce RTX 2080 Ti", (7, 5), 68)
-    assert plans.choose(turing, SQUARE, 1, torch.float16, False) == plans.DENSE
+    assert choose.choose(turing, SQUARE, 1, torch.float16, False) == choose.DENSE
 
 
 def test_best_split_balances_the_last_wave() -> None:
-    assert plans.best_split(4, 64, 256) == 64  # all at once, a block each
-    assert plans.best_split(1000, 64, 256) == 1  # enough programs as it is
-    assert plans.best_split(11, 64, 256) == 22  # 3 blocks each; 23 would be no faster
+    assert choose.best_split(4, 64, 256) == 64  # all at once, a block each
+    assert choose.best_split(1000, 64, 256) == 1  # enough programs as it is
+    assert choose.best_split(11, 64, 256) == 22  # 3 blocks each; 23 would be no faster
 
 
 def test_a_users_table_comes_first_and_rules_can_be_for_one_layer(cache: Path) -> None:
-    own = plans.user_table(ADA.name)
+    own = choose.user_table(ADA.name)
     own.parent.mkdir(parents=True)
     rule = {"scheme": "2x8g8", "layer": [4096, 4096], "max_tokens": 1, "kernel": "direct"}
     rule |= {"rows": 128, "warps": 4, "split": 8}
-    own.write_text(json.dumps({"version": plans.VERSION, "rules": [rule]}))
-    assert plans.choose(ADA, SQUARE, 1, torch.float16, False) == Plan("direct", 1, 128, 4, 8)
-    assert plans.choose(ADA, SQUARE, 2, torch.float16, False).kernel == "lut"
+    own.write_text(json.dumps({"version": choose.VERSION, "rules": [rule]}))
+    assert choose.choose(ADA, SQUARE, 1, torch.float16, False) == Plan("direct", 1, 128, 4, 8)
+    assert choose.choose(ADA, SQUARE, 2, torch.float16, False).kernel == "lut"
     other = Shape(2, 256, 8, 11008, 4096)
-    assert plans.choose(ADA, other, 1, torch.float16, False).kernel == "lut"
+    assert choose.choose(ADA, other, 1, torch.float16, False).kernel == "lut"
 
 
 @pytest.mark.parametrize(
     "content", ["{", '{"version": 1}', '{"version": 1, "rules": [{"kernel": "fast"}]}']
 )
 def test_a_spoiled_table_is_named_and_an_old_one_passed_over(cache: Path, content: str) -> None:
-    own = plans.user_table(ADA.name)
+    own = choose.user_table(ADA.name)
     own.parent.mkdir(parents=True)
     own.write_text(content)
     with pytest.raises(ValueError, match="is not a table of kernels"):
-        plans.choose(ADA, SQUARE, 1, torch.float16, False)
+        choose.choose(ADA, SQUARE, 1, torch.float16, False)
     own.write_text('{"version": 0}')
-    plans.rules.cache_clear()
-    assert plans.choose(ADA, SQUARE, 1, torch.float16, False).kernel == "lut"
+    choose.rules.cache_clear()
+    assert choose.choose(ADA, SQUARE, 1, torch.float16, False).kernel == "lut"

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt_kernels import aqlm_dequantize, cpu_rounding, dispatch, grouped
+from pvrt_kernels import aqlm_dequantize, dispatch, grouped
+from pvrt_kernels.cpu import rounding
 from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
 from tests.fixtures.instruction_sets import relative
 
@@ -43,7 +44,7 @@ def test_every_row_meets_its_own_weight(
     packed = aqlm_pack_group(*weight, torch.float32, SIZES)
     x, index = torch.randn(rows, IN), torch.randint(-1, EXPERTS, (rows,))
     y = aqlm_grouped_linear(x, index, packed)
-    assert relative(y, expected(x, index, weight)) < cpu_rounding.relative_error()
+    assert relative(y, expected(x, index, weight)) < rounding.relative_error()
     assert aqlm_grouped_linear(x[:0], index[:0], packed).shape == (0, sum(SIZES))
 
 
@@ -58,7 +59,7 @@ def test_without_looking_at_the_index_values_are_the_same(
     linear = grouped._linear_of(packed.kernel, SIZES)
     zero = torch.zeros(rows, sum(SIZES))
     y = grouped._without_host(x, index, packed.tensors, zero, linear)
-    assert relative(y, expected(x, index, weight)) < cpu_rounding.relative_error()
+    assert relative(y, expected(x, index, weight)) < rounding.relative_error()
 
 
 def test_the_checkpoints_layout_can_be_multiplied_too() -> None:

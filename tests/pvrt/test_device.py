@@ -12,7 +12,8 @@ import pvrt
 from pvrt.cli import app
 from pvrt.linear import AQLMLinear, pack_model
 from pvrt.scheme import Scheme
-from pvrt_kernels import aqlm_linear, gpu, reference
+from pvrt_kernels import aqlm_linear, reference
+from pvrt_kernels.gpu import launch
 from tests.fixtures.toy import random_layer, write_toy, write_toy_grid
 
 
@@ -65,7 +66,7 @@ def test_layers_train_there(device: str) -> None:
 def test_the_layout_of_gpus_is_made_and_undone_on_the_device(scheme: str, device: str) -> None:
     layer = random_layer(Scheme.parse(scheme), 24, 48)
     given = layer.codes.to(device), layer.codebooks[None].to(device), layer.scales.to(device)
-    codes, codebooks, scales = gpu.unpack(gpu.pack(*given, [24]), 48)
+    codes, codebooks, scales = launch.unpack(launch.pack(*given, [24]), 48)
     assert {tensor.device.type for tensor in (codes, codebooks, scales)} == {"sim"}
     x = torch.randn(70, 48, generator=torch.Generator().manual_seed(1))
     y = aqlm_linear(x.to(device), codes, codebooks, scales, None, [24])

@@ -11,8 +11,9 @@ from pvrt import kernel_tuning
 from pvrt.checkpoint import Checkpoint
 from pvrt.errors import RunError
 from pvrt.kernel_tuning import Clock
-from pvrt_kernels import aot, plans
-from pvrt_kernels.plans import DENSE, Gpu, Plan, Shape
+from pvrt_kernels.gpu import choose
+from pvrt_kernels.gpu.choose import DENSE, Gpu, Plan, Shape
+from tests.fixtures import aot
 from tests.fixtures.toy import write_toy
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
@@ -56,7 +57,7 @@ def test_candidates_are_few_and_include_the_shipped_choice(tokens: int) -> None:
         found = kernel_tuning.candidates(ADA, shape, tokens)
         assert 1 <= len(found) <= 12
         if tokens in (1, 8):
-            assert plans.choose(ADA, shape, tokens, torch.float16, False) in found
+            assert choose.choose(ADA, shape, tokens, torch.float16, False) in found
         if shape.width == "16bit":
             assert not any(plan.kernel.startswith("lut") for plan in found)
 
@@ -65,7 +66,7 @@ def test_tuned_rules_decide_and_other_layers_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    plans.rules.cache_clear()
+    choose.rules.cache_clear()
     other = Shape(2, 256, 8, 1024, 4096)
     fast, small = Plan("direct", 1, 128, 4, 7), Plan("lut", 1, 512, 4, 3)
     kernel_tuning.store(ADA, {(other, 1): small})
@@ -73,13 +74,13 @@ def test_tuned_rules_decide_and_other_layers_stay(
     assert [path.name for path in file.parent.iterdir()] == ["nvidia-geforce-rtx-4090.json"]
 
     def plan(shape: Shape, tokens: int) -> Plan:
-        return plans.choose(ADA, shape, tokens, torch.float16, False)
+        return choose.choose(ADA, shape, tokens, torch.float16, False)
 
     assert plan(SQUARE, 1) == fast
     assert plan(SQUARE, 9) == DENSE
     assert plan(other, 1) == small
     kernel_tuning.store(ADA, {(SQUARE, 1): small})
-    plans.rules.cache_clear()
+    choose.rules.cache_clear()
     assert plan(SQUARE, 1) == small
 
 

@@ -16,7 +16,8 @@ from pvrt.errors import CheckpointError, ServeError
 from pvrt.scheme import Scheme
 from pvrt.vllm_backend import AQLMConfig
 from pvrt.vllm_experts import AQLMExpertsMethod
-from pvrt_kernels import aqlm_dequantize, cpu_rounding
+from pvrt_kernels import aqlm_dequantize
+from pvrt_kernels.cpu import rounding
 from tests.fixtures.instruction_sets import relative
 from tests.fixtures.toy import random_layer
 
@@ -93,7 +94,7 @@ def routing(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 def tolerance() -> float:
     """Errors of three products add up: gate, of which silu makes a tenth more, up, and down."""
-    return 3.1 * cpu_rounding.relative_error()
+    return 3.1 * rounding.relative_error()
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x12g8", "2x8g8o4"])

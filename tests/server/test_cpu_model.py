@@ -11,8 +11,8 @@ from torch import Tensor
 import pvrt
 from pvrt.errors import ServeError
 from pvrt.linear import pack_model, quantized_linears
-from pvrt_kernels import cpu, cpu_rounding
-from pvrt_kernels.program import Rounded
+from pvrt_kernels.cpu import library, rounding
+from pvrt_kernels.cpu.decoder_program import Rounded
 from pvrt_server import cpu_model
 from pvrt_server.backend import runs_in_c
 from pvrt_server.cpu_model import CpuModel
@@ -22,7 +22,7 @@ from pvrt_server.options import ServeOptions
 from tests.fixtures.instruction_sets import relative
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
 
-pytestmark = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
+pytestmark = pytest.mark.skipif(library.library() is None, reason="the C library is not built")
 PROMPT = list(range(60, 90))
 
 
@@ -47,7 +47,7 @@ def logits_after(model: Any, steps: int, argmax_only: bool = False) -> Tensor:
 def tolerance(model: Any) -> float:
     """Of logits: errors of all products that a token passes, four in a layer, and of lm_head."""
     layers: int = model.config.num_hidden_layers
-    return (4 * layers + 1) * cpu_rounding.relative_error()
+    return (4 * layers + 1) * rounding.relative_error()
 
 
 CASES = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pvrt.errors import ServeError
-from pvrt_kernels import cpu
+from pvrt_kernels.cpu import library
 from pvrt_server.backend import Decision, choose_backend
 from pvrt_server.engine import Engine
 from pvrt_server.fits import Capacity, Machine
@@ -94,7 +94,7 @@ def test_a_model_that_cannot_start_is_refused_with_both_numbers(toy: Path) -> No
 
 def test_layers_that_others_quantised_are_left_to_transformers(tmp_path: Path) -> None:
     toy_model("llama").save_pretrained(tmp_path)
-    assert decide(tmp_path, "local").in_c == (cpu.library() is not None)
+    assert decide(tmp_path, "local").in_c == (library.library() is not None)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config))

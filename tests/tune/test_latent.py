@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu_tuning
+from pvrt_kernels.cpu import pv_step
 from pvrt_tune.latent import Latent
 
 
@@ -26,7 +26,7 @@ def test_steps_in_c_and_in_torch_are_the_same(
     decoded = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
     ours = Latent(decoded, 8, 0.9, accumulates=accumulates, low_memory=False)
     in_c = steps(ours, decoded)
-    monkeypatch.setattr(cpu_tuning, "can_step", lambda *tensors: False)
+    monkeypatch.setattr(pv_step, "can_step", lambda *tensors: False)
     theirs = Latent(decoded, 8, 0.9, accumulates=accumulates, low_memory=False)
     in_torch = steps(theirs, decoded)
     for one, other in zip(in_c, in_torch, strict=True):

@@ -19,7 +19,8 @@ import pvrt
 from pvrt.errors import RunError
 from pvrt.linear import AQLMLinear
 from pvrt.scheme import GridScheme, Scheme
-from pvrt_kernels import aqlm_dequantize, cpu_tuning
+from pvrt_kernels import aqlm_dequantize
+from pvrt_kernels.cpu import pv_step
 from pvrt_tune import distill, parallel, shards
 from pvrt_tune.calibration import CalibrationData, from_model
 from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
@@ -453,7 +454,7 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     target[:20] = values[groups[:20]]
     draws = torch.rand(len(groups), generator=generator) if stochastic else None
     in_c = representation.nearest(target, groups, draws)
-    monkeypatch.setattr(cpu_tuning, "can_search", lambda books, kept: False)
+    monkeypatch.setattr(pv_step, "can_search", lambda books, kept: False)
     in_torch = representation.nearest(target, groups, draws)
     scaled = representation.scales.reshape(-1)[groups // (64 // representation.group_size)] != 0
     assert 0.1 < float(in_c.moves.float().mean()) < 0.95

@@ -7,11 +7,11 @@ weight's norm. There is no first moment: what accumulates here is B itself.
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu_tuning
+from pvrt_kernels.cpu import pv_step
 from pvrt_tune import parallel
 from pvrt_tune.randomness import branch
 
-# Keeps a direction finite where a gradient was always zero; cpu_tuning.c has the same.
+# Keeps a direction finite where a gradient was always zero; pv_step.c has the same.
 _TINY = 1e-12
 
 
@@ -56,8 +56,8 @@ class Latent:
 
         target = decoded.clone() if self.value is None else self.value.float()
         moment = self.moments.get("second_moment")
-        if moment is not None and cpu_tuning.can_step(target, grad, moment, decoded):
-            distance = cpu_tuning.latent_step(
+        if moment is not None and pv_step.can_step(target, grad, moment, decoded):
+            distance = pv_step.latent_step(
                 target, grad, moment, decoded, self._group, self._beta, length
             )
         else:

@@ -1,6 +1,6 @@
 """The codes of a group: of which entries, one of every codebook, the sum is nearest to a value.
 
-On CPUs in C (pvrt_kernels/cpu_tuning.py), elsewhere in torch.
+On CPUs in C (pvrt_kernels/cpu/pv_step.py), elsewhere in torch.
 """
 
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu_tuning
+from pvrt_kernels.cpu import pv_step
 from pvrt_tune.search import lowest
 
 # Partial sums kept from codebook to codebook.
@@ -44,8 +44,8 @@ def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
     the values; exchanging one code at a time finds one in six of the sums that lie nearer than the
     present one (values a fifth of the root mean square away from it).
     """
-    if cpu_tuning.can_search(books, count):
-        return cpu_tuning.nearest_sums(wanted, books, _BEAM, count)
+    if pv_step.can_search(books, count):
+        return pv_step.nearest_sums(wanted, books, _BEAM, count)
     return torch.cat([_nearest_sums(part, books, count) for part in torch.split(wanted, _AT_ONCE)])
 
 
@@ -81,8 +81,8 @@ def new_codes(
     unbiased along the line between the two.
     """
     found = nearest_sums(wanted, books, 2)
-    if cpu_tuning.can_search(books, 2):
-        return Choice(*cpu_tuning.choose(wanted, present, found, books, draws))
+    if pv_step.can_search(books, 2):
+        return Choice(*pv_step.choose(wanted, present, found, books, draws))
     index = torch.cat([present.unsqueeze(1), found], 1)  # [n, candidates, M]
     sums = sums_of(books, index)
     error = (wanted.unsqueeze(1) - sums).square().sum(2)

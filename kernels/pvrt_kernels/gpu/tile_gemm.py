@@ -9,8 +9,8 @@ of its configuration the weight is better decoded once, by `decode_rows`, and mu
 import triton
 import triton.language as tl
 
-from pvrt_kernels.lut_gemv import UNSPECIALISED
-from pvrt_kernels.split import row_tile
+from pvrt_kernels.gpu.lut_gemv import UNSPECIALISED
+from pvrt_kernels.gpu.split_k import row_tile
 
 
 @triton.jit

@@ -17,7 +17,7 @@ products on tensor cores; sums are first divided by a bound (largest |x| of the 
 import triton
 import triton.language as tl
 
-from pvrt_kernels.split import finish, row_tile
+from pvrt_kernels.gpu.split_k import finish, row_tile
 
 UNSPECIALISED = ["rows", "groups", "tokens", "end0", "end1", "split"]
 

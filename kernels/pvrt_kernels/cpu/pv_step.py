@@ -2,7 +2,7 @@
 codebooks and scales, and the step of a latent weight, in C.
 
 They are small beside a step of training when they are compiled, and a third of it when they are
-not: see cpu_tuning.c. Callers ask `can_...` first and do it in torch elsewhere.
+not: see pv_step.c. Callers ask `can_...` first and do it in torch elsewhere.
 """
 
 import ctypes
@@ -11,11 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu
+from pvrt_kernels.cpu import library
 
 _VOID = ctypes.c_void_p
 _LONG = ctypes.c_int64
-# Bounds of cpu_tuning.c.
+# Bounds of pv_step.c.
 _MOST_BOOKS, _MOST_ENTRIES, _MOST_GROUP, _MOST_KEPT = 8, 256, 64, 8
 # Groups of one part of a latent's step: what it reads stays in a core's own cache.
 _PART = 512
@@ -62,7 +62,7 @@ def can_search(books: Tensor, kept: int) -> bool:
         and size <= _MOST_ENTRIES
         and size % 8 == 0
         and kept <= _MOST_KEPT
-        and cpu.library() is not None
+        and library.library() is not None
     )
 
 
@@ -76,7 +76,7 @@ def nearest_sums(wanted: Tensor, books: Tensor, beam: int, count: int) -> Tensor
     sums, _kept = _searchable(books)
     wanted = wanted.contiguous()
     codes = torch.empty(len(wanted), count, len(books), dtype=torch.uint8)
-    cpu.library().pvrt_nearest_sums(
+    library.library().pvrt_nearest_sums(
         ctypes.byref(sums),
         wanted.data_ptr(),
         len(wanted),
@@ -116,7 +116,7 @@ def choose(
         named["draws"] = draws.contiguous()
     pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
     choice = _Choice(**pointers, books=number, size=size, group=group)
-    cpu.library().pvrt_choose_codes(ctypes.byref(choice), count, torch.get_num_threads())
+    library.library().pvrt_choose_codes(ctypes.byref(choice), count, torch.get_num_threads())
     return named["codes"].long(), named["sums"], named["moves"], named["margins"]
 
 
@@ -144,7 +144,7 @@ def can_gather(grad: Tensor, codes: Tensor, codebooks: Tensor) -> bool:
     return (
         grad.device.type == "cpu"
         and codebooks.dtype == torch.float32
-        and cpu.can_decode(codes, codebooks.unsqueeze(0))
+        and library.can_decode(codes, codebooks.unsqueeze(0))
     )
 
 
@@ -161,8 +161,8 @@ def parameter_gradients(
     # Names keep alive what the C view points to.
     kept = codes.contiguous(), codebooks.unsqueeze(0).contiguous(), scales.float().contiguous()
     rows = torch.tensor([len(codes)])
-    weight = cpu.plain_weight(*kept, rows, grad.shape[1])
-    cpu.library().pvrt_parameter_gradients(
+    weight = library.plain_weight(*kept, rows, grad.shape[1])
+    library.library().pvrt_parameter_gradients(
         ctypes.byref(weight), grad.data_ptr(), books.data_ptr(), row_scales.data_ptr(), threads
     )
     return books.sum(0), row_scales.view(scales.shape)
@@ -170,7 +170,7 @@ def parameter_gradients(
 
 def can_step(*tensors: Tensor) -> bool:
     """Whether `latent_step` takes these, all of one shape."""
-    return cpu.library() is not None and all(
+    return library.library() is not None and all(
         t.device.type == "cpu"
         and t.dtype == torch.float32
         and t.is_contiguous()
@@ -201,7 +201,7 @@ def latent_step(
     pointers = {name: tensor.data_ptr() for name, tensor in named.items()}
     step = _LatentStep(**pointers, beta=beta, group=group, groups=groups, part_groups=_PART)
     threads = torch.get_num_threads()
-    cpu.library().pvrt_latent_moment(ctypes.byref(step), threads)
+    library.library().pvrt_latent_moment(ctypes.byref(step), threads)
     step.rate = rate(sums.sum(0))
-    cpu.library().pvrt_latent_step(ctypes.byref(step), threads)
+    library.library().pvrt_latent_step(ctypes.byref(step), threads)
     return distance

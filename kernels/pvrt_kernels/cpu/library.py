@@ -1,10 +1,10 @@
 """CPU kernels: the C library beside this file, its two registrations and what else it offers.
 
 `cpu` multiplies by weights in the checkpoint's layout, `cpu-tiles` by packed ones (8-bit codes
-through lookup tables, see cpu.h). All sums are fp32; `cpu_rounding` bounds the errors. The library
-has no dependency on torch or Python: `pip install` builds it with the system's C compiler, and
-every torch can use it. Without it (no compiler) nothing registers, and dispatch falls back to the
-reference with a warning.
+through lookup tables, see csrc/cpu.h). All sums are fp32; `cpu_rounding` bounds the errors. The
+library has no dependency on torch or Python: `pip install` builds it with the system's C compiler,
+and every torch can use it. Without it (no compiler) nothing registers, and dispatch falls back to
+the reference with a warning.
 
 Threads are torch's own: the library calls the OpenMP runtime that torch has loaded.
 """

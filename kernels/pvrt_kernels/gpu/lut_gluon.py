@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from pvrt_kernels.lut_gemv import UNSPECIALISED
-from pvrt_kernels.split import row_tile
+from pvrt_kernels.gpu.lut_gemv import UNSPECIALISED
+from pvrt_kernels.gpu.split_k import row_tile
 
 
 @gluon.jit(do_not_specialize=UNSPECIALISED)

@@ -11,8 +11,8 @@ the same in every run; the other kernels are tested against this one on a GPU.
 import triton
 import triton.language as tl
 
-from pvrt_kernels.lut_gemv import UNSPECIALISED
-from pvrt_kernels.split import finish, row_tile
+from pvrt_kernels.gpu.lut_gemv import UNSPECIALISED
+from pvrt_kernels.gpu.split_k import finish, row_tile
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -303,7 +303,7 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
 }
 
 #define MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
-#include "cpu_attend.h"
+#include "attention.h"
 
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;

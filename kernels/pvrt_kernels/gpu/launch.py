@@ -1,8 +1,8 @@
 """The packed kernel of NVIDIA GPUs: packs at load, then picks and launches Triton kernels.
 
-Packed tensors: blocks of codes (`packing.py`), codebooks [P, M, 2^B, g] and scales [rows]. Up to 4
+Packed tensors: blocks of codes (`layout.py`), codebooks [P, M, 2^B, g] and scales [rows]. Up to 4
 tokens go to table lookups or direct decoding, up to the crossover of the card's table to tiles on
-tensor cores, more to a decoded scratch and cuBLAS (`plans.py`).
+tensor cores, more to a decoded scratch and cuBLAS (`choose.py`).
 
 Programs that share rows add up in a workspace of the device, which is zero between launches. So
 the products of one device must run in one order: on one stream, or on streams that wait for each
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt_kernels import plans
 from pvrt_kernels.dispatch import PackedKernel, Problem, register_packed
-from pvrt_kernels.packing import pack_codes, unpack_codes
-from pvrt_kernels.plans import Gpu, Plan, Shape
+from pvrt_kernels.gpu import choose
+from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
+from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
 
 NAME = "triton"
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
@@ -231,7 +231,7 @@ def multiply_decoded(
 
 def _decode(packed: list[Tensor], sizes: list[int], start: int, weight: Tensor) -> None:
     """Decode rows start... of a layer into weight [some rows, in_features]."""
-    from pvrt_kernels.tile_gemm import decode_rows
+    from pvrt_kernels.gpu.tile_gemm import decode_rows
 
     blocks, books, scales = packed[:3]
     _, count, size, g = books.shape
@@ -292,12 +292,12 @@ def _workspace(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Ten
 
 @lru_cache(maxsize=64)
 def _gpu(device: torch.device) -> Gpu:
-    return plans.describe_gpu(device)
+    return choose.describe_gpu(device)
 
 
 @lru_cache(maxsize=4096)
 def _choose(gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool) -> Plan:
-    plan = plans.choose(gpu, shape, tokens, dtype, deterministic)
+    plan = choose.choose(gpu, shape, tokens, dtype, deterministic)
     if plan.kernel == "lut_gluon" and not gluon_gathers():
         return Plan("lut", plan.tokens, plan.rows, plan.warps, plan.split)
     return plan
@@ -313,18 +313,18 @@ def gluon_gathers() -> bool:
 def _kernel(name: str) -> Any:
     """The Triton function of a plan; imported here because a CPU installation has no Triton."""
     if name == "lut":
-        from pvrt_kernels.lut_gemv import lut_gemv
+        from pvrt_kernels.gpu.lut_gemv import lut_gemv
 
         return lut_gemv
     if name == "lut_gluon":
-        from pvrt_kernels.lut_gluon import lut_gluon
+        from pvrt_kernels.gpu.lut_gluon import lut_gluon
 
         return lut_gluon
     if name == "direct":
-        from pvrt_kernels.direct_gemv import direct_gemv
+        from pvrt_kernels.gpu.direct_gemv import direct_gemv
 
         return direct_gemv
-    from pvrt_kernels.tile_gemm import tile_gemm
+    from pvrt_kernels.gpu.tile_gemm import tile_gemm
 
     return tile_gemm
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from pvrt_kernels.packing import block_count
+from pvrt_kernels.gpu.layout import block_count
 
 KERNELS = ("lut", "lut_gluon", "direct", "tile", "dense")
 VERSION = 1  # of the packed layout and of the rules: a table for another one is not used
@@ -160,7 +160,7 @@ def rules(name: str) -> tuple[dict[str, Any], ...]:
     """Rules for a card: the user's, then the shipped ones, then those for unknown cards."""
     own = user_table(name)
     tables = [read_table(own)] if own.is_file() else []
-    folder = files("pvrt_kernels") / "configs"
+    folder = files("pvrt_kernels.gpu") / "configs"
     shipped = [json.loads(file.read_text()) for file in folder.iterdir()]
     tables += [table for table in shipped if name in table["names"]]
     tables += [table for table in shipped if not table["names"]]

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu, reference
+from pvrt_kernels import reference
+from pvrt_kernels.cpu import library
 from pvrt_kernels.reference import code_rows
 
 _FP32_ROUNDING = 2.0**-24
@@ -30,7 +31,7 @@ def relative_error() -> float:
     1 / sqrt(3) of it in the root mean square, and the norms of errors and results grow alike with
     the number of lookups. Where terms cancel or outliers meet small values, `product_bound` holds.
     """
-    return _FP32_RELATIVE + _SPAN / math.sqrt(3) * cpu.table_rounding()
+    return _FP32_RELATIVE + _SPAN / math.sqrt(3) * library.table_rounding()
 
 
 def product_bound(
@@ -58,7 +59,7 @@ def product_bound(
     # An entry is rounded to a step. Its way there, and the sum of the block's minima that is added
     # back, pass fp32 values as large as the widest table.
     block_tables = max(books, _BLOCK_TABLES)
-    rounding = cpu.table_rounding()
+    rounding = library.table_rounding()
     if rounding:
         per_span = rounding + (block_tables + 5) * _FP32_ROUNDING
         for rows, part in zip(code_rows(partition_sizes, 1), codebooks[:, :, :, 0], strict=True):

@@ -41,7 +41,7 @@ static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t
 #define NAME(f) f##_avx2
 #define LESSER(a, b) (ints8)_mm256_min_epi32((__m256i)(a), (__m256i)(b))
 #define ROOT(a) (floats8)_mm256_sqrt_ps((__m256)(a))
-#include "cpu_tuning.h"
+#include "pv_step.h"
 #undef NAME
 #undef LESSER
 #undef ROOT
@@ -59,7 +59,7 @@ static inline floats8 roots(floats8 a) {
 #define NAME(f) f##_portable
 #define LESSER(a, b) lesser(a, b)
 #define ROOT(a) roots(a)
-#include "cpu_tuning.h"
+#include "pv_step.h"
 
 /* Every instruction set on x86 but the portable one has AVX2. */
 static int has_avx2(void) {

@@ -1,9 +1,9 @@
 """Programs for the CPU: one call of the C library turns tokens into the next ones' logits.
 
-A program is a list of operations over fp32 vectors that the caller owns (cpu_program.c), with one
-row per sequence: weights are read once for all sequences of a run. It knows no models; who builds
-one decides what it computes. Tensors are kept alive by the program, and must not be resized or
-replaced while it lives.
+A program is a list of operations over fp32 vectors that the caller owns (decoder_program.c), with
+one row per sequence: weights are read once for all sequences of a run. It knows no models; who
+builds one decides what it computes. Tensors are kept alive by the program, and must not be resized
+or replaced while it lives.
 """
 
 import ctypes
@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvrt_kernels import cpu
+from pvrt_kernels.cpu import library
 from pvrt_kernels.packed import PackedWeight
 
 _KINDS = {"embed": 0, "tiled": 1, "plain": 2, "dense": 3, "attend": 4, "gate": 5, "screen": 6}
 _ROUNDED_AT_ONCE = 4096  # rows
-MOST_ROWS = 64  # of one run, as in cpu_program.c
+MOST_ROWS = 64  # of one run, as in decoder_program.c
 _ATTEND_ROWS = 4  # query heads that attend together, as in cpu.h
 _LONG, _VOID = ctypes.c_int64, ctypes.c_void_p
 
 
 class Operation(ctypes.Structure):
-    """`operation` of cpu_program.c."""
+    """`operation` of decoder_program.c."""
 
     _fields_ = [
         *((name, _LONG) for name in ("kind", "inputs", "out", "stride", "dtype", "accumulate")),
@@ -38,7 +38,7 @@ class Operation(ctypes.Structure):
 
 
 class _Sequence(ctypes.Structure):
-    """`sequence` of cpu_program.c."""
+    """`sequence` of decoder_program.c."""
 
     _fields_ = [("cache", _VOID), *((name, _LONG) for name in ("capacity", "token", "position"))]
 
@@ -83,7 +83,7 @@ class Program:
     def embed(self, weight: Tensor, y: Tensor, scale: float = 1.0) -> None:
         """y = scale * row `token` of weight [vocabulary, n] (fp32, fp16 or bf16)."""
         self._rows = y.shape[0]
-        fields = {"out": y.shape[1], "stride": y.stride(0), "dtype": cpu.TYPES[weight.dtype]}
+        fields = {"out": y.shape[1], "stride": y.stride(0), "dtype": library.TYPES[weight.dtype]}
         self._add("embed", weight=weight, y=y, scale=scale, **fields)
 
     def linear(
@@ -112,11 +112,11 @@ class Program:
         self._longest = max(self._longest, x.shape[1])
         if isinstance(weight, Tensor):
             self.bytes_read += weight.nbytes
-            self._add("dense", weight=weight, dtype=cpu.TYPES[weight.dtype], **fields)
+            self._add("dense", weight=weight, dtype=library.TYPES[weight.dtype], **fields)
             return
         codes, _, _, scales, _, tables = weight.tensors
         self.bytes_read += codes.nbytes + scales.nbytes + tables.nbytes
-        kind, view = cpu.view(weight.tensors, weight.in_features)
+        kind, view = library.view(weight.tensors, weight.in_features)
         self._kept += [weight, view]
         self._add(kind, weight=ctypes.addressof(view), **fields)
 
@@ -204,7 +204,7 @@ class Program:
         sequences = (_Sequence * rows)(
             *(_Sequence(s.cache.data_ptr(), s.cache.shape[3], s.token, s.position) for s in steps)
         )
-        cpu.library().pvrt_run_program(
+        library.library().pvrt_run_program(
             self._arrays[argmax_only],
             len(self._operations) + 1,
             sequences,
@@ -224,7 +224,7 @@ class Rounded:
     def __init__(self, weight: Tensor) -> None:
         count, inputs = weight.shape
         self.rows = torch.empty(count, inputs, dtype=torch.int8)
-        cpu.huge_pages(self.rows)
+        library.huge_pages(self.rows)
         self.bounds = torch.empty(count, 3)
         for first in range(0, count, _ROUNDED_AT_ONCE):
             part = slice(first, first + _ROUNDED_AT_ONCE)

@@ -72,7 +72,7 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
     }
 }
 
-#include "cpu_attend.h"
+#include "attention.h"
 
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     float sums[8] = {0};

@@ -1,0 +1,1 @@
+"""CPU kernels: a C library (csrc/) and what calls it."""

@@ -1,0 +1,1 @@
+"""GPU kernels: the layout they read, which one runs, and the kernels."""
