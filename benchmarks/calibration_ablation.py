@@ -21,7 +21,7 @@ import quickstart
 import torch
 
 import pvrt
-from pvrt.evaluate import perplexity, read_text, windows
+from pvrt.tools.perplexity import perplexity, read_text, windows
 from pvrt_tune import additive, calibration, layerwise
 from pvrt_tune.additive import AdditiveFit, LayerFit
 from pvrt_tune.finetune import FinetuneSettings

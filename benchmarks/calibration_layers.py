@@ -27,8 +27,8 @@ import machine
 import quickstart
 import torch
 
-from pvrt.evaluate import read_text, windows
-from pvrt.scheme import GridScheme, Scheme
+from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.tools.perplexity import read_text, windows
 from pvrt_tune import additive
 from pvrt_tune.additive import AdditiveFit, FitSettings, fit_layer
 from pvrt_tune.grid import fit_grid

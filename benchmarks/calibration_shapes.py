@@ -21,7 +21,7 @@ import machine
 import torch
 from torch import Tensor
 
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
 from pvrt_tune.additive import AdditiveFit, FitSettings, entries_scored
 from pvrt_tune.recipe import Recipe
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pvrt.scheme import GridScheme
+from pvrt.format.scheme import GridScheme
 from pvrt_tune.additive import AdditiveFit
 from pvrt_tune.kmeans import summing_matrix
 from pvrt_tune.objective import Objective

@@ -40,7 +40,7 @@ class Ours:
         import torch
 
         import pvrt
-        from pvrt.linear import pack_model
+        from pvrt.modules.aqlm_linear import pack_model
         from pvrt_server.cpu_model import CpuModel
 
         torch.set_num_threads(threads)

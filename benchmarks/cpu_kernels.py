@@ -57,7 +57,7 @@ def ours(scheme: str, out: int, inputs: int, x: Any) -> dict[str, Kernel]:
     """Packed, and for the published scheme in the checkpoint's layout as well."""
     import torch
 
-    from pvrt.scheme import Scheme
+    from pvrt.format.scheme import Scheme
     from pvrt_kernels import aqlm_linear, reference
     from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pvrt.checkpoint import QuantizedLayer, quantization_config, write_checkpoint
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import QuantizedLayer, quantization_config, write_checkpoint
+from pvrt.format.scheme import Scheme
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, rope theta; head size 64, tied lm_head
 SHAPES = {

@@ -19,7 +19,7 @@ import machine
 import torch
 
 import pvrt
-from pvrt.linear import pack_model
+from pvrt.modules.aqlm_linear import pack_model
 from pvrt_server.engine import Engine
 from pvrt_server.options import ServeOptions
 from pvrt_server.sampling import SamplingParams

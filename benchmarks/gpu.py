@@ -33,9 +33,9 @@ import machine
 import torch
 from torch import Tensor
 
-from pvrt import kernel_tuning
-from pvrt.kernel_tuning import Clock, time_plan, weight_copies
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
+from pvrt.tools import bench_kernels
+from pvrt.tools.bench_kernels import Clock, time_plan, weight_copies
 from pvrt_kernels import reference
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
@@ -90,7 +90,7 @@ def ceilings(bench: Bench) -> Row:
     n = 64 if bench.dry else 8192
     a = bench.x(n, n)
     seconds = bench.clock.time([lambda: a @ a])
-    rate = kernel_tuning.copy_bandwidth(bench.device)
+    rate = bench_kernels.copy_bandwidth(bench.device)
     return {"copy_bytes_per_second": rate, "gemm_flops_per_second": 2 * n**3 / seconds}
 
 
@@ -129,7 +129,7 @@ def other_kernels(bench: Bench) -> list[Row]:
     card = choose.describe_gpu(bench.device)
     for tokens in bench.some((1, 2, 4, 8, 64), (1, 8)):
         x = bench.x(tokens, shape.in_features)
-        for plan in kernel_tuning.candidates(card, shape, tokens):
+        for plan in bench_kernels.candidates(card, shape, tokens):
             if plan == DENSE or (bench.dry and plan.kernel == "lut_gluon"):
                 continue
             call = partial(launch.launch, plan, x, layer.tensors, None, layer.partition_sizes)
@@ -188,7 +188,7 @@ def gemv(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     for shape in [Shape(*TWO_BIT, *s) for s in bench.some(GEMV_SHAPES, ((70, 96),))]:
         copies = weight_copies(
-            kernel_tuning.random_packed(shape, torch.float16, bench.device), 2 if bench.dry else 64
+            bench_kernels.random_packed(shape, torch.float16, bench.device), 2 if bench.dry else 64
         )
         for tokens in bench.some((1, 4), (1,)):
             if bench.late("gemv"):
@@ -196,7 +196,7 @@ def gemv(bench: Bench) -> list[Row]:
             x = bench.x(tokens, shape.in_features)
             plan = launch.plan_for(x, copies[0].tensors)
             seconds = time_plan(bench.clock, plan, x, copies)
-            dense = kernel_tuning.time_dense(bench.clock, x, shape)
+            dense = bench_kernels.time_dense(bench.clock, x, shape)
             row = rate(bench, shape, vars(plan), seconds)
             row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
             for name, kernel in peers.items():
@@ -241,10 +241,10 @@ def design(bench: Bench) -> list[Row]:
     rows: list[Row] = []
     layers = bench.some(((4096, 4096), (11008, 4096), (1024, 4096), (28672, 8192)), ((70, 96),))
     for shape in [Shape(*TWO_BIT, *layer) for layer in layers]:
-        weight = kernel_tuning.random_packed(shape, torch.float16, bench.device)
+        weight = bench_kernels.random_packed(shape, torch.float16, bench.device)
         copies = weight_copies(weight, 2 if bench.dry else 64)
         x = bench.x(1, shape.in_features)
-        tried = kernel_tuning.candidates(card, shape, 1)
+        tried = bench_kernels.candidates(card, shape, 1)
         half = choose.fit(Plan("lut", 0, 1024, 16, 0), card, shape, 2)  # float16 tables
         for plan in [*tried, half]:
             if bench.dry and (plan.kernel == "lut_gluon" or plan.rows > 512):
@@ -283,14 +283,14 @@ def crossover(bench: Bench) -> list[Row]:
     layers = bench.some(((4096, 4096), (22016, 4096), (4096, 11008)), ((70, 96),))
     for scheme in bench.some((TWO_BIT, (1, 65536, 8)), (TWO_BIT,)):
         for shape in [Shape(*scheme, *layer) for layer in layers]:
-            weight = kernel_tuning.random_packed(shape, torch.float16, bench.device)
+            weight = bench_kernels.random_packed(shape, torch.float16, bench.device)
             copies = weight_copies(weight, 2 if bench.dry else 16)
             for tokens in bench.some((2, 4, 8, 16, 32, 64, 128, 256, 512), (8,)):
                 if bench.late("crossover"):
                     return rows
                 x = bench.x(tokens, shape.in_features)
-                dense = kernel_tuning.time_dense(bench.clock, x, shape)
-                for plan in kernel_tuning.candidates(card, shape, tokens):
+                dense = bench_kernels.time_dense(bench.clock, x, shape)
+                for plan in bench_kernels.candidates(card, shape, tokens):
                     seconds = time_plan(bench.clock, plan, x, copies)
                     row = rate(bench, shape, vars(plan), seconds)
                     row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
@@ -325,7 +325,7 @@ def model(bench: Bench) -> list[Row]:
 
 def tuning(bench: Bench) -> Row:
     """Seconds to calibrate a layer, and of one PV step of a 1B-shaped model, with its memory."""
-    from pvrt.linear import AQLMLinear
+    from pvrt.modules.aqlm_linear import AQLMLinear
     from pvrt_tune.additive import FitSettings, fit_layer
     from pvrt_tune.pv import PVOptimizer, PVSettings
     from pvrt_tune.representation import AdditiveRepresentation

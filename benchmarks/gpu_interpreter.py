@@ -17,8 +17,8 @@ import gpu as bench_gpu
 import machine
 import torch
 
-from pvrt import kernel_tuning
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
+from pvrt.tools import bench_kernels
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
 
@@ -31,7 +31,7 @@ def plans_of(shape: Shape, tokens: int) -> list[Plan]:
     """What the tuner may choose for a layer and a number of tokens, one of each kernel."""
     card = choose.describe_gpu(torch.device("cpu"))
     found: dict[str, Plan] = {}
-    for plan in kernel_tuning.candidates(card, shape, tokens):
+    for plan in bench_kernels.candidates(card, shape, tokens):
         if plan != DENSE and plan.kernel != "lut_gluon":  # Gluon has no interpreter
             found.setdefault(plan.kernel, plan)
     return [*found.values(), DENSE]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt.kernel_tuning import random_packed
+from pvrt.tools.bench_kernels import random_packed
 from pvrt_kernels.gpu.choose import Shape
 from pvrt_kernels.packed import aqlm_packed_linear
 

@@ -194,7 +194,7 @@ def main() -> None:
         model, recipe, data = asked.child
         print(json.dumps(measured(model, RECIPES[recipe], data or None)))
         return
-    from pvrt.evaluate import default_text
+    from pvrt.tools.perplexity import default_text
 
     rows = json.loads(RESULT.read_text()) if RESULT.is_file() else []
     with tempfile.TemporaryDirectory() as folder:

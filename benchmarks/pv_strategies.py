@@ -29,9 +29,9 @@ import quickstart
 import torch
 from torch import Tensor
 
-from pvrt.evaluate import perplexity, read_text, windows
-from pvrt.linear import decode_once
-from pvrt.scheme import GridScheme, parse_scheme
+from pvrt.format.scheme import GridScheme, parse_scheme
+from pvrt.modules.aqlm_linear import decode_once
+from pvrt.tools.perplexity import perplexity, read_text, windows
 from pvrt_tune.blocks import find_blocks
 from pvrt_tune.calibration import CalibrationData, documents, from_model, from_text
 from pvrt_tune.pv import STRATEGIES, PVSettings, StrategyName

@@ -27,7 +27,7 @@ from typing import Any
 import machine
 import psutil  # type: ignore[import-untyped]
 
-from pvrt.durable import as_json, write_synced
+from pvrt.format.atomic import as_json, write_synced
 
 RESULTS = machine.ROOT / "benchmarks" / "results" / "vllm_bench.json"
 BENCHES = ("serve", "latency", "throughput")

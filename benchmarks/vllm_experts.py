@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt.durable import as_json, write_synced
-from pvrt.scheme import Scheme
+from pvrt.format.atomic import as_json, write_synced
+from pvrt.format.scheme import Scheme
 from pvrt_kernels.grouped import aqlm_grouped_linear, aqlm_pack_group
 
 RESULTS = machine.ROOT / "benchmarks" / "results" / "vllm_experts.json"

@@ -18,7 +18,7 @@ import machine
 import vllm
 from vllm_matrix import MAX_TOKENS, PROMPTS, TIES, shortfall
 
-from pvrt.durable import as_json, write_synced
+from pvrt.format.atomic import as_json, write_synced
 from tests.fixtures.published import write_published
 from tests.fixtures.toy import write_toy
 from tests.fixtures.vllm_extras import quantise_ends, write_adapter

@@ -22,9 +22,9 @@ import machine
 import torch
 from torch import Tensor
 
-from pvrt.checkpoint import WriteOptions, quantization_config, write_checkpoint
-from pvrt.durable import as_json, write_synced
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import WriteOptions, quantization_config, write_checkpoint
+from pvrt.format.atomic import as_json, write_synced
+from pvrt.format.scheme import Scheme
 
 sys.path.insert(0, str(machine.ROOT))
 from tests.fixtures.published import LAYOUTS, write_published

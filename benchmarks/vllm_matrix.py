@@ -25,7 +25,7 @@ import machine
 import torch
 import vllm
 
-from pvrt.durable import as_json, write_synced
+from pvrt.format.atomic import as_json, write_synced
 
 sys.path.insert(0, str(machine.ROOT))
 from tests.fixtures.published import LAYOUTS, write_published

@@ -6,14 +6,14 @@ Importing pvrt is cheap (no torch) and makes transformers able to load AQLM chec
 
 from typing import TYPE_CHECKING, Any
 
-from pvrt._import_hook import when_imported
+from pvrt.hf.import_hook import when_imported
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
 
-    from pvrt.stored import StoredModel
+    from pvrt.format.folder import StoredModel
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -23,7 +23,7 @@ def _register_with_transformers() -> None:
     from pvrt.versions import require_tested_versions
 
     require_tested_versions()
-    from pvrt.transformers_backend import register
+    from pvrt.hf.quantizer import register
 
     register()
 
@@ -37,7 +37,7 @@ def load(
 ) -> "PreTrainedModel":
     """Load a model folder (quantised or dense) as a transformers causal language model.
 
-    A folder that `pvrt.packed.open_folder` has opened is not checked again.
+    A folder that `pvrt.format.grid.open_folder` has opened is not checked again.
 
     With dense=True quantised layers are decoded once into ordinary linear layers: the fastest
     choice where no kernel for the device exists, at the memory of the original model. kwargs go to
@@ -46,6 +46,6 @@ def load(
     from pvrt.versions import require_tested_versions
 
     require_tested_versions()
-    from pvrt.transformers_backend import load_model
+    from pvrt.hf.quantizer import load_model
 
     return load_model(path, dense=dense, **kwargs)

@@ -18,8 +18,15 @@ EXTRAS = PROJECT["project"]["optional-dependencies"]
 PRODUCT = ("pvrt", "kernels/pvrt_kernels", "tune/pvrt_tune", "server/pvrt_server")
 # Modules that commands and engines start from, on any machine.
 EVERYBODYS = (
-    *("pvrt", "pvrt.cli", "pvrt.doctor", "pvrt.evaluate", "pvrt.kernel_tuning", "pvrt.linear"),
-    *("pvrt.transformers_backend", "pvrt_kernels", "pvrt_kernels.gpu.launch", "pvrt_tune.pipeline"),
+    *(
+        "pvrt",
+        "pvrt.cli",
+        "pvrt.tools.doctor",
+        "pvrt.tools.perplexity",
+        "pvrt.tools.bench_kernels",
+        "pvrt.modules.aqlm_linear",
+    ),
+    *("pvrt.hf.quantizer", "pvrt_kernels", "pvrt_kernels.gpu.launch", "pvrt_tune.pipeline"),
     *("pvrt_tune.planning", "pvrt_server.launch", "pvrt_server.app", "pvrt_server.engine"),
 )
 OURS = {"pvrt", "pvrt_kernels", "pvrt_tune", "pvrt_server", "tests"}
@@ -119,7 +126,7 @@ def test_what_everybody_imports_needs_no_extra() -> None:
     for _ in needs:  # as often as the longest chain has links
         for name in needs:
             needs[name] |= set().union(*(needs.get(target, set()) for target in imported[name]))
-    assert needs["pvrt.vllm_backend"] == {"vllm"} and needs["pvrt_kernels.gpu.lut_gemv"] == {
+    assert needs["pvrt.vllm_plugin.plugin"] == {"vllm"} and needs["pvrt_kernels.gpu.lut_gemv"] == {
         "triton"
     }
     for name in EVERYBODYS:

@@ -39,7 +39,7 @@ def test_imports_point_one_way(package: str) -> None:
     allowed = MAY_IMPORT[package] | {package}
     for file in PACKAGES[package].rglob("*.py"):
         ours = imports(file) & PACKAGES.keys()
-        if file == ROOT / "pvrt" / "cli.py":  # the only file that looks up, lazily
+        if ROOT / "pvrt" / "cli" in file.parents:  # the only file that looks up, lazily
             continue
         assert ours <= allowed, f"{file} imports {ours - allowed}"
 

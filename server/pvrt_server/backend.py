@@ -6,10 +6,10 @@ What is printed before the start and what is then loaded both come from the `Dec
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pvrt.checkpoint import Checkpoint
 from pvrt.errors import ServeError
-from pvrt.packed import GridCheckpoint
-from pvrt.plan import CacheShape, cache_shape
+from pvrt.format.aqlm import Checkpoint
+from pvrt.format.grid import GridCheckpoint
+from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_kernels.cpu import library
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS
 from pvrt_server.fits import Capacity, Machine, WeightKind, gigabytes, weight_bytes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pvrt.linear import AQLMLinear
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels.cpu import library
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS, Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from pvrt.device import default_device
+from pvrt.format.folder import StoredModel, TensorInfo
+from pvrt.kv_cache import CacheShape
 from pvrt.memory import free_host_bytes
-from pvrt.plan import CacheShape
-from pvrt.stored import StoredModel, TensorInfo
 
 #: What becomes of the weights: used as they are stored, looked up by our kernels, or decoded once.
 WeightKind = Literal["dense", "packed", "decoded"]

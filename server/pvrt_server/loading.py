@@ -9,7 +9,7 @@ import torch
 
 import pvrt
 from pvrt.errors import ServeError
-from pvrt.linear import pack_model
+from pvrt.modules.aqlm_linear import pack_model
 from pvrt_server.backend import Decision
 from pvrt_server.cpu_model import CpuModel
 from pvrt_server.models import LanguageModel, TransformersModel, weight_bytes

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from pvrt.linear import quantized_linears
+from pvrt.modules.aqlm_linear import quantized_linears
 
 
 class State(Protocol):

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pvrt.checkpoint import Checkpoint
 from pvrt.errors import ServeError
-from pvrt.packed import GridCheckpoint, open_folder
-from pvrt.scheme import GridScheme, Scheme
-from pvrt.stored import StoredModel
+from pvrt.format.aqlm import Checkpoint
+from pvrt.format.folder import StoredModel
+from pvrt.format.grid import GridCheckpoint, open_folder
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_server.templates import chat_template
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import dispatch, reference
 from pvrt_kernels.gpu import choose, launch, lut_gluon
 from pvrt_kernels.gpu.choose import Plan
@@ -339,7 +339,7 @@ def test_a_model_of_transformers_runs_on_packed_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pvrt
-    from pvrt.linear import pack_model, quantized_linears
+    from pvrt.modules.aqlm_linear import pack_model, quantized_linears
     from tests.fixtures.toy import write_toy
 
     monkeypatch.setattr(launch, "WARM_TOKENS", ())  # tested by itself, and slow here

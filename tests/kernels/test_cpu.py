@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt.checkpoint import QuantizedLayer
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import QuantizedLayer
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_linear, dispatch, reference
 from pvrt_kernels.cpu import library as cpu
 from pvrt_kernels.cpu import rounding

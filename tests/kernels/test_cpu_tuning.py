@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_kernels.cpu import pv_step
 from tests.fixtures.toy import random_layer

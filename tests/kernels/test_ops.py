@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt.checkpoint import QuantizedLayer
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import QuantizedLayer
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear, dispatch
 from pvrt_kernels.ops import _dequantize_op, _linear_op
 from tests.fixtures.toy import random_layer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear, dispatch, reference
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 from tests.fixtures.toy import random_layer

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pvrt.checkpoint import (
+from pvrt.errors import CheckpointError
+from pvrt.format.aqlm import (
     Checkpoint,
     WriteOptions,
     quantization_config,
     skipped_modules,
     write_checkpoint,
 )
-from pvrt.errors import CheckpointError
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
 from tests.fixtures.toy import random_layer, write_toy
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -237,7 +237,7 @@ def test_a_tensor_that_the_index_misplaces_is_named(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 sys.path[:0] = {paths!r}
-from pvrt.checkpoint import write_checkpoint
+from pvrt.format.aqlm import write_checkpoint
 from pvrt.errors import CheckpointError
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import pvrt
-from pvrt.doctor import Finding, examine
 from pvrt.lock import Comparison, compare
+from pvrt.tools.doctor import Finding, examine
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
 
 
@@ -165,7 +165,7 @@ def test_doctor_sees_a_folder_that_shadows_the_kernels_package(tmp_path: Path) -
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
     script = (
-        "from pvrt.doctor import examine\n"
+        "from pvrt.tools.doctor import examine\n"
         "print([finding.level for finding in examine() if finding.name == 'kernels'])"
     )
     done = subprocess.run(
@@ -177,7 +177,7 @@ def test_doctor_sees_a_folder_that_shadows_the_kernels_package(tmp_path: Path) -
 def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:
     import torch
 
-    from pvrt.evaluate import perplexity, windows
+    from pvrt.tools.perplexity import perplexity, windows
 
     model = toy_model("llama")
     with torch.no_grad():

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pvrt import kernel_tuning
-from pvrt.checkpoint import Checkpoint
 from pvrt.errors import RunError
-from pvrt.kernel_tuning import Clock
+from pvrt.format.aqlm import Checkpoint
+from pvrt.tools import bench_kernels
+from pvrt.tools.bench_kernels import Clock
 from pvrt_kernels.gpu import choose
 from pvrt_kernels.gpu.choose import DENSE, Gpu, Plan, Shape
 from tests.fixtures import aot
@@ -39,7 +39,7 @@ def test_options_may_still_come_before_the_folder() -> None:
 
 def test_layers_are_measured_as_backends_fuse_them(tmp_path: Path) -> None:
     write_toy(tmp_path, "llama")  # 128 wide, 4 heads of 32, 2 of them for k and v
-    shapes = kernel_tuning.fused_layers(Checkpoint.open(tmp_path))
+    shapes = bench_kernels.fused_layers(Checkpoint.open(tmp_path))
     sizes = {(shape.out_features, shape.in_features) for shape in shapes}
     assert sizes == {(256, 128), (128, 128)}
     assert {shape.scheme for shape in shapes} == {"2x8g8"}
@@ -47,14 +47,14 @@ def test_layers_are_measured_as_backends_fuse_them(tmp_path: Path) -> None:
 
 def test_a_malformed_scheme_is_refused_in_words() -> None:
     with pytest.raises(RunError, match="'2x9' is not a scheme"):
-        kernel_tuning.common_layers("2x9")
+        bench_kernels.common_layers("2x9")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 64, 512])
 def test_candidates_are_few_and_include_the_shipped_choice(tokens: int) -> None:
     for scheme in ((2, 256, 8), (1, 65536, 8), (4, 256, 16)):
         shape = Shape(*scheme, 4096, 4096)
-        found = kernel_tuning.candidates(ADA, shape, tokens)
+        found = bench_kernels.candidates(ADA, shape, tokens)
         assert 1 <= len(found) <= 12
         if tokens in (1, 8):
             assert choose.choose(ADA, shape, tokens, torch.float16, False) in found
@@ -69,8 +69,8 @@ def test_tuned_rules_decide_and_other_layers_stay(
     choose.rules.cache_clear()
     other = Shape(2, 256, 8, 1024, 4096)
     fast, small = Plan("direct", 1, 128, 4, 7), Plan("lut", 1, 512, 4, 3)
-    kernel_tuning.store(ADA, {(other, 1): small})
-    file = kernel_tuning.store(ADA, {(SQUARE, 1): fast, (SQUARE, 16): DENSE})
+    bench_kernels.store(ADA, {(other, 1): small})
+    file = bench_kernels.store(ADA, {(SQUARE, 1): fast, (SQUARE, 16): DENSE})
     assert [path.name for path in file.parent.iterdir()] == ["nvidia-geforce-rtx-4090.json"]
 
     def plan(shape: Shape, tokens: int) -> Plan:
@@ -79,7 +79,7 @@ def test_tuned_rules_decide_and_other_layers_stay(
     assert plan(SQUARE, 1) == fast
     assert plan(SQUARE, 9) == DENSE
     assert plan(other, 1) == small
-    kernel_tuning.store(ADA, {(SQUARE, 1): small})
+    bench_kernels.store(ADA, {(SQUARE, 1): small})
     choose.rules.cache_clear()
     assert plan(SQUARE, 1) == small
 
@@ -97,7 +97,7 @@ def test_every_candidate_compiles_without_spills_where_it_is_not_shipped(
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     shipped = {(v.plan.kernel, v.plan.tokens, v.plan.rows) for v in aot.shipped_variants()}
-    for plan in kernel_tuning.candidates(ADA, SQUARE, 1):
+    for plan in bench_kernels.candidates(ADA, SQUARE, 1):
         if plan != DENSE and (plan.kernel, plan.tokens, plan.rows) not in shipped:
             variant = aot.Variant(plan, 2, 256, 8, parts=3, has_bias=True)
             assert not aot.complaints(variant, 89, aot.compile_variant(variant, 89)), variant.name
@@ -109,4 +109,4 @@ def test_a_cache_that_cannot_be_written_is_named_before_measuring(
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RunError, match=r"cannot write the card's table to .*file"):
-        kernel_tuning.check_table(ADA)
+        bench_kernels.check_table(ADA)

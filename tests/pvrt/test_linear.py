@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pvrt import linear
-from pvrt.linear import AQLMLinear, pack, pack_model
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
+from pvrt.modules import aqlm_linear
+from pvrt.modules.aqlm_linear import AQLMLinear, pack, pack_model
 from pvrt_kernels import dispatch, reference
 from pvrt_kernels.packed import aqlm_packed_linear
 from tests.fixtures.memory import LiveTensors
@@ -97,12 +97,12 @@ def test_casting_a_packed_layer_packs_it_anew() -> None:
 def test_layers_pack_themselves_where_they_arrive_unless_they_train(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(linear, "packs_on_arrival", lambda device: device.type == "cpu")
+    monkeypatch.setattr(aqlm_linear, "packs_on_arrival", lambda device: device.type == "cpu")
     layer, trained = layer_of(16), layer_of(16)
     trained.codebooks.requires_grad_(True)
     assert layer.to("cpu").packed is not None
     assert trained.to("cpu").packed is None
-    assert not linear.AQLMLinear(32, 16, SCHEME).requires_grad_(False).to("meta").packed
+    assert not aqlm_linear.AQLMLinear(32, 16, SCHEME).requires_grad_(False).to("meta").packed
 
 
 def test_siblings_share_one_weight_also_when_they_were_packed_alone() -> None:
@@ -138,7 +138,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(len(x))
         return aqlm_packed_linear(x, *arguments)
 
-    monkeypatch.setattr(linear, "aqlm_packed_linear", product)
+    monkeypatch.setattr(aqlm_linear, "aqlm_packed_linear", product)
     return rows
 
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pvrt
-from pvrt.checkpoint import WEIGHTS_FILE
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.packed import GridCheckpoint, grid_config, pack, parse_grid_config, unpack
-from pvrt.report import describe
-from pvrt.scheme import GridScheme
+from pvrt.format.aqlm import WEIGHTS_FILE
+from pvrt.format.grid import GridCheckpoint, grid_config, pack, parse_grid_config, unpack
+from pvrt.format.scheme import GridScheme
+from pvrt.tools.report import describe
 from pvrt_server.backend import choose_backend
 from pvrt_server.engine import Engine
 from pvrt_server.fits import Machine

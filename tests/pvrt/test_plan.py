@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from pvrt.plan import cache_shape
+from pvrt.kv_cache import cache_shape
 
 
 def test_grouped_heads_keep_the_published_cache() -> None:

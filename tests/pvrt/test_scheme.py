@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pvrt.scheme import GridScheme, Scheme, parse_scheme
+from pvrt.format.scheme import GridScheme, Scheme, parse_scheme
 
 
 def test_a_scheme_survives_its_text() -> None:

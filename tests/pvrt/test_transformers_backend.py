@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import pvrt
 from pvrt.errors import CheckpointError
-from pvrt.linear import AQLMLinear, quantized_linears
+from pvrt.modules.aqlm_linear import AQLMLinear, quantized_linears
 from tests.fixtures.published import LAYOUTS, write_published
 from tests.fixtures.toy import ARCHITECTURES, write_toy
 
@@ -165,7 +165,7 @@ def test_codes_out_of_range_are_refused_while_loading(tmp_path: Path) -> None:
 
 
 def test_a_linear_refuses_groups_that_do_not_divide() -> None:
-    from pvrt.scheme import Scheme
+    from pvrt.format.scheme import Scheme
 
     with pytest.raises(ValueError, match="does not divide a linear layer of 8 x 12"):
         AQLMLinear(12, 8, Scheme.parse("2x8g8"))

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from pvrt.errors import PvrtError
 from pvrt.versions import TORCH, TRANSFORMERS, VersionRange, check
-from pvrt.vllm_versions import NEWEST_VLLM, OLDEST_VLLM
+from pvrt.vllm_plugin.versions import NEWEST_VLLM, OLDEST_VLLM
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = VersionRange("library", (2, 8), (2, 14))

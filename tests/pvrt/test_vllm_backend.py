@@ -25,11 +25,11 @@ from vllm.model_executor.layers import quantization as vllm_quantization
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
-from pvrt.checkpoint import QuantizedLayer, quantization_config
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.scheme import Scheme
-from pvrt.vllm_backend import AQLMConfig, register
-from pvrt.vllm_linear import AQLMLinearMethod
+from pvrt.format.aqlm import QuantizedLayer, quantization_config
+from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.linear import AQLMLinearMethod
+from pvrt.vllm_plugin.plugin import AQLMConfig, register
 from pvrt_kernels import aqlm_dequantize, dispatch, reference
 from tests.fixtures.toy import random_layer
 
@@ -586,7 +586,7 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
 def test_registering_touches_no_gpu_and_imports_no_layers() -> None:
     code = """
 import sys, torch
-from pvrt.vllm_backend import register
+from pvrt.vllm_plugin.plugin import register
 register()
 assert not torch.cuda.is_initialized()
 assert "vllm.model_executor.layers.linear" not in sys.modules

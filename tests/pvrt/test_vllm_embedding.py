@@ -13,11 +13,11 @@ pytest.importorskip("vllm")
 from vllm import config as vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
-from pvrt.checkpoint import QuantizedLayer, quantization_config
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.scheme import Scheme
-from pvrt.vllm_backend import AQLMConfig
-from pvrt.vllm_embedding import AQLMEmbeddingMethod
+from pvrt.format.aqlm import QuantizedLayer, quantization_config
+from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.embedding import AQLMEmbeddingMethod
+from pvrt.vllm_plugin.plugin import AQLMConfig
 from pvrt_kernels import aqlm_dequantize
 from tests.fixtures.toy import random_layer, write_toy
 from tests.fixtures.vllm_extras import quantise_ends

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 pytest.importorskip("vllm")
 
-from pvrt.checkpoint import QuantizedLayer, quantization_config
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.scheme import Scheme
-from pvrt.vllm_backend import AQLMConfig
-from pvrt.vllm_experts import AQLMExpertsMethod
+from pvrt.format.aqlm import QuantizedLayer, quantization_config
+from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.experts import AQLMExpertsMethod
+from pvrt.vllm_plugin.plugin import AQLMConfig
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import rounding
 from tests.fixtures.instruction_sets import relative

@@ -3,7 +3,7 @@
 import pytest
 
 from pvrt.errors import ServeError
-from pvrt.vllm_versions import require_supported_vllm
+from pvrt.vllm_plugin.versions import require_supported_vllm
 
 
 @pytest.mark.parametrize("version", ["0.29.2", "0.26.0+cpu", "0.9.1"])

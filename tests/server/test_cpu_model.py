@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pvrt
 from pvrt.errors import ServeError
-from pvrt.linear import pack_model, quantized_linears
+from pvrt.modules.aqlm_linear import pack_model, quantized_linears
 from pvrt_kernels.cpu import library, rounding
 from pvrt_kernels.cpu.decoder_program import Rounded
 from pvrt_server import cpu_model

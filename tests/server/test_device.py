@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from pvrt.plan import cache_shape
+from pvrt.kv_cache import cache_shape
 from pvrt_server import fits
 from pvrt_server.engine import Engine
 from pvrt_server.options import ServeOptions

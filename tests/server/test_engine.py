@@ -51,7 +51,7 @@ def test_greedy_answers_are_those_of_transformers(
 def test_a_device_without_a_kernel_decodes_once_and_says_so(
     toy: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pvrt.scheme.has_fast_kernel", lambda *scheme: False)
+    monkeypatch.setattr("pvrt.format.scheme.has_fast_kernel", lambda *scheme: False)
     with caplog.at_level(logging.INFO, "pvrt_server"), Engine.load(toy) as engine:
         tokens(engine, [1, 2])
     said = [r.message for r in caplog.records if "decoded once" in r.message]

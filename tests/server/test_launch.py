@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.plan import CacheShape
+from pvrt.kv_cache import CacheShape
 from pvrt_server.backend import Decision
 from pvrt_server.fits import Capacity, Machine
 from pvrt_server.launch import serve

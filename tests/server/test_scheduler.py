@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pvrt.plan import cache_shape
+from pvrt.kv_cache import cache_shape
 from pvrt_server.engine import Engine, Event, FailureEvent
 from pvrt_server.errors import GenerationError, RequestError
 from pvrt_server.options import ServeOptions

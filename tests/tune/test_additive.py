@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize
 from pvrt_tune.additive import AdditiveFit, FitSettings, fit_layer
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import pvrt
 from pvrt.errors import SourceError
-from pvrt.experts import ExpertList
-from pvrt.linear import AQLMLinear
+from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.experts import ExpertList
 from pvrt_tune.activations import Activations
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.blocks import linears, observe
@@ -83,7 +83,7 @@ def test_a_quantised_mixture_loads_and_follows_its_original(
 
 
 def stored_names(folder: Path) -> list[str]:
-    from pvrt.checkpoint import read_headers, weight_files
+    from pvrt.format.aqlm import read_headers, weight_files
 
     return list(read_headers(weight_files(folder)))
 

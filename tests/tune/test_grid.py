@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt.packed import GridCheckpoint
-from pvrt.report import describe
-from pvrt.scheme import GridScheme
+from pvrt.format.grid import GridCheckpoint
+from pvrt.format.scheme import GridScheme
+from pvrt.tools.report import describe
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.grid import GridFit, GridLayerFit, GridLinear, fit_grid
 from pvrt_tune.pipeline import tune

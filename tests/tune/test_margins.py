@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt.linear import AQLMLinear
-from pvrt.scheme import GridScheme, Scheme
+from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.margins import Margins
 from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation

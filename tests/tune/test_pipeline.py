@@ -18,9 +18,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import pvrt
-from pvrt.checkpoint import Checkpoint
 from pvrt.errors import CheckpointError, DataError, RunError, SourceError
-from pvrt.linear import quantized_linears
+from pvrt.format.aqlm import Checkpoint
+from pvrt.modules.aqlm_linear import quantized_linears
 from pvrt_tune import calibration, walk
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings

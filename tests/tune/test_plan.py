@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from pvrt.checkpoint import Checkpoint
 from pvrt.cli import app
 from pvrt.errors import RunError
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import Checkpoint
+from pvrt.format.scheme import Scheme
 from pvrt_tune.additive import FitSettings, fit_layer
 from pvrt_tune.blocks import linears
 from pvrt_tune.finetune import FinetuneSettings

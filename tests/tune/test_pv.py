@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import pvrt
 from pvrt.errors import RunError
-from pvrt.linear import AQLMLinear
-from pvrt.scheme import GridScheme, Scheme
+from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import pv_step
 from pvrt_tune import distill, parallel, shards

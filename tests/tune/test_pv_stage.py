@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import pvrt
-from pvrt.checkpoint import Checkpoint
+from pvrt.format.aqlm import Checkpoint
 from pvrt_tune.config import as_yaml
 from pvrt_tune.pipeline import tune
 from pvrt_tune.pv import PVSettings

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer
 
 import pvrt
-from pvrt.checkpoint import Checkpoint
-from pvrt.evaluate import default_text, perplexity, windows
+from pvrt.format.aqlm import Checkpoint
+from pvrt.tools.perplexity import default_text, perplexity, windows
 from pvrt_server.engine import Engine
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import TokenEvent

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt.checkpoint import QuantizedLayer
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import QuantizedLayer
+from pvrt.format.scheme import Scheme
 from pvrt_tune.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.objective import Objective, column_blocks
 from pvrt_tune.search import Cells, ScoreRows, halve, in_metric, lowest

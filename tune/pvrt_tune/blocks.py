@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.errors import SourceError
-from pvrt.experts import ExpertList
-from pvrt.scheme import GridScheme, Scheme
+from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.modules.experts import ExpertList
 from pvrt_tune.activations import Activations
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pvrt.errors import DataError
-from pvrt.evaluate import read_utf8
-from pvrt.plan import cache_shape
+from pvrt.kv_cache import cache_shape
+from pvrt.tools.perplexity import read_utf8
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".jsonl"}
 

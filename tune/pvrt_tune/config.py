@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pvrt.errors import RunError
-from pvrt.evaluate import read_utf8
+from pvrt.tools.perplexity import read_utf8
 from pvrt_tune.recipe import Recipe
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pvrt.scheme import GridScheme
+from pvrt.format.scheme import GridScheme
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.objective import Objective, column_blocks
 
@@ -66,7 +66,7 @@ class GridLinear(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the layer's tensors in a checkpoint (`pvrt.packed`)."""
+        """Bytes of the layer's tensors in a checkpoint (`pvrt.format.grid`)."""
         shape = self.out_features, self.in_features
         words = math.prod(self.scheme.packed_shape(*shape))
         if self.zeros is not None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pvrt.linear import AQLMLinear
-from pvrt.scheme import GridScheme, parse_scheme
+from pvrt.format.scheme import GridScheme, parse_scheme
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune.additive import fit_layer
 from pvrt_tune.grid import GridLinear, fit_grid
 from pvrt_tune.recipe import Recipe

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import pvrt
-from pvrt.checkpoint import WriteOptions, quantization_config, write_checkpoint
-from pvrt.durable import as_json
-from pvrt.packed import GridLayer, grid_config
-from pvrt.scheme import GridScheme, parse_scheme
+from pvrt.format.aqlm import WriteOptions, quantization_config, write_checkpoint
+from pvrt.format.atomic import as_json
+from pvrt.format.grid import GridLayer, grid_config
+from pvrt.format.scheme import GridScheme, parse_scheme
 from pvrt_tune.blocks import BlockList
 from pvrt_tune.calibration import CalibrationData
 from pvrt_tune.recipe import TuneJob

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 import pvrt
-from pvrt.checkpoint import CONFIG_FILE, Checkpoint
-from pvrt.durable import write_synced
 from pvrt.errors import RunError
-from pvrt.packed import GridCheckpoint, open_checkpoint
+from pvrt.format.aqlm import CONFIG_FILE, Checkpoint
+from pvrt.format.atomic import write_synced
+from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import calibration, parallel
 from pvrt_tune.blocks import BlockList, find_blocks
 from pvrt_tune.calibration import CalibrationData

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pvrt.experts import ExpertList
-from pvrt.plan import USABLE, CacheShape, cache_shape
-from pvrt.scheme import Scheme, parse_scheme
+from pvrt.format.scheme import Scheme, parse_scheme
+from pvrt.kv_cache import USABLE, CacheShape, cache_shape
+from pvrt.modules.experts import ExpertList
 from pvrt_tune.blocks import BlockList, batch_size, find_blocks, linears
 from pvrt_tune.calibration import rows_at_once
 from pvrt_tune.grid import GridLinear

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pvrt.device import default_device, is_here
-from pvrt.scheme import parse_scheme
+from pvrt.format.scheme import parse_scheme
 from pvrt_tune import speed
 from pvrt_tune.blocks import check_divisible, find_blocks
 from pvrt_tune.machine import Machine

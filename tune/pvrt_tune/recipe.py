@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from pvrt.scheme import Scheme, parse_scheme
+from pvrt.format.scheme import Scheme, parse_scheme
 from pvrt_tune.additive import FitSettings
 from pvrt_tune.finetune import FinetuneSettings
 from pvrt_tune.pv import PVSettings

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pvrt.linear import AQLMLinear
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_tune.grid import GridLinear
 from pvrt_tune.margins import Margins

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pvrt.durable import as_json, sync, try_writing, write_synced
 from pvrt.errors import RunError
+from pvrt.format.atomic import as_json, sync, try_writing, write_synced
 from pvrt_tune.progress import Report
 
 RUN_FOLDER = ".run"

@@ -38,7 +38,8 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import cached_file, logging
 
-from pvrt.checkpoint import (
+from pvrt.errors import CheckpointError, SourceError
+from pvrt.format.aqlm import (
     CONFIG_FILE,
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -46,8 +47,7 @@ from pvrt.checkpoint import (
     read_headers,
     weight_files,
 )
-from pvrt.errors import CheckpointError, SourceError
-from pvrt.experts import ExpertList, unfuse, without_fusing
+from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
 

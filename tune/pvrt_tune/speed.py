@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from pvrt.scheme import GridScheme, parse_scheme
+from pvrt.format.scheme import GridScheme, parse_scheme
 from pvrt_tune.additive import entries_scored
 from pvrt_tune.layerwise import quantize_linear
 from pvrt_tune.recipe import Recipe

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pvrt.experts import ExpertList
-from pvrt.linear import AQLMLinear
+from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.experts import ExpertList
 from pvrt_tune import parallel, shards
 from pvrt_tune.blocks import find_blocks
 from pvrt_tune.calibration import CalibrationData

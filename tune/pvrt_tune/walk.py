@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.errors import RunError
-from pvrt.linear import decode_once
+from pvrt.modules.aqlm_linear import decode_once
 from pvrt_tune.activations import Activations, in_memory, on_disk
 from pvrt_tune.blocks import (
     BlockList,

@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pvrt.durable import as_json, sync, write_synced
 from pvrt.errors import CheckpointError
-from pvrt.scheme import Scheme
-from pvrt.stored import LayerInfo as LayerInfo
-from pvrt.stored import StoredModel
-from pvrt.stored import TensorInfo as TensorInfo
+from pvrt.format.atomic import as_json, sync, write_synced
+from pvrt.format.folder import LayerInfo as LayerInfo
+from pvrt.format.folder import StoredModel
+from pvrt.format.folder import TensorInfo as TensorInfo
+from pvrt.format.scheme import Scheme
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

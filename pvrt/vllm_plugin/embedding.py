@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.vllm_loading import (
+from pvrt.vllm_plugin.weights import (
     PARTS,
     checked,
     decode_without_kernel,
@@ -26,7 +26,7 @@ from pvrt.vllm_loading import (
 from pvrt_kernels import aqlm_dequantize, aqlm_linear
 
 if TYPE_CHECKING:
-    from pvrt.vllm_backend import AQLMConfig
+    from pvrt.vllm_plugin.plugin import AQLMConfig
 
 
 def _load(layer: Any, param: Any, loaded_weight: Tensor) -> None:

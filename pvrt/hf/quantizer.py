@@ -19,7 +19,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import AqlmConfig
 
-from pvrt.checkpoint import (
+from pvrt.errors import CheckpointError
+from pvrt.format.aqlm import (
     LayerInfo,
     TensorInfo,
     check_codes,
@@ -28,17 +29,16 @@ from pvrt.checkpoint import (
     read_config,
     read_headers,
 )
-from pvrt.errors import CheckpointError
-from pvrt.experts import module_name, unfuse, without_fusing
-from pvrt.linear import (
+from pvrt.format.folder import StoredModel
+from pvrt.format.grid import is_packed, is_quantised, open_checkpoint
+from pvrt.modules.aqlm_linear import (
     AQLMLinear,
     decode_once,
     pack_model,
     packs_on_arrival,
     quantized_linears,
 )
-from pvrt.packed import is_packed, is_quantised, open_checkpoint
-from pvrt.stored import StoredModel
+from pvrt.modules.experts import module_name, unfuse, without_fusing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from pvrt.checkpoint import Checkpoint
-from pvrt.packed import GridCheckpoint
+from pvrt.format.aqlm import Checkpoint
+from pvrt.format.grid import GridCheckpoint
 
 
 def describe(checkpoint: Checkpoint | GridCheckpoint) -> dict[str, Any]:

@@ -21,16 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvrt.checkpoint import (
-    CONFIG_FILE,
-    Checkpoint,
-    is_aqlm,
-    read_config,
-    read_tensors,
-)
 from pvrt.errors import CheckpointError
-from pvrt.scheme import GridScheme
-from pvrt.stored import LayerInfo, StoredModel, TensorInfo
+from pvrt.format.aqlm import CONFIG_FILE, Checkpoint, is_aqlm, read_config, read_tensors
+from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
+from pvrt.format.scheme import GridScheme
 
 METHOD = "compressed-tensors"
 _FORMAT = "pack-quantized"

@@ -1,8 +1,8 @@
 """AQLM checkpoints in vLLM: `vllm serve DIR` or `LLM(DIR)`, with no flag.
 
 vLLM finds `register` through the entry point in pyproject.toml. This file decides how each layer
-runs: `vllm_linear.py`, `vllm_experts.py` and `vllm_embedding.py` run them, `vllm_loading.py` checks
-what the checkpoint holds, `vllm_versions.py` knows what differs between vLLM's versions.
+runs: `linear.py`, `experts.py` and `embedding.py` run them, `weights.py` checks
+what the checkpoint holds, `versions.py` knows what differs between vLLM's versions.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from pvrt.checkpoint import CONFIG_FILE, parse_quantization_config, skipped_modules
-from pvrt.scheme import Scheme
-from pvrt.vllm_linear import AQLMLinearMethod
-from pvrt.vllm_versions import (
+from pvrt.format.aqlm import CONFIG_FILE, parse_quantization_config, skipped_modules
+from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.linear import AQLMLinearMethod
+from pvrt.vllm_plugin.versions import (
     checkpoint_tensors,
     is_routed_experts,
     is_skipped,
@@ -110,7 +110,7 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
             dense = self._keeps_dense(prefix)
             return UnquantizedLinearMethod() if dense else AQLMLinearMethod(self)
         if is_routed_experts(layer) and not self._keeps_dense(prefix):
-            from pvrt.vllm_experts import AQLMExpertsMethod
+            from pvrt.vllm_plugin.experts import AQLMExpertsMethod
 
             return AQLMExpertsMethod(self, layer.moe_config)
         return self._embedding_method(layer) if self.quantised_ends else None
@@ -121,7 +121,7 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
             VocabParallelEmbedding,
         )
 
-        from pvrt.vllm_embedding import AQLMEmbeddingMethod
+        from pvrt.vllm_plugin.embedding import AQLMEmbeddingMethod
 
         # Models do not tell embeddings their names.
         if isinstance(layer, ParallelLMHead):

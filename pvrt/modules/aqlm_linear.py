@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvrt.scheme import Scheme
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 

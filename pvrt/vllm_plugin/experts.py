@@ -17,10 +17,11 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from pvrt.checkpoint import CONFIG_FILE
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.scheme import Scheme
-from pvrt.vllm_loading import (
+from pvrt.format.aqlm import CONFIG_FILE
+from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.versions import load_experts_with
+from pvrt.vllm_plugin.weights import (
     PARTS,
     checked,
     dense_in_quantised,
@@ -30,11 +31,10 @@ from pvrt.vllm_loading import (
     require_loaded,
     tell_decoding,
 )
-from pvrt.vllm_versions import load_experts_with
 from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
 
 if TYPE_CHECKING:
-    from pvrt.vllm_backend import AQLMConfig
+    from pvrt.vllm_plugin.plugin import AQLMConfig
 
 _TENSOR = re.compile(r"(\d+)\.(\w+)\.(?:base_layer\.)?(\w+)")  # expert, projection, part
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt.checkpoint import Checkpoint
-from pvrt.durable import as_json, try_writing, write_synced
 from pvrt.errors import RunError
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import Checkpoint
+from pvrt.format.atomic import as_json, try_writing, write_synced
+from pvrt.format.scheme import Scheme
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Gpu, Plan, Shape
 from pvrt_kernels.packed import PackedWeight

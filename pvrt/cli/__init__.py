@@ -192,7 +192,7 @@ def tune(
             _say(f"stopped; what is finished is in {out}. The same command goes on from there.")
         raise typer.Exit(EXIT_INTERRUPTED) from None
     if parallel.speaks():
-        from pvrt.report import as_text, describe
+        from pvrt.tools.report import as_text, describe
 
         print(as_text(describe(checkpoint), shown=3))
         print(f"next: pvrt serve {out}")
@@ -269,7 +269,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity on held-out text (non-overlapping windows)."""
-    from pvrt import evaluate as ev
+    from pvrt.tools import perplexity as ev
 
     place = _device(device)
     name = str(text) if text is not None else "the Python language reference"
@@ -301,7 +301,7 @@ def _load_any(model: str, dtype: Dtype, device: str) -> tuple[Any, Any]:
     """A dense model or a checkpoint, decoded once, with its tokenizer."""
     import torch
 
-    from pvrt.checkpoint import read_config
+    from pvrt.format.aqlm import read_config
 
     path = Path(model)
     chosen = dtype.value
@@ -328,8 +328,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Scheme, layers, true bits per weight, and which bytes are not quantised."""
-    from pvrt.packed import open_checkpoint
-    from pvrt.report import as_text, describe
+    from pvrt.format.grid import open_checkpoint
+    from pvrt.tools.report import as_text, describe
 
     opened = open_checkpoint(path)
     if verify:
@@ -348,7 +348,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of the embedded engine, one request at a time (medians)."""
-    from pvrt.bench import measure, memory
+    from pvrt.tools.bench_model import measure, memory
     from pvrt_server.engine import Engine
     from pvrt_server.options import ServeOptions
     from pvrt_server.sampling import SamplingParams
@@ -399,7 +399,7 @@ def bench_kernels(
     as_json: AsJson = False,
 ) -> None:
     """Time of every layer's GPU kernel, against copying its codes and against a dense weight."""
-    from pvrt.kernel_tuning import run
+    from pvrt.tools.bench_kernels import run
 
     records = run(path, scheme, tune, (lambda line: None) if as_json else _say)
     if as_json:
@@ -454,7 +454,7 @@ def serve(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Name what is missing or mismatched here, each with the command that mends it."""
-    from pvrt.doctor import examine
+    from pvrt.tools.doctor import examine
 
     findings = list(examine())
     if as_json:

@@ -16,9 +16,9 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
-from pvrt.checkpoint import CONFIG_FILE
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.vllm_loading import (
+from pvrt.format.aqlm import CONFIG_FILE
+from pvrt.vllm_plugin.weights import (
     PARTS,
     checked,
     decode_without_kernel,
@@ -32,7 +32,7 @@ from pvrt_kernels import aqlm_linear
 from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
 
 if TYPE_CHECKING:
-    from pvrt.vllm_backend import AQLMConfig
+    from pvrt.vllm_plugin.plugin import AQLMConfig
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 

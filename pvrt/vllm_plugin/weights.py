@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pvrt.checkpoint import CONFIG_FILE, check_codes
 from pvrt.errors import CheckpointError
-from pvrt.scheme import Scheme
+from pvrt.format.aqlm import CONFIG_FILE, check_codes
+from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize
 
 if TYPE_CHECKING:
-    from pvrt.vllm_backend import AQLMConfig
+    from pvrt.vllm_plugin.plugin import AQLMConfig
 
 _logger = logging.getLogger("vllm.pvrt")  # printed by the handlers of vLLM's logger
 PARTS = ("codes", "codebooks", "scales")

@@ -15,7 +15,7 @@ from packaging.version import Version
 from pvrt import lock
 from pvrt.errors import ServeError
 from pvrt.versions import TORCH, TRANSFORMERS, VersionRange
-from pvrt.vllm_versions import require_supported_vllm
+from pvrt.vllm_plugin.versions import require_supported_vllm
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _shadowed(name: str) -> Finding:
     if spec is None or spec.origin is None:
         return Finding(name, "problem", "cannot be imported", "pip install --force-reinstall pvrt")
     origin = Path(spec.origin).resolve()
-    home = Path(__file__).resolve().parents[1]
+    home = Path(__file__).resolve().parents[2]
     if home not in origin.parents:
         return Finding(
             name,

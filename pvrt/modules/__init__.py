@@ -1,0 +1,1 @@
+"""Layers of torch whose weights live in codes."""
