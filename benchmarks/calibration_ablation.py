@@ -22,12 +22,13 @@ import torch
 
 import pvrt
 from pvrt.tools.perplexity import perplexity, read_text, windows
-from pvrt_tune import additive, calibration, layerwise
-from pvrt_tune.additive import AdditiveFit, LayerFit
-from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.calibrate.block_tuning import FinetuneSettings
+from pvrt_tune.data import text as calibration_text
+from pvrt_tune.data.source_model import load_source
+from pvrt_tune.fit import additive, layer
+from pvrt_tune.fit.additive import AdditiveFit, LayerFit
 from pvrt_tune.pipeline import tune
-from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
-from pvrt_tune.source import load_source
+from pvrt_tune.settings import EFFORTS, Recipe, TuneJob
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_ablation.json"
 VALIDATION = quickstart.WIKITEXT.with_name("wiki.valid.raw")
@@ -112,14 +113,16 @@ def main() -> None:
     model = str(quickstart.smollm2())
     source = load_source(model)
     tokens = windows(read_text(VALIDATION), source.tokenizer, 2048, WINDOWS)
-    data = calibration.from_model(source.dense(torch.float32), BASE.samples, BASE.length, BASE.seed)
-    calibration.from_model = lambda *args: data
+    data = calibration_text.from_model(
+        source.dense(torch.float32), BASE.samples, BASE.length, BASE.seed
+    )
+    calibration_text.from_model = lambda *args: data
     if "original" not in results:
         original = perplexity(source.dense(torch.float32), tokens).value
         results["original"] = {"variant": "original", "perplexity": original}
     for name in sys.argv[1:] or VARIANTS:
         kind, recipe = VARIANTS[name]
-        setattr(layerwise, "fit_layer", fit_with(kind))  # noqa: B010
+        setattr(layer, "fit_layer", fit_with(kind))  # noqa: B010
         folder = Path(tempfile.mkdtemp())
         wall, cpu = time.monotonic(), time.process_time()
         tune(TuneJob(model, folder / "out", recipe), lambda line: print(line, flush=True))

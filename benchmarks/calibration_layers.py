@@ -29,12 +29,12 @@ import torch
 
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.tools.perplexity import read_text, windows
-from pvrt_tune import additive
-from pvrt_tune.additive import AdditiveFit, FitSettings, fit_layer
-from pvrt_tune.grid import fit_grid
-from pvrt_tune.objective import Objective
-from pvrt_tune.recipe import EFFORTS
-from pvrt_tune.source import load_source
+from pvrt_tune.data.source_model import load_source
+from pvrt_tune.fit import additive
+from pvrt_tune.fit.additive import AdditiveFit, FitSettings, fit_layer
+from pvrt_tune.fit.grid import fit_grid
+from pvrt_tune.fit.objective import Objective
+from pvrt_tune.settings import EFFORTS
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_layers.json"
 VALIDATION = quickstart.WIKITEXT.with_name("wiki.valid.raw")

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from pvrt.format.scheme import GridScheme
-from pvrt_tune.additive import AdditiveFit
-from pvrt_tune.kmeans import summing_matrix
-from pvrt_tune.objective import Objective
-from pvrt_tune.search import lowest
+from pvrt_tune.fit.additive import AdditiveFit
+from pvrt_tune.fit.code_search import lowest
+from pvrt_tune.fit.kmeans import summing_matrix
+from pvrt_tune.fit.objective import Objective
 
 
 class NoFeedback(AdditiveFit):

@@ -326,9 +326,9 @@ def model(bench: Bench) -> list[Row]:
 def tuning(bench: Bench) -> Row:
     """Seconds to calibrate a layer, and of one PV step of a 1B-shaped model, with its memory."""
     from pvrt.modules.aqlm_linear import AQLMLinear
-    from pvrt_tune.additive import FitSettings, fit_layer
-    from pvrt_tune.pv import PVOptimizer, PVSettings
-    from pvrt_tune.representation import AdditiveRepresentation
+    from pvrt_tune.fit.additive import FitSettings, fit_layer
+    from pvrt_tune.pv.optimizer import PVOptimizer, PVSettings
+    from pvrt_tune.pv.representation import AdditiveRepresentation
 
     scheme = Scheme.parse("2x8g8")
     found: Row = {}

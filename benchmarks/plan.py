@@ -25,11 +25,11 @@ from typing import Any
 import machine
 import quickstart
 
-from pvrt_tune.additive import FitSettings
-from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.calibrate.block_tuning import FinetuneSettings
+from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.machine import Machine, release_memory
-from pvrt_tune.recipe import Recipe, TuneJob
-from pvrt_tune.training import TrainSettings
+from pvrt_tune.pv.trainer import TrainSettings
+from pvrt_tune.settings import Recipe, TuneJob
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "plan.json"
 LEAST = Recipe(
@@ -111,11 +111,12 @@ def stop_early(line: str) -> None:
 
 def measured(model: str, recipe: Recipe, data: str | None) -> dict[str, Any]:
     """Tune a model in this process; peaks, times and the plan by phase."""
-    from pvrt_tune import pipeline, walk
-    from pvrt_tune.plan import Plan
-    from pvrt_tune.planning import plan_job
+    from pvrt_tune import pipeline
+    from pvrt_tune.calibrate import stage
+    from pvrt_tune.plan.memory_plan import Plan
+    from pvrt_tune.plan.on_machine import plan_job
 
-    modules = {"pipeline": pipeline, "walk": walk}
+    modules = {"pipeline": pipeline, "walk": stage}
     sampler = Sampler()
     for module, name, phase in STAGES:
         setattr(modules[module], name, sampler.around(getattr(modules[module], name), phase))
@@ -175,7 +176,7 @@ def tokenizer(size: int) -> Any:
 
 def as_folder(file: Path, folder: str) -> Path:
     """The model of a GGUF file as safetensors."""
-    from pvrt_tune.source import load_source
+    from pvrt_tune.data.source_model import load_source
 
     source = load_source(str(file))
     out = Path(folder) / "smollm2"

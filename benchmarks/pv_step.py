@@ -20,11 +20,11 @@ import machine
 import torch
 from pv_strategies import FOLDER, SUBJECTS, Bench, say
 
-from pvrt_tune.distill import Teacher
+from pvrt_tune.data.source_model import load_source
 from pvrt_tune.machine import compute_dtype
-from pvrt_tune.pvstage import calibrated
-from pvrt_tune.source import load_source
-from pvrt_tune.training import Student, Trainer
+from pvrt_tune.pv.loss import Teacher
+from pvrt_tune.pv.stage import calibrated
+from pvrt_tune.pv.trainer import Student, Trainer
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "pv_step.json"
 MODEL = "smollm2-135m"

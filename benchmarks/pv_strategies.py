@@ -32,15 +32,15 @@ from torch import Tensor
 from pvrt.format.scheme import GridScheme, parse_scheme
 from pvrt.modules.aqlm_linear import decode_once
 from pvrt.tools.perplexity import perplexity, read_text, windows
-from pvrt_tune.blocks import find_blocks
-from pvrt_tune.calibration import CalibrationData, documents, from_model, from_text
-from pvrt_tune.pv import STRATEGIES, PVSettings, StrategyName
-from pvrt_tune.pvstage import calibrated, pv_tune, tuned_tensors
-from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
-from pvrt_tune.runstate import RunState
-from pvrt_tune.source import Source, load_source
-from pvrt_tune.training import STATE, TrainSettings
-from pvrt_tune.walk import walk
+from pvrt_tune.calibrate.stage import walk
+from pvrt_tune.data.source_model import Source, load_source
+from pvrt_tune.data.text import CalibrationData, documents, from_model, from_text
+from pvrt_tune.model_blocks import find_blocks
+from pvrt_tune.pv.optimizer import STRATEGIES, PVSettings, StrategyName
+from pvrt_tune.pv.stage import calibrated, pv_tune, tuned_tensors
+from pvrt_tune.pv.trainer import STATE, TrainSettings
+from pvrt_tune.run import RunState
+from pvrt_tune.settings import EFFORTS, Recipe, TuneJob
 
 DATA = machine.ROOT.parent / "shared" / "data"
 RESULT = machine.ROOT / "benchmarks" / "results" / "pv_strategies.json"

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import machine
 
-from pvrt_tune.blocks import find_blocks, linears
-from pvrt_tune.calibration import from_text
-from pvrt_tune.source import load_source
+from pvrt_tune.data.source_model import load_source
+from pvrt_tune.data.text import from_text
+from pvrt_tune.model_blocks import find_blocks, linears
 
 DATA = machine.ROOT.parent / "shared" / "data"
 RESULTS = machine.ROOT / "benchmarks" / "results"

@@ -166,7 +166,7 @@ def tune(
     from pvrt_tune import parallel
     from pvrt_tune.options import Changes, build
     from pvrt_tune.pipeline import tune as run
-    from pvrt_tune.recipe import TuneJob
+    from pvrt_tune.settings import TuneJob
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
@@ -232,7 +232,7 @@ def plan(
 ) -> None:
     """Say what tune would need and give: memory, disk, time, size. Reads config.json alone."""
     from pvrt_tune.options import Changes, build
-    from pvrt_tune.planning import plan_here
+    from pvrt_tune.plan.on_machine import plan_here
 
     recipe, _ = build(effort.value, None, Changes(scheme, samples, length))
     report, problem = plan_here(
@@ -247,7 +247,7 @@ def plan(
     if as_json:
         print(json.dumps({**report, "problem": problem}))
         return
-    from pvrt_tune.plan import as_text
+    from pvrt_tune.plan.memory_plan import as_text
 
     print(as_text(report))
     print("this run does not fit: " + problem if problem else "this run fits")
@@ -312,7 +312,7 @@ def _load_any(model: str, dtype: Dtype, device: str) -> tuple[Any, Any]:
 
         loaded = pvrt.load(path, dense=True, dtype=chosen)
         return loaded.to(device), AutoTokenizer.from_pretrained(path)
-    from pvrt_tune.source import load_source
+    from pvrt_tune.data.source_model import load_source
 
     source = load_source(model)
     wanted = None if chosen == "auto" else getattr(torch, chosen)

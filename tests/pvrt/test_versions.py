@@ -56,7 +56,8 @@ def test_an_old_transformers_ends_in_one_sentence(tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import pvrt\n"
         "from pvrt.errors import PvrtError\n"
-        "for use in (lambda: pvrt.load('nowhere'), lambda: __import__('pvrt_tune.source')):\n"
+        "for use in (lambda: pvrt.load('nowhere'), "
+        "lambda: __import__('pvrt_tune.data.source_model')):\n"
         "    try: use()\n"
         "    except PvrtError as error: print(error)\n"
     )

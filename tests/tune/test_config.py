@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import RunError
-from pvrt_tune.additive import FitSettings
+from pvrt_tune.calibrate.block_tuning import FinetuneSettings
 from pvrt_tune.config import as_yaml, from_file
-from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.options import Changes, build
-from pvrt_tune.pv import STRATEGIES, PVSettings, StrategyName
-from pvrt_tune.recipe import EFFORTS, Recipe
-from pvrt_tune.training import TrainSettings
+from pvrt_tune.pv.optimizer import STRATEGIES, PVSettings, StrategyName
+from pvrt_tune.pv.trainer import TrainSettings
+from pvrt_tune.settings import EFFORTS, Recipe
 
 
 @pytest.mark.parametrize("effort", EFFORTS)

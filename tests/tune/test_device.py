@@ -16,15 +16,15 @@ import torch
 from transformers import AutoConfig
 
 import pvrt
-from pvrt_tune import speed
-from pvrt_tune.calibration import CalibrationData
-from pvrt_tune.distill import Teacher
+from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import Machine, compute_dtype
 from pvrt_tune.pipeline import tune
-from pvrt_tune.planning import plan_here
-from pvrt_tune.pv import STRATEGIES, PVSettings, StrategyName
-from pvrt_tune.recipe import Recipe, TuneJob
-from pvrt_tune.training import Student, Trainer, TrainSettings
+from pvrt_tune.plan import speed
+from pvrt_tune.plan.on_machine import plan_here
+from pvrt_tune.pv.loss import Teacher
+from pvrt_tune.pv.optimizer import STRATEGIES, PVSettings, StrategyName
+from pvrt_tune.pv.trainer import Student, Trainer, TrainSettings
+from pvrt_tune.settings import Recipe, TuneJob
 from tests.fixtures import simulated_device
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import random_model, toy_tokenizer

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pvrt_kernels.cpu import pv_step
-from pvrt_tune.latent import Latent
+from pvrt_tune.pv.latent import Latent
 
 
 def steps(latent: Latent, decoded: Tensor, count: int = 4) -> list[tuple[Tensor, Tensor]]:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
-from pvrt_tune.grid import GridLinear
-from pvrt_tune.margins import Margins
-from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation
+from pvrt_tune.fit.grid import GridLinear
+from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentation
+from pvrt_tune.pv.search_bounds import Margins
 from tests.fixtures.toy import random_layer
 
 

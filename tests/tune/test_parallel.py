@@ -16,7 +16,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from pvrt.errors import RunError
 from pvrt_tune import parallel, shards
 from pvrt_tune.parallel import Group, Rows, joined, top_share
-from pvrt_tune.runstate import RunState
+from pvrt_tune.run import RunState
 
 
 @pytest.mark.parametrize("count", [1, 37, 999, 1000, 2000])
@@ -66,7 +66,7 @@ from pathlib import Path
 import torch
 from pvrt.errors import RunError
 from pvrt_tune import parallel, shards
-from pvrt_tune.runstate import RunState
+from pvrt_tune.run import RunState
 from tests.tune.test_parallel import COUNTS, SIZES, gathered, is_read, raised, tensors
 signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = Path({folder!r})

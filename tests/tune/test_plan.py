@@ -16,16 +16,16 @@ from pvrt.cli import app
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.format.scheme import Scheme
-from pvrt_tune.additive import FitSettings, fit_layer
-from pvrt_tune.blocks import linears
-from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.calibrate.block_tuning import FinetuneSettings
+from pvrt_tune.data.source_model import Source, load_skeleton
+from pvrt_tune.fit.additive import FitSettings, fit_layer
 from pvrt_tune.machine import Machine
+from pvrt_tune.model_blocks import linears
 from pvrt_tune.pipeline import tune
-from pvrt_tune.plan import Phase, Plan, Request, fit_bytes, misfit, plan_run
-from pvrt_tune.recipe import EFFORTS, Recipe, TuneJob
-from pvrt_tune.source import Source, load_skeleton
-from pvrt_tune.speed import GPU_OF_A100_CLASS
-from pvrt_tune.training import TrainSettings
+from pvrt_tune.plan.memory_plan import Phase, Plan, Request, fit_bytes, misfit, plan_run
+from pvrt_tune.plan.speed import GPU_OF_A100_CLASS
+from pvrt_tune.pv.trainer import TrainSettings
+from pvrt_tune.settings import EFFORTS, Recipe, TuneJob
 from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
@@ -241,7 +241,7 @@ def test_larger_layers_and_more_rounds_take_longer() -> None:
 
 
 def test_the_last_of_sibling_layers_reads_an_input_of_its_own() -> None:
-    from pvrt_tune.plan import block_shape
+    from pvrt_tune.plan.memory_plan import block_shape
 
     model = load_block("llama")
     shape = block_shape(model, QUICK)

@@ -21,13 +21,14 @@ from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import pv_step
-from pvrt_tune import distill, parallel, shards
-from pvrt_tune.calibration import CalibrationData, from_model
-from pvrt_tune.distill import Head, Teacher, check_head, final_hidden, kl_loss
-from pvrt_tune.grid import GridLinear
+from pvrt_tune import parallel, shards
+from pvrt_tune.data.text import CalibrationData, from_model
+from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv import (
+from pvrt_tune.pv import loss as distill
+from pvrt_tune.pv.loss import Head, Teacher, check_head, final_hidden, kl_loss
+from pvrt_tune.pv.optimizer import (
     STRATEGIES,
     WHOLE_PARTS,
     PVLayer,
@@ -35,11 +36,11 @@ from pvrt_tune.pv import (
     PVSettings,
     StrategyName,
 )
-from pvrt_tune.pvstage import teacher_of
-from pvrt_tune.recipe import TuneJob
-from pvrt_tune.representation import AdditiveRepresentation, GridRepresentation, represent
-from pvrt_tune.runstate import RunState
-from pvrt_tune.training import Student, Trainer, TrainSettings
+from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentation, represent
+from pvrt_tune.pv.stage import teacher_of
+from pvrt_tune.pv.trainer import Student, Trainer, TrainSettings
+from pvrt_tune.run import RunState
+from pvrt_tune.settings import TuneJob
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import toy_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK
@@ -607,7 +608,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from pvrt_tune import parallel, shards
-from pvrt_tune.runstate import RunState
+from pvrt_tune.run import RunState
 from tests.tune.test_pv import Problem, curve, of_few
 torch.set_num_threads(1)
 with parallel.joined("cpu", print):

@@ -19,9 +19,9 @@ import pvrt
 from pvrt.format.aqlm import Checkpoint
 from pvrt_tune.config import as_yaml
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv import PVSettings
-from pvrt_tune.recipe import TuneJob
-from pvrt_tune.training import TrainSettings
+from pvrt_tune.pv.optimizer import PVSettings
+from pvrt_tune.pv.trainer import TrainSettings
+from pvrt_tune.settings import TuneJob
 from tests.tune.test_pipeline import QUICK, dense_folder
 
 RECIPE = replace(
@@ -43,7 +43,7 @@ from pathlib import Path
 from tests.fixtures.strike import strike
 from tests.tune.test_pv_stage import RECIPE
 from pvrt_tune.pipeline import tune
-from pvrt_tune.recipe import TuneJob
+from pvrt_tune.settings import TuneJob
 {before}
 tune(TuneJob({model!r}, Path({out!r}), RECIPE), lambda line: print(line, flush=True))
 """
@@ -118,7 +118,7 @@ def test_a_time_limit_plans_the_steps_and_leaves_the_best_so_far(
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + 600 * next(looks), perf_counter=time.perf_counter
     )
-    monkeypatch.setattr("pvrt_tune.training.time", clock)
+    monkeypatch.setattr("pvrt_tune.pv.trainer.time", clock)
     out = tmp_path / "out"
     lines: list[str] = []
     tune(TuneJob(str(dense), out, long, seconds=36_000.0), lines.append)
@@ -140,7 +140,7 @@ def test_a_slow_start_does_not_shorten_the_run(
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + next(looks), perf_counter=time.perf_counter
     )
-    monkeypatch.setattr("pvrt_tune.training.time", clock)
+    monkeypatch.setattr("pvrt_tune.pv.trainer.time", clock)
     lines: list[str] = []
     tune(TuneJob(str(dense), tmp_path / "out", long, seconds=24_000.0), lines.append)
     first, *later = (int(line.split()[0]) for line in lines if "fit into the time" in line)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt_tune.kmeans import Schedule, kmeans
-from pvrt_tune.search import Cells, halve, in_metric, lowest, row_minima, weighted
+from pvrt_tune.fit.code_search import Cells, halve, in_metric, lowest, row_minima, weighted
+from pvrt_tune.fit.kmeans import Schedule, kmeans
 
 
 def clustered(count: int, width: int, seed: int) -> Tensor:

@@ -17,11 +17,11 @@ from pvrt.tools.perplexity import default_text, perplexity, windows
 from pvrt_server.engine import Engine
 from pvrt_server.sampling import SamplingParams
 from pvrt_server.sequence import TokenEvent
-from pvrt_tune.additive import FitSettings
-from pvrt_tune.finetune import FinetuneSettings
+from pvrt_tune.calibrate.block_tuning import FinetuneSettings
+from pvrt_tune.data.source_model import load_source
+from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.pipeline import tune
-from pvrt_tune.recipe import Recipe, TuneJob
-from pvrt_tune.source import load_source
+from pvrt_tune.settings import Recipe, TuneJob
 from tests.fixtures.greedy import assert_greedy
 from tests.fixtures.vllm_generate import vllm_greedy
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pvrt.errors import SourceError
-from pvrt_tune.source import load_skeleton, load_source
+from pvrt_tune.data.source_model import load_skeleton, load_source
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from pvrt.errors import RunError
 from pvrt.tools.perplexity import read_utf8
-from pvrt_tune.recipe import Recipe
+from pvrt_tune.settings import Recipe
 
 
 def from_file(path: Path, base: Recipe) -> Recipe:

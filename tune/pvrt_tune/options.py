@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pvrt.errors import RunError
 from pvrt_tune.config import from_file
-from pvrt_tune.recipe import EFFORTS, Recipe
-from pvrt_tune.training import TrainSettings
+from pvrt_tune.pv.trainer import TrainSettings
+from pvrt_tune.settings import EFFORTS, Recipe
 
 
 @dataclass(frozen=True)

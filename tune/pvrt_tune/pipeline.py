@@ -11,20 +11,21 @@ from pvrt.errors import RunError
 from pvrt.format.aqlm import CONFIG_FILE, Checkpoint
 from pvrt.format.atomic import write_synced
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
-from pvrt_tune import calibration, parallel
-from pvrt_tune.blocks import BlockList, find_blocks
-from pvrt_tune.calibration import CalibrationData
+from pvrt_tune import parallel
+from pvrt_tune.calibrate.stage import walk
 from pvrt_tune.config import as_yaml
+from pvrt_tune.data import text as calibration_text
+from pvrt_tune.data.source_model import Source, load_source
+from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
-from pvrt_tune.output import write
-from pvrt_tune.plan import misfit, summary
-from pvrt_tune.planning import plan_job
+from pvrt_tune.model_blocks import BlockList, find_blocks
+from pvrt_tune.plan.memory_plan import misfit, summary
+from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.progress import Clock, Report
-from pvrt_tune.pvstage import pv_tune, tuned_tensors
-from pvrt_tune.recipe import TuneJob
-from pvrt_tune.runstate import RUN_FOLDER, RunState, check_output, has_piece, open_run
-from pvrt_tune.source import Source, load_source
-from pvrt_tune.walk import walk
+from pvrt_tune.pv.stage import pv_tune, tuned_tensors
+from pvrt_tune.run import RUN_FOLDER, RunState, check_output, has_piece, open_run
+from pvrt_tune.settings import TuneJob
+from pvrt_tune.write_checkpoint import write
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | Non
         if clock.due():
             report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
 
-    return calibration.from_text(
+    return calibration_text.from_text(
         job.data, source.tokenizer, recipe.windows, recipe.length, recipe.seed, progress
     )
 
@@ -175,7 +176,7 @@ def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> C
     # Most CPUs only emulate 16-bit products.
     dtype = torch.float32 if job.device == "cpu" else None
     model = source.dense(dtype, job.device)
-    data = calibration.from_model(model, recipe.windows, recipe.length, recipe.seed, progress)
+    data = calibration_text.from_model(model, recipe.windows, recipe.length, recipe.seed, progress)
     del model
     release_memory()
     state.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})

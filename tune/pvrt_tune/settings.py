@@ -1,113 +1,106 @@
-"""What makes a settings object: every value has a type and a range, and a mistake is one sentence.
+"""What a tuning run is asked to do: the recipe, its presets by effort, and the job."""
 
-Settings come from a file, from options and from code; all of them pass through the constructor of
-a class that `settings` decorates, and nothing else checks them.
-"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
 
-from collections.abc import Callable
-from dataclasses import is_dataclass
-from difflib import get_close_matches
-from functools import wraps
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
+from pydantic import AfterValidator, Field
 
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass
-
-from pvrt.errors import RunError
-
-T = TypeVar("T")
-
-# Strict: "3" and True are no numbers. A whole number is a float all the same.
-#: How many of something that there must be.
-Count = Annotated[int, Field(strict=True, ge=1)]
-#: How often something is done that may be left out.
-Repeats = Annotated[int, Field(strict=True, ge=0)]
-#: A share of something, which is not nothing.
-Share = Annotated[float, Field(strict=True, gt=0, le=1)]
-#: A share of something that leaves some of it over.
-Part = Annotated[float, Field(strict=True, gt=0, lt=1)]
-#: How much of a running mean is kept in a step.
-Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
-#: Of a tensor's own size per step; 0 leaves it as it is.
-Rate = Annotated[float, Field(strict=True, ge=0, le=1)]
-#: A share of the steps, which may be none.
-Ramp = Annotated[float, Field(strict=True, ge=0, le=1)]
-#: A bound or weight.
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-
-_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+from pvrt.format.scheme import Scheme, parse_scheme
+from pvrt_tune.calibrate.block_tuning import FinetuneSettings
+from pvrt_tune.fit.additive import FitSettings
+from pvrt_tune.pv.optimizer import PVSettings
+from pvrt_tune.pv.trainer import TrainSettings
+from pvrt_tune.setting_types import Count, settings
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
-def settings(cls: type[T]) -> type[T]:
-    """Make a frozen dataclass whose constructor checks every field (dataclasses.replace does too).
+def _tunable(scheme: str) -> str:
+    """The text of a scheme that layers can be fitted in; ValueError for any other."""
+    parsed = parse_scheme(scheme)
+    if isinstance(parsed, Scheme) and parsed.out_group_size != 1:
+        alone = replace(parsed, out_group_size=1)
+        raise ValueError(
+            f"{scheme} has groups that span {parsed.out_group_size} outputs, which pvrt reads but "
+            f"does not make; give {alone}, say"
+        )
+    return scheme
 
-    The constructor raises RunError with one sentence that names the setting, its value and what it
-    can be; settings within settings may be given as mappings.
+
+@settings
+class Recipe:
+    """Everything that decides the result besides model and text. Stored with the run.
+
+    targets: what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
+    outputs of the quantised blocks before it. "original": the original model's own activations
+    after that block, so that a block also mends what earlier ones broke (a second set of hidden
+    states is kept for it). pv: PV-Tuning after calibration, or None.
     """
-    made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
-    check: Callable[..., None] = made.__init__
 
-    @wraps(check)
-    def init(self: Any, *values: Any, **named: Any) -> None:
-        try:
-            check(self, *values, **named)
-        except ValidationError as error:
-            raise RunError(_sentence(made, error)) from None
+    scheme: Annotated[str, AfterValidator(_tunable)] = "2x8g8"
+    samples: Count = 64
+    length: Annotated[int, Field(strict=True, ge=8)] = 512
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    fit: FitSettings = Field(default_factory=FitSettings)
+    finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
+    targets: Literal["quantised", "original"] = "quantised"
+    pv: TrainSettings | None = None
 
-    made.__init__ = init
-    checked: type[T] = made
-    return checked
+    @property
+    def windows(self) -> int:
+        """Windows of text in all: the held-out ones of PV-Tuning come first."""
+        if self.pv is None:
+            return self.samples
+        return self.pv.held_out + max(self.samples, self.pv.windows)
 
-
-def _sentence(cls: Any, error: ValidationError) -> str:
-    """The first of the mistakes."""
-    mistake = error.errors(include_url=False)[0]
-    kind, value = mistake["type"], mistake["input"]
-    path: list[Any] = list(mistake["loc"])
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-        owner, known = ".".join(map(str, path[:-1])), list(_hints(cls, path[:-1]))
-        near = get_close_matches(str(path[-1]), known, 1)
-        advice = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
-        return f"{f'{owner} has' if owner else 'there is'} no setting {path[-1]}; {advice}"
-    if kind in ("missing", "too_long", "too_short", "tuple_type"):
-        path = [part for part in path if isinstance(part, str)]
-        count = len(get_args(_hints(cls, path[:-1])[str(path[-1])]))
-        return f"{'.'.join(path)} takes {count} numbers, not {value!r}"
-    name = ".".join(map(str, path))
-    if kind == "dataclass_type":
-        return f"{name} takes settings of its own, not {value!r}"
-    if kind.endswith("_type"):
-        wanted = kind.removesuffix("_type").replace("string", "str")
-        return f"{name} takes a value of type {wanted}, not {value!r}"
-    if kind == "value_error":
-        return f"{name}: {mistake['ctx']['error']}"
-    if kind == "literal_error":
-        return f"{name} is {value!r}; it can be {mistake['ctx']['expected']}"
-    return f"{name} is {value!r}; it must be {_range(cls, path)}"
+    @property
+    def calibration(self) -> slice:
+        """Which of the windows calibrate the layers; never held-out ones."""
+        first = 0 if self.pv is None else self.pv.held_out
+        return slice(first, first + self.samples)
 
 
-def _hints(cls: Any, path: list[Any]) -> dict[str, Any]:
-    """Types of the settings by name, with ranges, of the settings object at a path."""
-    for part in path:
-        hint = get_type_hints(cls)[part]
-        cls = next(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
-    return get_type_hints(cls, include_extras=True)
+#: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
+EFFORTS: dict[str, Recipe] = {
+    "quick": Recipe(
+        samples=48,
+        length=256,
+        fit=FitSettings(rounds=1, kmeans_iterations=12, beam=4),
+        finetune=FinetuneSettings(epochs=2),
+    ),
+    "standard": Recipe(pv=TrainSettings()),
+    "best": Recipe(
+        samples=256,
+        length=1024,
+        fit=FitSettings(rounds=12, kmeans_iterations=60, kmeans_momentum=0.88, beam=16),
+        finetune=FinetuneSettings(epochs=8),
+        pv=TrainSettings(
+            windows=4096,
+            steps=2000,
+            batch=16,
+            held_out=16,
+            evaluate_every=50,
+            pv=PVSettings(code_learning_rate=1e-2),
+        ),
+    ),
+}
 
 
-def _range(cls: Any, path: list[Any]) -> str:
-    """The numbers that the setting at a path can be, in words."""
-    names = [part for part in path if isinstance(part, str)]
-    hint = _hints(cls, names[:-1])[names[-1]]
-    if names != path:  # one number of several
-        hint = get_args(hint)[path[-1]]
-    found = [extra for extra in (hint, *get_args(hint)) if hasattr(extra, "__metadata__")]
-    bounds = [
-        f"{word} {getattr(bound, name):g}"
-        for name, word in _BOUNDS.items()
-        for field in found[0].__metadata__
-        for bound in field.metadata
-        if hasattr(bound, name)
-    ]
-    return " and ".join(bounds) if bounds else "a finite number"
+@dataclass(frozen=True)
+class TuneJob:
+    """One call of `tune`: what to compress, with what text, to where, and how to start.
+
+    activations: where hidden states are kept, "memory" or "disk" ("auto": memory if they fit).
+    force: start although the plan says that it does not fit.
+    seconds: time limit in all; the best checkpoint by then is left, and the same job goes on later.
+    """
+
+    model: str
+    out: Path
+    recipe: Recipe
+    data: str | None = None
+    device: str = "cpu"
+    activations: Literal["auto", "memory", "disk"] = "auto"
+    seconds: float | None = None
+    resume: bool = False
+    restart: bool = False
+    force: bool = False

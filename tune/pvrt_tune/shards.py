@@ -13,7 +13,7 @@ from safetensors import safe_open
 from pvrt.errors import RunError
 from pvrt_tune import parallel
 from pvrt_tune.parallel import Rows
-from pvrt_tune.runstate import RunState
+from pvrt_tune.run import RunState
 
 
 def save(state: RunState, name: str, tensors: Mapping[str, Rows], report: dict[str, Any]) -> None:

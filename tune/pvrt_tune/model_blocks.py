@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pvrt.errors import SourceError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.experts import ExpertList
-from pvrt_tune.activations import Activations
+from pvrt_tune.data.activations import Activations
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvrt_tune.search import Cells, halve, lowest, weighted
+from pvrt_tune.fit.code_search import Cells, halve, lowest, weighted
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from pvrt_tune.distill import CHUNK_BYTES, TEACHER_CHUNK
-from pvrt_tune.pv import STRATEGIES
-from pvrt_tune.training import TrainSettings
+from pvrt_tune.pv.loss import CHUNK_BYTES, TEACHER_CHUNK
+from pvrt_tune.pv.optimizer import STRATEGIES
+from pvrt_tune.pv.trainer import TrainSettings
 
 
 @dataclass(frozen=True)

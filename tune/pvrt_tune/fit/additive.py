@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
-from pvrt_tune.kmeans import Schedule, kmeans, summing_matrix
-from pvrt_tune.objective import Objective, column_blocks
-from pvrt_tune.search import Cells, ScoreRows, halve, in_metric, lowest
-from pvrt_tune.settings import Count, Decay, Positive, Repeats, settings
+from pvrt_tune.fit.code_search import Cells, ScoreRows, halve, in_metric, lowest
+from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
+from pvrt_tune.fit.objective import Objective, column_blocks
+from pvrt_tune.setting_types import Count, Decay, Positive, Repeats, settings
 
 #: Codebooks up to this size are searched entry by entry: two levels gain nothing below.
 EXHAUSTIVE = 1024

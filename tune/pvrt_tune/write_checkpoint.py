@@ -14,12 +14,12 @@ from pvrt.format.aqlm import WriteOptions, quantization_config, write_checkpoint
 from pvrt.format.atomic import as_json
 from pvrt.format.grid import GridLayer, grid_config
 from pvrt.format.scheme import GridScheme, parse_scheme
-from pvrt_tune.blocks import BlockList
-from pvrt_tune.calibration import CalibrationData
-from pvrt_tune.recipe import TuneJob
-from pvrt_tune.runstate import RunState
-from pvrt_tune.source import Source
-from pvrt_tune.walk import finished_blocks
+from pvrt_tune.calibrate.stage import finished_blocks
+from pvrt_tune.data.source_model import Source
+from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.model_blocks import BlockList
+from pvrt_tune.run import RunState
+from pvrt_tune.settings import TuneJob
 
 
 def write(

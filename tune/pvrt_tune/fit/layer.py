@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from pvrt.format.scheme import GridScheme, parse_scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
-from pvrt_tune.additive import fit_layer
-from pvrt_tune.grid import GridLinear, fit_grid
-from pvrt_tune.recipe import Recipe
+from pvrt_tune.fit.additive import fit_layer
+from pvrt_tune.fit.grid import GridLinear, fit_grid
+from pvrt_tune.settings import Recipe
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pvrt.format.scheme import GridScheme, parse_scheme
-from pvrt_tune.additive import entries_scored
-from pvrt_tune.layerwise import quantize_linear
-from pvrt_tune.recipe import Recipe
+from pvrt_tune.fit.additive import entries_scored
+from pvrt_tune.fit.layer import quantize_linear
+from pvrt_tune.settings import Recipe
 
 
 @dataclass(frozen=True)

@@ -15,24 +15,17 @@ from torch import Tensor, nn
 
 from pvrt.errors import RunError
 from pvrt.modules.aqlm_linear import decode_once
-from pvrt_tune.activations import Activations, in_memory, on_disk
-from pvrt_tune.blocks import (
-    BlockList,
-    batch_size,
-    linears,
-    observe,
-    record_inputs,
-    run_block,
-)
-from pvrt_tune.calibration import CalibrationData
-from pvrt_tune.finetune import finetune_block
-from pvrt_tune.layerwise import empty_like, quantize_linear
+from pvrt_tune.calibrate.block_tuning import finetune_block
+from pvrt_tune.data.activations import Activations, in_memory, on_disk
+from pvrt_tune.data.source_model import Source, fill
+from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.fit.layer import empty_like, quantize_linear
 from pvrt_tune.machine import release_memory
+from pvrt_tune.model_blocks import BlockList, batch_size, linears, observe, record_inputs, run_block
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.randomness import seeded
-from pvrt_tune.recipe import TuneJob
-from pvrt_tune.runstate import Piece, RunState
-from pvrt_tune.source import Source, fill
+from pvrt_tune.run import Piece, RunState
+from pvrt_tune.settings import TuneJob
 
 
 @dataclass(frozen=True)

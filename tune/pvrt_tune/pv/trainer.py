@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
 from pvrt_tune import parallel, shards
-from pvrt_tune.blocks import find_blocks
-from pvrt_tune.calibration import CalibrationData
-from pvrt_tune.distill import Head, Teacher, final_hidden, kl_loss, on_device
-from pvrt_tune.grid import GridLinear
+from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.fit.grid import GridLinear
+from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.progress import Report
-from pvrt_tune.pv import PVOptimizer, PVSettings
+from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_loss, on_device
+from pvrt_tune.pv.optimizer import PVOptimizer, PVSettings
+from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.randomness import seeded
-from pvrt_tune.representation import Representation, represent
-from pvrt_tune.runstate import RunState
-from pvrt_tune.settings import Count, Flag, Ramp, settings
+from pvrt_tune.run import RunState
+from pvrt_tune.setting_types import Count, Flag, Ramp, settings
 
 #: Pieces of a run, numbered by step: the best student so far, and the state to go on from.
 BEST, STATE = "pv-best-", "pv-state-"

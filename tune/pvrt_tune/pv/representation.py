@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
-from pvrt_tune.grid import GridLinear
-from pvrt_tune.margins import Margins
-from pvrt_tune.sums import new_codes, sums_of
+from pvrt_tune.fit.grid import GridLinear
+from pvrt_tune.pv.code_search import new_codes, sums_of
+from pvrt_tune.pv.search_bounds import Margins
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Proposal:
 
     values: [n, group_size] float32. moves [n]: whether the codes differ from those the groups have.
     margins [n]: by how much less the target is away from the value than from any other, halved and
-    unscaled (see margins.py); None where nobody needs it.
+    unscaled (see search_bounds.py); None where nobody needs it.
     """
 
     codes: Tensor

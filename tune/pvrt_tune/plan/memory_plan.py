@@ -18,14 +18,14 @@ from torch import nn
 from pvrt.format.scheme import Scheme, parse_scheme
 from pvrt.kv_cache import USABLE, CacheShape, cache_shape
 from pvrt.modules.experts import ExpertList
-from pvrt_tune.blocks import BlockList, batch_size, find_blocks, linears
-from pvrt_tune.calibration import rows_at_once
-from pvrt_tune.grid import GridLinear
-from pvrt_tune.layerwise import empty_like
+from pvrt_tune.data.text import rows_at_once
+from pvrt_tune.fit.grid import GridLinear
+from pvrt_tune.fit.layer import empty_like
 from pvrt_tune.machine import Machine, compute_dtype
-from pvrt_tune.pvplan import Sizes, needs
-from pvrt_tune.recipe import Recipe
-from pvrt_tune.speed import Speed
+from pvrt_tune.model_blocks import BlockList, batch_size, find_blocks, linears
+from pvrt_tune.plan.pv import Sizes, needs
+from pvrt_tune.plan.speed import Speed
+from pvrt_tune.settings import Recipe
 
 #: Python with torch and transformers; each entry of the tokenizer's vocabulary with its merge; what
 #: reading a GGUF file leaves besides its tensors; on a GPU, CUDA's libraries.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvrt_kernels.cpu import pv_step
-from pvrt_tune.search import lowest
+from pvrt_tune.fit.code_search import lowest
 
 # Partial sums kept from codebook to codebook.
 _BEAM = 8

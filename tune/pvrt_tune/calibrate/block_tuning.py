@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pvrt_tune.activations import Activations
-from pvrt_tune.blocks import run_block
-from pvrt_tune.settings import Part, Rate, Repeats, settings
+from pvrt_tune.data.activations import Activations
+from pvrt_tune.model_blocks import run_block
+from pvrt_tune.setting_types import Part, Rate, Repeats, settings
 
 
 @settings

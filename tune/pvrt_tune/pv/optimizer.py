@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pvrt_tune import parallel
-from pvrt_tune.latent import Latent
 from pvrt_tune.parallel import Rows
+from pvrt_tune.pv.latent import Latent
+from pvrt_tune.pv.representation import Representation
 from pvrt_tune.randomness import branch
-from pvrt_tune.representation import Representation
-from pvrt_tune.settings import Count, Decay, Flag, Positive, Rate, Share, settings
+from pvrt_tune.setting_types import Count, Decay, Flag, Positive, Rate, Share, settings
 
 
 @dataclass(frozen=True)

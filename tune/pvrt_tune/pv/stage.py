@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from pvrt_tune import parallel
-from pvrt_tune.blocks import BlockList
-from pvrt_tune.calibration import CalibrationData
-from pvrt_tune.distill import TEACHER_CHUNK, Teacher, check_head
+from pvrt_tune.calibrate.stage import finished_blocks, rebuild
+from pvrt_tune.data.source_model import Source
+from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import compute_dtype, release_memory
+from pvrt_tune.model_blocks import BlockList
 from pvrt_tune.progress import Clock, Report
-from pvrt_tune.recipe import TuneJob
-from pvrt_tune.runstate import RunState
-from pvrt_tune.source import Source
-from pvrt_tune.training import BEST, Student, Trainer, TrainSettings
-from pvrt_tune.walk import finished_blocks, rebuild
+from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher, check_head
+from pvrt_tune.pv.trainer import BEST, Student, Trainer, TrainSettings
+from pvrt_tune.run import RunState
+from pvrt_tune.settings import TuneJob
 
 
 def pv_tune(

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from pvrt.device import default_device, is_here
 from pvrt.format.scheme import parse_scheme
-from pvrt_tune import speed
-from pvrt_tune.blocks import check_divisible, find_blocks
+from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
-from pvrt_tune.plan import Plan, Request, describe, misfit, plan_run
-from pvrt_tune.recipe import Recipe, TuneJob
-from pvrt_tune.source import load_skeleton, locate
+from pvrt_tune.model_blocks import check_divisible, find_blocks
+from pvrt_tune.plan import speed
+from pvrt_tune.plan.memory_plan import Plan, Request, describe, misfit, plan_run
+from pvrt_tune.settings import Recipe, TuneJob
 
 
 def plan_job(job: TuneJob, machine: Machine, *, sampled: bool) -> Plan:

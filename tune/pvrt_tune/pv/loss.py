@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from pvrt.errors import RunError
 from pvrt_tune import parallel
-from pvrt_tune.calibration import CalibrationData
+from pvrt_tune.data.text import CalibrationData
 
 CHUNK_BYTES = 64 << 20
 #: Windows whose states of the original model are computed and kept together.

@@ -1,0 +1,1 @@
+"""What a run reads and passes on: the model, the text, hidden states."""

@@ -1,0 +1,1 @@
+"""One linear layer, fitted in the metric of its inputs."""

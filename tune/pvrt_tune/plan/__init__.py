@@ -1,0 +1,1 @@
+"""What a run needs of memory, disk and time, before it starts."""

@@ -1,0 +1,1 @@
+"""PV-Tuning (arXiv 2405.14852) of the whole model."""

@@ -1,0 +1,113 @@
+"""What makes a settings object: every value has a type and a range, and a mistake is one sentence.
+
+Settings come from a file, from options and from code; all of them pass through the constructor of
+a class that `settings` decorates, and nothing else checks them.
+"""
+
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from functools import wraps
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_type_hints
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from pvrt.errors import RunError
+
+T = TypeVar("T")
+
+# Strict: "3" and True are no numbers. A whole number is a float all the same.
+#: How many of something that there must be.
+Count = Annotated[int, Field(strict=True, ge=1)]
+#: How often something is done that may be left out.
+Repeats = Annotated[int, Field(strict=True, ge=0)]
+#: A share of something, which is not nothing.
+Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+#: A share of something that leaves some of it over.
+Part = Annotated[float, Field(strict=True, gt=0, lt=1)]
+#: How much of a running mean is kept in a step.
+Decay = Annotated[float, Field(strict=True, ge=0, lt=1)]
+#: Of a tensor's own size per step; 0 leaves it as it is.
+Rate = Annotated[float, Field(strict=True, ge=0, le=1)]
+#: A share of the steps, which may be none.
+Ramp = Annotated[float, Field(strict=True, ge=0, le=1)]
+#: A bound or weight.
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+
+_BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def settings(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass whose constructor checks every field (dataclasses.replace does too).
+
+    The constructor raises RunError with one sentence that names the setting, its value and what it
+    can be; settings within settings may be given as mappings.
+    """
+    made: Any = dataclass(frozen=True, config=ConfigDict(extra="forbid"))(cls)
+    check: Callable[..., None] = made.__init__
+
+    @wraps(check)
+    def init(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            check(self, *values, **named)
+        except ValidationError as error:
+            raise RunError(_sentence(made, error)) from None
+
+    made.__init__ = init
+    checked: type[T] = made
+    return checked
+
+
+def _sentence(cls: Any, error: ValidationError) -> str:
+    """The first of the mistakes."""
+    mistake = error.errors(include_url=False)[0]
+    kind, value = mistake["type"], mistake["input"]
+    path: list[Any] = list(mistake["loc"])
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner, known = ".".join(map(str, path[:-1])), list(_hints(cls, path[:-1]))
+        near = get_close_matches(str(path[-1]), known, 1)
+        advice = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
+        return f"{f'{owner} has' if owner else 'there is'} no setting {path[-1]}; {advice}"
+    if kind in ("missing", "too_long", "too_short", "tuple_type"):
+        path = [part for part in path if isinstance(part, str)]
+        count = len(get_args(_hints(cls, path[:-1])[str(path[-1])]))
+        return f"{'.'.join(path)} takes {count} numbers, not {value!r}"
+    name = ".".join(map(str, path))
+    if kind == "dataclass_type":
+        return f"{name} takes settings of its own, not {value!r}"
+    if kind.endswith("_type"):
+        wanted = kind.removesuffix("_type").replace("string", "str")
+        return f"{name} takes a value of type {wanted}, not {value!r}"
+    if kind == "value_error":
+        return f"{name}: {mistake['ctx']['error']}"
+    if kind == "literal_error":
+        return f"{name} is {value!r}; it can be {mistake['ctx']['expected']}"
+    return f"{name} is {value!r}; it must be {_range(cls, path)}"
+
+
+def _hints(cls: Any, path: list[Any]) -> dict[str, Any]:
+    """Types of the settings by name, with ranges, of the settings object at a path."""
+    for part in path:
+        hint = get_type_hints(cls)[part]
+        cls = next(kind for kind in (hint, *get_args(hint)) if is_dataclass(kind))
+    return get_type_hints(cls, include_extras=True)
+
+
+def _range(cls: Any, path: list[Any]) -> str:
+    """The numbers that the setting at a path can be, in words."""
+    names = [part for part in path if isinstance(part, str)]
+    hint = _hints(cls, names[:-1])[names[-1]]
+    if names != path:  # one number of several
+        hint = get_args(hint)[path[-1]]
+    found = [extra for extra in (hint, *get_args(hint)) if hasattr(extra, "__metadata__")]
+    bounds = [
+        f"{word} {getattr(bound, name):g}"
+        for name, word in _BOUNDS.items()
+        for field in found[0].__metadata__
+        for bound in field.metadata
+        if hasattr(bound, name)
+    ]
+    return " and ".join(bounds) if bounds else "a finite number"
