@@ -41,7 +41,7 @@ class Ours:
 
         import pvrt
         from pvrt.modules.aqlm_linear import pack_model
-        from pvrt_server.cpu_model import CpuModel
+        from pvrt_server.engine.cpu_model import CpuModel
 
         torch.set_num_threads(threads)
         path = cpu_shapes.write_aqlm(folder / f"{shape}-{scheme}", shape, scheme)

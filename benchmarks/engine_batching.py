@@ -20,10 +20,10 @@ import torch
 
 import pvrt
 from pvrt.modules.aqlm_linear import pack_model
-from pvrt_server.engine import Engine
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import GenerationRequest, PromptEvent
 from pvrt_server.options import ServeOptions
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import GenerationRequest, PromptEvent
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "engine_batching.json"
 PROMPT, ANSWER, ROUNDS = 64, 32, 2

@@ -27,7 +27,12 @@ EVERYBODYS = (
         "pvrt.modules.aqlm_linear",
     ),
     *("pvrt.hf.quantizer", "pvrt_kernels", "pvrt_kernels.gpu.launch", "pvrt_tune.pipeline"),
-    *("pvrt_tune.plan.on_machine", "pvrt_server.launch", "pvrt_server.app", "pvrt_server.engine"),
+    *(
+        "pvrt_tune.plan.on_machine",
+        "pvrt_server.launch",
+        "pvrt_server.api.app",
+        "pvrt_server.engine.engine",
+    ),
 )
 OURS = {"pvrt", "pvrt_kernels", "pvrt_tune", "pvrt_server", "tests"}
 # Distributions that are not named as what they hold is imported.

@@ -349,10 +349,10 @@ def bench(
 ) -> None:
     """Tokens per second of the embedded engine, one request at a time (medians)."""
     from pvrt.tools.bench_model import measure, memory
-    from pvrt_server.engine import Engine
+    from pvrt_server.engine.engine import Engine
+    from pvrt_server.engine.sampling import SamplingParams
+    from pvrt_server.engine.sequences import TokenEvent
     from pvrt_server.options import ServeOptions
-    from pvrt_server.sampling import SamplingParams
-    from pvrt_server.sequence import TokenEvent
 
     # The same prompt again and again, which must be read every time.
     options = ServeOptions.model_validate({"dtype": dtype.value, "prefix_reuse": False})

@@ -12,7 +12,7 @@ from pvrt.format.grid import GridCheckpoint
 from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_kernels.cpu import library
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS
-from pvrt_server.fits import Capacity, Machine, WeightKind, gigabytes, weight_bytes
+from pvrt_server.capacity import Capacity, Machine, WeightKind, gigabytes, weight_bytes
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 

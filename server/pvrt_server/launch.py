@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pvrt.errors import ServeError
 from pvrt_server.backend import choose_backend
-from pvrt_server.fits import this_machine
+from pvrt_server.capacity import this_machine
 from pvrt_server.opened import OpenedModel, open_model
 from pvrt_server.options import ServeOptions
-from pvrt_server.smoke import Target, report, run_checks
+from pvrt_server.self_test import Target, report, run_checks
 from pvrt_server.snippets import snippets
-from pvrt_server.vllm_process import serve_vllm
+from pvrt_server.vllm.process import serve_vllm
 
 _log = logging.getLogger("pvrt_server")
 _LOG_FORMAT = "%(levelname)s %(asctime)s %(name)s: %(message)s"
@@ -35,7 +35,7 @@ def serve(folder: Path, options: ServeOptions) -> int:
         ready = _Check(opened, options) if options.check else _Announcement(opened, options)
         print(f"{decision.report(options.name(opened.path))}\n", flush=True)
         if decision.backend == "local":
-            from pvrt_server.local_server import serve_local
+            from pvrt_server.api.local_server import serve_local
 
             return ready.exit_code(serve_local(opened, options, decision, listener, ready))
     return ready.exit_code(serve_vllm(opened, options, decision, ready))

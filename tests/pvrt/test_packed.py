@@ -17,12 +17,12 @@ from pvrt.format.grid import GridCheckpoint, grid_config, pack, parse_grid_confi
 from pvrt.format.scheme import GridScheme
 from pvrt.tools.report import describe
 from pvrt_server.backend import choose_backend
-from pvrt_server.engine import Engine
-from pvrt_server.fits import Machine
+from pvrt_server.capacity import Machine
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import TokenEvent
 from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import TokenEvent
 from tests.fixtures.greedy import assert_greedy, greedy
 from tests.fixtures.toy import decoded, random_grid, write_toy_grid
 from tests.fixtures.vllm_generate import Job, run_jobs

@@ -8,8 +8,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from pvrt_server.engine import Engine
-from pvrt_server.smoke import Target
+from pvrt_server.engine.engine import Engine
+from pvrt_server.self_test import Target
 from tests.fixtures.toy import write_toy
 from tests.server.running import PATIENCE, Server, scripted_engine, serving
 

@@ -18,13 +18,13 @@ import uvicorn
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from pvrt_server.app import create_app
-from pvrt_server.engine import Engine
+from pvrt_server.api.app import create_app
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import Runtime
+from pvrt_server.engine.text import TextCodec
 from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import Runtime
-from pvrt_server.text import TextCodec
 
 #: Seconds that nothing takes, however slow or busy the machine is, unless it hangs.
 PATIENCE = 120

@@ -13,11 +13,11 @@ from pvrt.errors import ServeError
 from pvrt.modules.aqlm_linear import pack_model, quantized_linears
 from pvrt_kernels.cpu import library, rounding
 from pvrt_kernels.cpu.decoder_program import Rounded
-from pvrt_server import cpu_model
 from pvrt_server.backend import runs_in_c
-from pvrt_server.cpu_model import CpuModel
-from pvrt_server.engine import Engine
-from pvrt_server.models import TransformersModel
+from pvrt_server.engine import cpu_model
+from pvrt_server.engine.cpu_model import CpuModel
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.models import TransformersModel
 from pvrt_server.options import ServeOptions
 from tests.fixtures.instruction_sets import relative
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy

@@ -6,11 +6,11 @@ import pytest
 from transformers import AutoConfig
 
 from pvrt.kv_cache import cache_shape
-from pvrt_server import fits
-from pvrt_server.engine import Engine
+from pvrt_server import capacity
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import TokenEvent
 from pvrt_server.options import ServeOptions
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import TokenEvent
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.simulated_device import TOTAL_BYTES
 from tests.fixtures.toy import write_toy
@@ -45,7 +45,7 @@ def test_answers_are_those_of_the_cpu(
     # Without the C library, whose kernels round otherwise: drawn tokens could differ by that.
     with without_c_library(), Engine.load(tmp_path / "toy", options) as engine:
         ours = [answers(engine, params) for params in (GREEDY, DRAWN)]
-    monkeypatch.setattr(fits, "default_device", lambda: device)
+    monkeypatch.setattr(capacity, "default_device", lambda: device)
     with Engine.load(tmp_path / "toy", options) as engine:
         assert engine.device == "sim"
         cache = engine._runtime.cache_tokens * shape.bytes_for(1)

@@ -8,7 +8,9 @@ import torch
 
 import pvrt
 from pvrt.errors import CheckpointError, ServeError
-from pvrt_server.engine import Engine, Event, FailureEvent
+from pvrt_server.engine.engine import Engine, Event, FailureEvent
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import GenerationRequest, PromptEvent, TokenEvent
 from pvrt_server.errors import (
     BusyError,
     EngineStoppedError,
@@ -16,8 +18,6 @@ from pvrt_server.errors import (
     RequestError,
 )
 from pvrt_server.options import ServeOptions
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import GenerationRequest, PromptEvent, TokenEvent
 from tests.fixtures.toy import write_toy
 from tests.server.running import PATIENCE, scripted_engine, wait_until
 

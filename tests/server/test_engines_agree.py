@@ -5,7 +5,7 @@ from typing import Any
 import openai
 import pytest
 
-from pvrt_server.smoke import Target, run_checks
+from pvrt_server.self_test import Target, run_checks
 from tests.server.running import PATIENCE, Server
 
 pytestmark = pytest.mark.vllm

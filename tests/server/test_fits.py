@@ -10,8 +10,8 @@ import torch
 from pvrt.errors import ServeError
 from pvrt_kernels.cpu import library
 from pvrt_server.backend import Decision, choose_backend
-from pvrt_server.engine import Engine
-from pvrt_server.fits import Capacity, Machine
+from pvrt_server.capacity import Capacity, Machine
+from pvrt_server.engine.engine import Engine
 from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from pvrt_server.frontend import Frontend, frontend_environment
 from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
+from pvrt_server.vllm.middleware import Frontend, frontend_environment
 
 
 def set_variables(folder: Path, options: ServeOptions, monkeypatch: pytest.MonkeyPatch) -> None:

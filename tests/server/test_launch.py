@@ -17,11 +17,11 @@ import pytest
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.kv_cache import CacheShape
 from pvrt_server.backend import Decision
-from pvrt_server.fits import Capacity, Machine
+from pvrt_server.capacity import Capacity, Machine
 from pvrt_server.launch import serve
 from pvrt_server.opened import OpenedModel, open_model
 from pvrt_server.options import ServeOptions
-from pvrt_server.vllm_process import vllm_command, vllm_environment
+from pvrt_server.vllm.process import vllm_command, vllm_environment
 from tests.fixtures.toy import write_toy
 from tests.server.running import PATIENCE, wait_until
 
@@ -38,7 +38,8 @@ sys.exit(serve(Path(sys.argv[1]), ServeOptions({options})))
 RUN_WITH = """
 import sys
 from pathlib import Path
-from pvrt_server import cpu_model, local_server, models
+from pvrt_server.engine import cpu_model, models
+from pvrt_server.api import local_server
 from pvrt_server.launch import serve
 from pvrt_server.options import ServeOptions
 for kind in (cpu_model.CpuModel, models.TransformersModel):
@@ -162,7 +163,7 @@ def test_vllm_gets_our_defaults_and_the_users_flags_last(toy: Path) -> None:
     assert f"--model {toy} --served-model-name m {toy}" in joined
     assert "--host 127.0.0.1 --port 8123" in joined
     assert "--max-model-len 512" in joined
-    assert "--middleware pvrt_server.frontend.Frontend" in joined
+    assert "--middleware pvrt_server.vllm.middleware.Frontend" in joined
     assert found[-2:] == ["--dtype", "float16"]
 
 
@@ -174,7 +175,7 @@ def test_bounds_go_to_either_engine_by_one_name(toy: Path, monkeypatch: pytest.M
     def start(opened: OpenedModel, options: ServeOptions, decided: Decision) -> None:
         raise ServeError(f"{options.sequences} at once of {options.requests}")
 
-    monkeypatch.setattr("pvrt_server.engine.Engine.start", start)
+    monkeypatch.setattr("pvrt_server.engine.engine.Engine.start", start)
     with pytest.raises(ServeError, match="3 at once of 7"):
         serve(toy, ServeOptions(engine="local", port=0, max_num_seqs=3, max_num_queued_reqs=7))
     with pytest.raises(ServeError, match="16 at once of 256"):
@@ -232,7 +233,7 @@ def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     flags = tmp_path / "flags.json"
     (package / "api_server.py").write_text(f"FLAGS_FILE = {str(flags)!r}\n{FAKE_VLLM}")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("pvrt_server.fits.installed_vllm", lambda: tmp_path / "vllm")
+    monkeypatch.setattr("pvrt_server.capacity.installed_vllm", lambda: tmp_path / "vllm")
     return flags
 
 

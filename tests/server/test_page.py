@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from pvrt_server.opened import open_model
-from pvrt_server.page import model_card
+from pvrt_server.web.page import model_card
 from tests.server.running import PATIENCE, Server, scripted_engine, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)

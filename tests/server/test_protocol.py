@@ -11,8 +11,8 @@ import openai
 import pytest
 
 import pvrt
-from pvrt_server.engine import Engine, Job
-from pvrt_server.sequence import GenerationRequest
+from pvrt_server.engine.engine import Engine, Job
+from pvrt_server.engine.sequences import GenerationRequest
 from tests.server.running import Server, post_bytes, scripted_engine, serving, wait_until
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]

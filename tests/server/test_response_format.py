@@ -8,9 +8,9 @@ import openai
 import pytest
 import torch
 
+from pvrt_server.engine.grammar import GrammarCompiler
+from pvrt_server.engine.sampling import Sampler, SamplingParams
 from pvrt_server.errors import RequestError
-from pvrt_server.grammar import GrammarCompiler
-from pvrt_server.sampling import Sampler, SamplingParams
 from tests.fixtures.toy import VOCABULARY, toy_tokenizer
 from tests.server.running import Server
 

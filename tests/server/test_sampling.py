@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
+from pvrt_server.engine.sampling import Sampler, SamplingParams, score
 from pvrt_server.errors import RequestError
-from pvrt_server.sampling import Sampler, SamplingParams, score
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 0.0, -1.0])

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from pvrt.kv_cache import cache_shape
-from pvrt_server.engine import Engine, Event, FailureEvent
+from pvrt_server.engine.engine import Engine, Event, FailureEvent
+from pvrt_server.engine.prefix_cache import shared
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import GenerationRequest, PromptEvent, TokenEvent
 from pvrt_server.errors import GenerationError, RequestError
 from pvrt_server.options import ServeOptions
-from pvrt_server.prefix import shared
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import GenerationRequest, PromptEvent, TokenEvent
 from tests.fixtures.toy import write_toy
 from tests.server.running import PATIENCE, scripted_engine, wait_until
 

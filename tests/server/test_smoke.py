@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from pvrt_server.app import create_app
-from pvrt_server.engine import Engine
+from pvrt_server.api.app import create_app
+from pvrt_server.engine.engine import Engine
 from pvrt_server.options import ServeOptions
-from pvrt_server.smoke import Target, report, run_checks
+from pvrt_server.self_test import Target, report, run_checks
 from tests.server import running
 from tests.server.running import PATIENCE, Server
 from tests.server.test_launch import RUN

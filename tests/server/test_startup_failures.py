@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pvrt_server.fits import installed_vllm
-from pvrt_server.startup_failures import CAUSES, explain
+from pvrt_server.capacity import installed_vllm
+from pvrt_server.vllm.startup_errors import CAUSES, explain
 
 #: (what is printed, the file of vLLM that has it, a fixed part of it there, sentence, command)
 PRINTED = [

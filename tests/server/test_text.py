@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from pvrt_server.engine.text import StopFilter, TextCodec
 from pvrt_server.errors import RequestError
-from pvrt_server.text import StopFilter, TextCodec
 from tests.fixtures.toy import toy_tokenizer
 
 TEXTS = [

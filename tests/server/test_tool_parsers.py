@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pvrt_server.fits import installed_vllm
-from pvrt_server.tool_parsers import _PARSERS, tool_parser
+from pvrt_server.capacity import installed_vllm
+from pvrt_server.vllm.tool_parser import _PARSERS, tool_parser
 
 HERMES = "{% if tools %}<tool_call>\n{...}\n</tool_call>{% endif %}"
 

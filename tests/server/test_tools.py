@@ -8,10 +8,10 @@ from typing import Any
 import openai
 import pytest
 
-from pvrt_server.engine import Engine
+from pvrt_server.api.tool_stream import CallDelta, ToolStream
+from pvrt_server.api.tools import HERMES, LLAMA3, Function, Tools, offered, tool_form
+from pvrt_server.engine.engine import Engine
 from pvrt_server.errors import RequestError
-from pvrt_server.tool_stream import CallDelta, ToolStream
-from pvrt_server.tools import HERMES, LLAMA3, Function, Tools, offered, tool_form
 from tests.server.running import Server, scripted_engine, serving
 
 FUNCTIONS = (

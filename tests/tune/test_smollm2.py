@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 import pvrt
 from pvrt.format.aqlm import Checkpoint
 from pvrt.tools.perplexity import default_text, perplexity, windows
-from pvrt_server.engine import Engine
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import TokenEvent
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import TokenEvent
 from pvrt_tune.calibrate.block_tuning import FinetuneSettings
 from pvrt_tune.data.source_model import load_source
 from pvrt_tune.fit.additive import FitSettings

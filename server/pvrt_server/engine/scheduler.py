@@ -14,16 +14,16 @@ from functools import partial
 
 import torch
 
-from pvrt_server.errors import EngineStoppedError, GenerationError
-from pvrt_server.metrics import Metrics
-from pvrt_server.prefix import LEAST, PrefixCache, shared
-from pvrt_server.sequence import (
+from pvrt_server.engine.metrics import Metrics
+from pvrt_server.engine.prefix_cache import LEAST, PrefixCache, shared
+from pvrt_server.engine.sequences import (
     GenerationRequest,
     PromptEvent,
     Runtime,
     Sequence,
     TokenEvent,
 )
+from pvrt_server.errors import EngineStoppedError, GenerationError
 
 _log = logging.getLogger("pvrt_server")
 # While others decode, prompts are read in pieces this many times smaller: 128 tokens of

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Sequence
 
 from starlette.requests import Request
 
-from pvrt_server.engine import Engine, Event, FailureEvent
-from pvrt_server.sequence import GenerationRequest, PromptEvent, TokenEvent
+from pvrt_server.engine.engine import Engine, Event, FailureEvent
+from pvrt_server.engine.sequences import GenerationRequest, PromptEvent, TokenEvent
 
 
 class ClientGone(Exception):

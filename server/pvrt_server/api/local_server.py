@@ -9,9 +9,9 @@ from types import FrameType
 
 import uvicorn
 
-from pvrt_server.app import create_app
+from pvrt_server.api.app import create_app
 from pvrt_server.backend import Decision
-from pvrt_server.engine import Engine
+from pvrt_server.engine.engine import Engine
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import GRACE_SECONDS, KEEP_ALIVE_SECONDS, ServeOptions
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pvrt_server.engine import Engine
-from pvrt_server.errors import EngineStoppedError, GenerationError, RequestError
-from pvrt_server.generation import ClientGone, Generation
-from pvrt_server.responses import (
+from pvrt_server.api.generation import ClientGone, Generation
+from pvrt_server.api.responses import (
     DONE,
     KEEP_ALIVE,
     Delta,
@@ -20,7 +18,9 @@ from pvrt_server.responses import (
     new_header,
     sse,
 )
-from pvrt_server.sequence import GenerationRequest
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.sequences import GenerationRequest
+from pvrt_server.errors import EngineStoppedError, GenerationError, RequestError
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 

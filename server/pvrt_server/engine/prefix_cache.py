@@ -4,8 +4,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
-from pvrt_server.models import LanguageModel
-from pvrt_server.sequence import Sequence
+from pvrt_server.engine.models import LanguageModel
+from pvrt_server.engine.sequences import Sequence
 
 # Fewer tokens are read again as fast as they are copied.
 LEAST = 16

@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from pvrt.errors import PvrtError
+from pvrt_server.api.generation import ClientGone
+from pvrt_server.api.responses import error_body
 from pvrt_server.errors import (
     BusyError,
     EngineStoppedError,
@@ -21,8 +23,6 @@ from pvrt_server.errors import (
     ModelNotFoundError,
     RequestError,
 )
-from pvrt_server.generation import ClientGone
-from pvrt_server.responses import error_body
 
 
 class _ErrorDetail(BaseModel):

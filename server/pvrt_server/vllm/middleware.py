@@ -11,12 +11,12 @@ import os
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pvrt_server.envelope import Envelope
-from pvrt_server.gate import Auth
+from pvrt_server.api.auth import Auth
+from pvrt_server.api.responses import error_body
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
-from pvrt_server.page import Page, model_card
-from pvrt_server.responses import error_body
+from pvrt_server.vllm.error_envelope import Envelope
+from pvrt_server.web.page import Page, model_card
 
 _KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own, so that its check and ours agree
 _VARIABLE = "PVRT_FRONTEND"

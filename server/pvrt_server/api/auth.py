@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pvrt_server.responses import error_body
+from pvrt_server.api.responses import error_body
 
 # Load balancers have no key, and a browser can send one only from the page, which holds no secret.
 _OPEN = frozenset({"/health", "/"})

@@ -10,10 +10,10 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
+from pvrt_server.api.messages import Message
+from pvrt_server.api.tool_params import ResponseFormat, ToolChoice, ToolParams
+from pvrt_server.engine.sampling import MAX_LOGPROBS, SamplingParams
 from pvrt_server.errors import RequestError
-from pvrt_server.messages import Message
-from pvrt_server.sampling import MAX_LOGPROBS, SamplingParams
-from pvrt_server.tool_params import ResponseFormat, ToolChoice, ToolParams
 
 MAX_CHOICES = 128
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pvrt_server.engine.grammar import JSON_STYLE
 from pvrt_server.errors import RequestError
-from pvrt_server.grammar import JSON_STYLE
 
 # Templates with the mark of Hermes that show another form inside of it.
 _NOT_HERMES = ("<function=", "<arg_key>", "<function_calls>")

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from pvrt_server.sampling import TokenLogprob
-from pvrt_server.sequence import PromptEvent, TokenEvent
-from pvrt_server.text import TextCodec
-from pvrt_server.tool_stream import CallDelta, ToolStream
-from pvrt_server.tools import Tools
+from pvrt_server.api.tool_stream import CallDelta, ToolStream
+from pvrt_server.api.tools import Tools
+from pvrt_server.engine.sampling import TokenLogprob
+from pvrt_server.engine.sequences import PromptEvent, TokenEvent
+from pvrt_server.engine.text import TextCodec
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"

@@ -18,17 +18,17 @@ from queue import SimpleQueue
 import torch
 
 from pvrt_server.backend import Decision, choose_backend
+from pvrt_server.capacity import this_machine
+from pvrt_server.engine.grammar import GrammarCompiler
+from pvrt_server.engine.loading import load_runtime, sampling_defaults
+from pvrt_server.engine.metrics import Metrics
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.scheduler import Event, FailureEvent, Job, Scheduler
+from pvrt_server.engine.sequences import GenerationRequest, PromptEvent, Runtime, TokenEvent
+from pvrt_server.engine.text import TextCodec
 from pvrt_server.errors import BusyError, EngineStoppedError, RequestError
-from pvrt_server.fits import this_machine
-from pvrt_server.grammar import GrammarCompiler
-from pvrt_server.loading import load_runtime, sampling_defaults
-from pvrt_server.metrics import Metrics
 from pvrt_server.opened import OpenedModel, open_model
 from pvrt_server.options import ServeOptions
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.scheduler import Event, FailureEvent, Job, Scheduler
-from pvrt_server.sequence import GenerationRequest, PromptEvent, Runtime, TokenEvent
-from pvrt_server.text import TextCodec
 
 __all__ = ["Engine", "Event", "FailureEvent", "Job"]
 _log = logging.getLogger("pvrt_server")

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pvrt_server.engine.grammar import Grammar
 from pvrt_server.errors import RequestError
-from pvrt_server.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 64

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pvrt_server.api.tools import Function, Tools, offered, tool_form
 from pvrt_server.errors import RequestError
-from pvrt_server.tools import Function, Tools, offered, tool_form
 
 
 class FunctionParams(BaseModel):

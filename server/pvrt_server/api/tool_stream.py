@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pvrt_server.text import overlap
-from pvrt_server.tools import Tools
+from pvrt_server.api.tools import Tools
+from pvrt_server.engine.text import overlap
 
 # {"name": "f", "arguments": up to the value; several calls may also come as one list.
 _HEAD = re.compile(

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pvrt_server.grammar import Grammar
-from pvrt_server.models import LanguageModel
-from pvrt_server.sampling import Sampler, SamplingParams, TokenLogprob, score
-from pvrt_server.text import StopFilter, TextCodec
+from pvrt_server.engine.grammar import Grammar
+from pvrt_server.engine.models import LanguageModel
+from pvrt_server.engine.sampling import Sampler, SamplingParams, TokenLogprob, score
+from pvrt_server.engine.text import StopFilter, TextCodec
 
 FinishReason = Literal["stop", "length"]
 

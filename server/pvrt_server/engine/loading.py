@@ -11,13 +11,13 @@ import pvrt
 from pvrt.errors import ServeError
 from pvrt.modules.aqlm_linear import pack_model
 from pvrt_server.backend import Decision
-from pvrt_server.cpu_model import CpuModel
-from pvrt_server.models import LanguageModel, TransformersModel, weight_bytes
+from pvrt_server.engine.cpu_model import CpuModel
+from pvrt_server.engine.models import LanguageModel, TransformersModel, weight_bytes
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import Runtime
+from pvrt_server.engine.text import TextCodec
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.sequence import Runtime
-from pvrt_server.text import TextCodec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,28 +13,28 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 import pvrt
-from pvrt_server.answer import Responder
-from pvrt_server.engine import Engine
-from pvrt_server.errors import EngineStoppedError, ModelNotFoundError, RequestError
-from pvrt_server.failures import ERROR_RESPONSES, add_handlers, error_response
-from pvrt_server.gate import Auth
-from pvrt_server.grammar import Grammar
-from pvrt_server.messages import template_messages
-from pvrt_server.metrics import CONTENT_TYPE
-from pvrt_server.options import ServeOptions
-from pvrt_server.page import Page, model_card
-from pvrt_server.responses import ChatForm, CompletionForm, Echo, Form, Usage
-from pvrt_server.sampling import SamplingParams
-from pvrt_server.schema import (
+from pvrt_server.api.auth import Auth
+from pvrt_server.api.exception_handlers import ERROR_RESPONSES, add_handlers, error_response
+from pvrt_server.api.messages import template_messages
+from pvrt_server.api.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerateRequest,
     TokenizeRequest,
 )
-from pvrt_server.sequence import GenerationRequest
-from pvrt_server.tool_params import offer
-from pvrt_server.tools import Tools
+from pvrt_server.api.responses import ChatForm, CompletionForm, Echo, Form, Usage
+from pvrt_server.api.streaming import Responder
+from pvrt_server.api.tool_params import offer
+from pvrt_server.api.tools import Tools
+from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.grammar import Grammar
+from pvrt_server.engine.metrics import CONTENT_TYPE
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import GenerationRequest
+from pvrt_server.errors import EngineStoppedError, ModelNotFoundError, RequestError
+from pvrt_server.options import ServeOptions
+from pvrt_server.web.page import Page, model_card
 
 
 def create_app(engine: Engine, options: ServeOptions) -> FastAPI:

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
 
-from pvrt_server.sequence import PromptEvent, Sequence, TokenEvent
+from pvrt_server.engine.sequences import PromptEvent, Sequence, TokenEvent
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)

@@ -15,11 +15,11 @@ from types import FrameType
 
 from pvrt.errors import ServeError
 from pvrt_server.backend import Decision
-from pvrt_server.frontend import frontend_environment
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import GRACE_SECONDS, KEEP_ALIVE_SECONDS, ServeOptions
-from pvrt_server.startup_failures import TAIL_CHARACTERS, explain
-from pvrt_server.tool_parsers import tool_parser
+from pvrt_server.vllm.middleware import frontend_environment
+from pvrt_server.vllm.startup_errors import TAIL_CHARACTERS, explain
+from pvrt_server.vllm.tool_parser import tool_parser
 
 # vLLM reserves this share of a GPU; more leaves too little for graphs.
 _MOST_OF_A_GPU = 0.92
@@ -76,7 +76,7 @@ def vllm_command(opened: OpenedModel, options: ServeOptions, decision: Decision)
         command += ["--disable-uvicorn-access-log"]
     else:
         command += ["--disable-access-log-for-endpoints", "/health,/metrics,/pvrt/status"]
-    command += ["--middleware", "pvrt_server.frontend.Frontend"]
+    command += ["--middleware", "pvrt_server.vllm.middleware.Frontend"]
     if options.max_model_len is not None or capacity.max_model_len < capacity.wanted_len:
         command += ["--max-model-len", str(capacity.max_model_len)]
     for flag, value in (

@@ -1,0 +1,1 @@
+"""The embedded engine: one model, many requests at once."""
