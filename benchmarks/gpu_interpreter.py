@@ -4,7 +4,7 @@
 
 A small awkward layer (70 outputs, 96 inputs) in every scheme, by every kernel that the tables or
 the tuner may choose, in float16 against float64: what `gpu.py` does first on a card. It has no
-Gluon and cannot multiply bfloat16 (tests/kernels/test_gpu.py teaches it to).
+Gluon and cannot multiply bfloat16 (tests/kernels/gpu/test_choose.py teaches it to).
 """
 
 import json

@@ -1,6 +1,6 @@
 """Ranks: joining, stopping, dealing, choosing, and pieces of a run that are cut over them.
 
-Three gloo processes run once; what they learn together is in test_pv.py.
+Three gloo processes run once; what they learn together is in test_pv_tuning.py.
 """
 
 import json

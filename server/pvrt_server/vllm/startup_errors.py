@@ -1,6 +1,6 @@
 """Why vLLM did not start, from what it printed: one sentence and one command.
 
-Each entry was written against the message of vLLM 0.32; `tests/server/test_startup_failures.py`
+Each entry was written against the message of vLLM 0.32; `tests/server/vllm/test_startup_errors.py`
 holds the texts and checks that the installed vLLM still prints them.
 """
 

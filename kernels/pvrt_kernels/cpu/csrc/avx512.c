@@ -2,7 +2,7 @@
  * gathers from fp32 tables take twice the time of its scalar loads.
  *
  * With PVRT_MODEL_AVX512 the intrinsics come from a scalar model of the same instructions
- * (tests/kernels/avx512_model.h), so that the values are tested on machines without them.
+ * (tests/kernels/cpu/avx512_model.h), so that the values are tested on machines without them.
  */
 #include "cpu.h"
 #ifdef PVRT_X86

@@ -1,6 +1,7 @@
-"""GPU kernels in Triton's interpreter, against the reference in float64. Run by test_gpu.py.
+"""GPU kernels in Triton's interpreter, against the reference in float64. Run by test_choose.py.
 
-Needs TRITON_INTERPRET=1 before anything imports Triton: pytest tests/kernels/interpreted.py alone.
+Needs TRITON_INTERPRET=1 before anything imports Triton: pytest tests/kernels/gpu/interpreted.py
+alone.
 """
 
 import dataclasses

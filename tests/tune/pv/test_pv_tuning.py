@@ -609,7 +609,7 @@ from pathlib import Path
 import torch
 from pvrt_tune import parallel, shards
 from pvrt_tune.run import RunState
-from tests.tune.test_pv import Problem, curve, of_few
+from tests.tune.pv.test_pv_tuning import Problem, curve, of_few
 torch.set_num_threads(1)
 with parallel.joined("cpu", print):
     problem = Problem(Path({folder!r}), torch.load({tokens!r}))

@@ -596,6 +596,6 @@ assert "vllm.model_executor.layers.linear" not in sys.modules
 
 
 def test_the_tables_of_the_documentation_come_from_the_result_files() -> None:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     command = [sys.executable, str(root / "benchmarks" / "vllm_tables.py"), "--check"]
     assert subprocess.run(command).returncode == 0

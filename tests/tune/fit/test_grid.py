@@ -15,7 +15,7 @@ from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.fit.grid import GridFit, GridLayerFit, GridLinear, fit_grid
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import TuneJob
-from tests.tune.test_additive import problem
+from tests.tune.fit.test_additive import problem
 from tests.tune.test_pipeline import QUICK, dense_folder, silent
 
 GRIDS = ("w2g16", "w2g32s", "w3g64", "w3g16s", "w4g32", "w4g64s", "w8g64")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu.py"
 
 
 def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_without_the_library_one_warning_names_the_remedy() -> None:
         "said = [str(w.message) for w in caught if 'kernel' in str(w.message)]\n"
         "assert len(said) == 1 and 'apt-get install gcc' in said[0], said\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{SOURCES.parents[2]}:{HERE.parents[1]}"}
+    env = {**os.environ, "PYTHONPATH": f"{SOURCES.parents[2]}:{HERE.parents[2]}"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
@@ -304,7 +304,7 @@ def test_the_package_builds_without_a_compiler(tmp_path: Path) -> None:
     places = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
     done = subprocess.run(
         [*command, *places],
-        cwd=HERE.parents[1],
+        cwd=HERE.parents[2],
         env={**os.environ, "CC": "/nonexistent/cc"},
         capture_output=True,
         text=True,

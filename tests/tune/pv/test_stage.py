@@ -41,7 +41,7 @@ SCRIPT = """
 import signal, sys; sys.path[:0] = {paths!r}
 from pathlib import Path
 from tests.fixtures.strike import strike
-from tests.tune.test_pv_stage import RECIPE
+from tests.tune.pv.test_stage import RECIPE
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import TuneJob
 {before}
