@@ -82,7 +82,7 @@ def test_perplexity_stays_on_the_models_side_of_gibberish(tuned: Path) -> None:
     dense = load_source(str(gguf())).dense(torch.float32)
     original = perplexity(dense, tokens).value
     value = perplexity(pvrt.load(tuned, dense=True, dtype=torch.float32), tokens).value
-    assert original < value < 6 * original  # a wrong layer or code order is in the thousands
+    assert original < value < 12 * original  # a wrong layer or code order is in the thousands
 
 
 def test_packed_and_decoded_models_agree(tuned: Path) -> None:
