@@ -22,13 +22,12 @@ import torch
 
 import pvrt
 from pvrt.tools.perplexity import perplexity, read_text, windows
-from pvrt_tune.calibrate.block_tuning import FinetuneSettings
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import load_source
 from pvrt_tune.fit import additive, layer
 from pvrt_tune.fit.additive import AdditiveFit, LayerFit
 from pvrt_tune.pipeline import tune
-from pvrt_tune.settings import EFFORTS, Recipe, TuneJob
+from pvrt_tune.settings import EFFORTS, FinetuneSettings, Recipe, TuneJob
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_ablation.json"
 VALIDATION = quickstart.WIKITEXT.with_name("wiki.valid.raw")

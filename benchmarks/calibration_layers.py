@@ -31,10 +31,10 @@ from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.tools.perplexity import read_text, windows
 from pvrt_tune.data.source_model import load_source
 from pvrt_tune.fit import additive
-from pvrt_tune.fit.additive import AdditiveFit, FitSettings, fit_layer
+from pvrt_tune.fit.additive import AdditiveFit, fit_layer
 from pvrt_tune.fit.grid import fit_grid
 from pvrt_tune.fit.objective import Objective
-from pvrt_tune.settings import EFFORTS
+from pvrt_tune.settings import EFFORTS, FitSettings
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_layers.json"
 VALIDATION = quickstart.WIKITEXT.with_name("wiki.valid.raw")

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from pvrt.format.scheme import Scheme
-from pvrt_tune.fit.additive import AdditiveFit, FitSettings, entries_scored
-from pvrt_tune.settings import Recipe
+from pvrt_tune.fit.additive import AdditiveFit, entries_scored
+from pvrt_tune.settings import FitSettings, Recipe
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_shapes.json"
 CASES = ("4096x4096:2x8g8", "4096x4096:1x16g8", "11008x4096:2x8g8", "4096x11008:2x8g8")

@@ -40,6 +40,7 @@ from pvrt_kernels import reference
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
 from pvrt_kernels.packed import PackedWeight, aqlm_packed_linear
+from pvrt_tune.settings import FitSettings, PVSettings
 
 TWO_BIT = (2, 256, 8)
 SCHEMES = ("2x8g8", "1x16g8", "1x16g16", "1x8g8", "1x8g4", "4x8g8")
@@ -326,8 +327,8 @@ def model(bench: Bench) -> list[Row]:
 def tuning(bench: Bench) -> Row:
     """Seconds to calibrate a layer, and of one PV step of a 1B-shaped model, with its memory."""
     from pvrt.modules.aqlm_linear import AQLMLinear
-    from pvrt_tune.fit.additive import FitSettings, fit_layer
-    from pvrt_tune.pv.optimizer import PVOptimizer, PVSettings
+    from pvrt_tune.fit.additive import fit_layer
+    from pvrt_tune.pv.optimizer import PVOptimizer
     from pvrt_tune.pv.representation import AdditiveRepresentation
 
     scheme = Scheme.parse("2x8g8")

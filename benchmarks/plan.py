@@ -25,11 +25,8 @@ from typing import Any
 import machine
 import quickstart
 
-from pvrt_tune.calibrate.block_tuning import FinetuneSettings
-from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.machine import Machine, release_memory
-from pvrt_tune.pv.trainer import TrainSettings
-from pvrt_tune.settings import Recipe, TuneJob
+from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "plan.json"
 LEAST = Recipe(
@@ -45,7 +42,9 @@ RECIPES = {
     "short windows": replace(LEAST, length=64),
     "PV-Tuning": replace(
         LEAST,
-        pv=TrainSettings(windows=8, steps=2, batch=4, microbatch=2, held_out=4, evaluate_every=2),
+        training=TrainSettings(
+            windows=8, steps=2, batch=4, microbatch=2, held_out=4, evaluate_every=2
+        ),
     ),
 }
 #: Functions of a stage: module, name, phase of the plan.

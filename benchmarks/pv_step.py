@@ -32,11 +32,12 @@ MODEL = "smollm2-135m"
 
 def steps(bench: Bench, teacher: Teacher, batch: int, repeats: int) -> list[dict[str, float]]:
     """Figures of some steps of the default strategy, `batch` windows each."""
-    assert bench.subject.recipe.pv is not None
-    settings = replace(bench.subject.recipe.pv, batch=batch, microbatch=min(batch, 4))
+    recipe = bench.subject.recipe
+    assert recipe.training is not None
+    settings = replace(recipe.training, batch=batch, microbatch=min(batch, 4))
     compute = compute_dtype(settings.compute, bench.job.device)
     student = Student.of(calibrated(bench.job, bench.source, bench.blocks, bench.state), compute)
-    trainer = Trainer(student, teacher, bench.data, settings, 0)
+    trainer = Trainer(student, teacher, bench.data, replace(recipe, training=settings))
     first = settings.held_out
     teacher.hidden(list(range(first, first + (repeats + 2) * batch)))
     return [trainer.train_step() for _ in range(repeats + 2)][2:]

@@ -36,11 +36,11 @@ from pvrt_tune.calibrate.stage import walk
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, documents, from_model, from_text
 from pvrt_tune.model_blocks import find_blocks
-from pvrt_tune.pv.optimizer import STRATEGIES, PVSettings, StrategyName
+from pvrt_tune.pv.optimizer import STRATEGIES
 from pvrt_tune.pv.stage import calibrated, pv_tune, tuned_tensors
-from pvrt_tune.pv.trainer import STATE, TrainSettings
+from pvrt_tune.pv.trainer import STATE
 from pvrt_tune.run import RunState
-from pvrt_tune.settings import EFFORTS, Recipe, TuneJob
+from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 
 DATA = machine.ROOT.parent / "shared" / "data"
 RESULT = machine.ROOT / "benchmarks" / "results" / "pv_strategies.json"
@@ -69,14 +69,11 @@ class Subject:
     evaluated: int
     hour: Recipe | None = None  #: of one run that takes an hour on 2 cores
 
-    def settings(self, strategy: StrategyName) -> TrainSettings:
+    def recipe_of(self, strategy: StrategyName) -> Recipe:
         """Of a run by one strategy."""
-        settings = self.recipe.pv
-        assert settings is not None
-        rate = RATES.get(strategy, settings.pv.code_learning_rate)
-        return replace(
-            settings, pv=replace(settings.pv, strategy=strategy, code_learning_rate=rate)
-        )
+        rate = RATES.get(strategy, self.recipe.pv.code_learning_rate)
+        pv = replace(self.recipe.pv, strategy=strategy, code_learning_rate=rate)
+        return replace(self.recipe, pv=pv)
 
     def evaluate(self, model: Any, source: Source) -> dict[str, float]:
         """Perplexity over the first windows of every text."""
@@ -100,13 +97,14 @@ def web_text(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
 
 def own_stories(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
     """Held-out windows of TinyStories, then the model's own text."""
-    assert recipe.pv is not None
+    assert recipe.training is not None
     file = folder / "stories.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(tinystories()[0], encoding="utf-8")
-    real = from_text(str(file), source.tokenizer, recipe.pv.held_out, recipe.length, recipe.seed)
+    held_out = recipe.training.held_out
+    real = from_text(str(file), source.tokenizer, held_out, recipe.length, recipe.seed)
     model = source.dense(torch.float32)
-    own = from_model(model, recipe.windows - recipe.pv.held_out, recipe.length, recipe.seed)
+    own = from_model(model, recipe.windows - held_out, recipe.length, recipe.seed)
     return replace(own, tokens=torch.cat([real.tokens, own.tokens]), positions=None)
 
 
@@ -129,7 +127,7 @@ SUBJECTS = {
         schemes=("2x4g4",),
         recipe=Recipe(
             length=128,
-            pv=TrainSettings(
+            training=TrainSettings(
                 windows=2048,
                 steps=200,
                 batch=16,
@@ -137,8 +135,8 @@ SUBJECTS = {
                 held_out=64,
                 evaluate_every=10,
                 patience=99,
-                pv=PVSettings(learning_rate=5e-3),
             ),
+            pv=PVSettings(learning_rate=5e-3),
         ),
         data=own_stories,
         texts=lambda: {"tinystories_ppl": tinystories()[1]},
@@ -151,7 +149,7 @@ SUBJECTS = {
         recipe=replace(
             EFFORTS["quick"],
             length=256,
-            pv=TrainSettings(windows=1600, steps=40, batch=2, microbatch=2, patience=99),
+            training=TrainSettings(windows=1600, steps=40, batch=2, microbatch=2, patience=99),
         ),
         data=web_text,
         texts=lambda: {"wikitext2_ppl": read_text(quickstart.WIKITEXT), "second_ppl": c4()},
@@ -159,15 +157,15 @@ SUBJECTS = {
         evaluated=4,
         hour=Recipe(
             length=512,
-            pv=TrainSettings(
+            training=TrainSettings(
                 windows=600,
                 steps=600,
                 batch=1,
                 microbatch=1,
                 evaluate_every=60,
                 patience=99,
-                pv=PVSettings(code_learning_rate=8e-3, gain_pool=8),
             ),
+            pv=PVSettings(code_learning_rate=8e-3, gain_pool=8),
         ),
     ),
 }
@@ -188,16 +186,16 @@ class Bench:
 
     def run(self, strategy: StrategyName, seed: int) -> dict[str, Any]:
         """Tune from the calibrated blocks and measure the best state."""
-        return self._tune(self.subject.settings(strategy), self.data, seed)
+        return self._tune(self.subject.recipe_of(strategy), self.data, seed)
 
     def hour(self) -> dict[str, Any]:
         """The default strategy for an hour."""
-        assert self.subject.hour is not None and self.subject.hour.pv is not None
+        assert self.subject.hour is not None
         text = self.folder.parent / "hour"
         data = self.subject.data(self.source, self.subject.hour, text)
-        return {"run": "hour", **self._tune(self.subject.hour.pv, data, 0)}
+        return {"run": "hour", **self._tune(self.subject.hour, data, 0)}
 
-    def _tune(self, settings: TrainSettings, data: CalibrationData, seed: int) -> dict[str, Any]:
+    def _tune(self, wanted: Recipe, data: CalibrationData, seed: int) -> dict[str, Any]:
         """A row. Its run folder stays until it is measured, so that it can be resumed; what the
         original model says of a seed's windows serves every strategy.
         """
@@ -206,7 +204,9 @@ class Bench:
         if not folder.is_dir():
             shutil.copytree(self.folder / ".run", folder / ".run")
         state = RunState(folder / ".run")
-        recipe = replace(self.job.recipe, pv=settings, seed=seed)
+        settings = wanted.training
+        assert settings is not None
+        recipe = replace(self.job.recipe, training=settings, pv=wanted.pv, seed=seed)
         held = settings.held_out
         order = torch.randperm(len(data) - held, generator=torch.manual_seed(seed))
         data = data[[*range(held), *(order + held).tolist()]]
@@ -215,11 +215,11 @@ class Bench:
         seconds, spent = time.monotonic() - started, time.process_time() - spent
         tensors, report = tuned_tensors(state)
         row = {
-            "strategy": settings.pv.strategy,
+            "strategy": recipe.pv.strategy,
             "seed": seed,
             "steps": settings.steps,
             "tokens": settings.steps * settings.batch * length,
-            "code_learning_rate": settings.pv.code_learning_rate,
+            "code_learning_rate": recipe.pv.code_learning_rate,
             "heldout_kl": report["held_out_kl"],
             "best_step": report["step"],
             "curves": (state.report(state.names(STATE)[-1]) or report)["curves"],

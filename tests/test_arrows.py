@@ -37,7 +37,6 @@ ARROWS = {
         hf, vllm_plugin, tools, __init__ <- cli <- __main__
     """,
     "pvrt_tune": """
-        setting_types <- settings <- config <- options <- pipeline
         parallel <- randomness <- run
         progress <- settings, data, machine, parallel
         data <- model_blocks
@@ -57,10 +56,6 @@ ARROWS = {
 #: Arrows that point up today: (module, room that it uses) and what will turn them.
 EXCEPTIONS = {
     ("pvrt.tools.doctor", "vllm_plugin"): "issue 17, point 5: vLLM's versions are a leaf",
-    ("pvrt_tune.settings", "fit"): "issue 17, point 2: settings are a leaf",
-    ("pvrt_tune.settings", "calibrate"): "issue 17, point 2: settings are a leaf",
-    ("pvrt_tune.settings", "pv"): "issue 17, point 2: settings are a leaf",
-    ("pvrt_tune.options", "pv"): "issue 17, point 2: settings are a leaf",
     ("pvrt_tune.write_checkpoint", "calibrate"): "issue 17, point 3: Run reads its pieces",
 }
 

@@ -164,14 +164,14 @@ def tune(
 ) -> None:
     """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
     from pvrt_tune import parallel
-    from pvrt_tune.options import Changes, build
     from pvrt_tune.pipeline import tune as run
     from pvrt_tune.settings import TuneJob
+    from pvrt_tune.settings.options import Changes, build
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
     changes = Changes(scheme, samples, length, seed, pv)
-    recipe, limit_seconds = build(effort.value, config, changes, limit)
+    recipe, limit_seconds = build(effort.value, config, changes, limit, _say)
     job = TuneJob(
         model,
         out,
@@ -231,8 +231,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what tune would need and give: memory, disk, time, size. Reads config.json alone."""
-    from pvrt_tune.options import Changes, build
     from pvrt_tune.plan.on_machine import plan_here
+    from pvrt_tune.settings.options import Changes, build
 
     recipe, _ = build(effort.value, None, Changes(scheme, samples, length))
     report, problem = plan_here(

@@ -22,25 +22,28 @@ from pvrt_tune.pipeline import tune
 from pvrt_tune.plan import speed
 from pvrt_tune.plan.on_machine import plan_here
 from pvrt_tune.pv.loss import Teacher
-from pvrt_tune.pv.optimizer import STRATEGIES, PVSettings, StrategyName
-from pvrt_tune.pv.trainer import Student, Trainer, TrainSettings
-from pvrt_tune.settings import Recipe, TuneJob
+from pvrt_tune.pv.optimizer import STRATEGIES
+from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from tests.fixtures import simulated_device
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import random_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK, silent
 
-SETTINGS = TrainSettings(
-    windows=12,
-    steps=4,
-    batch=2,
-    microbatch=1,
-    held_out=4,
-    evaluate_every=2,
-    compute="float32",
+RECIPE = replace(
+    QUICK,
+    length=24,
+    training=TrainSettings(
+        windows=12,
+        steps=4,
+        batch=2,
+        microbatch=1,
+        held_out=4,
+        evaluate_every=2,
+        compute="float32",
+    ),
     pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.05, fraction=0.02),
 )
-RECIPE = replace(QUICK, length=24, pv=SETTINGS)
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +99,7 @@ def weights(out: Path) -> bytes:
 def test_calibration_finds_what_it_finds_on_the_cpu(
     scheme: str, dense: Path, tmp_path: Path, device: str
 ) -> None:
-    recipe = replace(RECIPE, scheme=scheme, pv=None)
+    recipe = replace(RECIPE, scheme=scheme, training=None)
     for place in ("cpu", device):
         run(dense, tmp_path / place, recipe, place)
     blocks = [manifest(tmp_path / place)["blocks"] for place in ("cpu", device)]
@@ -112,7 +115,7 @@ def test_calibration_finds_what_it_finds_on_the_cpu(
 def calibrated(dense: Path) -> Path:
     """A student whose search is exact, so that near ties are the same on both."""
     out = dense.parent / "calibrated"
-    run(dense, out, replace(RECIPE, scheme="1x8g8", pv=None), "cpu")
+    run(dense, out, replace(RECIPE, scheme="1x8g8", training=None), "cpu")
     return out
 
 
@@ -122,7 +125,7 @@ def trainer(dense: Path, calibrated: Path, pv: PVSettings, device: str) -> Train
     data = CalibrationData(tokens, "random")
     states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
     student = pvrt.load(calibrated, dtype="float32").to(device)
-    return Trainer(Student.of(student, torch.float32), states, data, replace(SETTINGS, pv=pv), 0)
+    return Trainer(Student.of(student, torch.float32), states, data, replace(RECIPE, pv=pv))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_every_strategy_takes_the_steps_that_it_takes_on_the_cpu(
     strategy: StrategyName, low_memory: bool, dense: Path, calibrated: Path, device: str
 ) -> None:
     rate = {"stochastic": 0.005, "subspace": 0.3}.get(strategy, 0.1)
-    pv = replace(SETTINGS.pv, strategy=strategy, low_memory=low_memory, code_learning_rate=rate)
+    pv = replace(RECIPE.pv, strategy=strategy, low_memory=low_memory, code_learning_rate=rate)
     with without_c_library():
         ours = trainer(dense, calibrated, pv, "cpu")
         theirs = trainer(dense, calibrated, pv, device)

@@ -12,13 +12,11 @@ import pvrt
 from pvrt.errors import SourceError
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
-from pvrt_tune.calibrate.block_tuning import FinetuneSettings
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.data.source_model import load_skeleton, load_source
-from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.model_blocks import linears, observe
 from pvrt_tune.pipeline import tune
-from pvrt_tune.settings import Recipe, TuneJob
+from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
 from tests.fixtures.toy import EXPERTS, toy_model, toy_tokenizer
 
 QUICK = Recipe(

@@ -22,15 +22,12 @@ from pvrt.errors import CheckpointError, DataError, RunError, SourceError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.modules.aqlm_linear import quantized_linears
 from pvrt_tune.calibrate import stage
-from pvrt_tune.calibrate.block_tuning import FinetuneSettings
 from pvrt_tune.data import text as calibration_text
-from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.memory_plan import Plan
 from pvrt_tune.plan.on_machine import plan_job
-from pvrt_tune.pv.trainer import TrainSettings
 from pvrt_tune.run import RUN_FOLDER, _discard
-from pvrt_tune.settings import Recipe, TuneJob
+from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -245,11 +242,11 @@ def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
     tmp_path: Path,
 ) -> None:
     dense_folder(tmp_path / "dense", "llama")
-    pv = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
+    training = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
     out = tmp_path / "out"
-    old = TuneJob(str(tmp_path / "dense"), out, replace(QUICK, scheme="1x8g8", pv=pv))
+    old = TuneJob(str(tmp_path / "dense"), out, replace(QUICK, scheme="1x8g8", training=training))
     tune(old, silent)
-    new = replace(old, recipe=replace(QUICK, pv=pv), restart=True)
+    new = replace(old, recipe=replace(QUICK, training=training), restart=True)
     with pytest.raises(Stopped):
         tune(new, stopping("block 2/"))
     assert str(Checkpoint.open(out).scheme) == "1x8g8"
@@ -262,8 +259,8 @@ def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
 
 def test_a_checkpoint_whose_writing_was_cut_short_is_written_again(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "llama")
-    pv = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
-    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, pv=pv))
+    training = TrainSettings(windows=4, steps=4, batch=2, held_out=2, evaluate_every=1)
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, training=training))
     with pytest.raises(Stopped):
         tune(job, stopping("PV step 1/"))
     (tmp_path / "out" / "config.json").unlink()
@@ -341,6 +338,28 @@ def test_a_run_folder_with_the_versions_in_its_fingerprint_goes_on(tmp_path: Pat
     lines: list[str] = []
     tune(job, lines.append)
     assert any("made with torch 2.6.0 so far" in line for line in lines)
+    assert not any(line.startswith("block 1/") for line in lines)
+
+
+@pytest.mark.parametrize("training", [None, TrainSettings(windows=4, steps=2, batch=2, held_out=2)])
+def test_a_run_folder_with_the_recipe_in_its_old_spelling_goes_on(
+    tmp_path: Path, training: TrainSettings | None
+) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, training=training))
+    with pytest.raises(Stopped):
+        tune(job, stopping("block 1/"))
+    file = tmp_path / "out" / RUN_FOLDER / "fingerprint.json"
+    fingerprint = json.loads(file.read_text())
+    recipe = fingerprint["recipe"]
+    loop = recipe.pop("training")
+    recipe["pv"] = None if loop is None else {**loop, "pv": recipe.pop("pv")}
+    file.write_text(json.dumps(fingerprint))
+    other = replace(job, recipe=replace(job.recipe, training=TrainSettings(windows=5)))
+    with pytest.raises(RunError, match=r"holds another run: .*training"):
+        tune(other, silent)
+    lines: list[str] = []
+    tune(job, lines.append)
     assert not any(line.startswith("block 1/") for line in lines)
 
 

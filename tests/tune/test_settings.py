@@ -12,13 +12,18 @@ from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import RunError
-from pvrt_tune.calibrate.block_tuning import FinetuneSettings
-from pvrt_tune.config import as_yaml, from_file
-from pvrt_tune.fit.additive import FitSettings
-from pvrt_tune.options import Changes, build
-from pvrt_tune.pv.optimizer import STRATEGIES, PVSettings, StrategyName
-from pvrt_tune.pv.trainer import TrainSettings
-from pvrt_tune.settings import EFFORTS, Recipe
+from pvrt_tune.pv.optimizer import STRATEGIES
+from pvrt_tune.settings import (
+    EFFORTS,
+    FinetuneSettings,
+    FitSettings,
+    PVSettings,
+    Recipe,
+    StrategyName,
+    TrainSettings,
+)
+from pvrt_tune.settings.files import as_yaml, from_file
+from pvrt_tune.settings.options import Changes, build
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -30,11 +35,44 @@ def test_every_setting_survives_a_file(tmp_path: Path, effort: str) -> None:
 
 def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
-    file.write_text('{"samples": 7, "pv": {"steps": 9, "pv": {"betas": [0, 0.5]}}}')
-    settings = TrainSettings(steps=9, pv=PVSettings(betas=(0.0, 0.5)))
-    assert from_file(file, Recipe()) == replace(Recipe(), samples=7, pv=settings)
-    file.write_text("pv: null")
-    assert from_file(file, EFFORTS["best"]).pv is None
+    file.write_text('{"samples": 7, "training": {"steps": 9}, "pv": {"betas": [0, 0.5]}}')
+    wanted = Recipe(samples=7, training=TrainSettings(steps=9), pv=PVSettings(betas=(0.0, 0.5)))
+    lines: list[str] = []
+    assert from_file(file, Recipe(), lines.append) == wanted
+    file.write_text("training: null")
+    without = replace(EFFORTS["best"], training=None)
+    assert from_file(file, EFFORTS["best"], lines.append) == without
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("pv: null", "training: null"),
+        ("pv: {}", "training: {}"),
+        ("pv: {steps: 9}", "training: {steps: 9}"),
+        ("pv: {pv: {fraction: 0.5}}", "{training: {}, pv: {fraction: 0.5}}"),
+        ("pv: {steps: 9, pv: {fraction: 0.5}}", "{training: {steps: 9}, pv: {fraction: 0.5}}"),
+    ],
+)
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_the_spelling_of_version_0_1_means_the_same_and_gets_a_notice(
+    tmp_path: Path, effort: str, old: str, new: str
+) -> None:
+    then, now = tmp_path / "old.yaml", tmp_path / "new.yaml"
+    then.write_text(old)
+    now.write_text(new)
+    lines: list[str] = []
+    recipe = from_file(then, EFFORTS[effort], lines.append)
+    assert len(lines) == 1 and str(then) in lines[0] and "training" in lines[0]
+    assert recipe == from_file(now, EFFORTS[effort], lines.append)
+    assert len(lines) == 1
+
+
+def test_of_the_settings_of_steps_only_those_taken_are_recorded() -> None:
+    """Runs without PV-Tuning are the same run whatever its steps would have been."""
+    assert "pv" not in replace(EFFORTS["best"], training=None).record()
+    assert EFFORTS["best"].record()["pv"]["code_learning_rate"] == 1e-2
 
 
 @pytest.mark.parametrize(
@@ -49,11 +87,14 @@ def test_a_file_changes_what_it_names(tmp_path: Path) -> None:
         ("scheme: {samples: 3}", "scheme takes a value of type str, not {'samples': 3}"),
         ("fit: {round: 3}", "fit has no setting round; did you mean rounds"),
         ("targets: other", "targets is 'other'; it can be 'quantised' or 'original'"),
-        ("pv: {pv: {betas: [0.5]}}", r"pv.pv.betas takes 2 numbers, not \[0.5\]"),
-        ("pv: {pv: {betas: 0.5}}", r"pv.pv.betas takes 2 numbers, not 0.5"),
-        ("pv: {pv: {betas: [0, 0, 0]}}", "pv.pv.betas takes 2 numbers"),
-        ("pv: {pv: {betas: [0, 1]}}", "pv.pv.betas.1 is 1; it must be at least 0 and below 1"),
-        ("pv: {pv: {fractoin: 1}}", "pv.pv has no setting fractoin; did you mean fraction"),
+        ("pv: {betas: [0.5]}", r"pv.betas takes 2 numbers, not \[0.5\]"),
+        ("pv: {betas: 0.5}", r"pv.betas takes 2 numbers, not 0.5"),
+        ("pv: {betas: [0, 0, 0]}", "pv.betas takes 2 numbers"),
+        ("pv: {betas: [0, 1]}", "pv.betas.1 is 1; it must be at least 0 and below 1"),
+        ("pv: {fractoin: 1}", "pv has no setting fractoin; did you mean fraction"),
+        ("pv: {pv: {fractoin: 1}}", "pv has no setting fractoin; did you mean fraction"),
+        ("{training: {}, pv: {steps: 1}}", "pv has no setting steps; it knows strategy"),
+        ("pv: 3", "pv takes settings of its own"),
         ("{3: 4}", "there is no setting 3; it knows scheme, samples"),
     ],
 )
@@ -123,8 +164,8 @@ def test_every_setting_has_a_range_in_code_in_files_and_in_copies(
         Recipe: "{}",
         FitSettings: "fit: {}",
         FinetuneSettings: "finetune: {}",
-        TrainSettings: "pv: {}",
-        PVSettings: "pv: {{pv: {}}}",
+        TrainSettings: "training: {}",
+        PVSettings: "pv: {}",
     }[type(settings)]
     file = tmp_path / "recipe.yaml"
     flow = yaml.safe_dump(
@@ -174,9 +215,9 @@ def test_what_is_typed_beats_the_file_and_the_file_the_preset(tmp_path: Path) ->
     recipe, limit = build("quick", file, Changes(scheme="w4g64", length=99), "1h5m")
     assert (recipe.scheme, recipe.samples, recipe.length, recipe.seed) == ("w4g64", 7, 99, 5)
     assert recipe.fit == EFFORTS["quick"].fit
-    assert recipe.pv == TrainSettings()  # a time limit asks for it
+    assert recipe.training == TrainSettings()  # a time limit asks for it
     assert limit == 3900
-    assert build("standard", None, Changes(pv=False))[0].pv is None
+    assert build("standard", None, Changes(pv=False))[0].training is None
 
 
 @pytest.mark.parametrize("limit, pv", [("soon", True), ("", True), ("40", True), ("40m", False)])

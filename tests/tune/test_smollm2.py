@@ -17,11 +17,9 @@ from pvrt.tools.perplexity import default_text, perplexity, windows
 from pvrt_server.engine.engine import Engine
 from pvrt_server.engine.sampling import SamplingParams
 from pvrt_server.engine.sequences import TokenEvent
-from pvrt_tune.calibrate.block_tuning import FinetuneSettings
 from pvrt_tune.data.source_model import load_source
-from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.pipeline import tune
-from pvrt_tune.settings import Recipe, TuneJob
+from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
 from tests.fixtures.greedy import assert_greedy
 from tests.fixtures.vllm_generate import vllm_greedy
 

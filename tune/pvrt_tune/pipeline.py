@@ -1,7 +1,7 @@
 """The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from pvrt.format.atomic import write_synced
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import parallel
 from pvrt_tune.calibrate.stage import walk
-from pvrt_tune.config import as_yaml
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData
@@ -25,6 +24,7 @@ from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.stage import pv_tune, tuned_tensors
 from pvrt_tune.run import RUN_FOLDER, RunState, check_output, has_piece, open_run
 from pvrt_tune.settings import TuneJob
+from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.write_checkpoint import write
 
 
@@ -90,7 +90,7 @@ def _calibrate(job: TuneJob, report: Report) -> _Run:
     run = _Run(job, source, blocks, data, state, reports)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = state.calibrated and (job.out / CONFIG_FILE).exists()
-    if job.recipe.pv is not None and not served:
+    if job.recipe.training is not None and not served:
         run.write()
         state.note_calibrated()
         report(f"{job.out} can be served from here on; PV-Tuning makes it better")
@@ -112,7 +112,7 @@ def _finish(run: _Run, group: parallel.Group, report: Report, deadline: float | 
     """PV-Tuning, if the recipe has it, and the final checkpoint."""
     job, state = run.job, run.state
     complete = True
-    if job.recipe.pv is not None:
+    if job.recipe.training is not None:
         try:
             complete = pv_tune(job, run.source, run.blocks, run.data, state, report, deadline)
         except KeyboardInterrupt:
@@ -187,5 +187,5 @@ def _fingerprint(job: TuneJob, source: Source, text: CalibrationData | None) -> 
     return {
         "model": source.digest,
         "data": "sampled from the model" if text is None else text.digest,
-        "recipe": asdict(job.recipe),
+        "recipe": job.recipe.record(),
     }

@@ -27,6 +27,7 @@ from torch import Tensor
 from pvrt.errors import RunError
 from pvrt.format.atomic import as_json, sync, try_writing, write_synced
 from pvrt_tune.progress import Report
+from pvrt_tune.settings.files import is_old, renewed
 
 RUN_FOLDER = ".run"
 FINGERPRINT_FILE = "fingerprint.json"
@@ -237,6 +238,9 @@ def open_run(
         stored = _read_fingerprint(file)
         # Runs begun before the journal knew versions have the first ones here.
         first = stored.pop("versions", None)
+        recipe = stored.get("recipe")
+        if isinstance(recipe, dict) and is_old(recipe):
+            stored["recipe"] = renewed(recipe)
         different = _differences(stored, json.loads(json.dumps(fingerprint)))
         if different:
             raise RunError(

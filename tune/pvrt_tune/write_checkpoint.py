@@ -1,7 +1,6 @@
 """The checkpoint of a finished run: config, tensors, tokenizer and manifest."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,7 +58,7 @@ def write(
         "scheme": str(scheme),
         "base_model": {"name": Path(source.name).name, "sha256": source.digest},
         "data": {"origin": data.origin, "sha256": data.digest},
-        "recipe": asdict(job.recipe),
+        "recipe": job.recipe.record(),
         "blocks": reports,
         **({"pv": dict(tuning)} if tuning else {}),
     }

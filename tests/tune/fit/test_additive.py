@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize
-from pvrt_tune.fit.additive import AdditiveFit, FitSettings, fit_layer
+from pvrt_tune.fit.additive import AdditiveFit, fit_layer
+from pvrt_tune.settings import FitSettings
 
 QUICK = FitSettings(rounds=2, kmeans_iterations=6)
 

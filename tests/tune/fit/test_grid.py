@@ -11,10 +11,9 @@ from torch import Tensor
 from pvrt.format.grid import GridCheckpoint
 from pvrt.format.scheme import GridScheme
 from pvrt.tools.report import describe
-from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.fit.grid import GridFit, GridLayerFit, GridLinear, fit_grid
 from pvrt_tune.pipeline import tune
-from pvrt_tune.settings import TuneJob
+from pvrt_tune.settings import FitSettings, TuneJob
 from tests.tune.fit.test_additive import problem
 from tests.tune.test_pipeline import QUICK, dense_folder, silent
 

@@ -16,16 +16,21 @@ from pvrt.cli import app
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.format.scheme import Scheme
-from pvrt_tune.calibrate.block_tuning import FinetuneSettings
 from pvrt_tune.data.source_model import Source, load_skeleton
-from pvrt_tune.fit.additive import FitSettings, fit_layer
+from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import linears
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.memory_plan import Phase, Plan, Request, fit_bytes, misfit, plan_run
 from pvrt_tune.plan.speed import GPU_OF_A100_CLASS
-from pvrt_tune.pv.trainer import TrainSettings
-from pvrt_tune.settings import EFFORTS, Recipe, TuneJob
+from pvrt_tune.settings import (
+    EFFORTS,
+    FinetuneSettings,
+    FitSettings,
+    Recipe,
+    TrainSettings,
+    TuneJob,
+)
 from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
@@ -67,7 +72,7 @@ def plan_of(folder: Path, machine: Machine = ROOMY, **request: Any) -> Plan:
 def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: str) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     machine = Machine(host=24 * 10**9, device=24 * 10**9, disk=60 * 10**9)
-    recipe = replace(EFFORTS[effort], pv=None)
+    recipe = replace(EFFORTS[effort], training=None)
     plan = plan_of(folder, machine, recipe=recipe, device="cuda")
     assert misfit(plan, machine) is None
     assert plan.phases[0].name == "sampling"
@@ -81,16 +86,15 @@ def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: P
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     machine = Machine(host=64 * 10**9, device=80 * 10**9, disk=200 * 10**9)
     usual = EFFORTS["standard"]
-    assert usual.pv is not None
+    assert usual.training is not None
     problem = misfit(plan_of(folder, machine, recipe=usual, device="cuda"), machine)
     assert problem is not None and "--no-pv" in problem and "low_memory" in problem
     saving = replace(
-        usual.pv,
-        microbatch=1,
-        recompute_activations=True,
-        pv=replace(usual.pv.pv, low_memory=True),
+        usual,
+        training=replace(usual.training, microbatch=1, recompute_activations=True),
+        pv=replace(usual.pv, low_memory=True),
     )
-    plan = plan_of(folder, machine, recipe=replace(usual, pv=saving), device="cuda")
+    plan = plan_of(folder, machine, recipe=saving, device="cuda")
     assert misfit(plan, machine) is None
     pv = next(phase for phase in plan.phases if phase.name == "PV-Tuning")
     # 6.25 bytes for every quantised weight, the original model, and embeddings twice.
@@ -101,17 +105,17 @@ def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: P
 def test_the_original_models_states_take_disk_and_no_host_memory(tmp_path: Path) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     best = EFFORTS["best"]
-    assert best.pv is not None
+    assert best.training is not None
 
-    def phase(pv: TrainSettings) -> Phase:
-        plan = plan_of(folder, recipe=replace(best, pv=pv), device="cuda")
+    def phase(training: TrainSettings) -> Phase:
+        plan = plan_of(folder, recipe=replace(best, training=training), device="cuda")
         return next(phase for phase in plan.phases if phase.name == "PV-Tuning")
 
-    many, few = phase(best.pv), phase(replace(best.pv, windows=1024))
+    many, few = phase(best.training), phase(replace(best.training, windows=1024))
     assert many.disk_bytes - few.disk_bytes == 2 * (4096 - 1024) * 1024 * 4096
     assert many.host_bytes == few.host_bytes
     # With few steps, only what they see is computed; all of it where the original model goes first.
-    short = replace(best.pv, steps=1)
+    short = replace(best.training, steps=1)
     first = phase(replace(short, teacher_first=True))
     assert first.disk_bytes - phase(short).disk_bytes == 2 * (4096 - 16) * 1024 * 4096
 

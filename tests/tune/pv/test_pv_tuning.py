@@ -28,19 +28,12 @@ from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
 from pvrt_tune.pv import loss as distill
 from pvrt_tune.pv.loss import Head, Teacher, check_head, final_hidden, kl_loss
-from pvrt_tune.pv.optimizer import (
-    STRATEGIES,
-    WHOLE_PARTS,
-    PVLayer,
-    PVOptimizer,
-    PVSettings,
-    StrategyName,
-)
+from pvrt_tune.pv.optimizer import STRATEGIES, WHOLE_PARTS, PVLayer, PVOptimizer
 from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentation, represent
 from pvrt_tune.pv.stage import teacher_of
-from pvrt_tune.pv.trainer import Student, Trainer, TrainSettings
+from pvrt_tune.pv.trainer import Student, Trainer
 from pvrt_tune.run import RunState
-from pvrt_tune.settings import TuneJob
+from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import toy_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK
@@ -291,28 +284,28 @@ class Problem:
     folder: Path
     tokens: Tensor
 
-    def trainer(self, settings: TrainSettings, run: Path | None = None) -> Trainer:
+    def trainer(self, recipe: Recipe, run: Path | None = None) -> Trainer:
         """A fresh trainer on the calibrated student; `run` keeps what the teacher computes."""
+        training = recipe.training
+        assert training is not None
         teacher = AutoModelForCausalLM.from_pretrained(self.folder / "dense", dtype=torch.float32)
-        compute = compute_dtype(settings.compute, "cpu")
+        compute = compute_dtype(training.compute, "cpu")
         student = Student.of(pvrt.load(self.folder / "out", dtype="float32"), compute)
         data = CalibrationData(self.tokens, "the teacher")
         if run is None:
             states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
         else:
             states = teacher_of(teacher, data, RunState(run, writes=parallel.rank() == 0))
-        if settings.teacher_first:
+        if training.teacher_first:
             states.finish(lambda done, total: None)
-        return Trainer(student, states, data, settings, seed=0)
+        return Trainer(student, states, data, recipe)
 
 
-SETTINGS = TrainSettings(
-    steps=24,
-    batch=4,
-    microbatch=2,
-    held_out=8,
-    evaluate_every=12,
-    compute="float32",
+LOOP = TrainSettings(
+    steps=24, batch=4, microbatch=2, held_out=8, evaluate_every=12, compute="float32"
+)
+SETTINGS = Recipe(
+    training=LOOP,
     pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.03, fraction=0.02),
 )
 
@@ -403,21 +396,25 @@ def test_a_rank_without_rows_of_a_layer_takes_its_steps(
         assert gradient.shape == rank.representation.continuous()[name].shape
 
 
-def settings_with(**changes: Any) -> TrainSettings:
+def loop_with(**changes: Any) -> Recipe:
+    return replace(SETTINGS, training=replace(LOOP, **changes))
+
+
+def steps_with(**changes: Any) -> Recipe:
     return replace(SETTINGS, pv=replace(SETTINGS.pv, **changes))
 
 
-def changes_of_one_step(problem: Problem, settings: TrainSettings) -> tuple[Trainer, float]:
+def changes_of_one_step(problem: Problem, recipe: Recipe) -> tuple[Trainer, float]:
     """A trainer warmed up until codes move, and the share of groups that its next step moves."""
-    trainer = problem.trainer(settings)
+    trainer = problem.trainer(recipe)
     for _ in range(6):
         figures = trainer.train_step()
     return trainer, figures["changed"]
 
 
 def test_a_subspace_bounds_how_many_groups_move(problem: Problem) -> None:
-    fast = settings_with(strategy="straight-through", code_learning_rate=0.1)
-    bound = settings_with(code_learning_rate=0.1, fraction=0.002)
+    fast = steps_with(strategy="straight-through", code_learning_rate=0.1)
+    bound = steps_with(code_learning_rate=0.1, fraction=0.002)
     _, free = changes_of_one_step(problem, fast)
     trainer, bounded = changes_of_one_step(problem, bound)
     groups = [layer.groups for layer in trainer.optimizer.layers.values()]
@@ -428,7 +425,7 @@ def test_a_subspace_bounds_how_many_groups_move(problem: Problem) -> None:
 
 def test_choosing_by_gain_spends_the_budget_on_groups_that_move(problem: Problem) -> None:
     """By distance alone, groups that cannot move yet take part of the budget."""
-    bold = settings_with(fraction=0.005, code_learning_rate=0.1)
+    bold = steps_with(fraction=0.005, code_learning_rate=0.1)
     _, published = changes_of_one_step(problem, replace(bold, pv=replace(bold.pv, gain_pool=1)))
     _, by_gain = changes_of_one_step(problem, bold)
     assert by_gain > published > 0
@@ -473,7 +470,7 @@ def test_proposals_in_c_and_in_torch_are_the_same(
 
 
 def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:
-    trainer = problem.trainer(settings_with(strategy="straight-through", trust_ratio=0.05))
+    trainer = problem.trainer(steps_with(strategy="straight-through", trust_ratio=0.05))
     for _ in range(8):
         trainer.train_step()
     name, layer = next(iter(trainer.optimizer.layers.items()))
@@ -491,7 +488,7 @@ def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:
 
 def test_ways_to_save_memory_change_nothing(problem: Problem) -> None:
     figures = [
-        problem.trainer(replace(SETTINGS, **changes)).train_step()
+        problem.trainer(loop_with(**changes)).train_step()
         for changes in (
             {},
             {"microbatch": 4},
@@ -512,7 +509,7 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path)
         if line.startswith("PV step 16/"):
             raise Stop
 
-    settings = replace(SETTINGS, evaluate_every=4)
+    settings = loop_with(evaluate_every=4)
     whole = problem.trainer(settings)
     whole.run(RunState(tmp_path / "whole"), lambda line: None)
     with pytest.raises(Stop):
@@ -532,7 +529,7 @@ def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
 ) -> None:
     outcomes = []
     for low_memory in (False, True):
-        trainer = problem.trainer(settings_with(low_memory=low_memory))
+        trainer = problem.trainer(steps_with(low_memory=low_memory))
         outcomes.append(trainer.run(RunState(tmp_path / str(low_memory)), lambda line: None))
         layer = next(iter(trainer.optimizer.layers.values()))
         assert layer.latent is not None
@@ -549,7 +546,7 @@ def test_a_student_that_computes_in_bfloat16_learns_as_well(
 ) -> None:
     outcomes = {}
     for compute in ("float32", "bfloat16"):
-        trainer = problem.trainer(replace(SETTINGS, compute=compute))
+        trainer = problem.trainer(loop_with(compute=compute))
         outcomes[compute] = trainer.run(RunState(tmp_path / compute), lambda line: None)
     weights, model = trainer.student.weights(), trainer.student.model
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
@@ -595,7 +592,7 @@ def test_experts_without_tokens_have_gradients_too(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "dense")
     toy_tokenizer().save_pretrained(tmp_path / "dense")
     tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), lambda line: None)
-    settings = replace(SETTINGS, batch=1, microbatch=1, held_out=1)
+    settings = loop_with(batch=1, microbatch=1, held_out=1)
     trainer = Problem(tmp_path, torch.tensor([[1], [2]])).trainer(settings)  # one token a step
     trainer.train_step()
 
@@ -627,14 +624,17 @@ with parallel.joined("cpu", print):
 """
 
 
-def of_few(compute: Literal["float32", "bfloat16"]) -> TrainSettings:
+def of_few(
+    compute: Literal["float32", "bfloat16"], microbatch: int = 3, batch: int = LOOP.batch
+) -> Recipe:
     """Batches of 4 and 7 held-out windows, in passes of 3: nothing divides by 3 ranks.
 
     In float32 codes move in the first steps. In bfloat16 they would follow the rounding errors of
     gradients, and with them the losses.
     """
-    settings = settings_with(code_learning_rate=0.1 if compute == "float32" else 0.03)
-    return replace(settings, held_out=7, microbatch=3, compute=compute)
+    recipe = steps_with(code_learning_rate=0.1 if compute == "float32" else 0.03)
+    few = replace(LOOP, batch=batch, microbatch=microbatch, held_out=7, compute=compute)
+    return replace(recipe, training=few)
 
 
 def curve(trainer: Trainer, steps: int) -> list[float]:
@@ -685,7 +685,7 @@ def test_several_processes_learn_what_one_does(
     expected, tolerance = course(alone), 1e-4
     if compute == "bfloat16":
         for windows in (1, 2):
-            others = course(problem.trainer(replace(of_few(compute), microbatch=windows)))
+            others = course(problem.trainer(of_few(compute, microbatch=windows)))
             scatter = max(abs(a / b - 1) for a, b in zip(others, expected, strict=True))
             tolerance = max(tolerance, 3 * scatter)
         assert tolerance < 0.2
@@ -701,7 +701,7 @@ def test_several_processes_learn_what_one_does(
     if compute == "float32":
         assert moved > 100 and same >= 0.9 * moved  # sums in another order may tip a tie
     # One process goes on from what several saved, each its rows.
-    resumed, state = problem.trainer(replace(of_few(compute), batch=2)), RunState(run)
+    resumed, state = problem.trainer(of_few(compute, batch=2)), RunState(run)
     assert state.parts("pv-state-0000004") == ranks
     resumed.step = 4
     resumed.optimizer.resume(4, lambda tensors: shards.fill(state, "pv-state-0000004", tensors))

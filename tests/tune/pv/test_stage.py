@@ -17,24 +17,17 @@ import torch
 
 import pvrt
 from pvrt.format.aqlm import Checkpoint
-from pvrt_tune.config import as_yaml
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv.optimizer import PVSettings
-from pvrt_tune.pv.trainer import TrainSettings
-from pvrt_tune.settings import TuneJob
+from pvrt_tune.settings import PVSettings, TrainSettings, TuneJob
+from pvrt_tune.settings.files import as_yaml
 from tests.tune.test_pipeline import QUICK, dense_folder
 
 RECIPE = replace(
     QUICK,
-    pv=TrainSettings(
-        windows=16,
-        steps=30,
-        batch=4,
-        microbatch=4,
-        held_out=4,
-        evaluate_every=3,
-        pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.03, fraction=0.02),
+    training=TrainSettings(
+        windows=16, steps=30, batch=4, microbatch=4, held_out=4, evaluate_every=3
     ),
+    pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.03, fraction=0.02),
 )
 STEP_CALLS = 5000  # of Python, in about one step
 SCRIPT = """
@@ -111,8 +104,8 @@ def test_killed_anywhere_it_resumes_to_the_same_bytes(
 def test_a_time_limit_plans_the_steps_and_leaves_the_best_so_far(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert RECIPE.pv is not None
-    long = replace(RECIPE, pv=replace(RECIPE.pv, steps=100_000))
+    assert RECIPE.training is not None
+    long = replace(RECIPE, training=replace(RECIPE.training, steps=100_000))
     # To training, ten minutes pass whenever it looks: the machine's own pace is lost in that.
     looks = itertools.count()
     clock = SimpleNamespace(
@@ -134,8 +127,8 @@ def test_a_slow_start_does_not_shorten_the_run(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first steps wait for the original model's states of many: the plan is made anew."""
-    assert RECIPE.pv is not None
-    long = replace(RECIPE, pv=replace(RECIPE.pv, steps=100_000))
+    assert RECIPE.training is not None
+    long = replace(RECIPE, training=replace(RECIPE.training, steps=100_000))
     looks = itertools.chain(range(0, 6000, 600), itertools.count(6000, 200))
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + next(looks), perf_counter=time.perf_counter

@@ -12,18 +12,7 @@ from torch import nn
 
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.model_blocks import run_block
-from pvrt_tune.setting_types import Part, Rate, Repeats, settings
-
-
-@settings
-class FinetuneSettings:
-    """Adam on one block. `learning_rate` is relative: a step moves a tensor by about this share of
-    its own root mean square. `held_out` is the share of batches that only decides when to stop.
-    """
-
-    epochs: Repeats = 4
-    learning_rate: Rate = 2e-3
-    held_out: Part = 0.125
+from pvrt_tune.settings import FinetuneSettings
 
 
 @dataclass(frozen=True)

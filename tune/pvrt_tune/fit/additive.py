@@ -27,7 +27,7 @@ from pvrt.format.scheme import Scheme
 from pvrt_tune.fit.code_search import Cells, ScoreRows, halve, in_metric, lowest
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.objective import Objective, column_blocks
-from pvrt_tune.setting_types import Count, Decay, Positive, Repeats, settings
+from pvrt_tune.settings import FitSettings
 
 #: Codebooks up to this size are searched entry by entry: two levels gain nothing below.
 EXHAUSTIVE = 1024
@@ -36,26 +36,6 @@ EXHAUSTIVE = 1024
 _IMPORTANCE_POWER = 0.65
 # Of every joint choice in a beam, how many continuations compete for the next beam.
 _CONTINUATIONS = 2
-
-
-@settings
-class FitSettings:
-    """Effort of one layer's fit.
-
-    rounds: alternations of fit and sweep. beam: joint choices kept while the codes of a group are
-    chosen. probes: cells of a large codebook that a search looks into (see `Cells`). damping: share
-    of mean(diag H) added to the diagonal for the assignment's inverse only; the objective itself is
-    never damped. column_block: input features whose products with H are updated at once.
-    """
-
-    rounds: Repeats = 6
-    kmeans_iterations: Count = 24
-    kmeans_momentum: Decay = 0.8
-    beam: Count = 8
-    probes: Count = 8
-    cg_iterations: Count = 3
-    damping: Positive = 0.01
-    column_block: Count = 128
 
 
 def cells_of(scheme: Scheme) -> int:

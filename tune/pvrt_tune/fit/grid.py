@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvrt.format.scheme import GridScheme
-from pvrt_tune.fit.additive import FitSettings
 from pvrt_tune.fit.objective import Objective, column_blocks
+from pvrt_tune.settings import FitSettings
 
 # Ranges tried between the smallest and largest weight of a group and this share of them.
 _NARROWEST, _RANGES, _REFINEMENTS = 0.4, 24, 3

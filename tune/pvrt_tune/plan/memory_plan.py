@@ -317,7 +317,8 @@ class _Planner:
     def pv(self) -> Iterator[Phase]:
         """PV-Tuning: the whole student, and the original model unless it goes first."""
         recipe, shapes = self.recipe, self.shapes
-        if recipe.pv is None:
+        training = recipe.training
+        if training is None:
             return
         one = [s.read + s.written + 1.4 * s.widest + 2 * s.norms for s in shapes]
         config = self.model.config.get_text_config()
@@ -336,11 +337,11 @@ class _Planner:
             kept=sum(one),
             kept_by_one=max(one),
         )
-        item = compute_dtype(recipe.pv.compute, self.request.device).itemsize
+        item = compute_dtype(training.compute, self.request.device).itemsize
         original = self.itemsize if self.cuda else item
-        needed = needs(sizes, recipe.pv, recipe.windows, recipe.length, item, original)
+        needed = needs(sizes, recipe, item, original)
         both = needed.student + needed.original
-        peak = max(needed.student, needed.original) if recipe.pv.teacher_first else both
+        peak = max(needed.student, needed.original) if training.teacher_first else both
         place = {"host": needed.states, "disk": needed.disk + sizes.stored}
         yield self.phase("PV-Tuning", peak, needed.operations / self.speed.products, **place)
 

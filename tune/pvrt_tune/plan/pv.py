@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from pvrt_tune.pv.loss import CHUNK_BYTES, TEACHER_CHUNK
 from pvrt_tune.pv.optimizer import STRATEGIES
-from pvrt_tune.pv.trainer import TrainSettings
+from pvrt_tune.settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,12 @@ class Needs:
     operations: float
 
 
-def needs(
-    sizes: Sizes,
-    settings: TrainSettings,
-    available: int,
-    length: int,
-    item: int,
-    original_item: int,
-) -> Needs:
-    """PV-Tuning of a student that computes in `item` bytes per number on `available` windows of
-    text, held-out ones included; the original model's numbers have `original_item`.
+def needs(sizes: Sizes, recipe: Recipe, item: int, original_item: int) -> Needs:
+    """PV-Tuning of a student that computes in `item` bytes per number, by a recipe with training;
+    the original model's numbers have `original_item`.
     """
-    pv = settings.pv
+    settings, pv, length = recipe.training, recipe.pv, recipe.length
+    assert settings is not None
     strategy = STRATEGIES[pv.strategy]
     latent = (2 if pv.low_memory else 4) * strategy.accumulates
     moment = (0 if pv.low_memory else 4) * strategy.moves_codes
@@ -70,7 +64,7 @@ def needs(
     student = per_weight * sizes.quantised + item * sizes.outside + kept_too + work
     original = original_item * sizes.parameters
     seen = settings.steps * settings.batch
-    windows = available
+    windows = recipe.windows
     if not settings.teacher_first:
         windows = min(windows, seen + settings.held_out)
     states = 2 * windows * length * sizes.width

@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from pvrt_tune.parallel import Rows
 from pvrt_tune.pv.latent import Latent
 from pvrt_tune.pv.representation import Representation
 from pvrt_tune.randomness import branch
-from pvrt_tune.setting_types import Count, Decay, Flag, Positive, Rate, Share, settings
+from pvrt_tune.settings import PVSettings, StrategyName
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,6 @@ class Strategy:
     stochastic: bool = False
 
 
-StrategyName = Literal[
-    "continuous",
-    "linearized",
-    "stochastic",
-    "straight-through",
-    "subspace",
-    "subspace-straight-through",
-]
 #: The paper's table 1, by name.
 STRATEGIES: dict[StrategyName, Strategy] = {
     "continuous": Strategy(moves_codes=False),
@@ -66,34 +57,6 @@ STRATEGIES: dict[StrategyName, Strategy] = {
 WHOLE_PARTS = {"moment_columns", "searched_books", "books_moved"}
 #: What Adam keeps of a continuous tensor.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@settings
-class PVSettings:
-    """Hyperparameters of a step.
-
-    learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
-    square. code_learning_rate: share of its norm that B moves per step (LAMB); steps that point
-    anywhere add up to its product with the root of their number, and a tenth or two is what makes
-    codes of 2 bits move, so that long runs want less. fraction: share of a layer's groups that may
-    change per step in the subspace strategies. gain_pool: they are chosen by the distance that new
-    codes would win, among this many times as many candidates; 1 chooses by distance alone, as
-    published, and moves half as many for groups that cannot move stay chosen. trust_ratio: bound
-    on a layer's change by codes in one step, relative to its norm. low_memory: B in bfloat16 with
-    stochastic rounding and its second moment factored into rows and columns (arXiv 1804.04235): 2
-    bytes per weight instead of 8.
-    """
-
-    strategy: StrategyName = "subspace-straight-through"
-    learning_rate: Rate = 2e-3
-    code_learning_rate: Rate = 2e-2
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    code_beta: Decay = 0.95
-    fraction: Share = 0.01
-    gain_pool: Count = 4
-    trust_ratio: Positive | None = None
-    low_memory: Flag = False
-    clip_norm: Positive = 1.0
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pvrt_tune.machine import compute_dtype, release_memory
 from pvrt_tune.model_blocks import BlockList
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher, check_head
-from pvrt_tune.pv.trainer import BEST, Student, Trainer, TrainSettings
+from pvrt_tune.pv.trainer import BEST, Student, Trainer
 from pvrt_tune.run import RunState
-from pvrt_tune.settings import TuneJob
+from pvrt_tune.settings import Recipe, TuneJob
 
 
 def pv_tune(
@@ -35,7 +35,7 @@ def pv_tune(
     best student so far is kept as a piece. Returns whether the planned steps were all done (or
     patience ended them); False when the deadline (time.monotonic) came first.
     """
-    settings = job.recipe.pv
+    settings = job.recipe.training
     assert settings is not None
     data = data if settings.separate_documents else replace(data, positions=None)
     compute = compute_dtype(settings.compute, job.device)
@@ -48,8 +48,8 @@ def pv_tune(
         teacher.finish(_progress(len(data), report))
         release_memory()
     student = Student.of(calibrated(job, source, blocks, state), compute)
-    trainer = Trainer(student, teacher, data, settings, job.recipe.seed)
-    report(_start_line(settings, data))
+    trainer = Trainer(student, teacher, data, job.recipe)
+    report(_start_line(job.recipe, data))
     return trainer.run(state, report, deadline).complete
 
 
@@ -110,9 +110,11 @@ def _progress(count: int, report: Report) -> Callable[[int, int], None]:
     return progress
 
 
-def _start_line(settings: TrainSettings, data: CalibrationData) -> str:
+def _start_line(recipe: Recipe, data: CalibrationData) -> str:
+    settings = recipe.training
+    assert settings is not None
     tokens, held_out = data.tokens.shape[1] * settings.batch, settings.held_out
     return (
-        f"PV-Tuning ({settings.pv.strategy}): up to {settings.steps} steps of {tokens} tokens "
+        f"PV-Tuning ({recipe.pv.strategy}): up to {settings.steps} steps of {tokens} tokens "
         f"over {len(data) - held_out} windows, best state by {held_out} held-out windows"
     )

@@ -3,10 +3,9 @@
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from pvrt.modules.aqlm_linear import AQLMLinear
@@ -17,11 +16,11 @@ from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.progress import Report
 from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_loss, on_device
-from pvrt_tune.pv.optimizer import PVOptimizer, PVSettings
+from pvrt_tune.pv.optimizer import PVOptimizer
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import RunState
-from pvrt_tune.setting_types import Count, Flag, Ramp, settings
+from pvrt_tune.settings import Recipe
 
 #: Pieces of a run, numbered by step: the best student so far, and the state to go on from.
 BEST, STATE = "pv-best-", "pv-state-"
@@ -30,42 +29,6 @@ BEST, STATE = "pv-best-", "pv-state-"
 #: that steps may take (looks at held-out text and saved states take the rest).
 _PROBES = {3 << doubling for doubling in range(32)}
 _SHARE_OF_STEPS = 0.9
-
-
-@settings
-class TrainSettings:
-    """The loop around the PV step.
-
-    windows: of training text. steps: optimizer steps; batch: windows per step, computed
-    `microbatch` at a time. held_out: windows that only choose the best state, looked at every
-    `evaluate_every` steps; training ends after `patience` looks without a new best. warmup: share
-    of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
-    keeps embeddings and output head. compute: what the student computes in; whatever is trained or
-    decoded stays float32 behind it, and "auto" is bfloat16 where the processor multiplies that.
-    teacher_first: all of the original model's states are computed before the student is made, so
-    that the two are never in memory together (with a time limit, some for nothing).
-    separate_documents: documents that share a window do not see each other.
-    """
-
-    windows: Count = 256
-    steps: Count = 200
-    batch: Count = 4
-    microbatch: Count = 4
-    held_out: Count = 8
-    evaluate_every: Count = 20
-    patience: Count = 6
-    warmup: Ramp = 0.05
-    freeze_embeddings: Flag = True
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    recompute_activations: Flag = False
-    teacher_first: Flag = False
-    separate_documents: Flag = False
-    pv: PVSettings = Field(default_factory=PVSettings)
-
-    def factor(self, step: int, steps: int) -> float:
-        """Learning-rate factor of step `step` (from 0) of `steps`: linear up, then down to zero."""
-        warm = max(1, round(self.warmup * steps))
-        return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
 
 
 @dataclass
@@ -145,18 +108,21 @@ class Outcome:
 class Trainer:
     """Runs PV steps; every state that matters goes to the run folder, so that it can be resumed.
 
-    data: what the teacher knows, its first `settings.held_out` windows only for choosing the best.
+    data: what the teacher knows, its first `held_out` windows only for choosing the best.
+    recipe: one with training.
     """
 
     def __init__(
-        self,
-        student: Student,
-        teacher: Teacher,
-        data: CalibrationData,
-        settings: TrainSettings,
-        seed: int,
+        self, student: Student, teacher: Teacher, data: CalibrationData, recipe: Recipe
     ) -> None:
-        self.student, self.teacher, self.settings, self.seed = student, teacher, settings, seed
+        assert recipe.training is not None
+        settings = recipe.training
+        self.student, self.teacher, self.settings, self.seed = (
+            student,
+            teacher,
+            settings,
+            recipe.seed,
+        )
         self.data, self.held_out = data, settings.held_out
         model = student.model
         model.requires_grad_(False)
@@ -170,7 +136,7 @@ class Trainer:
         if settings.recompute_activations:
             _recompute_activations(model)
         self.head = Head.of(model)
-        self.optimizer = PVOptimizer(student.representations, weights, dense, settings.pv)
+        self.optimizer = PVOptimizer(student.representations, weights, dense, recipe.pv)
         self.step, self.steps = 0, settings.steps
         self.curves: list[dict[str, float]] = []
 

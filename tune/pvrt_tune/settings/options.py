@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from pvrt.errors import RunError
-from pvrt_tune.config import from_file
-from pvrt_tune.pv.trainer import TrainSettings
-from pvrt_tune.settings import EFFORTS, Recipe
+from pvrt_tune.progress import Report
+from pvrt_tune.settings.files import from_file
+from pvrt_tune.settings.recipe import EFFORTS, Recipe, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,18 @@ class Changes:
 
 
 def build(
-    effort: str, config: Path | None, changes: Changes, limit: str | None = None
+    effort: str,
+    config: Path | None,
+    changes: Changes,
+    limit: str | None = None,
+    report: Report = print,
 ) -> tuple[Recipe, float | None]:
     """The recipe, and the time limit in seconds.
 
-    A limit asks for PV-Tuning at any effort. Raises RunError with one sentence for what cannot be.
+    A limit asks for PV-Tuning at any effort. `report` gets notices about the file. Raises RunError
+    with one sentence for what cannot be.
     """
-    recipe = EFFORTS[effort] if config is None else from_file(config, EFFORTS[effort])
+    recipe = EFFORTS[effort] if config is None else from_file(config, EFFORTS[effort], report)
     named = {field.name: getattr(changes, field.name) for field in fields(changes)}
     typed = {name: value for name, value in named.items() if value is not None and name != "pv"}
     try:
@@ -36,10 +41,10 @@ def build(
     except RunError as error:  # an option has the name of its setting
         raise RunError(f"--{error}") from error
     if limit is None:
-        return recipe if changes.pv else replace(recipe, pv=None), None
+        return recipe if changes.pv else replace(recipe, training=None), None
     if not changes.pv:
         raise RunError("--for limits PV-Tuning, which --no-pv leaves out; give one of them")
-    return replace(recipe, pv=recipe.pv or TrainSettings()), seconds(limit)
+    return replace(recipe, training=recipe.training or TrainSettings()), seconds(limit)
 
 
 def seconds(text: str) -> float:

@@ -1,0 +1,226 @@
+"""What a tuning run is asked to do: the recipe, its presets by effort, and the job."""
+
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from pvrt.format.scheme import GridScheme, Scheme, parse_scheme
+from pvrt_tune.settings.checks import (
+    Count,
+    Decay,
+    Flag,
+    Part,
+    Positive,
+    Ramp,
+    Rate,
+    Repeats,
+    Share,
+    settings,
+)
+
+
+@settings
+class FitSettings:
+    """Effort of one layer's fit.
+
+    rounds: alternations of fit and sweep. beam: joint choices kept while the codes of a group are
+    chosen. probes: cells of a large codebook that a search looks into (see `Cells`). damping: share
+    of mean(diag H) added to the diagonal for the assignment's inverse only; the objective itself is
+    never damped. column_block: input features whose products with H are updated at once.
+    """
+
+    rounds: Repeats = 6
+    kmeans_iterations: Count = 24
+    kmeans_momentum: Decay = 0.8
+    beam: Count = 8
+    probes: Count = 8
+    cg_iterations: Count = 3
+    damping: Positive = 0.01
+    column_block: Count = 128
+
+
+@settings
+class FinetuneSettings:
+    """Adam on one block. `learning_rate` is relative: a step moves a tensor by about this share of
+    its own root mean square. `held_out` is the share of batches that only decides when to stop.
+    """
+
+    epochs: Repeats = 4
+    learning_rate: Rate = 2e-3
+    held_out: Part = 0.125
+
+
+@settings
+class TrainSettings:
+    """The loop around the PV step.
+
+    windows: of training text. steps: optimizer steps; batch: windows per step, computed
+    `microbatch` at a time. held_out: windows that only choose the best state, looked at every
+    `evaluate_every` steps; training ends after `patience` looks without a new best. warmup: share
+    of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
+    keeps embeddings and output head. compute: what the student computes in; whatever is trained or
+    decoded stays float32 behind it, and "auto" is bfloat16 where the processor multiplies that.
+    teacher_first: all of the original model's states are computed before the student is made, so
+    that the two are never in memory together (with a time limit, some for nothing).
+    separate_documents: documents that share a window do not see each other.
+    """
+
+    windows: Count = 256
+    steps: Count = 200
+    batch: Count = 4
+    microbatch: Count = 4
+    held_out: Count = 8
+    evaluate_every: Count = 20
+    patience: Count = 6
+    warmup: Ramp = 0.05
+    freeze_embeddings: Flag = True
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute_activations: Flag = False
+    teacher_first: Flag = False
+    separate_documents: Flag = False
+
+    def factor(self, step: int, steps: int) -> float:
+        """Learning-rate factor of step `step` (from 0) of `steps`: linear up, then down to zero."""
+        warm = max(1, round(self.warmup * steps))
+        return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
+
+
+#: What a V step does; see `STRATEGIES` of the optimizer.
+StrategyName = Literal[
+    "continuous",
+    "linearized",
+    "stochastic",
+    "straight-through",
+    "subspace",
+    "subspace-straight-through",
+]
+
+
+@settings
+class PVSettings:
+    """Hyperparameters of a step.
+
+    learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
+    square. code_learning_rate: share of its norm that B moves per step (LAMB); steps that point
+    anywhere add up to its product with the root of their number, and a tenth or two is what makes
+    codes of 2 bits move, so that long runs want less. fraction: share of a layer's groups that may
+    change per step in the subspace strategies. gain_pool: they are chosen by the distance that new
+    codes would win, among this many times as many candidates; 1 chooses by distance alone, as
+    published, and moves half as many for groups that cannot move stay chosen. trust_ratio: bound
+    on a layer's change by codes in one step, relative to its norm. low_memory: B in bfloat16 with
+    stochastic rounding and its second moment factored into rows and columns (arXiv 1804.04235): 2
+    bytes per weight instead of 8.
+    """
+
+    strategy: StrategyName = "subspace-straight-through"
+    learning_rate: Rate = 2e-3
+    code_learning_rate: Rate = 2e-2
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    code_beta: Decay = 0.95
+    fraction: Share = 0.01
+    gain_pool: Count = 4
+    trust_ratio: Positive | None = None
+    low_memory: Flag = False
+    clip_norm: Positive = 1.0
+
+
+def _tunable(scheme: str) -> str:
+    """The text of a scheme that layers can be fitted in; ValueError for any other."""
+    parsed = parse_scheme(scheme)
+    if isinstance(parsed, Scheme) and parsed.out_group_size != 1:
+        alone = replace(parsed, out_group_size=1)
+        raise ValueError(
+            f"{scheme} has groups that span {parsed.out_group_size} outputs, which pvrt reads but "
+            f"does not make; give {alone}, say"
+        )
+    return scheme
+
+
+@settings
+class Recipe:
+    """Everything that decides the result besides model and text. Stored with the run.
+
+    targets: what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
+    outputs of the quantised blocks before it. "original": the original model's own activations
+    after that block, so that a block also mends what earlier ones broke (a second set of hidden
+    states is kept for it). training: PV-Tuning after calibration, or None; pv: its steps.
+    """
+
+    scheme: Annotated[str, AfterValidator(_tunable)] = "2x8g8"
+    samples: Count = 64
+    length: Annotated[int, Field(strict=True, ge=8)] = 512
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
+    fit: FitSettings = Field(default_factory=FitSettings)
+    finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
+    targets: Literal["quantised", "original"] = "quantised"
+    training: TrainSettings | None = None
+    pv: PVSettings = Field(default_factory=PVSettings)
+
+    @cached_property
+    def parsed_scheme(self) -> Scheme | GridScheme:
+        """The scheme itself; `scheme` is how people write it."""
+        return parse_scheme(self.scheme)
+
+    @property
+    def windows(self) -> int:
+        """Windows of text in all: the held-out ones of PV-Tuning come first."""
+        if self.training is None:
+            return self.samples
+        return self.training.held_out + max(self.samples, self.training.windows)
+
+    @property
+    def calibration(self) -> slice:
+        """Which of the windows calibrate the layers; never held-out ones."""
+        first = 0 if self.training is None else self.training.held_out
+        return slice(first, first + self.samples)
+
+    def record(self) -> dict[str, Any]:
+        """What decides the result, by name: without PV-Tuning, the settings of its steps do not."""
+        values = asdict(self)
+        if self.training is None:
+            del values["pv"]
+        return values
+
+
+#: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
+EFFORTS: dict[str, Recipe] = {
+    "quick": Recipe(
+        samples=48,
+        length=256,
+        fit=FitSettings(rounds=1, kmeans_iterations=12, beam=4),
+        finetune=FinetuneSettings(epochs=2),
+    ),
+    "standard": Recipe(training=TrainSettings()),
+    "best": Recipe(
+        samples=256,
+        length=1024,
+        fit=FitSettings(rounds=12, kmeans_iterations=60, kmeans_momentum=0.88, beam=16),
+        finetune=FinetuneSettings(epochs=8),
+        training=TrainSettings(windows=4096, steps=2000, batch=16, held_out=16, evaluate_every=50),
+        pv=PVSettings(code_learning_rate=1e-2),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """One call of `tune`: what to compress, with what text, to where, and how to start.
+
+    activations: where hidden states are kept, "memory" or "disk" ("auto": memory if they fit).
+    force: start although the plan says that it does not fit.
+    seconds: time limit in all; the best checkpoint by then is left, and the same job goes on later.
+    """
+
+    model: str
+    out: Path
+    recipe: Recipe
+    data: str | None = None
+    device: str = "cpu"
+    activations: Literal["auto", "memory", "disk"] = "auto"
+    seconds: float | None = None
+    resume: bool = False
+    restart: bool = False
+    force: bool = False
