@@ -24,8 +24,9 @@ import pvrt
 from pvrt.tools.perplexity import perplexity, read_text, windows
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import load_source
+from pvrt_tune.data.text import Windows
 from pvrt_tune.fit import additive, layer
-from pvrt_tune.fit.additive import AdditiveFit, LayerFit
+from pvrt_tune.fit.additive import AdditiveFit
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import EFFORTS, FinetuneSettings, Recipe, TuneJob
 
@@ -89,7 +90,7 @@ VARIANTS: dict[str, tuple[type[AdditiveFit], Recipe]] = {
 def fit_with(kind: type[AdditiveFit]) -> Any:
     """`fit_layer` on another class."""
 
-    def fit_layer(*args: Any) -> LayerFit:
+    def fit_layer(*args: Any) -> AdditiveFit:
         original = additive.AdditiveFit
         additive.AdditiveFit = kind  # type: ignore[misc]
         try:
@@ -113,7 +114,7 @@ def main() -> None:
     source = load_source(model)
     tokens = windows(read_text(VALIDATION), source.tokenizer, 2048, WINDOWS)
     data = calibration_text.from_model(
-        source.dense(torch.float32), BASE.samples, BASE.length, BASE.seed
+        source.dense(torch.float32), Windows(BASE.samples, BASE.length, BASE.seed)
     )
     calibration_text.from_model = lambda *args: data
     if "original" not in results:

@@ -105,7 +105,7 @@ def fitted(
     started = time.process_time()
     try:
         additive.AdditiveFit = kind  # type: ignore[misc]
-        fit = fit_layer(*problem, Scheme.parse(scheme), settings, generator, torch.float16)
+        fit = fit_layer(*problem, Scheme.parse(scheme), settings, generator).result(torch.float16)
     finally:
         additive.AdditiveFit = original  # type: ignore[misc]
     seconds = time.process_time() - started
@@ -150,7 +150,7 @@ def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
             if not scheme.divides(*weight.shape):
                 continue
             started = time.process_time()
-            fit = fit_grid(weight, moment, scheme, STANDARD, torch.float16)
+            fit = fit_grid(weight, moment, scheme, STANDARD).result(torch.float16)
             seconds = time.process_time() - started
             rounded, gptq = (
                 objective.relative_error(variants.plain_grid(weight, moment, scheme, feedback))

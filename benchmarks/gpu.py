@@ -338,7 +338,7 @@ def tuning(bench: Bench) -> Row:
         weight, x = bench.x(out, features).float(), bench.x(4 * features, features).float()
         generator = torch.Generator().manual_seed(0)
         started = time.perf_counter()
-        fit = fit_layer(weight, x.T @ x / len(x), scheme, settings, generator, torch.float16)
+        fit = fit_layer(weight, x.T @ x / len(x), scheme, settings, generator).result(torch.float16)
         seconds = time.perf_counter() - started
         found[f"{out}x{features}"] = {"seconds": seconds, "relative_error": fit.relative_error}
     llama = gpu_llama.TINY

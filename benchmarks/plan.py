@@ -50,9 +50,9 @@ RECIPES = {
 #: Functions of a stage: module, name, phase of the plan.
 STAGES = (
     ("pipeline", "_sampled", "sampling"),
-    ("pipeline", "walk", "block pass"),
-    ("walk", "quantize_linear", "layer fit"),
-    ("walk", "finetune_block", "block fine-tune"),
+    ("pipeline", "calibrate", "block pass"),
+    ("stage", "quantize_linear", "layer fit"),
+    ("stage", "finetune_block", "block fine-tune"),
     ("pipeline", "pv_tune", "PV-Tuning"),
     ("pipeline", "write", "write"),
 )
@@ -115,7 +115,7 @@ def measured(model: str, recipe: Recipe, data: str | None) -> dict[str, Any]:
     from pvrt_tune.plan.memory_plan import Plan
     from pvrt_tune.plan.on_machine import plan_job
 
-    modules = {"pipeline": pipeline, "walk": stage}
+    modules = {"pipeline": pipeline, "stage": stage}
     sampler = Sampler()
     for module, name, phase in STAGES:
         setattr(modules[module], name, sampler.around(getattr(modules[module], name), phase))

@@ -36,7 +36,7 @@ def steps(bench: Bench, teacher: Teacher, batch: int, repeats: int) -> list[dict
     assert recipe.training is not None
     settings = replace(recipe.training, batch=batch, microbatch=min(batch, 4))
     compute = compute_dtype(settings.compute, bench.job.device)
-    student = Student.of(calibrated(bench.job, bench.source, bench.blocks, bench.state), compute)
+    student = Student.of(calibrated(bench.calibrated), compute)
     trainer = Trainer(student, teacher, bench.data, replace(recipe, training=settings))
     first = settings.held_out
     teacher.hidden(list(range(first, first + (repeats + 2) * batch)))

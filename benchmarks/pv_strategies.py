@@ -32,15 +32,16 @@ from torch import Tensor
 from pvrt.format.scheme import GridScheme, parse_scheme
 from pvrt.modules.aqlm_linear import decode_once
 from pvrt.tools.perplexity import perplexity, read_text, windows
-from pvrt_tune.calibrate.stage import walk
+from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data.source_model import Source, load_source
-from pvrt_tune.data.text import CalibrationData, documents, from_model, from_text
+from pvrt_tune.data.text import CalibrationData, Windows, documents, from_model, from_text
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.pv.optimizer import STRATEGIES
 from pvrt_tune.pv.stage import calibrated, pv_tune, tuned_tensors
 from pvrt_tune.pv.trainer import STATE
-from pvrt_tune.run import RunState
+from pvrt_tune.run import Run
 from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
+from pvrt_tune.store import Store
 
 DATA = machine.ROOT.parent / "shared" / "data"
 RESULT = machine.ROOT / "benchmarks" / "results" / "pv_strategies.json"
@@ -92,7 +93,9 @@ def web_text(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
     for name in ("text/wikipedia.jsonl", "text/openwebtext.jsonl"):
         shutil.copy(DATA / name, text)
     shutil.copy(DATA / "wikitext2" / "wiki.train.first1MB.noblank.txt", text)
-    return from_text(str(text), source.tokenizer, recipe.windows, recipe.length, recipe.seed)
+    return from_text(
+        str(text), source.tokenizer, Windows(recipe.windows, recipe.length, recipe.seed)
+    )
 
 
 def own_stories(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
@@ -102,9 +105,10 @@ def own_stories(source: Source, recipe: Recipe, folder: Path) -> CalibrationData
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(tinystories()[0], encoding="utf-8")
     held_out = recipe.training.held_out
-    real = from_text(str(file), source.tokenizer, held_out, recipe.length, recipe.seed)
+    first = Windows(held_out, recipe.length, recipe.seed)
+    real = from_text(str(file), source.tokenizer, first)
     model = source.dense(torch.float32)
-    own = from_model(model, recipe.windows - held_out, recipe.length, recipe.seed)
+    own = from_model(model, first._replace(count=recipe.windows - held_out))
     return replace(own, tokens=torch.cat([real.tokens, own.tokens]), positions=None)
 
 
@@ -180,9 +184,9 @@ class Bench:
         self.job = TuneJob(source.name, self.folder, replace(subject.recipe, scheme=scheme))
         self.blocks = find_blocks(source.model)
         self.data = subject.data(source, self.job.recipe, folder / name)
-        self.state = RunState(self.folder / ".run")
-        calibration = self.data[self.job.recipe.calibration]
-        walk(self.job, source, self.blocks, calibration, self.state, say)
+        store = Store(self.folder / ".run")
+        self.calibrated = Run(self.job, source, self.blocks, self.data, store, say)
+        calibrate(self.calibrated)
 
     def run(self, strategy: StrategyName, seed: int) -> dict[str, Any]:
         """Tune from the calibrated blocks and measure the best state."""
@@ -203,7 +207,7 @@ class Bench:
         folder = self.folder.parent / f"{self.folder.name}-{length}-{seed}"
         if not folder.is_dir():
             shutil.copytree(self.folder / ".run", folder / ".run")
-        state = RunState(folder / ".run")
+        store = Store(folder / ".run")
         settings = wanted.training
         assert settings is not None
         recipe = replace(self.job.recipe, training=settings, pv=wanted.pv, seed=seed)
@@ -211,9 +215,11 @@ class Bench:
         order = torch.randperm(len(data) - held, generator=torch.manual_seed(seed))
         data = data[[*range(held), *(order + held).tolist()]]
         started, spent = time.monotonic(), time.process_time()
-        pv_tune(replace(self.job, recipe=recipe), self.source, self.blocks, data, state, say, None)
+        job = replace(self.job, recipe=recipe)
+        run = replace(self.calibrated, settings=job, data=data, store=store)
+        pv_tune(run, None)
         seconds, spent = time.monotonic() - started, time.process_time() - spent
-        tensors, report = tuned_tensors(state)
+        tensors, report = tuned_tensors(store)
         row = {
             "strategy": recipe.pv.strategy,
             "seed": seed,
@@ -222,18 +228,18 @@ class Bench:
             "code_learning_rate": recipe.pv.code_learning_rate,
             "heldout_kl": report["held_out_kl"],
             "best_step": report["step"],
-            "curves": (state.report(state.names(STATE)[-1]) or report)["curves"],
+            "curves": (store.report(store.names(STATE)[-1]) or report)["curves"],
             "seconds": seconds,
             "cpu_seconds": spent,
-            **self.quality(state, tensors),
+            **self.quality(run, tensors),
         }
-        for piece in (state.folder / "pieces").glob("pv-*"):
+        for piece in (store.folder / "pieces").glob("pv-*"):
             piece.unlink()
         return row
 
-    def quality(self, state: RunState, tensors: dict[str, Tensor]) -> dict[str, float]:
+    def quality(self, run: Run, tensors: dict[str, Tensor]) -> dict[str, float]:
         """Perplexities of the calibrated model with some of its tensors replaced."""
-        model = calibrated(self.job, self.source, self.blocks, state)
+        model = calibrated(run)
         with torch.no_grad():
             for name, tensor in tensors.items():
                 model.get_parameter(name).copy_(tensor)
@@ -286,7 +292,7 @@ def main() -> None:
             bench = Bench(name, subject, source, scheme, options.folder)
             kind = {"model": name, "representation": scheme, "bits": code_bits(scheme)}
             if missing(**kind, strategy="calibration only"):
-                quality = bench.quality(bench.state, {})
+                quality = bench.quality(bench.calibrated, {})
                 add(**kind, strategy="calibration only", **quality)
             if options.hour:
                 if missing(**kind, run="hour"):

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import machine
 
 from pvrt_tune.data.source_model import load_source
-from pvrt_tune.data.text import from_text
+from pvrt_tune.data.text import Windows, from_text
 from pvrt_tune.model_blocks import find_blocks, linears
 
 DATA = machine.ROOT.parent / "shared" / "data"
@@ -90,7 +90,7 @@ def main() -> None:
     text = str(DATA / "text" / "tinystories.txt")
     if not Path(text).is_file():
         sys.exit(f"{text} is missing: this benchmark needs its text")
-    tokens = from_text(text, source.tokenizer, 16, 128, 0).tokens
+    tokens = from_text(text, source.tokenizer, Windows(16, 128, seed=0)).tokens
     rows = estimates(Loss(source.dense(torch.float32), tokens), 0)
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))

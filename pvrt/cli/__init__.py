@@ -232,15 +232,13 @@ def plan(
 ) -> None:
     """Say what tune would need and give: memory, disk, time, size. Reads config.json alone."""
     from pvrt_tune.plan.on_machine import plan_here
+    from pvrt_tune.settings import TuneJob
     from pvrt_tune.settings.options import Changes, build
 
     recipe, _ = build(effort.value, None, Changes(scheme, samples, length))
     report, problem = plan_here(
-        model,
-        recipe,
-        device=device,
+        TuneJob(model, Path(), recipe, device=device, activations=activations.value),
         sampled=not data,
-        activations=activations.value,
         host_memory=host_memory,
         device_memory=device_memory,
     )

@@ -207,11 +207,11 @@ def test_a_run_that_is_stopped_in_both_stages_ends_with_the_same_bytes(
 
 def test_a_plan_counts_the_devices_memory_and_measures_its_rates(dense: Path, device: str) -> None:
     speed.measure.cache_clear()
-    options: dict[str, Any] = {"sampled": True, "activations": "auto"}
-    report, problem = plan_here(str(dense), RECIPE, device=device, **options)
+    job = TuneJob(str(dense), Path(), RECIPE, device=device)
+    report, problem = plan_here(job, sampled=True)
     assert problem is None
     assert f"measured on this {device} just now" in json.dumps(report)
-    _, problem = plan_here(str(dense), RECIPE, device=device, device_memory=0.001, **options)
+    _, problem = plan_here(job, sampled=True, device_memory=0.001)
     assert problem is not None and "device memory" in problem
 
 

@@ -16,7 +16,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from pvrt.errors import RunError
 from pvrt_tune import parallel, shards
 from pvrt_tune.parallel import Group, Rows, joined, top_share
-from pvrt_tune.run import RunState
+from pvrt_tune.store import Store
 
 
 @pytest.mark.parametrize("count", [1, 37, 999, 1000, 2000])
@@ -66,7 +66,7 @@ from pathlib import Path
 import torch
 from pvrt.errors import RunError
 from pvrt_tune import parallel, shards
-from pvrt_tune.run import RunState
+from pvrt_tune.store import Store
 from tests.tune.test_parallel import COUNTS, SIZES, gathered, is_read, raised, tensors
 signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = Path({folder!r})
@@ -90,7 +90,7 @@ found = {{}}
 with parallel.joined("cpu", print) as group:
     found["dealt"] = [parallel.dealt(range(n), size) for n in COUNTS for size in SIZES]
     found["gathered"] = gathered()
-    state = RunState(folder, writes=parallel.rank() == 0)
+    state = Store(folder, writes=parallel.rank() == 0)
     shards.save(state, "of-three-1", tensors(1), {{"from": 3}})
     shards.save(state, "of-three-2", tensors(2), {{"from": 3}})
     if parallel.rank() == 2:
@@ -134,7 +134,7 @@ def tensors(seed: int) -> dict[str, Rows]:
     return rows | whole
 
 
-def is_read(state: RunState, name: str, expected: dict[str, Rows]) -> bool:
+def is_read(state: Store, name: str, expected: dict[str, Rows]) -> bool:
     """Whether a piece fills this rank's rows with what is expected."""
     blank = {n: rows._replace(local=torch.zeros_like(rows.local)) for n, rows in expected.items()}
     shards.fill(state, name, blank)
@@ -151,7 +151,7 @@ def gathered() -> list[list[float]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where three processes left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    shards.save(RunState(folder), "of-one", tensors(5), {"from": 1})
+    shards.save(Store(folder), "of-one", tensors(5), {"from": 1})
     script = folder / "rank.py"
     script.write_text(SCRIPT.format(paths=sys.path, folder=str(folder)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -190,7 +190,7 @@ def test_one_process_reads_what_three_saved_and_the_other_way_round(
     folder: Path, found: list[dict[str, Any]]
 ) -> None:
     assert all(one["read"] for one in found)
-    state = RunState(folder)
+    state = Store(folder)
     assert state.parts("of-three-1") == RANKS
     assert state.report("of-three-1") == {"from": 3}
     assert is_read(state, "of-three-1", tensors(1))
@@ -204,7 +204,7 @@ def test_a_piece_with_a_damaged_part_is_passed_over_by_all(
     folder: Path, found: list[dict[str, Any]]
 ) -> None:
     assert [one["newest"] for one in found] == ["of-three-1"] * RANKS
-    state = RunState(folder)
+    state = Store(folder)
     assert state.report("of-three-2") is None
     assert shards.newest(state, "of-three-") == "of-three-1"
 
@@ -212,12 +212,12 @@ def test_a_piece_with_a_damaged_part_is_passed_over_by_all(
 def test_pieces_of_another_version_are_refused_with_a_sentence(folder: Path) -> None:
     more = tensors(5) | {"optimizer/a/news": Rows(torch.zeros(1), None)}
     with pytest.raises(RunError, match="other things; start again with --restart"):
-        shards.fill(RunState(folder), "of-one", more)
+        shards.fill(Store(folder), "of-one", more)
 
 
 def test_names_of_one_level_are_still_read(tmp_path: Path) -> None:
     """As version 0.1 saved them."""
-    state = RunState(tmp_path)
+    state = Store(tmp_path)
     names = ("a.codes", "a.latent", "norm", "a.codebooks")
     old = {name: rows.local for name, rows in zip(names, tensors(1).values(), strict=True)}
     state.save("old", old, {})

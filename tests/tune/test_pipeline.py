@@ -23,11 +23,12 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.modules.aqlm_linear import quantized_linears
 from pvrt_tune.calibrate import stage
 from pvrt_tune.data import text as calibration_text
+from pvrt_tune.data.text import Windows
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.memory_plan import Plan
 from pvrt_tune.plan.on_machine import plan_job
-from pvrt_tune.run import RUN_FOLDER, _discard
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
+from pvrt_tune.store import RUN_FOLDER, _discard
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -134,7 +135,7 @@ def test_targets_from_the_original_model_mend_what_earlier_blocks_broke(tmp_path
     recipe = replace(QUICK, scheme="1x4g8", samples=32, finetune=FinetuneSettings(epochs=12))
     recipe = replace(recipe, finetune=replace(recipe.finetune, learning_rate=1e-2))
     text = str(tmp_path / "text.txt")
-    tokens = calibration_text.from_text(text, toy_tokenizer(), 32, 32, seed=0).tokens
+    tokens = calibration_text.from_text(text, toy_tokenizer(), Windows(32, 32, seed=0)).tokens
     distance = {}
     for targets in ("quantised", "original"):
         out = tmp_path / targets
@@ -446,21 +447,21 @@ def test_text_comes_from_files_folders_and_jsonl(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh" * 40)
     (tmp_path / "b.jsonl").write_text('{"text": "0123456789"}\n' * 40)
     for spec in (tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path):
-        data = calibration_text.from_text(str(spec), tokenizer, 4, 16, seed=0)
+        data = calibration_text.from_text(str(spec), tokenizer, Windows(4, 16, seed=0))
         assert data.tokens.shape == (4, 16)
-    again = calibration_text.from_text(str(tmp_path), tokenizer, 4, 16, seed=0)
+    again = calibration_text.from_text(str(tmp_path), tokenizer, Windows(4, 16, seed=0))
     assert again.digest == data.digest
-    other = calibration_text.from_text(str(tmp_path), tokenizer, 4, 16, seed=1)
+    other = calibration_text.from_text(str(tmp_path), tokenizer, Windows(4, 16, seed=1))
     assert other.digest != data.digest
 
 
 def test_a_dataset_is_read_through_the_datasets_library(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "0123456789"}\n' * 40)
-    data = calibration_text.from_text(f"hf:{tmp_path}", toy_tokenizer(), 2, 16, seed=0)
+    data = calibration_text.from_text(f"hf:{tmp_path}", toy_tokenizer(), Windows(2, 16, seed=0))
     assert data.tokens.shape == (2, 16)
     (tmp_path / "train.jsonl").write_text('{"body": "0123456789"}\n')
     with pytest.raises(DataError, match='no column "text"'):
-        calibration_text.from_text(f"hf:{tmp_path}", toy_tokenizer(), 2, 16, seed=0)
+        calibration_text.from_text(f"hf:{tmp_path}", toy_tokenizer(), Windows(2, 16, seed=0))
 
 
 def test_conversations_pass_the_chat_template(tmp_path: Path) -> None:
@@ -470,18 +471,18 @@ def test_conversations_pass_the_chat_template(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     wanted = tokenizer("plain")["input_ids"]
     wanted += tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-    data = calibration_text.from_text(str(tmp_path), tokenizer, 1, len(wanted), seed=0)
+    data = calibration_text.from_text(str(tmp_path), tokenizer, Windows(1, len(wanted), seed=0))
     assert data.tokens.tolist() == [wanted]
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        calibration_text.from_text(str(tmp_path), tokenizer, 1, len(wanted), seed=0)
+        calibration_text.from_text(str(tmp_path), tokenizer, Windows(1, len(wanted), seed=0))
 
 
 def test_positions_begin_with_every_document_and_window(tmp_path: Path) -> None:
     rows = ["abc", "defghijklm", "nop"]
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
     tokenizer = toy_tokenizer()
-    data = calibration_text.from_text(str(tmp_path), tokenizer, 2, 8, seed=0)
+    data = calibration_text.from_text(str(tmp_path), tokenizer, Windows(2, 8, seed=0))
     assert data.positions is not None
     texts = (tokenizer.decode(window) for window in data.tokens)
     found = dict(zip(texts, data.positions.tolist(), strict=True))
@@ -502,7 +503,9 @@ def test_a_long_document_is_cut_where_its_tokens_part(tmp_path: Path) -> None:
     whole = tokenizer(text)["input_ids"]
     assert (whole[0], whole[-1]) == (256, 257)
     count = len(whole) // 64
-    data = calibration_text.from_text(str(tmp_path / "a.txt"), tokenizer, count, 64, seed=0)
+    data = calibration_text.from_text(
+        str(tmp_path / "a.txt"), tokenizer, Windows(count, 64, seed=0)
+    )
     wanted = torch.tensor(whole[: count * 64]).view(count, 64)
     assert sorted(data.tokens.tolist()) == sorted(wanted.tolist())
 
@@ -528,7 +531,7 @@ def test_text_is_read_from_all_over_and_no_more_than_is_needed(tmp_path: Path) -
         shown.append((done, total))
 
     file = str(tmp_path / "a.txt")
-    data = calibration_text.from_text(file, Counting(), 256, 64, 0, progress)
+    data = calibration_text.from_text(file, Counting(), Windows(256, 64, seed=0), progress)
     assert 256 * 64 <= read < 2 * 256 * 64
     assert shown[-1] == (256, 256)
     places = sorted(
@@ -540,14 +543,14 @@ def test_text_is_read_from_all_over_and_no_more_than_is_needed(tmp_path: Path) -
 
 def test_a_dataset_without_end_is_read_for_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_text, "documents", lambda spec: itertools.repeat("0123456789"))
-    data = calibration_text.from_text("hf:endless", toy_tokenizer(), 4, 16, seed=0)
+    data = calibration_text.from_text("hf:endless", toy_tokenizer(), Windows(4, 16, seed=0))
     assert data.tokens.shape == (4, 16)
 
 
 def test_too_little_text_names_both_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 40)
     with pytest.raises(DataError, match=r"holds 40 tokens, 4 windows of 16 need 64.*--samples 2"):
-        calibration_text.from_text(str(tmp_path / "a.txt"), toy_tokenizer(), 4, 16, seed=0)
+        calibration_text.from_text(str(tmp_path / "a.txt"), toy_tokenizer(), Windows(4, 16, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -561,23 +564,27 @@ def test_too_little_text_names_both_numbers(tmp_path: Path) -> None:
 def test_bad_text_files_are_named(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=sentence):
-        calibration_text.from_text(str(tmp_path / name), toy_tokenizer(), 1, 2, seed=0)
+        calibration_text.from_text(str(tmp_path / name), toy_tokenizer(), Windows(1, 2, seed=0))
 
 
 def test_missing_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        calibration_text.from_text(str(tmp_path / "a.txt"), toy_tokenizer(), 1, 2, seed=0)
+        calibration_text.from_text(str(tmp_path / "a.txt"), toy_tokenizer(), Windows(1, 2, seed=0))
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match="holds no text files"):
-        calibration_text.from_text(str(tmp_path / "folder"), toy_tokenizer(), 1, 2, seed=0)
+        calibration_text.from_text(str(tmp_path / "folder"), toy_tokenizer(), Windows(1, 2, seed=0))
 
 
 def test_text_sampled_from_the_model_is_repeatable_and_follows_it() -> None:
     model = toy_model("llama")
-    first = calibration_text.from_model(model, 8, 24, seed=0)
+    first = calibration_text.from_model(model, Windows(8, 24, seed=0))
     assert first.tokens.shape == (8, 24)
-    assert torch.equal(first.tokens, calibration_text.from_model(model, 8, 24, seed=0).tokens)
-    assert not torch.equal(first.tokens, calibration_text.from_model(model, 8, 24, seed=1).tokens)
+    assert torch.equal(
+        first.tokens, calibration_text.from_model(model, Windows(8, 24, seed=0)).tokens
+    )
+    assert not torch.equal(
+        first.tokens, calibration_text.from_model(model, Windows(8, 24, seed=1)).tokens
+    )
     uniform = torch.randint(0, model.config.vocab_size, (8, 24))
     with torch.inference_mode():
         losses = [float(model(ids, labels=ids).loss) for ids in (first.tokens, uniform)]

@@ -1,7 +1,7 @@
 """The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,37 +12,21 @@ from pvrt.format.aqlm import CONFIG_FILE, Checkpoint
 from pvrt.format.atomic import write_synced
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import parallel
-from pvrt_tune.calibrate.stage import walk
+from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
-from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
-from pvrt_tune.model_blocks import BlockList, find_blocks
+from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.plan.memory_plan import misfit, summary
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.stage import pv_tune, tuned_tensors
-from pvrt_tune.run import RUN_FOLDER, RunState, check_output, has_piece, open_run
-from pvrt_tune.settings import TuneJob
+from pvrt_tune.run import Run
+from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
+from pvrt_tune.store import RUN_FOLDER, Store, check_output, has_piece, open_store
 from pvrt_tune.write_checkpoint import write
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A run whose blocks are calibrated; `reports` are the blocks', on the first rank."""
-
-    job: TuneJob
-    source: Source
-    blocks: BlockList
-    data: CalibrationData
-    state: RunState
-    reports: list[dict[str, Any]]
-
-    def write(self) -> None:
-        """The checkpoint as it stands: the best state of PV-Tuning, or calibration's."""
-        tuned = tuned_tensors(self.state)
-        write(self.job, self.source, self.blocks, self.data, self.state, self.reports, *tuned)
 
 
 def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
@@ -58,12 +42,12 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
         report = _silent
     with parallel.joined(job.device, report) as group:
         job = replace(job, device=group.device)
-        run = group.first(lambda: _calibrate(job, report)) or _follow(job)
-        if run.state.finished:
+        run = group.first(lambda: _calibrated(job, report)) or _follow(job)
+        if run.store.finished:
             report(f"{job.out} is already complete; --restart tunes it again")
         else:
             with parallel.held_signals():
-                _finish(run, group, report, deadline)
+                _finish(run, group, deadline)
     return open_checkpoint(job.out)
 
 
@@ -71,58 +55,62 @@ def _silent(line: str) -> None:
     """Progress of all ranks but the first."""
 
 
-def _calibrate(job: TuneJob, report: Report) -> _Run:
-    """Everything up to a checkpoint that can be served."""
+def _calibrated(job: TuneJob, report: Report) -> Run:
+    """The run, up to a checkpoint that can be served."""
     check_output(job.out, resume=job.resume)
     job = _planned(job, report)
     source = load_source(job.model)
     blocks = find_blocks(source.model)
     text = _text(job, source, report)
-    fingerprint = _fingerprint(job, source, text)
     versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
-    state = open_run(job.out, fingerprint, versions, report, resume=job.resume, restart=job.restart)
-    if state.finished:
-        return _Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), state, [])
-    write_synced(state.folder / "config.yaml", as_yaml(job.recipe).encode())
-    data = text or _sampled(job, source, state, report)
+    store = open_store(job, _fingerprint(job, source, text), versions, report)
+    if store.finished:
+        return Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
+    write_synced(store.folder / "config.yaml", as_yaml(job.recipe).encode())
+    data = text or _sampled(job, source, store, report)
     release_memory()  # of reading the model and its text
-    reports = walk(job, source, blocks, data[job.recipe.calibration], state, report)
-    run = _Run(job, source, blocks, data, state, reports)
+    run = Run(job, source, blocks, data, store, report)
+    calibrate(run)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
-    served = state.calibrated and (job.out / CONFIG_FILE).exists()
+    served = store.calibrated and (job.out / CONFIG_FILE).exists()
     if job.recipe.training is not None and not served:
-        run.write()
-        state.note_calibrated()
+        _write(run)
+        store.note_calibrated()
         report(f"{job.out} can be served from here on; PV-Tuning makes it better")
     return run
 
 
-def _follow(job: TuneJob) -> _Run:
-    """What the first process has prepared, for the others."""
+def _follow(job: TuneJob) -> Run:
+    """The run that the first process has prepared, for the others."""
     source = load_source(job.model)
-    state = RunState(job.out / RUN_FOLDER, writes=False)
+    store = Store(job.out / RUN_FOLDER, writes=False)
     data = _text(job, source, _silent)
     if data is None:
-        saved = state.load("calibration")
+        saved = store.load("calibration")
         data = CalibrationData(saved.tensors["tokens"] if saved else torch.empty(0), "")
-    return _Run(job, source, find_blocks(source.model), data, state, [])
+    return Run(job, source, find_blocks(source.model), data, store, _silent)
 
 
-def _finish(run: _Run, group: parallel.Group, report: Report, deadline: float | None) -> None:
+def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
     """PV-Tuning, if the recipe has it, and the final checkpoint."""
-    job, state = run.job, run.state
     complete = True
-    if job.recipe.training is not None:
+    if run.recipe.training is not None:
         try:
-            complete = pv_tune(job, run.source, run.blocks, run.data, state, report, deadline)
+            complete = pv_tune(run, deadline)
         except KeyboardInterrupt:
-            group.first(run.write)
+            group.first(lambda: _write(run))
             raise
-    group.first(run.write)
+    group.first(lambda: _write(run))
     if complete:
-        group.first(lambda: state.finish({"blocks": len(run.reports)}))
+        group.first(lambda: run.store.finish({"blocks": len(run.blocks.blocks)}))
     else:
-        report(f"the time is over: {job.out} holds the best so far, the same command goes on")
+        out = run.settings.out
+        run.report(f"the time is over: {out} holds the best so far, the same command goes on")
+
+
+def _write(run: Run) -> None:
+    """The checkpoint as it stands: the best state of PV-Tuning, or calibration's."""
+    write(run, *tuned_tensors(run.store))
 
 
 def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | None:
@@ -137,9 +125,12 @@ def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | Non
         if clock.due():
             report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
 
-    return calibration_text.from_text(
-        job.data, source.tokenizer, recipe.windows, recipe.length, recipe.seed, progress
-    )
+    return calibration_text.from_text(job.data, source.tokenizer, _windows(recipe), progress)
+
+
+def _windows(recipe: Recipe) -> Windows:
+    """Of all text that a recipe asks for."""
+    return Windows(recipe.windows, recipe.length, recipe.seed)
 
 
 def _planned(job: TuneJob, report: Report) -> TuneJob:
@@ -159,9 +150,9 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
     return replace(job, activations=plan.activations)
 
 
-def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> CalibrationData:
+def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> CalibrationData:
     """The model's own text, kept with the run: resuming must not depend on repeating it."""
-    saved = state.load("calibration")
+    saved = store.load("calibration")
     if saved is not None:
         return CalibrationData(saved.tensors["tokens"], saved.report["origin"])
     recipe = job.recipe
@@ -176,10 +167,10 @@ def _sampled(job: TuneJob, source: Source, state: RunState, report: Report) -> C
     # Most CPUs only emulate 16-bit products.
     dtype = torch.float32 if job.device == "cpu" else None
     model = source.dense(dtype, job.device)
-    data = calibration_text.from_model(model, recipe.windows, recipe.length, recipe.seed, progress)
+    data = calibration_text.from_model(model, _windows(recipe), progress)
     del model
     release_memory()
-    state.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
+    store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
     return data
 
 

@@ -13,48 +13,48 @@ from safetensors import safe_open
 from pvrt.errors import RunError
 from pvrt_tune import parallel
 from pvrt_tune.parallel import Rows
-from pvrt_tune.run import RunState
+from pvrt_tune.store import Store
 
 
-def save(state: RunState, name: str, tensors: Mapping[str, Rows], report: dict[str, Any]) -> None:
+def save(store: Store, name: str, tensors: Mapping[str, Rows], report: dict[str, Any]) -> None:
     """Store a piece, on every rank. Raises RunError on all of them when a disk refuses."""
     mine = {
         key: rows.local.detach().contiguous()
         for key, rows in tensors.items()
         if rows.height is not None or parallel.rank() == 0
     }
-    hashes = parallel.together(lambda: state.write(name, mine, parallel.rank()))
-    state.note(name, hashes, report)
+    hashes = parallel.together(lambda: store.write(name, mine, parallel.rank()))
+    store.note(name, hashes, report)
 
 
-def newest(state: RunState, prefix: str) -> str | None:
+def newest(store: Store, prefix: str) -> str | None:
     """The last piece by name that is whole on the disk, the same one on every rank."""
 
     def sound(name: str) -> bool:
         # Every rank reads a share of the parts.
-        own = range(parallel.rank(), state.parts(name), parallel.world())
-        return all(parallel.together(lambda: all(state.sound(name, part) for part in own)))
+        own = range(parallel.rank(), store.parts(name), parallel.world())
+        return all(parallel.together(lambda: all(store.sound(name, part) for part in own)))
 
-    names = parallel.agreed(state.names(prefix))
+    names = parallel.agreed(store.names(prefix))
     return next((name for name in reversed(names) if sound(name)), None)
 
 
-def fill(state: RunState, name: str, tensors: Mapping[str, Rows]) -> None:
+def fill(store: Store, name: str, tensors: Mapping[str, Rows]) -> None:
     """Fill this rank's rows of all tensors from a piece, in place.
 
     Raises RunError when the piece lacks one of them.
     """
     with ExitStack() as stack:
         files = [
-            stack.enter_context(safe_open(state.file(name, part), "pt"))
-            for part in range(state.parts(name))
+            stack.enter_context(safe_open(store.file(name, part), "pt"))
+            for part in range(store.parts(name))
         ]
         first, last = set(files[0].keys()), set(files[-1].keys())
         for key, rows in tensors.items():
             found = key if key in first else _old_name(key)
             if found not in first:
                 raise RunError(
-                    f"{state.file(name)} was saved by a version of pvrt that kept other things; "
+                    f"{store.file(name)} was saved by a version of pvrt that kept other things; "
                     "start again with --restart"
                 )
             # Whole here may be cut there and the other way round: one process cuts nothing.

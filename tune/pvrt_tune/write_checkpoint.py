@@ -12,34 +12,20 @@ import pvrt
 from pvrt.format.aqlm import WriteOptions, quantization_config, write_checkpoint
 from pvrt.format.atomic import as_json
 from pvrt.format.grid import GridLayer, grid_config
-from pvrt.format.scheme import GridScheme, parse_scheme
-from pvrt_tune.calibrate.stage import finished_blocks
-from pvrt_tune.data.source_model import Source
-from pvrt_tune.data.text import CalibrationData
-from pvrt_tune.model_blocks import BlockList
-from pvrt_tune.run import RunState
-from pvrt_tune.settings import TuneJob
+from pvrt.format.scheme import GridScheme
+from pvrt_tune.run import Run
 
 
-def write(
-    job: TuneJob,
-    source: Source,
-    blocks: BlockList,
-    data: CalibrationData,
-    state: RunState,
-    reports: list[dict[str, Any]],
-    tuned: Mapping[str, Tensor] | None = None,
-    tuning: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the finished blocks of `state`, and all else from the source, to the job's folder.
+def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> None:
+    """Write the finished blocks of a run, and all else from its source, to its output folder.
 
-    `reports` are the blocks' own; the layers whose errors they hold are the quantised ones.
-    `tuned` tensors by name take the place of either, `tuning` says how they came about.
+    The layers whose errors the blocks' reports hold are the quantised ones. `tuned` tensors by name
+    take the place of either, `tuning` says how they came about; both may be empty.
     """
-    model = source.model
-    scheme = parse_scheme(job.recipe.scheme)
+    source, data, scheme = run.source, run.data, run.recipe.parsed_scheme
+    model, reports = source.model, run.block_reports()
     quantised = {
-        source.published(f"{blocks.prefix(index)}{name}")
+        source.published(f"{run.blocks.prefix(index)}{name}")
         for index, report in enumerate(reports)
         for name in report["errors"]
     }
@@ -54,21 +40,23 @@ def write(
     manifest = {
         "pvrt": pvrt.__version__,
         "torch": torch.__version__,
-        "versions": state.versions,
+        "versions": run.store.versions,
         "scheme": str(scheme),
         "base_model": {"name": Path(source.name).name, "sha256": source.digest},
         "data": {"origin": data.origin, "sha256": data.digest},
-        "recipe": job.recipe.record(),
+        "recipe": run.recipe.record(),
         "blocks": reports,
         **({"pv": dict(tuning)} if tuning else {}),
     }
     files = _tokenizer_files(source.tokenizer)
     if model.generation_config is not None:
         files["generation_config.json"] = as_json(model.generation_config.to_dict())
-    tensors = _tensors(source, blocks, state, tuned or {})
+    tensors = _tensors(run, tuned)
     if isinstance(scheme, GridScheme):
         tensors = _packed(tensors, set(quantised), scheme)
-    write_checkpoint(job.out, config, tensors, WriteOptions(files=files, manifest=manifest))
+    write_checkpoint(
+        run.settings.out, config, tensors, WriteOptions(files=files, manifest=manifest)
+    )
 
 
 def _products(model: nn.Module) -> Iterator[str]:
@@ -81,18 +69,17 @@ def _products(model: nn.Module) -> Iterator[str]:
             yield name
 
 
-def _tensors(
-    source: Source, blocks: BlockList, state: RunState, tuned: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(run: Run, tuned: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the checkpoint as files name them, one in memory at a time; tied ones once."""
+    source = run.source
 
     def newest(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         newer = tuned[name].to(tensor.dtype) if name in tuned else tensor
         return source.published(name), newer
 
-    for name in source.outside(blocks.name):
+    for name in source.outside(run.blocks.name):
         yield newest(name, source.read([name])[name])
-    for prefix, piece in finished_blocks(blocks, state):
+    for prefix, piece in run.finished_blocks():
         for name, tensor in piece.tensors.items():
             yield newest(f"{prefix}{name}", tensor)
 

@@ -65,7 +65,7 @@ def test_every_scheme_fits(scheme: str) -> None:
     """With as many entries as groups a layer is stored as it is, to the precision of float16."""
     weight, moment = problem()
     form = Scheme.parse(scheme)
-    fit = fit_layer(weight, moment, form, QUICK, torch.Generator(), torch.float16)
+    fit = fit_layer(weight, moment, form, QUICK, torch.Generator()).result(torch.float16)
     layer = fit.layer
     assert layer.codes.dtype is form.code_dtype
     assert layer.codes.shape == form.codes_shape(48, 64)
@@ -170,7 +170,7 @@ def test_unused_entries_come_back_to_life() -> None:
 def test_the_reported_error_is_that_of_the_stored_tensors() -> None:
     weight, moment = problem()
     scheme = Scheme.parse("2x6g8")
-    result = fit_layer(weight, moment, scheme, QUICK, torch.Generator(), torch.bfloat16)
+    result = fit_layer(weight, moment, scheme, QUICK, torch.Generator()).result(torch.bfloat16)
     layer = result.layer
     assert layer.codebooks.dtype is torch.bfloat16
     decoded = aqlm_dequantize(layer.codes, layer.codebooks.float(), layer.scales.float())
@@ -185,8 +185,8 @@ def test_the_metric_matters() -> None:
     """A fit in the metric of the inputs beats one in plain weight space, in that metric."""
     weight, moment = problem()
     scheme = Scheme.parse("2x6g8")
-    aware = fit_layer(weight, moment, scheme, QUICK, torch.Generator(), torch.float32)
-    blind = fit_layer(weight, torch.eye(64), scheme, QUICK, torch.Generator(), torch.float32)
+    aware = fit_layer(weight, moment, scheme, QUICK, torch.Generator()).result(torch.float32)
+    blind = fit_layer(weight, torch.eye(64), scheme, QUICK, torch.Generator()).result(torch.float32)
     decoded = aqlm_dequantize(blind.layer.codes, blind.layer.codebooks, blind.layer.scales)
     error = weight - decoded
     blind_error = ((error @ moment) * error).sum() / ((weight @ moment) * weight).sum()
@@ -203,8 +203,9 @@ def test_the_same_seed_gives_the_same_bytes(scheme: str) -> None:
             Scheme.parse(scheme),
             QUICK,
             torch.Generator().manual_seed(5),
-            torch.float16,
-        ).layer
+        )
+        .result(torch.float16)
+        .layer
         for _ in range(2)
     ]
     assert torch.equal(fits[0].codes, fits[1].codes)
@@ -223,8 +224,8 @@ def test_degenerate_layers_stay_finite(case: str) -> None:
         moment[5], moment[:, 5] = 0, 0
     else:
         moment = torch.outer(moment[0], moment[0])
-    result = fit_layer(
-        weight, moment, Scheme.parse("2x8g8"), QUICK, torch.Generator(), torch.float16
+    result = fit_layer(weight, moment, Scheme.parse("2x8g8"), QUICK, torch.Generator()).result(
+        torch.float16
     )
     layer = result.layer
     assert bool(torch.isfinite(layer.codebooks).all())
@@ -242,5 +243,4 @@ def test_a_group_size_that_does_not_divide_is_refused() -> None:
             Scheme.parse("2x8g8"),
             QUICK,
             torch.Generator(),
-            torch.float32,
         )

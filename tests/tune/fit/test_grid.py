@@ -75,7 +75,7 @@ def test_every_step_lowers_the_objective(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["w2g16", "w3g16s", "w4g32", "w4g64s"])
 def test_the_fit_beats_rounding_and_plain_gptq(scheme: str) -> None:
     (weight, moment), form = problem(out=96, in_features=128), GridScheme.parse(scheme)
-    mine = fit_grid(weight, moment, form, SETTINGS, torch.float32).relative_error
+    mine = fit_grid(weight, moment, form, SETTINGS).result(torch.float32).relative_error
     gptq = relative(weight, moment, plain(weight, moment, form, feedback=True))
     rounded = relative(weight, moment, plain(weight, moment, form, feedback=False))
     assert mine < 0.85 * gptq
@@ -101,7 +101,7 @@ def test_a_sweep_leaves_single_codes_optimal() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_reported_error_is_that_of_the_stored_tensors(scheme: str, dtype: torch.dtype) -> None:
     (weight, moment), form = problem(), GridScheme.parse(scheme)
-    fit = fit_grid(weight, moment, form, SETTINGS, dtype)
+    fit = fit_grid(weight, moment, form, SETTINGS).result(dtype)
     assert fit.scales.dtype is dtype
     assert (fit.zeros is None) is form.symmetric
     decoded = module(fit, form).float().dequantize().detach()
@@ -110,7 +110,7 @@ def test_the_reported_error_is_that_of_the_stored_tensors(scheme: str, dtype: to
 
 def test_the_same_layer_gives_the_same_bytes() -> None:
     form = GridScheme.parse("w3g16")
-    fits = [fit_grid(*problem(), form, SETTINGS, torch.float16) for _ in range(2)]
+    fits = [fit_grid(*problem(), form, SETTINGS).result(torch.float16) for _ in range(2)]
     assert torch.equal(fits[0].codes, fits[1].codes)
     assert torch.equal(fits[0].scales, fits[1].scales)
 
@@ -128,7 +128,8 @@ def test_degenerate_layers_stay_finite(scheme: str, case: str) -> None:
     else:
         moment = torch.outer(moment[0], moment[0])
     form = GridScheme.parse(scheme)
-    decoded = module(fit_grid(weight, moment, form, SETTINGS, torch.float16), form).dequantize()
+    fit = fit_grid(weight, moment, form, SETTINGS).result(torch.float16)
+    decoded = module(fit, form).dequantize()
     assert bool(torch.isfinite(decoded).all())
     if case == "zero weight":
         assert not decoded.any()
@@ -136,14 +137,14 @@ def test_degenerate_layers_stay_finite(scheme: str, case: str) -> None:
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot fit scheme w4g64 to a 48 x 96 layer"):
-        fit_grid(*problem(in_features=96), GridScheme(4, 64), SETTINGS, torch.float32)
+        fit_grid(*problem(in_features=96), GridScheme(4, 64), SETTINGS).result(torch.float32)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_scales_and_bias_train_and_codes_do_not(symmetric: bool) -> None:
     weight, moment = problem()
     form = GridScheme(3, 16, symmetric)
-    fit = fit_grid(weight, moment, form, SETTINGS, torch.float32)
+    fit = fit_grid(weight, moment, form, SETTINGS).result(torch.float32)
     linear = GridLinear(64, 48, form, bias=True)
     state = {"codes": fit.codes, "scales": fit.scales, "zeros": fit.zeros, "bias": torch.ones(48)}
     linear.load_state_dict({name: t for name, t in state.items() if t is not None})

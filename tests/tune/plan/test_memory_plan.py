@@ -163,7 +163,7 @@ def test_memory_of_a_layer_fit_is_as_counted(shape: tuple[int, int]) -> None:
     moment = x.T @ x / len(x)
     with LiveTensors() as live:
         scheme = Scheme.parse("2x4g8")
-        fit_layer(weight, moment, scheme, QUICK.fit, generator, torch.bfloat16)
+        fit_layer(weight, moment, scheme, QUICK.fit, generator).result(torch.bfloat16)
     assert fit_bytes(*shape) == pytest.approx(live.peak, rel=0.15)
 
 

@@ -22,7 +22,7 @@ from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import pv_step
 from pvrt_tune import parallel, shards
-from pvrt_tune.data.text import CalibrationData, from_model
+from pvrt_tune.data.text import CalibrationData, Windows, from_model
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
@@ -32,8 +32,8 @@ from pvrt_tune.pv.optimizer import STRATEGIES, WHOLE_PARTS, PVLayer, PVOptimizer
 from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentation, represent
 from pvrt_tune.pv.stage import teacher_of
 from pvrt_tune.pv.trainer import Student, Trainer
-from pvrt_tune.run import RunState
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
+from pvrt_tune.store import Store
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import toy_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK
@@ -221,7 +221,7 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_whole_logits(
 
 def test_packed_documents_do_not_see_each_other() -> None:
     model = toy_model("llama")
-    tokens = from_model(model, samples=2, length=12, seed=0).tokens
+    tokens = from_model(model, Windows(2, 12, seed=0)).tokens
     tokens[1, 5:] = tokens[0, :7]  # the second window's second document begins the first window
     positions = torch.stack([torch.arange(12), torch.cat([torch.arange(5), torch.arange(7)])])
     data = CalibrationData(tokens, "", positions)
@@ -237,7 +237,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 def test_a_model_that_ignores_positions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = toy_model("llama")
-    tokens = from_model(model, samples=1, length=12, seed=0).tokens
+    tokens = from_model(model, Windows(1, 12, seed=0)).tokens
     check_head(model, tokens, separate_documents=True)
 
     def blind(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -252,7 +252,7 @@ def test_states_of_the_original_model_are_mapped_from_their_pieces(tmp_path: Pat
     """Host memory would grow with the text: 34 GB at effort best and a width of 4096."""
     model = toy_model("llama")
     data = CalibrationData(torch.randint(0, 256, (10, 16)), "random")
-    state = RunState(tmp_path)
+    state = Store(tmp_path)
     computed: list[weakref.ref[Tensor]] = []
 
     def load(number: int) -> Tensor | None:
@@ -295,7 +295,7 @@ class Problem:
         if run is None:
             states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
         else:
-            states = teacher_of(teacher, data, RunState(run, writes=parallel.rank() == 0))
+            states = teacher_of(teacher, data, Store(run, writes=parallel.rank() == 0))
         if training.teacher_first:
             states.finish(lambda done, total: None)
         return Trainer(student, states, data, recipe)
@@ -320,7 +320,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     toy_tokenizer().save_pretrained(folder / "dense")
     recipe = replace(QUICK, samples=16)
     tune(TuneJob(str(folder / "dense"), folder / "out", recipe), lambda line: None)
-    tokens = from_model(model, samples=40, length=24, seed=1).tokens
+    tokens = from_model(model, Windows(40, 24, seed=1)).tokens
     return Problem(folder, tokens)
 
 
@@ -353,7 +353,7 @@ def learn_and_move(problem: Problem, tmp_path: Path, strategy: StrategyName) -> 
         pv = replace(pv, code_learning_rate=0.1)
     trainer = problem.trainer(replace(SETTINGS, pv=pv))
     before = codes_of(trainer)
-    outcome = trainer.run(RunState(tmp_path), lambda line: None)
+    outcome = trainer.run(Store(tmp_path), lambda line: None)
     assert outcome.best < 0.95 * outcome.before
     after = codes_of(trainer)
     moved = any(not torch.equal(before[name], after[name]) for name in before)
@@ -511,12 +511,12 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path)
 
     settings = loop_with(evaluate_every=4)
     whole = problem.trainer(settings)
-    whole.run(RunState(tmp_path / "whole"), lambda line: None)
+    whole.run(Store(tmp_path / "whole"), lambda line: None)
     with pytest.raises(Stop):
-        problem.trainer(settings).run(RunState(tmp_path / "stopped"), stop)
+        problem.trainer(settings).run(Store(tmp_path / "stopped"), stop)
     resumed = problem.trainer(settings)
     lines: list[str] = []
-    resumed.run(RunState(tmp_path / "stopped"), lines.append)
+    resumed.run(Store(tmp_path / "stopped"), lines.append)
     assert lines[0].startswith("PV step 16/")
     ours, theirs = resumed.optimizer.tensors(), whole.optimizer.tensors()
     assert ours.keys() == theirs.keys()
@@ -530,7 +530,7 @@ def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
     outcomes = []
     for low_memory in (False, True):
         trainer = problem.trainer(steps_with(low_memory=low_memory))
-        outcomes.append(trainer.run(RunState(tmp_path / str(low_memory)), lambda line: None))
+        outcomes.append(trainer.run(Store(tmp_path / str(low_memory)), lambda line: None))
         layer = next(iter(trainer.optimizer.layers.values()))
         assert layer.latent is not None
         kept = [tensor for name, tensor in layer.tensors().items() if name not in WHOLE_PARTS]
@@ -547,7 +547,7 @@ def test_a_student_that_computes_in_bfloat16_learns_as_well(
     outcomes = {}
     for compute in ("float32", "bfloat16"):
         trainer = problem.trainer(loop_with(compute=compute))
-        outcomes[compute] = trainer.run(RunState(tmp_path / compute), lambda line: None)
+        outcomes[compute] = trainer.run(Store(tmp_path / compute), lambda line: None)
     weights, model = trainer.student.weights(), trainer.student.model
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert model.get_input_embeddings().weight.dtype is torch.bfloat16
@@ -605,7 +605,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from pvrt_tune import parallel, shards
-from pvrt_tune.run import RunState
+from pvrt_tune.store import Store
 from tests.tune.pv.test_pv_tuning import Problem, curve, of_few
 torch.set_num_threads(1)
 with parallel.joined("cpu", print):
@@ -613,7 +613,7 @@ with parallel.joined("cpu", print):
     run = Path({run!r})
     trainer = problem.trainer(of_few({compute!r}), run)
     kls = curve(trainer, 4)
-    state = RunState(run, writes=parallel.rank() == 0)
+    state = Store(run, writes=parallel.rank() == 0)
     shards.save(state, "pv-state-0000004", trainer.optimizer.tensors(), {{}})
     trainer.settings = replace(trainer.settings, batch=2)
     kls += curve(trainer, 2)
@@ -701,7 +701,7 @@ def test_several_processes_learn_what_one_does(
     if compute == "float32":
         assert moved > 100 and same >= 0.9 * moved  # sums in another order may tip a tie
     # One process goes on from what several saved, each its rows.
-    resumed, state = problem.trainer(of_few(compute, batch=2)), RunState(run)
+    resumed, state = problem.trainer(of_few(compute, batch=2)), Store(run)
     assert state.parts("pv-state-0000004") == ranks
     resumed.step = 4
     resumed.optimizer.resume(4, lambda tensors: shards.fill(state, "pv-state-0000004", tensors))

@@ -23,18 +23,20 @@ class FinetuneReport:
     after: float
 
 
-def finetune_block(
-    block: nn.Module,
-    inputs: Activations,
-    targets: Activations,
-    arguments: dict[str, Any],
-    settings: FinetuneSettings,
-    generator: torch.Generator,
-) -> FinetuneReport:
-    """Train a block's floating parameters in place; the best state on held-out batches is kept.
+@dataclass(frozen=True)
+class Examples:
+    """What a block is to do: hidden states before and after it, and its other keyword arguments."""
 
-    inputs, targets: hidden states before and after the block.
-    """
+    inputs: Activations
+    targets: Activations
+    arguments: dict[str, Any]
+
+
+def finetune_block(
+    block: nn.Module, examples: Examples, settings: FinetuneSettings, generator: torch.Generator
+) -> FinetuneReport:
+    """Train a block's floating parameters in place; the best state on held-out batches is kept."""
+    inputs, targets, arguments = examples.inputs, examples.targets, examples.arguments
     count = max(1, round(settings.held_out * len(inputs)))
     train = list(range(len(inputs) - count)) or [0]
     held_out = list(range(len(inputs) - count, len(inputs)))

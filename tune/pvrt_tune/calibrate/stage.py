@@ -1,11 +1,10 @@
-"""The walk over blocks: each is quantised on the outputs of the quantised ones before it.
+"""Calibration block by block: each is quantised on the outputs of the quantised ones before it.
 
 One block at a time is in memory. Its dense weights come from the source when its turn comes, its
 quantised ones go to the run folder, and only hidden states stay.
 """
 
 import time
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +14,15 @@ from torch import Tensor, nn
 
 from pvrt.errors import RunError
 from pvrt.modules.aqlm_linear import decode_once
-from pvrt_tune.calibrate.block_tuning import finetune_block
+from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
-from pvrt_tune.data.source_model import Source, fill
-from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.data.source_model import fill
 from pvrt_tune.fit.layer import empty_like, quantize_linear
 from pvrt_tune.machine import release_memory
-from pvrt_tune.model_blocks import BlockList, batch_size, linears, observe, record_inputs, run_block
-from pvrt_tune.progress import Clock, Report
+from pvrt_tune.model_blocks import batch_size, linears, observe, record_inputs, run_block
+from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
-from pvrt_tune.run import Piece, RunState
-from pvrt_tune.settings import TuneJob
+from pvrt_tune.run import Run, block_piece
 
 
 @dataclass(frozen=True)
@@ -42,128 +39,94 @@ class Stream:
     arguments: list[dict[str, Any]]
 
 
-def walk(
-    job: TuneJob,
-    source: Source,
-    blocks: BlockList,
-    data: CalibrationData,
-    state: RunState,
-    report: Report,
-) -> list[dict[str, Any]]:
-    """Quantise all blocks in order and leave them as pieces of `state`. Returns their reports."""
-    count = len(blocks.blocks)
-    finished = [state.report(piece_name(index)) for index in range(count)]
-    if None not in finished:
-        return [piece for piece in finished if piece is not None]
-    stream = _start(job, source, blocks, data, state)
+def calibrate(run: Run) -> None:
+    """Quantise all blocks in order and leave them as pieces of the run's store."""
+    count, store = len(run.blocks.blocks), run.store
+    if all(store.report(block_piece(index)) is not None for index in range(count)):
+        return
+    stream = _start(run)
     clock, again = Clock(count), Clock(count)
-    reports = []
     for index in range(count):
-        name = piece_name(index)
         dense = None
-        if job.recipe.targets == "original":
-            dense = _dense(job, source, blocks, index)
+        if run.recipe.targets == "original":
+            dense = _dense(run, index)
             _advance(dense, stream.targets, stream.arguments[index])
-        saved = state.load(name)
+        saved = store.load(block_piece(index))
         if saved is not None:
-            block = rebuild(blocks.blocks[index], saved.tensors, job)
-            block_report = saved.report
+            block = rebuild(run, index, saved.tensors)
             clock.total -= 1
             again.done += 1
             if again.due():
-                report(f"block {index + 1}/{count} is finished: its outputs are computed again")
+                run.report(f"block {index + 1}/{count} is finished: its outputs are computed again")
         else:
-            dense = dense or _dense(job, source, blocks, index)
-            block, block_report = _quantize_block(job, blocks, index, dense, stream)
-            state.save(name, block.state_dict(), block_report)
+            block, block_report = _quantize_block(run, index, dense or _dense(run, index), stream)
+            store.save(block_piece(index), block.state_dict(), block_report)
             clock.done += 1
-            report(_block_line(index, count, block_report, clock))
+            run.report(_block_line(index, count, block_report, clock))
         release_memory()
-        reports.append(block_report)
         if index + 1 < count:
             decode_once(block.float())
             _advance(block, stream.hidden, stream.arguments[index])
         del block, dense  # before the next one comes
-    return reports
 
 
-def piece_name(index: int) -> str:
-    """Name of a finished block among the pieces of a run."""
-    return f"block-{index:05d}"
-
-
-def finished_blocks(blocks: BlockList, state: RunState) -> Iterator[tuple[str, Piece]]:
-    """(dotted prefix, piece) of all blocks in order; the walk must be through.
-
-    Raises RunError when a piece has been damaged since.
-    """
-    for index in range(len(blocks.blocks)):
-        piece = state.load(piece_name(index))
-        if piece is None:
-            raise RunError(
-                f"{piece_name(index)} in {state.folder} was damaged or removed during the run; "
-                "the same command makes it again"
-            )
-        yield blocks.prefix(index), piece
-
-
-def _start(
-    job: TuneJob, source: Source, blocks: BlockList, data: CalibrationData, state: RunState
-) -> Stream:
-    """Embed all windows: what enters the first block."""
-    samples, length = data.tokens.shape
+def _start(run: Run) -> Stream:
+    """Embed the windows that calibrate: what enters the first block."""
+    source, blocks = run.source, run.blocks
+    tokens = run.data[run.recipe.calibration].tokens
+    samples, length = tokens.shape
     shape = (samples, length, source.model.config.get_text_config().hidden_size)
     batch = batch_size(samples)
 
-    def store() -> Activations:
-        kept = on_disk(shape, state.folder) if job.activations == "disk" else in_memory(shape)
-        return Activations(kept, batch, job.device)
+    def states() -> Activations:
+        disk = run.settings.activations == "disk"
+        kept = on_disk(shape, run.store.folder) if disk else in_memory(shape)
+        return Activations(kept, batch, run.device)
 
-    hidden, targets = store(), store()
+    hidden, targets = states(), states()
     head = source.model.get_output_embeddings()
     unused = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head else set()
     everything = source.model.state_dict(keep_vars=True)
     names = [name for name in source.outside(blocks.name) if id(everything[name]) not in unused]
-    model = source.partial(names, job.device)
-    arguments = record_inputs(model, blocks, data.tokens, batch, hidden)
-    if job.recipe.targets == "original":
+    model = source.partial(names, run.device)
+    arguments = record_inputs(model, blocks, tokens, batch, hidden)
+    if run.recipe.targets == "original":
         targets.copy_(hidden)
     return Stream(hidden, targets, arguments)
 
 
-def _dense(job: TuneJob, source: Source, blocks: BlockList, index: int) -> nn.Module:
+def _dense(run: Run, index: int) -> nn.Module:
     """One block of the original model in float32, on the device."""
-    return source.load(f"{blocks.name}.{index}", job.device, torch.float32)
+    return run.source.load(f"{run.blocks.name}.{index}", run.device, torch.float32)
 
 
 def _quantize_block(
-    job: TuneJob, blocks: BlockList, index: int, block: nn.Module, stream: Stream
+    run: Run, index: int, block: nn.Module, stream: Stream
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Quantise a dense block in place. Returns it, rounded to the model's own precision, and its
     report.
     """
     started = time.monotonic()
-    recipe, arguments = job.recipe, stream.arguments[index]
+    recipe, prefix, arguments = run.recipe, run.blocks.prefix(index), stream.arguments[index]
     own_targets = stream.targets if recipe.targets == "quantised" else None
     moments = observe(block, stream.hidden, arguments, own_targets)
     release_memory()
-    dtype = _float_dtype(blocks.blocks[index])
+    dtype = _float_dtype(run.blocks.blocks[index])
     errors = {}
     for name, linear in list(linears(block)):
         if name not in moments:
             raise RunError(
-                f"no calibration token reached {blocks.prefix(index)}{name}; raise --samples or "
-                "give other text with --data"
+                f"no calibration token reached {prefix}{name}; raise --samples or give other text "
+                "with --data"
             )
-        generator = seeded(recipe.seed, f"{blocks.prefix(index)}{name}")
+        generator = seeded(recipe.seed, f"{prefix}{name}")
         quantised = quantize_linear(linear, moments.pop(name), recipe, generator, dtype)
         block.set_submodule(name, quantised.module)
         errors[name] = quantised.relative_error
         release_memory()
-    generator = seeded(recipe.seed, f"{blocks.prefix(index)}finetune")
-    tuned = finetune_block(
-        block, stream.hidden, stream.targets, arguments, recipe.finetune, generator
-    )
+    generator = seeded(recipe.seed, f"{prefix}finetune")
+    examples = Examples(stream.hidden, stream.targets, arguments)
+    tuned = finetune_block(block, examples, recipe.finetune, generator)
     report = {
         "errors": errors,
         "output_error": {"before_finetune": tuned.before, "after": tuned.after},
@@ -184,14 +147,15 @@ def _rounded(block: nn.Module, dtype: torch.dtype) -> nn.Module:
     return block
 
 
-def rebuild(skeleton: nn.Module, tensors: dict[str, Tensor], job: TuneJob) -> nn.Module:
+def rebuild(run: Run, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     """A quantised block from its saved tensors; the skeleton says what its layers looked like."""
+    skeleton = run.blocks.blocks[index]
     block = deepcopy(skeleton)
     dtype = _float_dtype(skeleton)
     for name, linear in list(linears(block)):
         if f"{name}.weight" not in tensors:
-            block.set_submodule(name, empty_like(linear, job.recipe, dtype))
-    fill(block, {name: tensor.to(job.device) for name, tensor in tensors.items()}, job.device)
+            block.set_submodule(name, empty_like(linear, run.recipe.parsed_scheme, dtype))
+    fill(block, {name: tensor.to(run.device) for name, tensor in tensors.items()}, run.device)
     return block
 
 

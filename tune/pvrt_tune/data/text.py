@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,12 +53,18 @@ class CalibrationData:
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
+class Windows(NamedTuple):
+    """How many windows of text to draw, of how many tokens each, and the seed of the draw."""
+
+    count: int
+    length: int
+    seed: int
+
+
 def from_text(
     spec: str,
     tokenizer: Any,
-    samples: int,
-    length: int,
-    seed: int,
+    wanted: Windows,
     progress: Callable[[int, int], None] | None = None,
 ) -> CalibrationData:
     """Random non-overlapping windows of a text file, a folder of them, or a dataset.
@@ -66,8 +72,9 @@ def from_text(
     `spec` is a path, or a Hugging Face dataset name ("name", "name:split"; "hf:" forces it), of
     which the beginning is read. Documents are tokenised piece by piece, in stretches from all over
     the text until they give enough windows, and joined. `progress(done, total)` counts windows.
-    Raises DataError when the text is unreadable or has fewer than samples x length tokens.
+    Raises DataError when the text is unreadable or has fewer tokens than the windows wanted.
     """
+    samples, length, seed = wanted
     stretches = list(_stretches(documents(spec), length, _reach(spec, samples * length)))
     order = torch.randperm(len(stretches), generator=torch.Generator().manual_seed(seed)).tolist()
     read: dict[int, _Tokens] = {}
@@ -307,11 +314,7 @@ def _dataset_documents(name: str) -> Iterator[Document]:
 
 
 def from_model(
-    model: Any,
-    samples: int,
-    length: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    model: Any, wanted: Windows, progress: Callable[[int, int], None] | None = None
 ) -> CalibrationData:
     """Windows sampled from the model itself, for when no text is at hand.
 
@@ -319,6 +322,7 @@ def from_model(
     follows the model's own distribution at temperature 1. `progress(done, total)` counts tokens
     in rows of windows. Deterministic for one seed on one machine.
     """
+    samples, length, seed = wanted
     generator = torch.Generator().manual_seed(seed)
     rows = rows_at_once(model.config, samples, length)
     windows: list[Tensor] = []

@@ -340,9 +340,8 @@ def fit_layer(
     scheme: Scheme,
     settings: FitSettings,
     generator: torch.Generator,
-    dtype: torch.dtype,
-) -> LayerFit:
-    """Quantise one weight [out, in] given H [in, in]; codebooks and scales are stored in `dtype`.
+) -> AdditiveFit:
+    """Quantise one weight [out, in] given H [in, in]; `result` rounds it to what is stored.
 
     Raises ValueError when the scheme does not divide the layer.
     """
@@ -356,4 +355,4 @@ def fit_layer(
         fit.sweep()
     fit.fit_codebooks()
     fit.fit_scales()
-    return fit.result(dtype)
+    return fit

@@ -44,7 +44,6 @@ class GridLinear(nn.Module):
         bias: bool = False,
         *,
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if not scheme.divides(out_features, in_features):
@@ -53,16 +52,16 @@ class GridLinear(nn.Module):
             )
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         shape = scheme.scales_shape(out_features, in_features)
-        codes = torch.zeros(out_features, in_features, dtype=torch.uint8, device=device)
+        codes = torch.zeros(out_features, in_features, dtype=torch.uint8)
         self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scales = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+        self.scales = nn.Parameter(torch.zeros(shape, dtype=dtype))
         self.zeros: nn.Parameter | None = None
         if not scheme.symmetric:
-            zeros = torch.zeros(shape, dtype=torch.uint8, device=device)
+            zeros = torch.zeros(shape, dtype=torch.uint8)
             self.zeros = nn.Parameter(zeros, requires_grad=False)
         self.bias: nn.Parameter | None = None
         if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype))
 
     @property
     def packed_bytes(self) -> int:
@@ -270,13 +269,9 @@ class GridFit:
 
 
 def fit_grid(
-    weight: Tensor,
-    second_moment: Tensor,
-    scheme: GridScheme,
-    settings: FitSettings,
-    dtype: torch.dtype,
-) -> GridLayerFit:
-    """Quantise one weight [out, in] given H [in, in]; scales are stored in `dtype`.
+    weight: Tensor, second_moment: Tensor, scheme: GridScheme, settings: FitSettings
+) -> GridFit:
+    """Quantise one weight [out, in] given H [in, in]; `result` rounds it to what is stored.
 
     Of the settings `rounds`, `damping` and `column_block` matter. Raises ValueError when the scheme
     does not divide the layer.
@@ -286,4 +281,4 @@ def fit_grid(
     fit.assign_with_feedback()
     for _ in range(settings.rounds):
         fit.sweep()
-    return fit.result(dtype)
+    return fit

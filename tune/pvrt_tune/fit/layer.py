@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pvrt.format.scheme import GridScheme, parse_scheme
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.fit.grid import GridLinear, fit_grid
@@ -32,17 +32,17 @@ def quantize_linear(
 
     Values are rounded to what `dtype` can store.
     """
-    scheme = parse_scheme(recipe.scheme)
+    scheme = recipe.parsed_scheme
     tensors: Mapping[str, Tensor | None]
     if isinstance(scheme, GridScheme):
-        grid = fit_grid(linear.weight, second_moment, scheme, recipe.fit, dtype)
+        grid = fit_grid(linear.weight, second_moment, scheme, recipe.fit).result(dtype)
         tensors = {"codes": grid.codes, "scales": grid.scales, "zeros": grid.zeros}
         error = grid.relative_error
     else:
-        fit = fit_layer(linear.weight, second_moment, scheme, recipe.fit, generator, dtype)
+        fit = fit_layer(linear.weight, second_moment, scheme, recipe.fit, generator).result(dtype)
         layer, error = fit.layer, fit.relative_error
         tensors = {"codes": layer.codes, "codebooks": layer.codebooks, "scales": layer.scales}
-    module = empty_like(linear, recipe, torch.float32).to(linear.weight.device)
+    module = empty_like(linear, scheme, torch.float32).to(linear.weight.device)
     state = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if linear.bias is not None:
         state["bias"] = linear.bias.detach()
@@ -50,9 +50,11 @@ def quantize_linear(
     return QuantizedLinear(module, error)
 
 
-def empty_like(linear: nn.Linear, recipe: Recipe, dtype: torch.dtype) -> AQLMLinear | GridLinear:
+def empty_like(
+    linear: nn.Linear, scheme: Scheme | GridScheme, dtype: torch.dtype
+) -> AQLMLinear | GridLinear:
     """The quantised module of a dense layer's shape, on the CPU, waiting for its tensors."""
-    scheme, bias = parse_scheme(recipe.scheme), linear.bias is not None
+    bias = linear.bias is not None
     shape = linear.in_features, linear.out_features
     if isinstance(scheme, GridScheme):
         return GridLinear(*shape, scheme, bias, dtype=dtype)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pvrt.format.scheme import Scheme, parse_scheme
+from pvrt.format.scheme import Scheme
 from pvrt.kv_cache import USABLE, CacheShape, cache_shape
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.text import rows_at_once
@@ -161,7 +161,7 @@ def _quantised(block: nn.Module, recipe: Recipe) -> Iterator[tuple[nn.Linear, nn
     """Every layer to quantise, and its quantised module on the meta device."""
     with torch.device("meta"):
         for _, linear in linears(block):
-            yield linear, empty_like(linear, recipe, linear.weight.dtype)
+            yield linear, empty_like(linear, recipe.parsed_scheme, linear.weight.dtype)
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -323,7 +323,7 @@ class _Planner:
         one = [s.read + s.written + 1.4 * s.widest + 2 * s.norms for s in shapes]
         config = self.model.config.get_text_config()
         layers = [out * inputs for shape in shapes for out, inputs in shape.linears]
-        scheme = parse_scheme(recipe.scheme)
+        scheme = recipe.parsed_scheme
         sizes = Sizes(
             quantised=sum(layers),
             groups=sum(layers) // scheme.in_group_size if isinstance(scheme, Scheme) else 0,
@@ -355,7 +355,7 @@ class _Planner:
         dense = sum(_bytes(parameter) for parameter in self.stored)
         size = sum(_bytes(parameter) for parameter in self.outside)
         size += sum(shape.quantised for shape in self.shapes)
-        scheme = parse_scheme(self.recipe.scheme)
+        scheme = self.recipe.parsed_scheme
         bits = weights = 0
         for block in self.blocks.blocks:
             for linear, module in _quantised(block, self.recipe):
@@ -372,35 +372,45 @@ class _Planner:
 
 def misfit(plan: Plan, machine: Machine) -> str | None:
     """One sentence with the numbers and the flag that helps, when the run cannot fit."""
-    place = "device" if plan.request.device != "cpu" else "host"
     host, disk = plan.peak("host_bytes"), plan.peak("disk_bytes")
     device = plan.peak("device_bytes")
     if machine.device is not None and device.device_bytes > machine.device:
-        return _sentence(plan, device, device.device_bytes, machine.device, "device memory", place)
+        lacking = _lacking(device, device.device_bytes, machine.device, "of device memory")
+        return lacking + _help(plan, device)
     if host.host_bytes > machine.host:
-        return _sentence(plan, host, host.host_bytes, machine.host, "host memory", place)
+        lacking = _lacking(host, host.host_bytes, machine.host, "of host memory")
+        # Hidden states are the only part of a phase that can leave the host's memory.
+        if plan.activations == "memory" and host.name not in _NO_HIDDEN_STATES:
+            advice = "keep hidden states on disk with --activations disk, or lower --samples"
+            return lacking + advice
+        return lacking + _help(plan, host)
     if disk.disk_bytes > machine.disk:
-        return (
-            f"{disk.name} needs {gigabytes(disk.disk_bytes)} of disk, "
-            f"{gigabytes(machine.disk)} are free; free some, or give --out on another disk"
-        )
+        lacking = _lacking(disk, disk.disk_bytes, machine.disk, "of disk")
+        return lacking + "free some, or give --out on another disk"
     return None
 
 
-def _sentence(plan: Plan, phase: Phase, needed: int, free: int, what: str, place: str) -> str:
-    shown = f"{phase.name} needs {gigabytes(needed)} of {what}, {gigabytes(free)} are free; "
+#: Phases that keep none, at least none on the host.
+_NO_HIDDEN_STATES = ("sampling", "PV-Tuning", "write")
+
+
+def _lacking(phase: Phase, needed: int, free: int, what: str) -> str:
+    return f"{phase.name} needs {gigabytes(needed)} {what}, {gigabytes(free)} are free; "
+
+
+def _help(plan: Plan, phase: Phase) -> str:
+    """What makes a phase need less memory."""
     if phase.name == "sampling":
-        return shown + "give calibration text with --data, so that the model need not write it"
+        return "give calibration text with --data, so that the model need not write it"
     if phase.name == "PV-Tuning":
-        return shown + (
+        return (
             "leave it out with --no-pv, or save memory with low_memory, teacher_first and "
             "recompute_activations in a --config file (docs/tuning.md)"
         )
-    if plan.activations == "memory" and what == "host memory" and phase.name != "write":
-        return shown + "keep hidden states on disk with --activations disk, or lower --samples"
     if phase.name in ("block pass", "block fine-tune"):
-        return shown + "lower --length, or free some"
-    return shown + (f"free some, or use a {place} with more")
+        return "lower --length, or free some"
+    place = "device" if plan.request.device != "cpu" else "host"
+    return f"free some, or use a {place} with more"
 
 
 def gigabytes(size: float) -> str:

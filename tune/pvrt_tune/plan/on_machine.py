@@ -2,16 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pvrt.device import default_device, is_here
-from pvrt.format.scheme import parse_scheme
 from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import check_divisible, find_blocks
 from pvrt_tune.plan import speed
 from pvrt_tune.plan.memory_plan import Plan, Request, describe, misfit, plan_run
-from pvrt_tune.settings import Recipe, TuneJob
+from pvrt_tune.settings import TuneJob
 
 
 def plan_job(job: TuneJob, machine: Machine, *, sampled: bool) -> Plan:
@@ -31,16 +30,17 @@ def plan_job(job: TuneJob, machine: Machine, *, sampled: bool) -> Plan:
 
 
 def plan_here(
-    model: str,
-    recipe: Recipe,
+    job: TuneJob,
     *,
-    device: str,
     sampled: bool,
-    activations: Literal["auto", "memory", "disk"],
     host_memory: float | None = None,
     device_memory: float | None = None,
 ) -> tuple[dict[str, Any], str | None]:
-    """(description, why it does not fit) of a run; memory in GB, default what is free here."""
+    """(description, why it does not fit) of a run; memory in GB, default what is free here.
+
+    The job's device may be "auto" and need not be here; where it writes does not matter.
+    """
+    device = job.device
     if device == "auto":
         device = "cuda" if device_memory is not None else default_device()
     machine = Machine.here(device if is_here(device) else "cpu", Path())
@@ -48,18 +48,14 @@ def plan_here(
         machine = replace(machine, host=int(host_memory * 1e9))
     if device_memory is not None and device != "cpu":
         machine = replace(machine, device=int(device_memory * 1e9))
-    plan = plan_job(
-        TuneJob(model, Path(), recipe, device=device, activations=activations),
-        machine,
-        sampled=sampled,
-    )
+    plan = plan_job(replace(job, device=device), machine, sampled=sampled)
     memory = machine.host if machine.device is None else machine.device
     return describe(plan, memory), misfit(plan, machine)
 
 
 def _plan(request: Request, machine: Machine) -> Plan:
     model = load_skeleton(request.model)
-    check_divisible(find_blocks(model), parse_scheme(request.recipe.scheme))
+    check_divisible(find_blocks(model), request.recipe.parsed_scheme)
     here = is_here(request.device)
     rates = speed.measure(request.device) if here else speed.GPU_OF_A100_CLASS
     return plan_run(model, request, rates, machine)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from pvrt.format.scheme import GridScheme, parse_scheme
+from pvrt.format.scheme import GridScheme
 from pvrt_tune.fit.additive import entries_scored
 from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.settings import Recipe
@@ -52,7 +52,7 @@ def fit_products(out: int, in_features: int, recipe: Recipe) -> float:
 
 def fit_search(out: int, in_features: int, recipe: Recipe) -> float:
     """Operations in scoring codebook entries of one layer's fit: k-means, assignment, sweeps."""
-    scheme, settings = parse_scheme(recipe.scheme), recipe.fit
+    scheme, settings = recipe.parsed_scheme, recipe.fit
     if isinstance(scheme, GridScheme):  # a rounding per weight and round, however many levels
         return 100.0 * (settings.rounds + 2) * out * in_features
     entries = entries_scored(scheme, settings)

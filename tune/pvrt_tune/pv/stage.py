@@ -8,66 +8,57 @@ import torch
 from torch import Tensor
 
 from pvrt_tune import parallel
-from pvrt_tune.calibrate.stage import finished_blocks, rebuild
-from pvrt_tune.data.source_model import Source
+from pvrt_tune.calibrate.stage import rebuild
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import compute_dtype, release_memory
-from pvrt_tune.model_blocks import BlockList
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher, check_head
 from pvrt_tune.pv.trainer import BEST, Student, Trainer
-from pvrt_tune.run import RunState
-from pvrt_tune.settings import Recipe, TuneJob
+from pvrt_tune.run import Run
+from pvrt_tune.settings import Recipe
+from pvrt_tune.store import Store
 
 
-def pv_tune(
-    job: TuneJob,
-    source: Source,
-    blocks: BlockList,
-    data: CalibrationData,
-    state: RunState,
-    report: Report,
-    deadline: float | None,
-) -> bool:
-    """Tune the calibrated blocks of `state` against the original model's logits.
+def pv_tune(run: Run, deadline: float | None) -> bool:
+    """Tune the calibrated blocks of a run against the original model's logits.
 
-    data: the first `held_out` windows choose the best state, the others train. The
-    best student so far is kept as a piece. Returns whether the planned steps were all done (or
-    patience ended them); False when the deadline (time.monotonic) came first.
+    The first `held_out` windows of its data choose the best student, which is kept as a piece; the
+    others train. Returns whether the planned steps were all done (or patience ended them); False
+    when the deadline (time.monotonic) came first.
     """
-    settings = job.recipe.training
+    recipe, report = run.recipe, run.report
+    settings = recipe.training
     assert settings is not None
-    data = data if settings.separate_documents else replace(data, positions=None)
-    compute = compute_dtype(settings.compute, job.device)
-    original = source.dense(compute if job.device == "cpu" else None, job.device)
-    sample = data.tokens[:1, :32].to(job.device)
+    data = run.data if settings.separate_documents else replace(run.data, positions=None)
+    compute = compute_dtype(settings.compute, run.device)
+    original = run.source.dense(compute if run.device == "cpu" else None, run.device)
+    sample = data.tokens[:1, :32].to(run.device)
     check_head(original, sample, separate_documents=settings.separate_documents)
-    teacher = teacher_of(original, data, state)
+    teacher = teacher_of(original, data, run.store)
     del original
     if settings.teacher_first:
         teacher.finish(_progress(len(data), report))
         release_memory()
-    student = Student.of(calibrated(job, source, blocks, state), compute)
-    trainer = Trainer(student, teacher, data, job.recipe)
-    report(_start_line(job.recipe, data))
-    return trainer.run(state, report, deadline).complete
+    trainer = Trainer(Student.of(calibrated(run), compute), teacher, data, recipe)
+    report(_start_line(recipe, data))
+    return trainer.run(run.store, report, deadline).complete
 
 
-def tuned_tensors(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def tuned_tensors(store: Store) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The best student's tensors by checkpoint name, and what the manifest says about them."""
-    for name in reversed(state.names(BEST)):
-        best = state.load(name)
+    for name in reversed(store.names(BEST)):
+        best = store.load(name)
         if best is not None:
             return best.tensors, best.report
     return {}, {}
 
 
-def calibrated(job: TuneJob, source: Source, blocks: BlockList, state: RunState) -> Any:
+def calibrated(run: Run) -> Any:
     """The whole calibrated model in float32 on the device, from the source and finished blocks."""
-    model = source.partial(source.outside(blocks.name), job.device)
-    listed = model.get_submodule(blocks.name)
-    for index, (_, piece) in enumerate(finished_blocks(blocks, state)):
-        listed[index] = rebuild(blocks.blocks[index], piece.tensors, job)
+    model = run.source.partial(run.source.outside(run.blocks.name), run.device)
+    listed = model.get_submodule(run.blocks.name)
+    for index, (_, piece) in enumerate(run.finished_blocks()):
+        listed[index] = rebuild(run, index, piece.tensors)
     model.tie_weights()
     for parameter in model.parameters():  # a tensor of the source may be a view of its file
         if parameter.is_floating_point():
@@ -75,22 +66,22 @@ def calibrated(job: TuneJob, source: Source, blocks: BlockList, state: RunState)
     return model
 
 
-def teacher_of(model: Any, data: CalibrationData, state: RunState) -> Teacher:
+def teacher_of(model: Any, data: CalibrationData, store: Store) -> Teacher:
     """The original model as a teacher whose states are pieces of the run, on every rank."""
 
     def load(number: int) -> Tensor | None:
-        piece = state.load(_states_name(number))
+        piece = store.load(_states_name(number))
         return None if piece is None else piece.tensors["hidden"]
 
     def save(number: int, hidden: Tensor | None) -> None:
         def write() -> tuple[str, str] | None:
             name = _states_name(number)
-            return None if hidden is None else (name, state.write(name, {"hidden": hidden}))
+            return None if hidden is None else (name, store.write(name, {"hidden": hidden}))
 
         for written in parallel.together(write):
             if written is not None:
                 name, digest = written
-                state.note(name, [digest], {})
+                store.note(name, [digest], {})
 
     return Teacher(model, data, TEACHER_CHUNK, load, save)
 

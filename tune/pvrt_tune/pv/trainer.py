@@ -19,8 +19,8 @@ from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_loss, on_device
 from pvrt_tune.pv.optimizer import PVOptimizer
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.randomness import seeded
-from pvrt_tune.run import RunState
 from pvrt_tune.settings import Recipe
+from pvrt_tune.store import Store
 
 #: Pieces of a run, numbered by step: the best student so far, and the state to go on from.
 BEST, STATE = "pv-best-", "pv-state-"
@@ -140,15 +140,15 @@ class Trainer:
         self.step, self.steps = 0, settings.steps
         self.curves: list[dict[str, float]] = []
 
-    def run(self, state: RunState, report: Report, deadline: float | None = None) -> Outcome:
+    def run(self, store: Store, report: Report, deadline: float | None = None) -> Outcome:
         """Train to the last step, the deadline (time.monotonic) or the end of patience.
 
         Goes on from the newest state of the run folder. The best student is kept there. Raises
         KeyboardInterrupt between steps on every rank when any of several was interrupted.
         """
-        self._resume(state)
+        self._resume(store)
         if not self.curves:
-            self._evaluate(state, report)
+            self._evaluate(store, report)
         started, begun = time.monotonic(), self.step
         while self.step < self.steps and not self._stale():
             parallel.stop_if_asked()
@@ -159,8 +159,8 @@ class Trainer:
             if deadline is not None and self.step in _PROBES:
                 self._plan(deadline, pace, report)
             if self.step % self.settings.evaluate_every == 0 or self.step >= self.steps:
-                self._evaluate(state, report, {**figures, "left": pace * (self.steps - self.step)})
-                self._save(state)
+                self._evaluate(store, report, {**figures, "left": pace * (self.steps - self.step)})
+                self._save(store)
         best = min(self.curves, key=lambda row: row["held_out_kl"])
         return Outcome(
             self.curves[0]["held_out_kl"],
@@ -239,7 +239,7 @@ class Trainer:
     # ---- states ----
 
     def _evaluate(
-        self, state: RunState, report: Report, figures: dict[str, float] | None = None
+        self, store: Store, report: Report, figures: dict[str, float] | None = None
     ) -> None:
         row = {"step": float(self.step), "held_out_kl": self.held_out_kl(), **(figures or {})}
         left = row.pop("left", None)
@@ -248,8 +248,8 @@ class Trainer:
         if is_best:
             kept = {"step": self.step, "held_out_kl": row["held_out_kl"], "curves": [*self.curves]}
             tensors = self.tensors()
-            parallel.together(lambda: state.save(f"{BEST}{self.step:07d}", tensors, kept))
-            state.keep_last(BEST)
+            parallel.together(lambda: store.save(f"{BEST}{self.step:07d}", tensors, kept))
+            store.keep_last(BEST)
         report(_line(row, self.steps, left, is_best))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -259,23 +259,23 @@ class Trainer:
         whole = {name: parallel.gather(rows) for name, rows in self.optimizer.student().items()}
         return {name: tensor for name, tensor in whole.items() if tensor is not None}
 
-    def _save(self, state: RunState) -> None:
+    def _save(self, store: Store) -> None:
         name = f"{STATE}{self.step:07d}"
-        shards.save(state, name, self.optimizer.tensors(), self._report())
-        state.keep_last(STATE)
+        shards.save(store, name, self.optimizer.tensors(), self._report())
+        store.keep_last(STATE)
 
     def _report(self) -> dict[str, Any]:
         return {"steps": self.steps, "curves": self.curves}
 
-    def _resume(self, state: RunState) -> None:
-        name = shards.newest(state, STATE)
+    def _resume(self, store: Store) -> None:
+        name = shards.newest(store, STATE)
         if name is None:
             return
-        saved = state.noted(name)
+        saved = store.noted(name)
         self.step = int(name.rpartition("-")[2])
         self.steps = int(saved["steps"])
         self.curves = list(saved["curves"])
-        self.optimizer.resume(self.step, lambda tensors: shards.fill(state, name, tensors))
+        self.optimizer.resume(self.step, lambda tensors: shards.fill(store, name, tensors))
 
 
 def _recompute_activations(model: Any) -> None:
