@@ -108,7 +108,7 @@ def own_stories(source: Source, recipe: Recipe, folder: Path) -> CalibrationData
     first = Windows(held_out, recipe.length, recipe.seed)
     real = from_text(str(file), source.tokenizer, first)
     model = source.dense(torch.float32)
-    own = from_model(model, first._replace(count=recipe.windows - held_out))
+    own = from_model(model, replace(first, count=recipe.windows - held_out))
     return replace(own, tokens=torch.cat([real.tokens, own.tokens]), positions=None)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class CalibrationData:
         return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
-class Windows(NamedTuple):
+@dataclass(frozen=True)
+class Windows:
     """How many windows of text to draw, of how many tokens each, and the seed of the draw."""
 
     count: int
@@ -74,7 +75,7 @@ def from_text(
     the text until they give enough windows, and joined. `progress(done, total)` counts windows.
     Raises DataError when the text is unreadable or has fewer tokens than the windows wanted.
     """
-    samples, length, seed = wanted
+    samples, length, seed = wanted.count, wanted.length, wanted.seed
     stretches = list(_stretches(documents(spec), length, _reach(spec, samples * length)))
     order = torch.randperm(len(stretches), generator=torch.Generator().manual_seed(seed)).tolist()
     read: dict[int, _Tokens] = {}
@@ -322,7 +323,7 @@ def from_model(
     follows the model's own distribution at temperature 1. `progress(done, total)` counts tokens
     in rows of windows. Deterministic for one seed on one machine.
     """
-    samples, length, seed = wanted
+    samples, length, seed = wanted.count, wanted.length, wanted.seed
     generator = torch.Generator().manual_seed(seed)
     rows = rows_at_once(model.config, samples, length)
     windows: list[Tensor] = []
