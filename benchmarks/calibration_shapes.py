@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pvrt.format.scheme import Scheme
-from pvrt_tune.fit.additive import AdditiveFit, entries_scored
+from pvrt_tune.fit.additive import AdditiveFit, codewords_scored
 from pvrt_tune.settings import FitSettings, Recipe
 
 RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_shapes.json"
@@ -58,7 +58,7 @@ def work(out: int, inputs: int, scheme: Scheme, settings: FitSettings) -> dict[s
     """Floating-point operations of products with H, scores computed, and visits of a group."""
     product = 2.0 * out * inputs * inputs
     points = out * inputs / scheme.in_group_size
-    books, size = scheme.num_codebooks, entries_scored(scheme, settings)
+    books, size = scheme.num_codebooks, codewords_scored(scheme, settings)
     visit = points * size * (1 + (books - 1) * settings.beam)
     rounds, groups = settings.rounds, inputs / scheme.in_group_size
     return {

@@ -1,4 +1,4 @@
-"""The walk over a model's decoder blocks, and what is done to one of them.
+"""A model's decoder blocks, and what is done to one of them.
 
 Any decoder works whose blocks are one ModuleList of modules that map hidden states to hidden
 states; linear layers are found by module discovery, there is no list of architectures.

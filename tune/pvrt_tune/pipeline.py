@@ -33,7 +33,7 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     """Compress a model to a checkpoint in `job.out`; goes on where an earlier call stopped.
 
     `report` gets progress lines. Raises PvrtError with one sentence for anything that the user can
-    mend; KeyboardInterrupt passes through: finished blocks are safe on disk, and once calibration
+    fix; KeyboardInterrupt passes through: finished blocks are safe on disk, and once calibration
     is through `job.out` holds the best checkpoint so far. Under torchrun the first process
     calibrates while the others wait; then all tune together.
     """

@@ -462,8 +462,8 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     assert float(same.float().mean()) >= 0.95
     assert torch.equal(in_c.moves[same], in_torch.moves[same])
     torch.testing.assert_close(in_c.values[same], in_torch.values[same])
-    assert in_c.margins is not None and in_torch.margins is not None
-    torch.testing.assert_close(in_c.margins[same], in_torch.margins[same], rtol=1e-3, atol=1e-3)
+    assert in_c.bounds is not None and in_torch.bounds is not None
+    torch.testing.assert_close(in_c.bounds[same], in_torch.bounds[same], rtol=1e-3, atol=1e-3)
     if not stochastic:
         left = [(target - proposal.values).norm(dim=1) for proposal in (in_c, in_torch)]
         torch.testing.assert_close(left[0], left[1], rtol=1e-3, atol=1e-3)

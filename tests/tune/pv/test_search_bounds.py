@@ -1,4 +1,4 @@
-"""Groups that margins leave out are groups whose nearest value is the one they have."""
+"""Groups that bounds leave out are groups whose nearest value is the one they have."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentation
-from pvrt_tune.pv.search_bounds import Margins
+from pvrt_tune.pv.search_bounds import SearchBounds
 from tests.fixtures.toy import random_layer
 
 
@@ -55,22 +55,22 @@ def test_what_is_left_out_would_not_have_moved_while_codebooks_drift(stochastic:
 
 def test_a_margin_shrinks_with_codebooks_and_grows_by_search_alone() -> None:
     books = torch.zeros(2, 4, 3)
-    margins = Margins(1, 3, books)
+    bounds = SearchBounds(1, 3, books)
     near, far = torch.tensor([[0.4] * 3]), torch.tensor([[0.6] * 3])
-    assert margins.exceeded(near).all()
+    assert bounds.exceeded(near).all()
     known, same = torch.tensor([0, 2]), torch.tensor([True, True])
-    margins.learn(known, torch.tensor([0.5, 0.5]), same=same)
-    assert margins.exceeded(near).tolist() == [[False, True, False]]
-    assert margins.exceeded(far).all()
-    margins.learn(known, torch.tensor([0.1, 0.1]), same=torch.tensor([True, False]))
-    assert margins.exceeded(near).tolist() == [[False, True, True]]
+    bounds.learn(known, torch.tensor([0.5, 0.5]), same=same)
+    assert bounds.exceeded(near).tolist() == [[False, True, False]]
+    assert bounds.exceeded(far).all()
+    bounds.learn(known, torch.tensor([0.1, 0.1]), same=torch.tensor([True, False]))
+    assert bounds.exceeded(near).tolist() == [[False, True, True]]
     moved = books.clone()
     moved[0, 1, 0], moved[1, 3, 2] = 0.05, -0.06
-    margins.follow(moved)
-    assert margins.exceeded(near).all()  # 0.5 less 0.11
-    assert not margins.exceeded(near - 0.03)[0, 0]
-    margins.follow(moved)
-    assert not margins.exceeded(near - 0.03)[0, 0]
+    bounds.follow(moved)
+    assert bounds.exceeded(near).all()  # 0.5 less 0.11
+    assert not bounds.exceeded(near - 0.03)[0, 0]
+    bounds.follow(moved)
+    assert not bounds.exceeded(near - 0.03)[0, 0]
 
 
 @pytest.mark.parametrize("scheme", ["w2g8", "w3g16s"])

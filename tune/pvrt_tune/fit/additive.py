@@ -5,8 +5,8 @@ Minimises tr(E H E^T) with E = W - s * sum_m C_m[b_m] and H = mean of x x^T over
 
     start        k-means on rows / scale, one codebook after the other, each coordinate weighted by
                  the part of the loss that later inputs cannot make up for
-    assignment   group by group, loud inputs first, with the error carried into the groups to come
-                 (as GPTQ does, here with whole groups)
+    assignment   group by group, those of high-variance channels first; the error is carried into
+                 the groups to come (as GPTQ does, here with whole groups)
     rounds of    codebooks by conjugate gradients and scales in closed form (both are linear given
                  the codes), then a sweep over all codes on the exact objective
 
@@ -29,10 +29,11 @@ from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.objective import Objective, column_blocks
 from pvrt_tune.settings import FitSettings
 
-#: Codebooks up to this size are searched entry by entry: two levels gain nothing below.
+#: Codebooks up to this size are searched codeword by codeword: two levels gain nothing below.
 EXHAUSTIVE = 1024
 # Power of the conditional second moment that weights k-means. Sweeps can still make up for a part
-# of every error, so loud inputs matter less than the plain metric says (benchmarks/results).
+# of every error, so high-variance channels matter less than the plain metric says
+# (benchmarks/results).
 _IMPORTANCE_POWER = 0.65
 # Of every joint choice in a beam, how many continuations compete for the next beam.
 _CONTINUATIONS = 2
@@ -44,8 +45,8 @@ def cells_of(scheme: Scheme) -> int:
     return 1 if small else 1 << (scheme.nbits_per_codebook // 2)
 
 
-def entries_scored(scheme: Scheme, settings: FitSettings) -> int:
-    """Scores that one search of one codebook computes: of all entries, or of cells and theirs."""
+def codewords_scored(scheme: Scheme, settings: FitSettings) -> int:
+    """Scores that one search of one codebook computes: of all codewords, or of cells and theirs."""
     cells = cells_of(scheme)
     if cells == 1:
         return scheme.codebook_size
@@ -90,11 +91,11 @@ class AdditiveFit:
     # ---- quantities ----
 
     def unscaled(self, codebooks: Tensor | None = None) -> Tensor:
-        """Sum of the chosen entries, [out, in]."""
-        books = self.codebooks if codebooks is None else codebooks
-        total = F.embedding(self.codes[..., 0], books[0])
-        for m in range(1, len(books)):
-            total = total + F.embedding(self.codes[..., m], books[m])
+        """Sum of the chosen codewords, [out, in]."""
+        codebooks = self.codebooks if codebooks is None else codebooks
+        total = F.embedding(self.codes[..., 0], codebooks[0])
+        for m in range(1, len(codebooks)):
+            total = total + F.embedding(self.codes[..., m], codebooks[m])
         return total.reshape(self.weight.shape)
 
     def residual(self) -> Tensor:
@@ -107,9 +108,9 @@ class AdditiveFit:
 
     @cached_property
     def _order(self) -> Tensor:
-        """Groups by the energy of their inputs, loudest first."""
-        energy = self.moment.diagonal().view(self.groups, self.g).sum(1)
-        return energy.argsort(descending=True, stable=True)
+        """Groups by how sensitive the loss is to them, most sensitive first."""
+        sensitivity = self.moment.diagonal().view(self.groups, self.g).sum(1)
+        return sensitivity.argsort(descending=True, stable=True)
 
     @cached_property
     def _columns(self) -> Tensor:
@@ -202,18 +203,18 @@ class AdditiveFit:
 
     def _value(self, codes: Tensor) -> Tensor:
         """Unscaled decoded value [..., g] of codes [..., M]."""
-        parts = [book[codes[..., m]] for m, book in enumerate(self.codebooks)]
+        parts = [codebook[codes[..., m]] for m, codebook in enumerate(self.codebooks)]
         return torch.stack(parts).sum(0)
 
     def _index(self) -> list[Cells]:
-        """Cells of large codebooks, cut anew because entries move; else nothing."""
+        """Cells of large codebooks, cut anew because codewords move; else nothing."""
         if self.cells == 1:
             return []
-        loudness = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
-        return [Cells(halve(book * loudness, self.cells)) for book in self.codebooks]
+        deviation = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
+        return [Cells(halve(codebook * deviation, self.cells)) for codebook in self.codebooks]
 
     def _choose(self, group: int, z: Tensor, metric: Tensor, index: list[Cells]) -> Tensor:
-        """Set the codes of one group to minimise u A u^T - 2 <u, z>, u the sum of entries.
+        """Set the codes of one group to minimise u A u^T - 2 <u, z>, u the sum of codewords.
 
         z [out, g], metric A [g, g]. Visits the codebooks once in random order, beginning with the
         current codes and keeping the `beam` best joint choices (arXiv 2401.06118, section 3.2).
@@ -238,7 +239,7 @@ class AdditiveFit:
         return self._value(choices[:, 0])
 
     def _best(self, m: int, z: Tensor, score: ScoreRows, count: int, index: list[Cells]) -> Tensor:
-        """The `count` best entries of codebook m for every z, [n, count]."""
+        """The `count` best codewords of codebook m for every z, [n, count]."""
         if index:
             return index[m].lowest(z, self.codebooks[m], score, (self.settings.probes, count))
         return lowest(z, *score(self.codebooks[m]), count)
@@ -273,7 +274,7 @@ class AdditiveFit:
         step = inverse * gradient
         direction, strength = step, (gradient * step).sum()
         for _ in range(self.settings.cg_iterations):
-            if float(strength) <= 1e-12 * self.objective.energy:
+            if float(strength) <= 1e-12 * self.objective.power:
                 break
             image = collect(self.scales * self.unscaled(direction))
             length = strength / (direction * image).sum().clamp_min(1e-30)
@@ -293,23 +294,23 @@ class AdditiveFit:
         self.scales = torch.where((norm > 0) & (best > 1e-8), best, self.scales)
 
     def reseed_dead(self) -> int:
-        """Move codebook entries that no group uses onto the groups of largest error."""
+        """Move codewords that no group uses onto the groups of largest error."""
         dead = [
             (torch.bincount(self.codes[..., m].reshape(-1), minlength=self.size) == 0)
             .nonzero()
             .squeeze(1)
             for m in range(len(self.codebooks))
         ]
-        total = sum(len(entries) for entries in dead)
+        total = sum(len(codewords) for codewords in dead)
         if total:
             left = (self.residual() / self.scales).reshape(-1, self.g)
             importance = self.moment.diagonal().reshape(1, self.groups, self.g)
             cost = (self.residual().reshape(-1, self.groups, self.g).square() * importance).sum(2)
             worst = cost.reshape(-1).topk(min(total, cost.numel())).indices
-            for m, entries in enumerate(dead):
-                chosen, worst = worst[: len(entries)], worst[len(entries) :]
+            for m, codewords in enumerate(dead):
+                chosen, worst = worst[: len(codewords)], worst[len(codewords) :]
                 old = self.codebooks[m][self.codes[..., m].reshape(-1)[chosen]]
-                self.codebooks[m][entries[: len(chosen)]] = old + left[chosen]
+                self.codebooks[m][codewords[: len(chosen)]] = old + left[chosen]
         return total
 
     # ---- helpers ----

@@ -1,8 +1,8 @@
-"""Nearest-entry search in codebooks: exact for small ones, in two levels for large ones.
+"""Nearest-codeword search in codebooks: exact for small ones, in two levels for large ones.
 
-The score of an entry c is linear in a feature vector of the query: <feature, row(c)> + offset(c).
+The score of a codeword c is linear in a feature vector of the query: <feature, row(c)> + offset(c).
 Both the metric of one group of inputs and k-means with a weight per coordinate have that form, so
-scoring is one product and a minimum over its rows, tile by tile: the [queries, entries] matrix is
+scoring is one product and a minimum over its rows, tile by tile: the [queries, codewords] matrix is
 never held. The code runs on the device of its arguments.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Rows [..., d] and offsets [...] that score entries [..., g].
+#: Rows [..., d] and offsets [...] that score codewords [..., g].
 ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # Scores of one tile: a cache's worth on a CPU, enough to fill a GPU.
@@ -22,18 +22,18 @@ _CHUNK = 32
 
 
 def in_metric(metric: Tensor) -> ScoreRows:
-    """Scores u A u^T - 2 <u, z> of entries u; the feature is z [g], the metric A [g, g]."""
-    return lambda entries: (-2 * entries, ((entries @ metric) * entries).sum(-1))
+    """Scores u A u^T - 2 <u, z> of codewords u; the feature is z [g], the metric A [g, g]."""
+    return lambda codewords: (-2 * codewords, ((codewords @ metric) * codewords).sum(-1))
 
 
-def weighted(entries: Tensor) -> tuple[Tensor, Tensor]:
+def weighted(codewords: Tensor) -> tuple[Tensor, Tensor]:
     """Scores sum_i w_i (u_i^2 - 2 u_i x_i); the feature is [w * x, w], of length 2g."""
-    rows = torch.cat([-2 * entries, entries.square()], -1)
-    return rows, entries.new_zeros(entries.shape[:-1])
+    rows = torch.cat([-2 * codewords, codewords.square()], -1)
+    return rows, codewords.new_zeros(codewords.shape[:-1])
 
 
 def lowest(features: Tensor, rows: Tensor, offset: Tensor, count: int = 1) -> Tensor:
-    """The `count` entries of the lowest scores of every query, in no order for more than one.
+    """The `count` codewords of the lowest scores of every query, in no order for more than one.
 
     features [n, d], rows [K, d], offset [K] -> [n, count] int64.
     """
@@ -49,21 +49,21 @@ def lowest(features: Tensor, rows: Tensor, offset: Tensor, count: int = 1) -> Te
 class Cells:
     """A codebook cut into cells of equal size that lie close together.
 
-    members: [cells, size] int64, the entries of every cell.
+    members: [cells, size] int64, the codewords of every cell.
     """
 
     members: Tensor
 
     def lowest(
-        self, features: Tensor, entries: Tensor, score: ScoreRows, effort: tuple[int, int]
+        self, features: Tensor, codewords: Tensor, score: ScoreRows, effort: tuple[int, int]
     ) -> Tensor:
-        """Best entries of the best cells, for queries [n, d] -> [n, count] int64.
+        """Best codewords of the best cells, for queries [n, d] -> [n, count] int64.
 
-        effort: (probes, count). The mean of every cell is scored first, then all entries of the
-        `probes` best cells: with 8 of 256 cells of 256 entries 1/28 of all scores. Of each cell
-        its best entry counts, so `count` entries come from as many cells.
+        effort: (probes, count). The mean of every cell is scored first, then all codewords of the
+        `probes` best cells: with 8 of 256 cells of 256 codewords 1/28 of all scores. Of each cell
+        its best codeword counts, so `count` codewords come from as many cells.
         """
-        inside = entries[self.members]
+        inside = codewords[self.members]
         rows, offset = score(inside)
         coarse, coarse_offset = score(inside.mean(1))
         columns, coarse_columns = rows.mT.contiguous(), coarse.T.contiguous()
@@ -72,16 +72,16 @@ class Cells:
         for part in torch.split(features, max(64, _tile(features) // len(coarse))):
             near = torch.addmm(coarse_offset, part, coarse_columns)
             cells = near.topk(probes, largest=False, sorted=False).indices
-            scores, entry = _inside(part, cells, columns, offset)
+            scores, codeword = _inside(part, cells, columns, offset)
             best = scores.topk(min(effort[1], probes), largest=False, sorted=False).indices
-            found.append(self.members[cells.gather(1, best), entry.gather(1, best)])
+            found.append(self.members[cells.gather(1, best), codeword.gather(1, best)])
         return torch.cat(found)
 
 
 def _inside(
     features: Tensor, cells: Tensor, columns: Tensor, offset: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Lowest score and its entry inside each chosen cell, [n, probes] both.
+    """Lowest score and its codeword inside each chosen cell, [n, probes] both.
 
     features [n, d], cells [n, probes], columns [cells, d, size], offset [cells, size].
     (query, cell) pairs are sorted by cell and cut into chunks of one cell each, the last of a cell
@@ -100,7 +100,7 @@ def _inside(
     query = flat.new_zeros(len(owners) * _CHUNK)
     query[slots] = order // cells.shape[1]
     scores = features.new_empty(len(query))
-    entry = flat.new_empty(len(query))
+    codeword = flat.new_empty(len(query))
     size = columns.shape[2]
     step = max(1, _tile(features) // (_CHUNK * size))
     for start in range(0, len(owners), step):
@@ -108,10 +108,10 @@ def _inside(
         span = slice(start * _CHUNK, (start + len(part)) * _CHUNK)
         block = features[query[span]].view(len(part), _CHUNK, -1)
         product = torch.baddbmm(offset[part].unsqueeze(1), block, columns[part])
-        scores[span], entry[span] = row_minima(product.view(-1, size))
+        scores[span], codeword[span] = row_minima(product.view(-1, size))
     place = torch.empty_like(slots)
     place[order] = slots
-    return scores[place].view(cells.shape), entry[place].view(cells.shape)
+    return scores[place].view(cells.shape), codeword[place].view(cells.shape)
 
 
 def halve(points: Tensor, cells: int) -> Tensor:

@@ -4,8 +4,8 @@ The objective is that of additive codebooks, tr(E H E^T), and so are the stages:
 
     ranges       the scale and zero of least error, every input weighted by the part of the loss
                  that later inputs cannot make up for
-    assignment   one input after the other, loud ones first, with the error carried into the later
-                 ones (GPTQ, arXiv 2210.17323)
+    assignment   one input after the other, high-variance channels first; the error is carried into
+                 the later ones (GPTQ, arXiv 2210.17323)
     sweeps       on the exact objective: scales in closed form, codes one input at a time
 
 Shapes: W [out, in], H [in, in], codes q [out, in], scales s and zeros z [out, in/G].
@@ -117,7 +117,7 @@ class GridFit:
         self.size, self.levels = scheme.group_size, scheme.levels
         self.objective = Objective(weight, second_moment)
         self.weight, self.moment = self.objective.weight, self.objective.moment
-        # Loud inputs first: those to come must still be able to make up for their errors.
+        # High-variance channels first: those to come must be able to make up for their errors.
         self._order = self.moment.diagonal().argsort(descending=True, stable=True)
         self._feedback = self.objective.feedback(settings.damping, self._order)
         self.scales = self.weight.new_ones(scheme.scales_shape(out, in_features))

@@ -39,12 +39,12 @@ def kmeans(
         centres[: len(points)] = points
         return centres, torch.arange(len(points), device=points.device)
     features = torch.cat([weights * points, weights], 1)
-    loudness = weights.mean(0).sqrt()
+    deviation = weights.mean(0).sqrt()
 
     def nearest(centres: Tensor) -> Tensor:
         if schedule.cells == 1:
             return lowest(features, *weighted(centres))[:, 0]
-        cells = Cells(halve(centres * loudness, schedule.cells))
+        cells = Cells(halve(centres * deviation, schedule.cells))
         return cells.lowest(features, centres, weighted, (schedule.probes, 1))[:, 0]
 
     start = torch.randperm(len(points), generator=generator)[:size]

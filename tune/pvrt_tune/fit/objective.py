@@ -14,13 +14,13 @@ class Objective:
 
     def __init__(self, weight: Tensor, second_moment: Tensor) -> None:
         self.weight, self.moment = weight.detach().float(), second_moment.float()
-        energy = float(torch.einsum("oi,oi->", self.weight @ self.moment, self.weight))
-        self.energy = max(energy, torch.finfo(torch.float32).tiny)
+        power = float(torch.einsum("oi,oi->", self.weight @ self.moment, self.weight))
+        self.power = max(power, torch.finfo(torch.float32).tiny)
 
     def relative_error(self, quantised: Tensor) -> float:
         """tr(E H E^T) / tr(W H W^T)."""
         error = self.weight - quantised
-        return float(torch.einsum("oi,oi->", error @ self.moment, error)) / self.energy
+        return float(torch.einsum("oi,oi->", error @ self.moment, error)) / self.power
 
     def feedback(self, damping: float, order: Tensor | None = None) -> Tensor:
         """Upper factor U of H^-1 = U^T U, inputs in the given order, for carrying errors forward.

@@ -51,7 +51,7 @@ def needs(sizes: Sizes, recipe: Recipe, item: int, original_item: int) -> Needs:
     latent = (2 if pv.low_memory else 4) * strategy.accumulates
     moment = (0 if pv.low_memory else 4) * strategy.moves_codes
     per_weight = 2 * item + latent + moment  # the weight, its gradient, and B with its moment
-    margins = 2 * sizes.groups * strategy.moves_codes
+    bounds = 2 * sizes.groups * strategy.moves_codes
     trained = 0 if settings.freeze_embeddings else 3 * 4 * sizes.outside
     # One layer at a time: gradient, decoded weight, direction, root of the moment, distances.
     layer = 4 * 6 * sizes.largest
@@ -60,7 +60,7 @@ def needs(sizes: Sizes, recipe: Recipe, item: int, original_item: int) -> Needs:
     if settings.recompute_activations:
         kept = sizes.blocks * sizes.width + sizes.kept_by_one
     work = max(layer, item * tokens * kept + 4 * CHUNK_BYTES)
-    kept_too = sizes.stored + margins + trained
+    kept_too = sizes.stored + bounds + trained
     student = per_weight * sizes.quantised + item * sizes.outside + kept_too + work
     original = original_item * sizes.parameters
     seen = settings.steps * settings.batch

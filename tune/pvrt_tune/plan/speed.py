@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pvrt.format.scheme import GridScheme
-from pvrt_tune.fit.additive import entries_scored
+from pvrt_tune.fit.additive import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.settings import Recipe
 
@@ -51,14 +51,14 @@ def fit_products(out: int, in_features: int, recipe: Recipe) -> float:
 
 
 def fit_search(out: int, in_features: int, recipe: Recipe) -> float:
-    """Operations in scoring codebook entries of one layer's fit: k-means, assignment, sweeps."""
+    """Operations in scoring codewords of one layer's fit: k-means, assignment, sweeps."""
     scheme, settings = recipe.parsed_scheme, recipe.fit
     if isinstance(scheme, GridScheme):  # a rounding per weight and round, however many levels
         return 100.0 * (settings.rounds + 2) * out * in_features
-    entries = entries_scored(scheme, settings)
+    codewords = codewords_scored(scheme, settings)
     beam = 1 + (settings.beam - 1) * (1 - 1 / scheme.num_codebooks)
     passes = 2 * settings.kmeans_iterations + beam * (settings.rounds + 1)
-    return 2.0 * passes * scheme.num_codebooks * entries * out * in_features
+    return 2.0 * passes * scheme.num_codebooks * codewords * out * in_features
 
 
 @cache

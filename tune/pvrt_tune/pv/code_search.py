@@ -1,4 +1,4 @@
-"""The codes of a group: of which entries, one of every codebook, the sum is nearest to a value.
+"""The codes of a group: of which codewords, one of every codebook, the sum is nearest to a value.
 
 On CPUs in C (pvrt_kernels/cpu/pv_step.py), elsewhere in torch.
 """
@@ -24,44 +24,46 @@ class Choice(NamedTuple):
     """
 
     codes: Tensor
-    sums: Tensor
+    values: Tensor
     moves: Tensor
-    margins: Tensor
+    bounds: Tensor
 
 
-def sums_of(books: Tensor, codes: Tensor) -> Tensor:
-    """books [M, K, g], codes [..., M] int64 -> [..., g]."""
-    return torch.stack([book[codes[..., m]] for m, book in enumerate(books)]).sum(0)
+def values_of(codebooks: Tensor, codes: Tensor) -> Tensor:
+    """codebooks [M, K, g], codes [..., M] int64 -> [..., g]."""
+    return torch.stack([codebook[codes[..., m]] for m, codebook in enumerate(codebooks)]).sum(0)
 
 
-def nearest_sums(wanted: Tensor, books: Tensor, count: int = 1) -> Tensor:
-    """Codes whose entries, one of every codebook, add up to nearly the values wanted.
+def search_codes(wanted: Tensor, codebooks: Tensor, count: int = 1) -> Tensor:
+    """Codes whose codewords, one of every codebook, add up to nearly the values wanted.
 
-    wanted [n, g], books [M, K, g] -> [n, count, M] int64, nearest first; fewer than `count` where
-    there are fewer sums. A beam search: after every codebook the partial sums count that come
+    wanted [n, g], codebooks [M, K, g] -> [n, count, M] int64, nearest first; fewer than `count`
+    where there are fewer sums. A beam search: after every codebook the partial sums count that come
     nearest with the means of the later codebooks. One codebook is searched exactly. Of two with 8
     bits, fitted to a language model's weights, the nearest of all 65,536 sums is found for 99 % of
     the values; exchanging one code at a time finds one in six of the sums that lie nearer than the
     present one (values a fifth of the root mean square away from it).
     """
-    if pv_step.can_search(books, count):
-        return pv_step.nearest_sums(wanted, books, _BEAM, count)
-    return torch.cat([_nearest_sums(part, books, count) for part in torch.split(wanted, _AT_ONCE)])
+    if pv_step.can_search(codebooks, count):
+        return pv_step.nearest_sums(wanted, codebooks, _BEAM, count)
+    return torch.cat(
+        [_beam_search(part, codebooks, count) for part in torch.split(wanted, _AT_ONCE)]
+    )
 
 
-def _nearest_sums(wanted: Tensor, books: Tensor, count: int) -> Tensor:
+def _beam_search(wanted: Tensor, codebooks: Tensor, count: int) -> Tensor:
     n, g = wanted.shape
     left = wanted.unsqueeze(1)  # [n, candidates, g]
     codes = wanted.new_zeros(n, 1, 0, dtype=torch.int64)
-    for m, book in enumerate(books):
-        last = m == len(books) - 1
-        later = books[m + 1 :].mean(1).sum(0)
+    for m, codebook in enumerate(codebooks):
+        last = m == len(codebooks) - 1
+        later = codebooks[m + 1 :].mean(1).sum(0)
         aims = (left - later).reshape(-1, g)
-        entries = lowest(aims, -2 * book, book.square().sum(1), count if last else _BEAM)
-        candidates = left.shape[1] * entries.shape[1]
-        left = (left.reshape(-1, 1, g) - book[entries]).view(n, candidates, g)
-        before = codes.repeat_interleave(entries.shape[1], 1)
-        codes = torch.cat([before, entries.reshape(n, candidates, 1)], 2)
+        codewords = lowest(aims, -2 * codebook, codebook.square().sum(1), count if last else _BEAM)
+        candidates = left.shape[1] * codewords.shape[1]
+        left = (left.reshape(-1, 1, g) - codebook[codewords]).view(n, candidates, g)
+        before = codes.repeat_interleave(codewords.shape[1], 1)
+        codes = torch.cat([before, codewords.reshape(n, candidates, 1)], 2)
         kept = min(count if last else _BEAM, candidates)
         error = (left - later).square().sum(2)
         best = error.topk(kept, largest=False).indices.unsqueeze(2)
@@ -71,7 +73,7 @@ def _nearest_sums(wanted: Tensor, books: Tensor, count: int) -> Tensor:
 
 
 def new_codes(
-    wanted: Tensor, present: Tensor, books: Tensor, draws: Tensor | None = None
+    wanted: Tensor, present: Tensor, codebooks: Tensor, draws: Tensor | None = None
 ) -> Choice:
     """The codes nearest to the values wanted [n, g], of those present [n, M] int64 and the two
     nearest sums that a search finds: never a sum further away than the present one, which among
@@ -80,24 +82,24 @@ def new_codes(
     With draws [n] from [0, 1) the second of them is taken with the chance that makes rounding
     unbiased along the line between the two.
     """
-    found = nearest_sums(wanted, books, 2)
-    if pv_step.can_search(books, 2):
-        return Choice(*pv_step.choose(wanted, present, found, books, draws))
+    found = search_codes(wanted, codebooks, 2)
+    if pv_step.can_search(codebooks, 2):
+        return Choice(*pv_step.choose(wanted, present, found, codebooks, draws))
     index = torch.cat([present.unsqueeze(1), found], 1)  # [n, candidates, M]
-    sums = sums_of(books, index)
+    sums = values_of(codebooks, index)
     error = (wanted.unsqueeze(1) - sums).square().sum(2)
     # Where the present codes are among those found, they count once.
     error[:, 1:][(found == present.unsqueeze(1)).all(2)] = torch.inf
     error, order = error.sort(dim=1, stable=True)
     row = torch.arange(len(order), device=order.device)
     root = error[:, :2].sqrt()
-    margins = (root[:, 1] - root[:, 0]) / 2 if root.shape[1] > 1 else root[:, 0] + torch.inf
+    bounds = (root[:, 1] - root[:, 0]) / 2 if root.shape[1] > 1 else root[:, 0] + torch.inf
     pick = order[:, 0]
     if draws is not None:
         pick = _draw(wanted, sums, order, draws)
-        margins = torch.where(pick == order[:, 0], margins, 0)
+        bounds = torch.where(pick == order[:, 0], bounds, 0)
     codes = index[row, pick]
-    return Choice(codes, sums[row, pick], (codes != present).any(1), margins)
+    return Choice(codes, sums[row, pick], (codes != present).any(1), bounds)
 
 
 def _draw(wanted: Tensor, sums: Tensor, order: Tensor, draws: Tensor) -> Tensor:

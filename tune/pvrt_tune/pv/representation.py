@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_tune.fit.grid import GridLinear
-from pvrt_tune.pv.code_search import new_codes, sums_of
-from pvrt_tune.pv.search_bounds import Margins
+from pvrt_tune.pv.code_search import new_codes, values_of
+from pvrt_tune.pv.search_bounds import SearchBounds
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Proposal:
     """New codes for some groups, in the representation's own layout, and the weights they mean.
 
     values: [n, group_size] float32. moves [n]: whether the codes differ from those the groups have.
-    margins [n]: by how much less the target is away from the value than from any other, halved and
+    bounds [n]: by how much less the target is away from the value than from any other, halved and
     unscaled (see search_bounds.py); None where nobody needs it.
     """
 
     codes: Tensor
     values: Tensor
     moves: Tensor
-    margins: Tensor | None = None
+    bounds: Tensor | None = None
 
     def __getitem__(self, chosen: Tensor) -> "Proposal":
         """That of some of the groups, by mask or number."""
-        margins = None if self.margins is None else self.margins[chosen]
-        return Proposal(self.codes[chosen], self.values[chosen], self.moves[chosen], margins)
+        bounds = None if self.bounds is None else self.bounds[chosen]
+        return Proposal(self.codes[chosen], self.values[chosen], self.moves[chosen], bounds)
 
 
 class Representation(ABC):
@@ -106,9 +106,9 @@ class AdditiveRepresentation(Representation):
         self._flat_codes = self.codes.view(-1, self.codes.shape[2])
         self._groups_per_row = self.codes.shape[1]
         self._mask = layer.scheme.codebook_size - 1
-        self._margins = Margins(len(self.codes), self._groups_per_row, self._books())
+        self._bounds = SearchBounds(len(self.codes), self._groups_per_row, self._codebooks())
 
-    def _books(self) -> Tensor:
+    def _codebooks(self) -> Tensor:
         """Codebooks [M, K, g]."""
         return self.codebooks.detach().squeeze(2)
 
@@ -127,38 +127,38 @@ class AdditiveRepresentation(Representation):
 
     def pull_back(self, grad_weight: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            books, scales = aqlm_parameter_grads(
+            codebooks, scales = aqlm_parameter_grads(
                 grad_weight, self.codes, self.codebooks, self.scales
             )
-        return {"codebooks": books, "scales": scales}
+        return {"codebooks": codebooks, "scales": scales}
 
     def nearest(self, target: Tensor, groups: Tensor, draws: Tensor | None = None) -> Proposal:
-        books = self._books()
+        codebooks = self._codebooks()
         scale = self.scales.detach().reshape(-1, 1)[groups // self._groups_per_row]
         present = self._flat_codes.index_select(0, groups).long() & self._mask
         wanted = target / scale
         # A scale of zero says nothing about codes: such groups want what they have.
         idle = (scale.squeeze(1) == 0).nonzero().squeeze(1)
-        wanted[idle] = sums_of(books, present[idle])
-        choice = new_codes(wanted, present, books, draws)
+        wanted[idle] = values_of(codebooks, present[idle])
+        choice = new_codes(wanted, present, codebooks, draws)
         codes = choice.codes.to(self.codes.dtype)
-        return Proposal(codes, choice.sums * scale, choice.moves, choice.margins)
+        return Proposal(codes, choice.values * scale, choice.moves, choice.bounds)
 
     def assign(self, groups: Tensor, proposal: Proposal) -> None:
-        assert proposal.margins is not None
-        self._margins.learn(groups, proposal.margins, same=~proposal.moves)
+        assert proposal.bounds is not None
+        self._bounds.learn(groups, proposal.bounds, same=~proposal.moves)
         self._flat_codes[groups] = proposal.codes
 
     def movable(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
-        self._margins.follow(self._books())
-        shape = self._margins.limits.shape
+        self._bounds.follow(self._codebooks())
+        shape = self._bounds.limits.shape
         scale = self.scales.detach().reshape(-1, 1).abs()
         unscaled = distance.view(shape) / scale
-        exceeded = self._margins.exceeded(unscaled, None if draws is None else draws.view(shape))
+        exceeded = self._bounds.exceeded(unscaled, None if draws is None else draws.view(shape))
         return (exceeded & (scale > 0)).view(-1)
 
     def knowledge(self) -> dict[str, Tensor]:
-        return self._margins.tensors()
+        return self._bounds.tensors()
 
 
 class GridRepresentation(Representation):

@@ -15,24 +15,24 @@ from torch import Tensor
 _ROUNDED = 1 - 2**-8
 
 
-class Margins:
-    """Margins of all groups of one layer, unscaled: in units of codebook entries.
+class SearchBounds:
+    """Bounds of all groups of one layer, unscaled: in units of codewords.
 
-    rows, groups: of the layer (here); books [M, K, g]: its codebooks now. At first no margin is
+    rows, groups: of the layer (here); codebooks [M, K, g]: its codebooks now. At first no bound is
     known, so that every group may have nearer codes. Takes 2 bytes per group.
     """
 
-    def __init__(self, rows: int, groups: int, books: Tensor) -> None:
-        # A group's margin is its limit less all that codebooks have moved so far.
-        self.limits = torch.zeros(rows, groups, dtype=torch.bfloat16, device=books.device)
-        self.moved = torch.zeros(1, device=books.device)
-        self.books = books.detach().clone()
+    def __init__(self, rows: int, groups: int, codebooks: Tensor) -> None:
+        # A group's bound is its limit less all that codebooks have moved so far.
+        self.limits = torch.zeros(rows, groups, dtype=torch.bfloat16, device=codebooks.device)
+        self.moved = torch.zeros(1, device=codebooks.device)
+        self.codebooks = codebooks.detach().clone()
 
-    def follow(self, books: Tensor) -> None:
-        """Note that the codebooks are `books` now: no sum moved more than the farthest entries."""
-        farthest = torch.linalg.vector_norm(books - self.books, dim=2).amax(1)
+    def follow(self, codebooks: Tensor) -> None:
+        """Note where the codebooks are now: no sum moved more than the farthest codewords."""
+        farthest = torch.linalg.vector_norm(codebooks - self.codebooks, dim=2).amax(1)
         self.moved += farthest.sum()
-        self.books.copy_(books)
+        self.codebooks.copy_(codebooks)
 
     def exceeded(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
         """Whether targets at an unscaled distance [rows, groups] of the values may be nearer to
@@ -43,12 +43,12 @@ class Margins:
             limits = limits * (2 * draws).clamp(max=1)
         return distance > limits
 
-    def learn(self, groups: Tensor, margin: Tensor, *, same: Tensor) -> None:
-        """Margins [n] of groups by number [n]; where the value is the `same`, the larger holds."""
+    def learn(self, groups: Tensor, bound: Tensor, *, same: Tensor) -> None:
+        """Bounds [n] of groups by number [n]; where the value is the `same`, the larger holds."""
         limits = self.limits.view(-1)
-        found = ((margin + self.moved) * _ROUNDED).bfloat16()
+        found = ((bound + self.moved) * _ROUNDED).bfloat16()
         limits[groups] = torch.where(same, torch.maximum(found, limits[groups]), found)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name; only the limits have the layer's rows first."""
-        return {"limits": self.limits, "searched_books": self.books, "books_moved": self.moved}
+        return {"limits": self.limits, "searched_books": self.codebooks, "books_moved": self.moved}

@@ -145,7 +145,7 @@ class Recipe:
 
     targets: what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
     outputs of the quantised blocks before it. "original": the original model's own activations
-    after that block, so that a block also mends what earlier ones broke (a second set of hidden
+    after that block, so that a block also fixes what earlier ones broke (a second set of hidden
     states is kept for it). training: PV-Tuning after calibration, or None; pv: its steps.
     """
 
