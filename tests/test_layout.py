@@ -44,6 +44,17 @@ def test_imports_point_one_way(package: str) -> None:
         assert ours <= allowed, f"{file} imports {ours - allowed}"
 
 
+def test_no_function_of_tune_takes_more_than_five_values() -> None:
+    """Stages are handed a Run. `self`, `cls` and autograd's `ctx` are no choice of a caller."""
+    for file in PACKAGES["pvrt_tune"].rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                taken = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                names = [argument.arg for argument in taken]
+                given = [name for name in names if name not in ("self", "cls", "ctx")]
+                assert len(given) <= 5, f"{file}: {node.name}({', '.join(names)})"
+
+
 @pytest.mark.parametrize("folder", ["kernels", "tune", "server"])
 def test_source_roots_are_not_packages(folder: str) -> None:
     """`kernels/__init__.py` would shadow the PyPI package that transformers imports."""

@@ -245,7 +245,7 @@ def plan(
     if as_json:
         print(json.dumps({**report, "problem": problem}))
         return
-    from pvrt_tune.plan.memory_plan import as_text
+    from pvrt_tune.plan.report import as_text
 
     print(as_text(report))
     print("this run does not fit: " + problem if problem else "this run fits")

@@ -18,8 +18,8 @@ from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import find_blocks
-from pvrt_tune.plan.memory_plan import misfit, summary
 from pvrt_tune.plan.on_machine import plan_job
+from pvrt_tune.plan.report import misfit, summary
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.stage import pv_tune, tuned_tensors
 from pvrt_tune.run import Run

@@ -21,7 +21,8 @@ from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import linears
 from pvrt_tune.pipeline import tune
-from pvrt_tune.plan.memory_plan import Phase, Plan, Request, fit_bytes, misfit, plan_run
+from pvrt_tune.plan.memory_plan import Phase, Plan, Request, fit_bytes, plan_run
+from pvrt_tune.plan.report import misfit
 from pvrt_tune.plan.speed import GPU_OF_A100_CLASS
 from pvrt_tune.settings import (
     EFFORTS,

@@ -9,7 +9,8 @@ from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import check_divisible, find_blocks
 from pvrt_tune.plan import speed
-from pvrt_tune.plan.memory_plan import Plan, Request, describe, misfit, plan_run
+from pvrt_tune.plan.memory_plan import Plan, Request, plan_run
+from pvrt_tune.plan.report import describe, misfit
 from pvrt_tune.settings import TuneJob
 
 

@@ -1,0 +1,132 @@
+"""What a memory plan says: whether a run fits, and the plan as data and as text."""
+
+from dataclasses import asdict
+from typing import Any
+
+from pvrt.kv_cache import USABLE
+from pvrt_tune.machine import Machine
+from pvrt_tune.plan.memory_plan import Phase, Plan
+
+
+def misfit(plan: Plan, machine: Machine) -> str | None:
+    """One sentence with the numbers and the flag that helps, when the run cannot fit."""
+    host, disk = plan.peak("host_bytes"), plan.peak("disk_bytes")
+    device = plan.peak("device_bytes")
+    if machine.device is not None and device.device_bytes > machine.device:
+        lacking = _lacking(device, device.device_bytes, machine.device, "of device memory")
+        return lacking + _help(plan, device)
+    if host.host_bytes > machine.host:
+        lacking = _lacking(host, host.host_bytes, machine.host, "of host memory")
+        # Hidden states are the only part of a phase that can leave the host's memory.
+        if plan.activations == "memory" and host.name not in _NO_HIDDEN_STATES:
+            advice = "keep hidden states on disk with --activations disk, or lower --samples"
+            return lacking + advice
+        return lacking + _help(plan, host)
+    if disk.disk_bytes > machine.disk:
+        lacking = _lacking(disk, disk.disk_bytes, machine.disk, "of disk")
+        return lacking + "free some, or give --out on another disk"
+    return None
+
+
+#: Phases that keep none, at least none on the host.
+_NO_HIDDEN_STATES = ("sampling", "PV-Tuning", "write")
+
+
+def _lacking(phase: Phase, needed: int, free: int, what: str) -> str:
+    return f"{phase.name} needs {gigabytes(needed)} {what}, {gigabytes(free)} are free; "
+
+
+def _help(plan: Plan, phase: Phase) -> str:
+    """What makes a phase need less memory."""
+    if phase.name == "sampling":
+        return "give calibration text with --data, so that the model need not write it"
+    if phase.name == "PV-Tuning":
+        return (
+            "leave it out with --no-pv, or save memory with low_memory, teacher_first and "
+            "recompute_activations in a --config file (docs/tuning.md)"
+        )
+    if phase.name in ("block pass", "block fine-tune"):
+        return "lower --length, or free some"
+    place = "device" if plan.request.device != "cpu" else "host"
+    return f"free some, or use a {place} with more"
+
+
+def gigabytes(size: float) -> str:
+    """A size for people, in powers of ten."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{seconds / 3600:.1f} h"
+
+
+def describe(plan: Plan, memory: int) -> dict[str, Any]:
+    """The plan as JSON data; serving is worked out for a device with `memory` bytes."""
+    weights = plan.result.file_bytes
+    return {
+        "model": plan.request.model,
+        "scheme": plan.request.recipe.scheme,
+        "device": plan.request.device,
+        "parameters": plan.parameters,
+        "blocks": plan.blocks,
+        "activations": plan.activations,
+        "phases": [asdict(phase) for phase in plan.phases],
+        "peak": {
+            what: max(getattr(phase, what) for phase in plan.phases)
+            for what in ("device_bytes", "host_bytes", "disk_bytes")
+        },
+        "seconds": plan.seconds,
+        "time_basis": plan.basis,
+        "result": asdict(plan.result),
+        "serving": {
+            "weight_bytes": weights,
+            "cache_bytes_first_token": plan.cache.bytes_for(1),
+            "memory_bytes": memory,
+            "longest_context": plan.cache.longest_context(USABLE * memory - weights),
+        },
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The plan for a terminal."""
+    result, serving = report["result"], report["serving"]
+    lines = [
+        f"{report['model']}: {report['parameters'] / 1e9:.2f} billion weights in "
+        f"{report['blocks']} blocks, scheme {report['scheme']} on {report['device']}",
+        f"{'phase':16}{'device':>10}{'host':>10}{'disk':>10}{'time':>9}",
+    ]
+    for phase in report["phases"]:
+        sizes = (gigabytes(phase[f"{what}_bytes"]) for what in ("device", "host", "disk"))
+        cells = "".join(f"{size:>10}" for size in sizes)
+        lines.append(f"{phase['name']:16}{cells}{duration(phase['seconds']):>9}")
+    lines += [
+        f"hidden states in {report['activations']}; about {duration(report['seconds'])} in all "
+        f"(rates: {report['time_basis']})",
+        f"result   {gigabytes(result['file_bytes'])} (dense: "
+        f"{gigabytes(result['dense_model_bytes'])}), "
+        f"{result['bits_per_weight_linears']:.3f} bits per weight in the linears, "
+        f"{result['bits_per_weight_file']:.3f} over the file",
+        f"serving  {gigabytes(serving['weight_bytes'])} of weights and "
+        f"{serving['cache_bytes_first_token'] / 1e3:.1f} kB of cache per token: in "
+        f"{gigabytes(serving['memory_bytes'])}, one sequence of up to "
+        f"{serving['longest_context']} tokens",
+    ]
+    return "\n".join(lines)
+
+
+def summary(plan: Plan) -> str:
+    """One line, for the start of a run."""
+    host, device = plan.peak("host_bytes").host_bytes, plan.peak("device_bytes").device_bytes
+    memory = f"{gigabytes(host)} of host memory"
+    if device:
+        memory = f"{gigabytes(device)} of device memory, {memory}"
+    return (
+        f"plan: {memory}, {gigabytes(plan.peak('disk_bytes').disk_bytes)} of disk, about "
+        f"{duration(plan.seconds)}; result {gigabytes(plan.result.file_bytes)}, "
+        f"{plan.result.bits_per_weight_linears:.2f} bits per weight in the linears, "
+        f"{plan.result.bits_per_weight_file:.2f} over the file"
+    )
