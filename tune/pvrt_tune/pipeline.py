@@ -19,11 +19,11 @@ from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import BlockList, find_blocks
-from pvrt_tune.plan.memory_plan import misfit, summary
+from pvrt_tune.plan.memory_plan import misfits, summary
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.stage import pv_tune, tuned_tensors
-from pvrt_tune.run import RUN_FOLDER, RunState, check_output, has_piece, open_run
+from pvrt_tune.run import RUN_FOLDER, RunState, check_output, open_run
 from pvrt_tune.settings import TuneJob
 from pvrt_tune.write_checkpoint import write
 
@@ -149,13 +149,11 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
     """
     map_large_tensors()
     machine = Machine.here(job.device, job.out)
-    kept = not job.restart and has_piece(job.out, "calibration")
-    text_at_hand = job.data is not None or kept
-    plan = plan_job(job, machine, sampled=not text_at_hand)
+    plan = plan_job(job, machine)
     report(summary(plan))
-    problem = misfit(plan, machine)
-    if problem is not None and not job.force:
-        raise RunError(f"{problem} (--force tries nevertheless)")
+    problems = misfits(plan, machine)
+    if problems and not job.force:
+        raise RunError("\n".join((*problems, "--force tries nevertheless")))
     return replace(job, activations=plan.activations)
 
 

@@ -32,7 +32,7 @@ def test_version_is_printed() -> None:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("tune", "serve", "eval", "inspect", "bench", "doctor"):
+    for command in ("tune", "plan", "serve", "eval", "inspect", "bench", "doctor"):
         assert command in text
 
 
@@ -44,6 +44,9 @@ def test_help_names_every_command() -> None:
         (("tune", "a", "-o", "x", "--scheme", "2bit"), "'2bit' is not a scheme"),
         (("tune", "a", "-o", "x", "--device", "cuda:9"), "--device cuda:9 cannot be used"),
         (("plan", "a", "--device", "gpu"), "there is no device 'gpu'"),
+        (("plan", "a", "--for", "soon"), "--for soon is not a time"),
+        (("plan", "a", "--for", "1h", "--no-pv"), "--for limits PV-Tuning"),
+        (("plan", "a", "--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("tune", "a", "-o", "x", "--resume", "--restart"), "exclude each other"),
         (("eval", "/nowhere"), "/nowhere does not exist"),
         (("serve", "nowhere"), "nowhere is not a folder"),

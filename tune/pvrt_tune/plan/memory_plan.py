@@ -8,7 +8,7 @@ must have: pages of mapped model files come on top where there is room, and go w
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any, Literal
 
@@ -81,6 +81,15 @@ class Plan:
     def peak(self, what: Literal["device_bytes", "host_bytes", "disk_bytes"]) -> Phase:
         """The phase that needs most of something."""
         return max(self.phases, key=lambda phase: int(getattr(phase, what)))
+
+    def within(self, seconds: float) -> "Plan":
+        """The plan under a time limit, which shortens PV-Tuning and nothing else."""
+        pv = next((phase for phase in self.phases if phase.name == "PV-Tuning"), None)
+        if pv is None:
+            return self
+        left = max(0.0, seconds - (self.seconds - pv.seconds))
+        short = replace(pv, seconds=min(pv.seconds, left))
+        return replace(self, phases=tuple(short if p is pv else p for p in self.phases))
 
 
 @dataclass(frozen=True)
@@ -369,37 +378,42 @@ class _Planner:
 # ---- whether it fits ----
 
 
-def misfit(plan: Plan, machine: Machine) -> str | None:
-    """One sentence with the numbers and the flag that helps, when the run cannot fit."""
-    place = "device" if plan.request.device != "cpu" else "host"
-    host, disk = plan.peak("host_bytes"), plan.peak("disk_bytes")
-    device = plan.peak("device_bytes")
-    if machine.device is not None and device.device_bytes > machine.device:
-        return _sentence(plan, device, device.device_bytes, machine.device, "device memory", place)
-    if host.host_bytes > machine.host:
-        return _sentence(plan, host, host.host_bytes, machine.host, "host memory", place)
-    if disk.disk_bytes > machine.disk:
-        return (
-            f"{disk.name} needs {gigabytes(disk.disk_bytes)} of disk, "
-            f"{gigabytes(machine.disk)} are free; free some, or give --out on another disk"
-        )
-    return None
+def misfits(plan: Plan, machine: Machine) -> list[str]:
+    """Why the run cannot fit: all problems, each a sentence with the numbers and what helps.
+
+    Of several phases that the same change would help, the one that needs most is named.
+    """
+    worst: dict[tuple[str, str], tuple[int, str]] = {}
+    for phase in plan.phases:
+        for what, needed, free in (
+            ("device memory", phase.device_bytes, machine.device),
+            ("host memory", phase.host_bytes, machine.host),
+            ("disk", phase.disk_bytes, machine.disk),
+        ):
+            if free is not None and needed > free:
+                shown = f"{phase.name} needs {gigabytes(needed)} of {what}"
+                shown += f", {gigabytes(free)} are free"
+                kind = what, _advice(plan, phase, what)
+                worst[kind] = max(worst.get(kind, (0, "")), (needed, shown))
+    return [f"{shown}; {advice}" for (_, advice), (_, shown) in worst.items()]
 
 
-def _sentence(plan: Plan, phase: Phase, needed: int, free: int, what: str, place: str) -> str:
-    shown = f"{phase.name} needs {gigabytes(needed)} of {what}, {gigabytes(free)} are free; "
+def _advice(plan: Plan, phase: Phase, what: str) -> str:
+    """What makes a phase need less, or the machine have more."""
+    if what == "disk":
+        return "free some, or give --out on another disk"
     if phase.name == "sampling":
-        return shown + "give calibration text with --data, so that the model need not write it"
+        return "give calibration text with --data, so that the model need not write it"
     if phase.name == "PV-Tuning":
-        return shown + (
+        return (
             "leave it out with --no-pv, or save memory with low_memory, teacher_first and "
             "recompute_activations in a --config file (docs/tuning.md)"
         )
     if plan.activations == "memory" and what == "host memory" and phase.name != "write":
-        return shown + "keep hidden states on disk with --activations disk, or lower --samples"
+        return "keep hidden states on disk with --activations disk, or lower --samples"
     if phase.name in ("block pass", "block fine-tune"):
-        return shown + "lower --length, or free some"
-    return shown + (f"free some, or use a {place} with more")
+        return "lower --length, or free some"
+    return f"free some, or use a machine with more {what}"
 
 
 def gigabytes(size: float) -> str:
