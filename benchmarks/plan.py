@@ -122,7 +122,7 @@ def measured(model: str, recipe: Recipe, data: str | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         job = TuneJob(model, out, recipe, data)
-        plan: Plan = plan_job(job, Machine.here("cpu", out), sampled=data is None)
+        plan: Plan = plan_job(job, Machine.here("cpu", out))
         sampler.start()
         with suppress(Enough):
             pipeline.tune(job, stop_early)

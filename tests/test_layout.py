@@ -1,6 +1,7 @@
 """The house: which way imports point, what is installed, and what must stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -104,3 +105,48 @@ def test_no_module_is_long() -> None:
 
 def test_readme_tables_come_from_the_result_files() -> None:
     run("benchmarks/tables.py", "--check")
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+#: A file's name may begin in a package, as it is imported, or in the repository.
+STARTS = (ROOT, *(root.parent for root in PACKAGES.values()))
+
+
+def place_of(path: str) -> Path | None:
+    """The file or folder that a page means."""
+    return next((start / path for start in STARTS if (start / path).exists()), None)
+
+
+def defined_in(file: Path) -> set[str]:
+    """Functions and classes of a module, methods as Class.method."""
+    found = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        for part in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(f"{node.name}.{part.name}")
+    return found
+
+
+def test_every_function_that_architecture_names_is_there() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", text)
+    assert len(named) > 20
+    for path, name in named:
+        file = place_of(path)
+        assert file is not None and name in defined_in(file), f"{path}:{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_source_file_and_module_that_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"\b((?:[\w.-]+/)+[\w-]+\.(?:py|c|h|md|toml))\b", text):
+        assert (page.parent / path).exists() or place_of(path), path
+    for dotted in set(re.findall(r"`(pvrt(?:_\w+)?(?:\.\w+)+)", text)) - {"pvrt.json"}:
+        module, name = dotted.replace(".", "/"), ""
+        while not place_of(f"{module}.py") and not place_of(module):
+            module, _, last = module.rpartition("/")
+            name = f"{last}.{name}".rstrip(".")
+        file = place_of(f"{module}.py") or place_of(f"{module}/__init__.py")
+        assert not name or (file and name in defined_in(file)), dotted

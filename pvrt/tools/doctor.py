@@ -1,4 +1,4 @@
-"""What is missing or mismatched on this machine, each with the one command that mends it."""
+"""What is missing or mismatched on this machine, each with the one command that fixes it."""
 
 import importlib.metadata
 import importlib.util

@@ -19,13 +19,13 @@ from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.plan.on_machine import plan_job
-from pvrt_tune.plan.report import misfit, summary
+from pvrt_tune.plan.report import misfits, summary
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.stage import pv_tune, tuned_tensors
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
-from pvrt_tune.store import RUN_FOLDER, Store, check_output, has_piece, open_store
+from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store
 from pvrt_tune.write_checkpoint import write
 
 
@@ -140,13 +140,11 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
     """
     map_large_tensors()
     machine = Machine.here(job.device, job.out)
-    kept = not job.restart and has_piece(job.out, "calibration")
-    text_at_hand = job.data is not None or kept
-    plan = plan_job(job, machine, sampled=not text_at_hand)
+    plan = plan_job(job, machine)
     report(summary(plan))
-    problem = misfit(plan, machine)
-    if problem is not None and not job.force:
-        raise RunError(f"{problem} (--force tries nevertheless)")
+    problems = misfits(plan, machine)
+    if problems and not job.force:
+        raise RunError("\n".join((*problems, "--force tries nevertheless")))
     return replace(job, activations=plan.activations)
 
 

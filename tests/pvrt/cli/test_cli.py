@@ -5,10 +5,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import typer
 
 import pvrt
+from pvrt.cli import app
+from pvrt.cli.recipe import Activations, Effort
 from pvrt.lock import Comparison, compare
 from pvrt.tools.doctor import Finding, examine
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
@@ -32,8 +36,26 @@ def test_version_is_printed() -> None:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("tune", "serve", "eval", "inspect", "bench", "doctor"):
+    for command in ("tune", "plan", "serve", "eval", "inspect", "bench", "doctor"):
         assert command in text
+
+
+def options(command: str) -> set[str]:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {parameter.name for parameter in commands[command].params}
+
+
+def test_plan_takes_every_option_of_tune_that_a_plan_depends_on() -> None:
+    assert options("tune") - options("plan") == {"seed", "resume", "restart", "force"}
+    assert options("plan") - options("tune") == {"host_memory", "device_memory", "as_json"}
+
+
+def test_the_choices_of_tune_are_those_of_its_settings() -> None:
+    from pvrt_tune.settings import EFFORTS, TuneJob
+
+    assert {effort.value for effort in Effort} == EFFORTS.keys()
+    places = get_args(get_type_hints(TuneJob)["activations"])
+    assert {place.value for place in Activations} == set(places)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +66,9 @@ def test_help_names_every_command() -> None:
         (("tune", "a", "-o", "x", "--scheme", "2bit"), "'2bit' is not a scheme"),
         (("tune", "a", "-o", "x", "--device", "cuda:9"), "--device cuda:9 cannot be used"),
         (("plan", "a", "--device", "gpu"), "there is no device 'gpu'"),
+        (("plan", "a", "--for", "soon"), "--for soon is not a time"),
+        (("plan", "a", "--for", "1h", "--no-pv"), "--for limits PV-Tuning"),
+        (("plan", "a", "--config", "/nowhere.yaml"), "/nowhere.yaml"),
         (("tune", "a", "-o", "x", "--resume", "--restart"), "exclude each other"),
         (("eval", "/nowhere"), "/nowhere does not exist"),
         (("serve", "nowhere"), "nowhere is not a folder"),

@@ -22,7 +22,7 @@ from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import linears
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.memory_plan import Phase, Plan, Request, fit_bytes, plan_run
-from pvrt_tune.plan.report import misfit
+from pvrt_tune.plan.report import misfits
 from pvrt_tune.plan.speed import GPU_OF_A100_CLASS
 from pvrt_tune.settings import (
     EFFORTS,
@@ -75,7 +75,7 @@ def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: s
     machine = Machine(host=24 * 10**9, device=24 * 10**9, disk=60 * 10**9)
     recipe = replace(EFFORTS[effort], training=None)
     plan = plan_of(folder, machine, recipe=recipe, device="cuda")
-    assert misfit(plan, machine) is None
+    assert misfits(plan, machine) == []
     assert plan.phases[0].name == "sampling"
     assert plan.parameters == 8_030_261_248
     assert plan.result.bits_per_weight_linears == pytest.approx(2.005, abs=0.001)
@@ -88,15 +88,15 @@ def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: P
     machine = Machine(host=64 * 10**9, device=80 * 10**9, disk=200 * 10**9)
     usual = EFFORTS["standard"]
     assert usual.training is not None
-    problem = misfit(plan_of(folder, machine, recipe=usual, device="cuda"), machine)
-    assert problem is not None and "--no-pv" in problem and "low_memory" in problem
+    (problem,) = misfits(plan_of(folder, machine, recipe=usual, device="cuda"), machine)
+    assert "--no-pv" in problem and "low_memory" in problem
     saving = replace(
         usual,
         training=replace(usual.training, microbatch=1, recompute_activations=True),
         pv=replace(usual.pv, low_memory=True),
     )
     plan = plan_of(folder, machine, recipe=saving, device="cuda")
-    assert misfit(plan, machine) is None
+    assert misfits(plan, machine) == []
     pv = next(phase for phase in plan.phases if phase.name == "PV-Tuning")
     # 6.25 bytes for every quantised weight, the original model, and embeddings twice.
     known = 6.25 * 6.98e9 + 2 * 8.03e9 + 2 * 1.05e9
@@ -132,8 +132,44 @@ def test_the_command_reads_config_json_alone(tmp_path: Path) -> None:
     assert report["peak"]["device_bytes"] < 24e9
     phases = ["sampling", "block pass", "layer fit", "block fine-tune", "write"]
     assert [phase["name"] for phase in report["phases"]] == phases
-    text = CliRunner().invoke(app, [*command, "--data"]).output
+    text = CliRunner().invoke(app, [*command, "--data", "my.jsonl"]).output
     assert "sampling" not in text and "2.005 bits per weight" in text and "fits" in text
+
+
+def test_a_plan_that_does_not_fit_names_all_problems_and_ends_with_1(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    command = ["plan", str(folder), "--device-memory", "12", "--host-memory", "64"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 1
+    listed = shown.output.partition("this run does not fit:\n")[2].splitlines()
+    assert {"--data" in line for line in listed} == {"--no-pv" in line for line in listed}
+    problems = json.loads(CliRunner().invoke(app, [*command, "--json"]).output)["problems"]
+    assert [f"- {problem}" for problem in problems] == listed
+
+
+def test_plan_makes_the_recipe_that_tune_would(tmp_path: Path) -> None:
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    file = tmp_path / "recipe.yaml"
+    file.write_text("scheme: 1x8g8")
+    place = ["--device-memory", "80", "--host-memory", "200", "--json"]
+
+    def planned(*options: str) -> dict[str, Any]:
+        shown = CliRunner().invoke(app, ["plan", str(folder), *place, *options])
+        report: dict[str, Any] = json.loads(shown.output)
+        return report
+
+    assert planned("--config", str(file))["scheme"] == "1x8g8"
+    assert planned("--config", str(file), "--scheme", "2x8g8")["scheme"] == "2x8g8"
+
+    def pv_seconds(*options: str) -> float | None:
+        phases = {phase["name"]: phase["seconds"] for phase in planned(*options)["phases"]}
+        return phases.get("PV-Tuning")
+
+    assert pv_seconds("--no-pv") is None
+    assert pv_seconds("--effort", "quick") is None
+    assert (pv_seconds() or 0) > 0
+    assert pv_seconds("--for", "1m") == 0  # calibration takes longer
+    assert (pv_seconds("--effort", "quick", "--for", "100h") or 0) > 0
 
 
 @pytest.fixture(scope="module")
@@ -203,21 +239,52 @@ def test_hidden_states_go_to_disk_where_memory_is_short(tmp_path: Path) -> None:
     small = replace(ROOMY, host=6 * 10**9)
     plan = plan_of(folder, small, **asked)
     assert plan.activations == "disk"
-    assert misfit(plan, small) is None
+    assert misfits(plan, small) == []
     forced = plan_of(folder, small, **asked, activations="memory")
-    assert "--activations disk" in str(misfit(forced, small))
+    assert "--activations disk" in misfits(forced, small)[0]
 
 
 def test_what_does_not_fit_is_one_sentence_with_the_numbers_and_the_flag(tmp_path: Path) -> None:
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     on_gpu = plan_of(folder, device="cuda")
     small_card = replace(ROOMY, device=12 * 10**9)
-    sentence = str(misfit(on_gpu, small_card))
+    (sentence,) = misfits(on_gpu, small_card)
     assert "device memory, 12.0 GB are free" in sentence and "--data" in sentence
     with_text = plan_of(folder, device="cuda", sampled=False)
-    assert misfit(with_text, small_card) is None
-    small_disk = replace(ROOMY, disk=10**9)
-    assert "of disk, 1.0 GB are free" in str(misfit(with_text, small_disk))
+    assert misfits(with_text, small_card) == []
+    (sentence,) = misfits(with_text, replace(ROOMY, disk=10**9))
+    assert "of disk, 1.0 GB are free" in sentence and "--out" in sentence
+
+
+def test_all_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
+    """Who follows one sentence must not meet the next one on the next try."""
+    folder = config_only(tmp_path / "8b", LLAMA_8B)
+    plan = plan_of(folder, recipe=EFFORTS["standard"], device="cuda")
+    found = misfits(plan, Machine(host=10**12, device=12 * 10**9, disk=10**9))
+    assert sorted(sentence.partition(" needs ")[0] for sentence in found) == [
+        "PV-Tuning",
+        "PV-Tuning",
+        "sampling",
+    ]
+    advice = {sentence.partition("; ")[2] for sentence in found}
+    assert len(advice) == 3
+    assert sum("of disk" in sentence for sentence in found) == 1
+
+
+def test_a_time_limit_shortens_pv_tuning_alone(tmp_path: Path) -> None:
+    plan = plan_of(config_only(tmp_path / "8b", LLAMA_8B), recipe=EFFORTS["best"], device="cuda")
+    *before, pv, last = plan.phases
+    calibration = sum(phase.seconds for phase in (*before, last))
+    for limit, expected in (
+        (calibration + 60, 60),
+        (calibration / 2, 0),
+        (10 * plan.seconds, pv.seconds),
+    ):
+        shorter = plan.within(limit)
+        assert shorter.phases[-2].seconds == pytest.approx(expected)
+        assert (*shorter.phases[:-2], shorter.phases[-1]) == (*before, last)
+    none = plan_of(tmp_path / "8b", recipe=replace(EFFORTS["best"], training=None), device="cuda")
+    assert none.within(1) == none
 
 
 def test_tune_says_the_plan_first_and_refuses_what_cannot_fit(
@@ -228,8 +295,11 @@ def test_tune_says_the_plan_first_and_refuses_what_cannot_fit(
     monkeypatch.setattr(Machine, "here", lambda device, out: tiny)
     job = TuneJob(str(dense / "llama"), tmp_path / "out", QUICK)
     lines: list[str] = []
-    with pytest.raises(RunError, match=r"needs .* of host memory, 1\.0 MB are free.*--force"):
+    with pytest.raises(RunError) as refused:
         tune(job, lines.append)
+    *problems, last = str(refused.value).splitlines()
+    assert all("of host memory, 1.0 MB are free; " in problem for problem in problems)
+    assert last == "--force tries nevertheless"
     assert len(lines) == 1 and lines[0].startswith("plan: ")
     assert not (tmp_path / "out").exists()
     tune(replace(job, force=True), lines.append)

@@ -8,7 +8,7 @@ must have: pages of mapped model files come on top where there is room, and go w
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Literal
 
@@ -81,6 +81,15 @@ class Plan:
     def peak(self, what: Literal["device_bytes", "host_bytes", "disk_bytes"]) -> Phase:
         """The phase that needs most of something."""
         return max(self.phases, key=lambda phase: int(getattr(phase, what)))
+
+    def within(self, seconds: float) -> "Plan":
+        """The plan under a time limit, which shortens PV-Tuning and nothing else."""
+        pv = next((phase for phase in self.phases if phase.name == "PV-Tuning"), None)
+        if pv is None:
+            return self
+        left = max(0.0, seconds - (self.seconds - pv.seconds))
+        short = replace(pv, seconds=min(pv.seconds, left))
+        return replace(self, phases=tuple(short if p is pv else p for p in self.phases))
 
 
 @dataclass(frozen=True)

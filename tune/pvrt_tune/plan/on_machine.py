@@ -1,7 +1,6 @@
 """Plans for this machine, or for one described by its memory."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from pvrt.device import default_device, is_here
@@ -10,12 +9,16 @@ from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import check_divisible, find_blocks
 from pvrt_tune.plan import speed
 from pvrt_tune.plan.memory_plan import Plan, Request, plan_run
-from pvrt_tune.plan.report import describe, misfit
+from pvrt_tune.plan.report import describe, misfits
 from pvrt_tune.settings import TuneJob
+from pvrt_tune.store import has_piece
 
 
-def plan_job(job: TuneJob, machine: Machine, *, sampled: bool) -> Plan:
+def plan_job(job: TuneJob, machine: Machine) -> Plan:
     """The plan of one call of `tune` on this machine.
+
+    The model writes its text unless the job names some, or the run in `job.out` has kept what it
+    wrote.
 
     Raises SourceError for a model that cannot be read or a scheme that does not divide its layers.
     """
@@ -23,35 +26,32 @@ def plan_job(job: TuneJob, machine: Machine, *, sampled: bool) -> Plan:
         job.model,
         job.recipe,
         job.device,
-        sampled,
+        job.data is None and (job.restart or not has_piece(job.out, "calibration")),
         gguf=locate(job.model, weights=False).is_file(),
         activations=job.activations,
     )
-    return _plan(request, machine)
+    plan = _plan(request, machine)
+    return plan if job.seconds is None else plan.within(job.seconds)
 
 
 def plan_here(
-    job: TuneJob,
-    *,
-    sampled: bool,
-    host_memory: float | None = None,
-    device_memory: float | None = None,
-) -> tuple[dict[str, Any], str | None]:
+    job: TuneJob, *, host_memory: float | None = None, device_memory: float | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """(description, why it does not fit) of a run; memory in GB, default what is free here.
 
-    The job's device may be "auto" and need not be here; where it writes does not matter.
+    The device of the job may be "auto": what `tune` would take here, or a GPU if its memory is
+    given.
     """
-    device = job.device
-    if device == "auto":
-        device = "cuda" if device_memory is not None else default_device()
-    machine = Machine.here(device if is_here(device) else "cpu", Path())
+    if job.device == "auto":
+        job = replace(job, device="cuda" if device_memory is not None else default_device())
+    machine = Machine.here(job.device if is_here(job.device) else "cpu", job.out)
     if host_memory is not None:
         machine = replace(machine, host=int(host_memory * 1e9))
-    if device_memory is not None and device != "cpu":
+    if device_memory is not None and job.device != "cpu":
         machine = replace(machine, device=int(device_memory * 1e9))
-    plan = plan_job(replace(job, device=device), machine, sampled=sampled)
+    plan = plan_job(job, machine)
     memory = machine.host if machine.device is None else machine.device
-    return describe(plan, memory), misfit(plan, machine)
+    return describe(plan, memory), misfits(plan, machine)
 
 
 def _plan(request: Request, machine: Machine) -> Plan:

@@ -8,36 +8,30 @@ from pvrt_tune.machine import Machine
 from pvrt_tune.plan.memory_plan import Phase, Plan
 
 
-def misfit(plan: Plan, machine: Machine) -> str | None:
-    """One sentence with the numbers and the flag that helps, when the run cannot fit."""
-    host, disk = plan.peak("host_bytes"), plan.peak("disk_bytes")
-    device = plan.peak("device_bytes")
-    if machine.device is not None and device.device_bytes > machine.device:
-        lacking = _lacking(device, device.device_bytes, machine.device, "of device memory")
-        return lacking + _help(plan, device)
-    if host.host_bytes > machine.host:
-        lacking = _lacking(host, host.host_bytes, machine.host, "of host memory")
-        # Hidden states are the only part of a phase that can leave the host's memory.
-        if plan.activations == "memory" and host.name not in _NO_HIDDEN_STATES:
-            advice = "keep hidden states on disk with --activations disk, or lower --samples"
-            return lacking + advice
-        return lacking + _help(plan, host)
-    if disk.disk_bytes > machine.disk:
-        lacking = _lacking(disk, disk.disk_bytes, machine.disk, "of disk")
-        return lacking + "free some, or give --out on another disk"
-    return None
+def misfits(plan: Plan, machine: Machine) -> list[str]:
+    """Why the run cannot fit: all problems, each a sentence with the numbers and what helps.
+
+    Of several phases that the same change would help, the one that needs most is named.
+    """
+    worst: dict[tuple[str, str], tuple[int, str]] = {}
+    for phase in plan.phases:
+        for what, needed, free in (
+            ("device memory", phase.device_bytes, machine.device),
+            ("host memory", phase.host_bytes, machine.host),
+            ("disk", phase.disk_bytes, machine.disk),
+        ):
+            if free is not None and needed > free:
+                shown = f"{phase.name} needs {gigabytes(needed)} of {what}"
+                shown += f", {gigabytes(free)} are free"
+                kind = what, _advice(plan, phase, what)
+                worst[kind] = max(worst.get(kind, (0, "")), (needed, shown))
+    return [f"{shown}; {advice}" for (_, advice), (_, shown) in worst.items()]
 
 
-#: Phases that keep none, at least none on the host.
-_NO_HIDDEN_STATES = ("sampling", "PV-Tuning", "write")
-
-
-def _lacking(phase: Phase, needed: int, free: int, what: str) -> str:
-    return f"{phase.name} needs {gigabytes(needed)} {what}, {gigabytes(free)} are free; "
-
-
-def _help(plan: Plan, phase: Phase) -> str:
-    """What makes a phase need less memory."""
+def _advice(plan: Plan, phase: Phase, what: str) -> str:
+    """What makes a phase need less, or the machine have more."""
+    if what == "disk":
+        return "free some, or give --out on another disk"
     if phase.name == "sampling":
         return "give calibration text with --data, so that the model need not write it"
     if phase.name == "PV-Tuning":
@@ -45,10 +39,11 @@ def _help(plan: Plan, phase: Phase) -> str:
             "leave it out with --no-pv, or save memory with low_memory, teacher_first and "
             "recompute_activations in a --config file (docs/tuning.md)"
         )
+    if plan.activations == "memory" and what == "host memory" and phase.name != "write":
+        return "keep hidden states on disk with --activations disk, or lower --samples"
     if phase.name in ("block pass", "block fine-tune"):
         return "lower --length, or free some"
-    place = "device" if plan.request.device != "cpu" else "host"
-    return f"free some, or use a {place} with more"
+    return f"free some, or use a machine with more {what}"
 
 
 def gigabytes(size: float) -> str:

@@ -1,0 +1,72 @@
+"""`pvrt plan`: what `pvrt tune` with the same options would need and give."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pvrt.cli.recipe import (
+    PV,
+    Activations,
+    ActivationsOption,
+    Config,
+    Data,
+    Effort,
+    EffortOption,
+    Length,
+    Limit,
+    Model,
+    Samples,
+    Scheme,
+)
+from pvrt.cli.shared import EXIT_PROBLEM, AsJson
+
+
+def plan(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the checkpoint: whose disk is asked.")
+    ] = Path(),
+    scheme: Scheme = None,
+    data: Data = None,
+    effort: EffortOption = Effort.standard,
+    config: Config = None,
+    limit: Limit = None,
+    pv: PV = True,
+    samples: Samples = None,
+    length: Length = None,
+    device: Annotated[
+        str, typer.Option(help="As for tune; a GPU may be planned for where there is none.")
+    ] = "auto",
+    host_memory: Annotated[
+        float | None, typer.Option(min=0, help="GB of host memory (default: what is free here).")
+    ] = None,
+    device_memory: Annotated[
+        float | None, typer.Option(min=0, help="GB of GPU memory (default: what is free here).")
+    ] = None,
+    activations: ActivationsOption = Activations.auto,
+    as_json: AsJson = False,
+) -> None:
+    """Say what tune would need and give: memory, disk, time, size. It reads config.json alone.
+
+    The exit code is 1 if the run does not fit.
+    """
+    from pvrt_tune.plan.on_machine import plan_here
+    from pvrt_tune.plan.report import as_text
+    from pvrt_tune.settings import TuneJob
+    from pvrt_tune.settings.options import Changes, build
+
+    changes = Changes(scheme, samples, length, pv=pv)
+    recipe, seconds = build(effort.value, config, changes, limit)
+    job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds)
+    report, problems = plan_here(job, host_memory=host_memory, device_memory=device_memory)
+    if as_json:
+        print(json.dumps({**report, "problems": problems}))
+    else:
+        print(as_text(report))
+        print("this run does not fit:" if problems else "this run fits")
+        for problem in problems:
+            print(f"- {problem}")
+    if problems:
+        raise typer.Exit(EXIT_PROBLEM)

@@ -1,0 +1,68 @@
+"""The options that `pvrt tune` and `pvrt plan` share, so that a plan is of the run it is asked for.
+
+None leaves a setting to `--config`, and then to the preset of `--effort`.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Effort(StrEnum):
+    """Presets of a recipe."""
+
+    quick = "quick"
+    standard = "standard"
+    best = "best"
+
+
+class Activations(StrEnum):
+    """Where hidden states are kept."""
+
+    auto = "auto"
+    memory = "memory"
+    disk = "disk"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A model folder, a .gguf file, or a hub id like org/name."),
+]
+Scheme = Annotated[
+    str | None,
+    typer.Option(
+        help="Codebooks x bits g group: 2x8g8 is 2 bits, 3x8g8 is 3; or a scalar grid: w4g128 "
+        "is 4 bits in groups of 128, w4g128s symmetric. [default: 2x8g8]"
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibration text: a .txt/.jsonl file, a folder, or a Hugging Face dataset "
+        "(name or name:split). Without it the model writes its own."
+    ),
+]
+EffortOption = Annotated[Effort, typer.Option("--effort", help="Time against quality.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="A YAML or JSON file with settings of the recipe, over --effort."),
+]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        "--for", help="Time in all, like 40m or 2h30m. The best checkpoint by then is left."
+    ),
+]
+PV = Annotated[
+    bool, typer.Option("--pv/--no-pv", help="PV-Tuning after calibration (from --effort).")
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows (from --effort).")]
+Length = Annotated[int | None, typer.Option(help="Tokens per window (from --effort).")]
+ActivationsOption = Annotated[
+    Activations,
+    typer.Option(
+        "--activations", help="Where hidden states are kept; auto takes memory if they fit."
+    ),
+]
