@@ -3,7 +3,7 @@
 Takes SmolLM2-135M-Instruct (a GGUF inside a PyPI package), measures it, tunes it to 2 bits,
 measures it again, serves it on the embedded engine and asks it a question through the official
 OpenAI client. The model writes its own calibration text; it is measured on the language reference
-that comes with Python, and on WikiText-2 where that is at hand.
+that comes with Python, and on WikiText-2 where PVRT_DATA names a folder that has it (data.py).
 """
 
 import argparse
@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import data
 import needs
 
 ROOT = Path(__file__).resolve().parents[1]
-WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
 QUESTION = "What is the capital of France?"
 DISK_BYTES = 2 * 10**9  # the checkpoint, and the states that tuning keeps until it ends
 
@@ -140,8 +140,8 @@ def main() -> None:
     check_needs(out, arguments.port)
     model = str(smollm2())
     texts: dict[str, tuple[Path | None, int, int]] = {"python_reference": (None, 512, 16)}
-    if WIKITEXT.is_file():
-        texts["wikitext2_first_windows"] = (WIKITEXT, 2048, 2)
+    if (wikitext := data.find(data.TEST)) is not None:
+        texts["wikitext2_first_windows"] = (wikitext, 2048, 2)
     figures: dict[str, Any] = {
         name: {"original": perplexity(model, *how)} for name, how in texts.items()
     }

