@@ -78,10 +78,9 @@ class PVSettings:
     codes of 2 bits move, so that long runs want less. fraction: share of a layer's groups that may
     change per step in the subspace strategies. gain_pool: they are chosen by the distance that new
     codes would win, among this many times as many candidates; 1 chooses by distance alone, as
-    published, and moves half as many for groups that cannot move stay chosen. trust_ratio: bound
-    on a layer's change by codes in one step, relative to its norm. low_memory: B in bfloat16 with
-    stochastic rounding and its second moment factored into rows and columns (arXiv 1804.04235): 2
-    bytes per weight instead of 8.
+    published, and moves half as many for groups that cannot move stay chosen. low_memory: B in
+    bfloat16 with stochastic rounding and its second moment factored into rows and columns (arXiv
+    1804.04235): 2 bytes per weight instead of 8.
     """
 
     strategy: StrategyName = "subspace-straight-through"
@@ -91,7 +90,6 @@ class PVSettings:
     code_beta: Decay = 0.95
     fraction: Share = 0.01
     gain_pool: Count = 4
-    trust_ratio: Positive | None = None
     low_memory: Flag = False
     clip_norm: Positive = 1.0
 
@@ -173,13 +171,6 @@ class PVLayer:
             gain = torch.where(kept, distance.index_select(0, candidates).square() - left, 0)
             kept = torch.zeros_like(kept)
             kept[parallel.top_share(gain, self._allowed())] = True
-        if self.settings.trust_ratio is not None:
-            # Candidates come largest distance first: keep them until the change gets too large,
-            # but one at least, as published.
-            change = (proposal.values - old.index_select(0, candidates)).square().sum(1)
-            bound = self.settings.trust_ratio**2 * float(parallel.total(decoded.square().sum()))
-            spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
-            kept = kept & ((spent <= bound) | (spent <= change))
         settled = (kept | ~proposal.moves).nonzero().squeeze(1)
         self.representation.assign(candidates.index_select(0, settled), proposal[settled])
         moved = kept.nonzero().squeeze(1)
@@ -196,12 +187,8 @@ class PVLayer:
         movable = self.representation.movable(distance, draws) if asks else distance > 0
         if self.strategy.subspace:
             count = self._allowed() * self.settings.gain_pool
-            candidates = parallel.top_share(torch.where(movable, distance, 0), count)
-        else:
-            candidates = movable.nonzero().squeeze(1)
-        if self.settings.trust_ratio is None:
-            return candidates
-        return candidates[distance[candidates].argsort(descending=True, stable=True)]
+            return parallel.top_share(torch.where(movable, distance, 0), count)
+        return movable.nonzero().squeeze(1)
 
     def _allowed(self) -> int:
         total = parallel.total(torch.tensor(float(self.groups)))
