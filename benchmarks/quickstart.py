@@ -13,14 +13,12 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import data
 import needs
+import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "What is the capital of France?"
@@ -74,36 +72,6 @@ def perplexity(model: str, text: Path | None, context: int, windows: int) -> flo
     return float(result["value"])
 
 
-@contextmanager
-def served(folder: Path, port: int) -> Iterator[str]:
-    """`pvrt serve` on the embedded engine; yields the API's base URL once it is healthy."""
-    arguments = ["serve", str(folder), "--engine", "local", "--port", str(port)]
-    print(f"\n$ pvrt {' '.join(arguments)}", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "pvrt", *arguments, "--log-level", "warning"])
-    base = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                sys.exit(f"quickstart: the server ended with {process.returncode}")
-            if _healthy(base):
-                break
-            time.sleep(0.2)
-        else:
-            sys.exit("quickstart: the server did not become ready in two minutes")
-        yield f"{base}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _healthy(base: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{base}/health", timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:  # nobody listens yet, or the answer is an error (urllib's is an OSError)
-        return False
-
-
 def ask(base_url: str, model: str) -> tuple[str, float]:
     """One streamed chat answer. Returns the text and decoded tokens per second."""
     from openai import OpenAI
@@ -149,8 +117,10 @@ def main() -> None:
     for name, how in texts.items():
         figures[name]["tuned"] = perplexity(str(out), *how)
     bits = json.loads(pvrt("inspect", str(out), "--json", capture=True))
-    with served(out, arguments.port) as base_url:
-        answer, speed = ask(base_url, out.name)
+    quiet = ("--log-level", "warning")
+    command = serving.pvrt(out, arguments.port, "local", *quiet)
+    with serving.running(command, arguments.port) as server:
+        answer, speed = ask(f"{server.url}/v1", out.name)
     figures |= {
         "bits_per_weight_linears": bits["bits_per_weight_linears"],
         "bits_per_weight_file": bits["bits_per_weight_file"],

@@ -1,6 +1,5 @@
 """The tables of docs/vllm.md; `tables.py` writes them."""
 
-
 from markdown_table import Row, distinct, formatted, table, where
 
 #: What is on the hub, by layout; "-AQLM-..." of ISTA-DASLab where nobody else is named.
