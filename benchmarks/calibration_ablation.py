@@ -1,6 +1,6 @@
 """What each part of the calibration is worth: writes results/calibration_ablation.json.
 
-    .venv/bin/python benchmarks/calibration_ablation.py [variant ...]
+    PVRT_DATA=FOLDER .venv/bin/python benchmarks/calibration_ablation.py [variant ...]
 
 SmolLM2-135M at 2x8g8, effort quick, one sampled calibration text for all variants. Every variant is
 the whole model; perplexity is of WikiText-2 *validation* (first windows of 2048 tokens, float32),
@@ -14,10 +14,11 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import data
 import machine
 import quickstart
+import results
 import torch
 
 import pvrt
@@ -25,13 +26,11 @@ from pvrt.tools.perplexity import perplexity, read_text, windows
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import load_source
 from pvrt_tune.data.text import Windows
-from pvrt_tune.fit import additive, layer
+from pvrt_tune.fit import additive
 from pvrt_tune.fit.additive import AdditiveFit
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import EFFORTS, FinetuneSettings, Recipe, TuneJob
 
-RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_ablation.json"
-VALIDATION = quickstart.WIKITEXT.with_name("wiki.valid.raw")
 WINDOWS = 8
 SCHEME = "2x8g8"
 
@@ -87,42 +86,23 @@ VARIANTS: dict[str, tuple[type[AdditiveFit], Recipe]] = {
 }
 
 
-def fit_with(kind: type[AdditiveFit]) -> Any:
-    """`fit_layer` on another class."""
-
-    def fit_layer(*args: Any) -> AdditiveFit:
-        original = additive.AdditiveFit
-        additive.AdditiveFit = kind  # type: ignore[misc]
-        try:
-            return original_fit_layer(*args)
-        finally:
-            additive.AdditiveFit = original  # type: ignore[misc]
-
-    return fit_layer
-
-
-original_fit_layer = additive.fit_layer
-
-
 def main() -> None:
     """Run the named variants, or all."""
-    if not VALIDATION.is_file():
-        sys.exit(f"{VALIDATION} is missing: this benchmark needs WikiText-2 validation text")
-    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
-    results = {row["variant"]: row for row in stored}
+    rows = results.load("calibration_ablation")
+    validation = read_text(data.need(data.VALIDATION))
     model = str(quickstart.smollm2())
     source = load_source(model)
-    tokens = windows(read_text(VALIDATION), source.tokenizer, 2048, WINDOWS)
-    data = calibration_text.from_model(
+    tokens = windows(validation, source.tokenizer, 2048, WINDOWS)
+    sampled = calibration_text.from_model(
         source.dense(torch.float32), Windows(BASE.samples, BASE.length, BASE.seed)
     )
-    calibration_text.from_model = lambda *args: data
-    if "original" not in results:
+    calibration_text.from_model = lambda *args: sampled
+    if not rows:
         original = perplexity(source.dense(torch.float32), tokens).value
-        results["original"] = {"variant": "original", "perplexity": original}
+        rows = [{"variant": "original", "perplexity": original}]
     for name in sys.argv[1:] or VARIANTS:
         kind, recipe = VARIANTS[name]
-        setattr(layer, "fit_layer", fit_with(kind))  # noqa: B010
+        additive.AdditiveFit = kind  # type: ignore[misc]
         folder = Path(tempfile.mkdtemp())
         wall, cpu = time.monotonic(), time.process_time()
         tune(TuneJob(model, folder / "out", recipe), lambda line: print(line, flush=True))
@@ -130,7 +110,7 @@ def main() -> None:
         manifest = json.loads((folder / "out" / "pvrt.json").read_text())
         errors = [e for block in manifest["blocks"] for e in block["errors"].values()]
         tuned = pvrt.load(folder / "out", dense=True, dtype="float32")
-        results[name] = {
+        row = {
             "variant": name,
             "model": "SmolLM2-135M-Instruct",
             "scheme": SCHEME,
@@ -143,8 +123,9 @@ def main() -> None:
             "cpu_seconds": cpu,
             **machine.describe(),
         }
-        print(results[name], flush=True)
-        RESULT.write_text(json.dumps(list(results.values()), indent=1) + "\n")
+        print(row, flush=True)
+        rows = results.renewed(rows, [row], "variant")
+        results.store("calibration_ablation", rows)
         shutil.rmtree(folder)
 
 

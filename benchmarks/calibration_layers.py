@@ -1,43 +1,38 @@
 """Relative output error and CPU seconds of single layers: writes results/calibration_layers.json.
 
-    .venv/bin/python benchmarks/calibration_layers.py [efforts|variants|schemes|grids ...]
+    PVRT_DATA=FOLDER .venv/bin/python benchmarks/calibration_layers.py [efforts|grids ...]
 
 Four layers of SmolLM2-135M (GGUF dequantised to bfloat16), H = mean of x x^T over 32 windows of
 1024 tokens of WikiText-2 validation through the original model in float32, what is stored rounded
 to float16. CPU seconds are process time of the fit alone, in one thread. Rows by `part`:
 
     efforts    2x8g8 at every effort of `pvrt tune`, beside the public reference
-    variants   2x8g8 at effort standard with one thing changed
-    schemes    all other schemes at effort standard, on one layer
     grids      scalar grids beside plain rounding and plain GPTQ; groups of 64 and 128, because the
                GGUF's own grid has groups of 32 and would come out nearly lossless
 
 Rows of parts that are not named are kept.
 """
 
-import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from typing import Any
 
-import calibration_variants as variants
+import data
 import machine
 import quickstart
+import results
 import torch
+from torch import Tensor
 
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.tools.perplexity import read_text, windows
 from pvrt_tune.data.source_model import load_source
-from pvrt_tune.fit import additive
-from pvrt_tune.fit.additive import AdditiveFit, fit_layer
+from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.fit.grid import fit_grid
 from pvrt_tune.fit.objective import Objective
-from pvrt_tune.settings import EFFORTS, FitSettings
+from pvrt_tune.settings import EFFORTS
 
-RESULT = machine.ROOT / "benchmarks" / "results" / "calibration_layers.json"
-VALIDATION = quickstart.WIKITEXT.with_name("wiki.valid.raw")
 LAYERS = (
     "model.layers.10.self_attn.q_proj",
     "model.layers.0.self_attn.v_proj",
@@ -47,23 +42,25 @@ LAYERS = (
 # The public reference with the defaults of its README, on the same layers: error, CPU seconds.
 # Measured once on another machine of two cores, so only errors compare exactly.
 REFERENCE = ((0.01026, 131), (0.01548, 105), (0.04021, 482), (0.05170, 249))
+GRIDS = ("w2g64", "w2g64s", "w3g64", "w3g64s", "w4g64", "w4g64s", "w4g128")
+Problem = tuple[Tensor, Tensor]
 
 
-def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def problems() -> dict[str, Problem]:
     """(W, H) of every layer."""
     source = load_source(str(quickstart.smollm2()))
+    tokens = windows(read_text(data.need(data.VALIDATION)), source.tokenizer, 1024, 32)
     model = source.dense(torch.float32)
     model.model.layers = model.model.layers[:11]  # those measured and before
-    tokens = windows(read_text(VALIDATION), source.tokenizer, 1024, 32)
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, Tensor] = {}
 
-    def hook(module: Any, args: tuple[torch.Tensor, ...], name: str) -> None:
+    def hook(args: tuple[Tensor, ...], name: str) -> None:
         x = args[0].reshape(-1, args[0].shape[-1])
         sums[name] = sums.get(name, torch.zeros(1)) + x.T @ x
 
     for name in LAYERS:
         model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: hook(module, args, name)
+            lambda module, args, name=name: hook(args, name)
         )
     with torch.inference_mode():
         for part in torch.split(tokens, 2):
@@ -75,70 +72,23 @@ def problems() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-Problem = tuple[torch.Tensor, torch.Tensor]
-STANDARD = EFFORTS["standard"].fit
-#: Name: how it fits, and with what settings.
-VARIANTS: dict[str, tuple[type[AdditiveFit], FitSettings]] = {
-    "beam 1": (AdditiveFit, replace(STANDARD, beam=1)),
-    "beam 4": (AdditiveFit, replace(STANDARD, beam=4)),
-    "beam 16": (AdditiveFit, replace(STANDARD, beam=16)),
-    "beam 1, 20 rounds": (AdditiveFit, replace(STANDARD, beam=1, rounds=20)),
-    "12 k-means iterations": (AdditiveFit, replace(STANDARD, kmeans_iterations=12)),
-    "8 CG iterations": (AdditiveFit, replace(STANDARD, cg_iterations=8)),
-    "no error feedback": (variants.NoFeedback, STANDARD),
-    "feedback in natural order": (variants.NaturalOrder, STANDARD),
-    "start weighted by diag(H)": (variants.PlainImportance, STANDARD),
-    "start in weight space": (variants.WeightSpaceStart, STANDARD),
-    "start in the full metric": (variants.FullMetric, STANDARD),
-    "scales from output energy": (variants.ScaleOfOutputs, STANDARD),
-}
-SCHEMES = ("1x8g8", "1x8g4", "3x8g8", "4x8g8", "2x12g8", "1x16g8", "1x16g16")
-GRIDS = ("w2g64", "w2g64s", "w3g64", "w3g64s", "w4g64", "w4g64s", "w4g128")
-
-
-def fitted(
-    problem: Problem, scheme: str, kind: type[AdditiveFit], settings: FitSettings
-) -> dict[str, Any]:
-    """Error and CPU seconds of one fit."""
-    generator = torch.Generator().manual_seed(0)
-    original = additive.AdditiveFit
-    started = time.process_time()
-    try:
-        additive.AdditiveFit = kind  # type: ignore[misc]
-        fit = fit_layer(*problem, Scheme.parse(scheme), settings, generator).result(torch.float16)
-    finally:
-        additive.AdditiveFit = original  # type: ignore[misc]
-    seconds = time.process_time() - started
-    return {
-        "scheme": scheme,
-        "relative_error": fit.relative_error,
-        "cpu_seconds": seconds,
-        "settings": asdict(settings),
-    }
-
-
 def efforts(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
     """2x8g8 at every effort."""
     for (name, problem), (error, seconds) in zip(cases.items(), REFERENCE, strict=True):
-        reference = {"reference_relative_error": error, "reference_cpu_seconds": seconds}
         for effort, recipe in EFFORTS.items():
-            row = fitted(problem, "2x8g8", AdditiveFit, recipe.fit)
-            yield {"layer": name, "effort": effort, **row, **reference}
-
-
-def changed(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
-    """2x8g8 at effort standard with one thing changed, and unchanged for comparison."""
-    for name, problem in sorted(cases.items(), key=lambda case: len(case[1][1])):
-        for variant, (kind, settings) in {"standard": (AdditiveFit, STANDARD), **VARIANTS}.items():
-            row = fitted(problem, "2x8g8", kind, settings)
-            yield {"layer": name, "variant": variant, **row}
-
-
-def schemes(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
-    """Other schemes on the layer with most groups of its size."""
-    name = LAYERS[-1]
-    for scheme in SCHEMES:
-        yield {"layer": name, **fitted(cases[name], scheme, AdditiveFit, STANDARD)}
+            generator = torch.Generator().manual_seed(0)
+            started = time.process_time()
+            parsed = Scheme.parse("2x8g8")
+            fit = fit_layer(*problem, parsed, recipe.fit, generator).result(torch.float16)
+            yield {
+                "layer": name,
+                "effort": effort,
+                "scheme": "2x8g8",
+                "relative_error": fit.relative_error,
+                "cpu_seconds": time.process_time() - started,
+                "reference_relative_error": error,
+                "reference_cpu_seconds": seconds,
+            }
 
 
 def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
@@ -150,10 +100,10 @@ def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
             if not scheme.divides(*weight.shape):
                 continue
             started = time.process_time()
-            fit = fit_grid(weight, moment, scheme, STANDARD).result(torch.float16)
+            fit = fit_grid(weight, moment, scheme, EFFORTS["standard"].fit).result(torch.float16)
             seconds = time.process_time() - started
             rounded, gptq = (
-                objective.relative_error(variants.plain_grid(weight, moment, scheme, feedback))
+                objective.relative_error(plain_grid(weight, moment, scheme, feedback))
                 for feedback in (False, True)
             )
             yield {
@@ -167,30 +117,42 @@ def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
             }
 
 
-PARTS = {"efforts": efforts, "variants": changed, "schemes": schemes, "grids": grids}
+def plain_grid(weight: Tensor, moment: Tensor, scheme: GridScheme, feedback: bool) -> Tensor:
+    """A textbook grid: ranges from the least to the greatest weight when a group begins, rounding,
+    and on request GPTQ's error feedback (damping 1 %, natural order)."""
+    rest, result = weight.clone(), torch.zeros_like(weight)
+    upper = Objective(weight, moment).feedback(0.01)
+    for i in range(weight.shape[1]):
+        if i % scheme.group_size == 0:
+            group = rest[:, i : i + scheme.group_size]
+            low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
+            if scheme.symmetric:
+                high = torch.maximum(-low, high)
+                low = -high
+            scale = ((high - low) / scheme.levels).clamp_min(1e-8)
+            middle = torch.full_like(scale, (scheme.levels + 1) // 2)
+            zero = middle if scheme.symmetric else (-low / scale).round()
+        code = (rest[:, i] / scale + zero).round().clamp(0, scheme.levels)
+        result[:, i] = scale * (code - zero)
+        if feedback:
+            error = (rest[:, i] - result[:, i]) / upper[i, i]
+            rest[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
+    return result
+
+
+PARTS = {"efforts": efforts, "grids": grids}
 
 
 def main() -> None:
     """Fit everything in the named parts, print as it goes and store the figures."""
-    if not VALIDATION.is_file():
-        sys.exit(f"{VALIDATION} is missing: this benchmark needs WikiText-2 validation text")
-    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
-    rows = {part: [row for row in stored if row.get("part") == part] for part in PARTS}
     cases = problems()
     torch.set_num_threads(1)
-    place = {"shared_machine": True, **machine.describe()}
     for part in sys.argv[1:] or PARTS:
-        rows[part] = []
+        rows = [row for row in results.load("calibration_layers") if row["part"] != part]
         for row in PARTS[part](cases):
-            rows[part].append({**row, "part": part, **place})
-            what = row.get("effort") or row.get("variant") or ""
-            print(
-                f"{row['layer']:34} {row['scheme']:8} {what:26} {row['relative_error']:.5f}  "
-                f"{row['cpu_seconds']:6.1f} s  {row.get('ratio_to_gptq', '')}",
-                flush=True,
-            )
-            stored = [row for each in rows.values() for row in each]
-            RESULT.write_text(json.dumps(stored, indent=1) + "\n")
+            rows.append({**row, "part": part, "shared_machine": True, **machine.describe()})
+            print(row, flush=True)
+            results.store("calibration_layers", rows)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any
 
 import cpu_shapes
 import machine
+import results
 
-RESULT = machine.ROOT / "benchmarks" / "results" / "cpu_decode.json"
+KEY = ("model", "engine", "format", "threads")
 PROMPT = 512
 ENGINES = {
     "pvrt": ["2x8g8", "1x16g8"],
@@ -233,20 +234,14 @@ def main() -> None:
         engine, format, shape, threads = options.worker
         work(engine, options.models, shape, format, int(threads))
         return
-    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
     for shape in options.shapes:
         for threads in options.threads:
             done = options.rounds, options.tokens, options.formats
             for rows in measure(options.models, shape, threads, *done):
                 about = {"shared_machine": machine.shared(threads), **machine.describe()}
-                fresh = {_key(row) for row in rows}
-                stored = [row for row in stored if _key(row) not in fresh]
-                stored += [{**row, **about} for row in rows]
-                RESULT.write_text(json.dumps(stored, indent=1) + "\n")
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["engine"], row["format"], row["threads"]
+                fresh = [{**row, **about} for row in rows]
+                stored = results.renewed(results.load("cpu_decode"), fresh, *KEY)
+                results.store("cpu_decode", stored)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from statistics import median
 from typing import Any
 
 import machine
+import results
 
-RESULT = machine.ROOT / "benchmarks" / "results" / "cpu_kernels.json"
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (1536, 576), (576, 576)]
 SCHEMES = ["2x8g8", "1x8g8", "1x8g4", "4x8g8", "1x16g8", "1x16g16"]
 # bytes per 256 weights, and how x is quantised
@@ -177,19 +177,8 @@ def llama(out: int, inputs: int, x: Any, folder: Path, threads: int) -> dict[str
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", source, "-o", built], check=True)
     loop = ctypes.CDLL(str(built)).loop
     void, some, team = ctypes.c_void_p, 64, torch_threads()[0]
-    loop.argtypes = [
-        void,
-        void,
-        void,
-        void,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_size_t,
-        void,
-        void,
-        void,
-        ctypes.c_int,
-    ]
+    integer = ctypes.c_int
+    loop.argtypes = [*4 * [void], integer, integer, ctypes.c_size_t, *3 * [void], integer]
     kernels: dict[str, Kernel] = {}
     for name, (bytes_of_256, of_x) in GGML.items():
         row_bytes = inputs // 256 * bytes_of_256
@@ -280,10 +269,9 @@ def main() -> None:
             check=True,
         )
         about = {"shared_machine": machine.shared(threads), **machine.describe()}
-        stored = json.loads(RESULT.read_text()) if RESULT.is_file() else []
-        rows = [row for row in stored if row["threads"] != threads]
-        rows += [{**row, **about} for row in json.loads(done.stdout)]
-        RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+        rows = [{**row, **about} for row in json.loads(done.stdout)]
+        rows = results.renewed(results.load("cpu_kernels"), rows, "threads")
+        results.store("cpu_kernels", rows)
 
 
 if __name__ == "__main__":

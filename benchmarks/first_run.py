@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import data
 import machine
 import machines
 import needs
 import quickstart
+import results
 import tables
-
-ROOT = machine.ROOT
-RESULT = ROOT / "benchmarks" / "results" / "first_run.json"
 
 
 def measure_quickstart() -> dict[str, Any]:
@@ -49,7 +48,7 @@ def measure_perplexity() -> dict[str, Any]:
     figures: dict[str, Any] = {}
     models = {"original": str(quickstart.smollm2()), "2bit": str(machines.TUNED)}
     for name, model in models.items():
-        options = ["--text", str(quickstart.WIKITEXT), "--context", "2048", "--json"]
+        options = ["--text", str(data.need(data.TEST)), "--context", "2048", "--json"]
         result = json.loads(quickstart.pvrt("eval", model, *options, capture=True))
         figures[f"wikitext2_ppl_{name}"] = result["value"]
         figures["wikitext2_windows"] = result["windows"]
@@ -68,12 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parts = parser.parse_args().only
-    needs.check("first_run", [needs.writable(RESULT.parent)])
+    needs.check("first_run", [needs.writable(results.FOLDER)])
     for part in parts:
         figures = PARTS[part]()
-        stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        RESULT.write_text(json.dumps({**stored, **figures, **machine.describe()}, indent=1) + "\n")
+        stored = dict(results.load("first_run"))
+        results.store("first_run", {**stored, **figures, **machine.describe()})
         tables.renew()
         print(f"{part}: {figures}", flush=True)
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import machine
 import needs
+import results
 
 from pvrt.lock import compare
 from pvrt_kernels.cpu.library import instruction_set
 
 ROOT = machine.ROOT
-RESULT = ROOT / "benchmarks" / "results" / "machines.json"
 TUNED = ROOT / "runs" / "quickstart"
 KEY = ("cpu", "isa", "locked")
 # "== 3 failed, 1669 passed, 12 skipped, 2 errors in 512.33s (0:08:32) ==", framed or not.
@@ -48,8 +48,8 @@ def closing_line(output: str) -> dict[str, Any] | None:
 
 def merged(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows with this machine's new one in the place of its old one."""
-    kept = [old for old in rows if any(old.get(name) != row[name] for name in KEY)]
-    return sorted([*kept, row], key=lambda each: tuple(str(each[name]) for name in KEY))
+    all_rows = results.renewed(rows, [row], *KEY)
+    return sorted(all_rows, key=lambda each: tuple(str(each[name]) for name in KEY))
 
 
 def make(target: str) -> tuple[int, str]:
@@ -85,7 +85,7 @@ def run_tests() -> dict[str, Any]:
 
 def main() -> None:
     """Run both, store the row."""
-    needs.check("machines", [needs.writable(RESULT.parent)])
+    needs.check("machines", [needs.writable(results.FOLDER)])
     quickstart = run_quickstart()
     tests = run_tests()
     comparison = compare()
@@ -98,8 +98,7 @@ def main() -> None:
         "quickstart_answer": quickstart and quickstart["answer"],
         "locked": comparison is not None and not comparison.differing,
     }
-    rows = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.is_file() else []
-    RESULT.write_text(json.dumps(merged(rows, row), indent=1) + "\n", encoding="utf-8")
+    results.store("machines", merged(results.load("machines"), row))
     print(json.dumps(row, indent=1))
     sys.exit(1 if quickstart is None or tests["tests_failed"] else 0)
 

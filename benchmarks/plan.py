@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,13 +21,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import data
 import machine
+import memory
 import quickstart
+import results
 
 from pvrt_tune.machine import Machine, release_memory
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
 
-RESULT = machine.ROOT / "benchmarks" / "results" / "plan.json"
 LEAST = Recipe(
     scheme="2x4g8",
     samples=8,
@@ -58,27 +59,12 @@ STAGES = (
 )
 
 
-class Sampler(threading.Thread):
-    """Peak memory and time by phase of this process."""
+class Sampler(memory.Watch):
+    """Peak memory and time by stage of this process."""
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.phase = "start"
-        self.peak: dict[str, int] = defaultdict(int)
+        super().__init__()
         self.seconds: dict[str, float] = defaultdict(float)
-
-    def run(self) -> None:
-        while True:
-            self.look()
-            time.sleep(0.003)
-
-    def look(self) -> None:
-        phase = self.phase
-        lines = Path("/proc/self/status").read_text().splitlines()
-        parts = (line.split() for line in lines if line.startswith(("RssAnon", "RssShmem")))
-        size = sum(1024 * int(part[1]) for part in parts)
-        if phase == self.phase:  # else the stage changed meanwhile: whose memory was it?
-            self.peak[phase] = max(self.peak[phase], size)
 
     def around(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +94,7 @@ def stop_early(line: str) -> None:
         raise Enough
 
 
-def measured(model: str, recipe: Recipe, data: str | None) -> dict[str, Any]:
+def measured(model: str, recipe: Recipe, text: str | None) -> dict[str, Any]:
     """Tune a model in this process; peaks, times and the plan by phase."""
     from pvrt_tune import pipeline
     from pvrt_tune.calibrate import stage
@@ -121,13 +107,14 @@ def measured(model: str, recipe: Recipe, data: str | None) -> dict[str, Any]:
         setattr(modules[module], name, sampler.around(getattr(modules[module], name), phase))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        job = TuneJob(model, out, recipe, data)
+        job = TuneJob(model, out, recipe, text)
         plan: Plan = plan_job(job, Machine.here("cpu", out))
         sampler.start()
         with suppress(Enough):
             pipeline.tune(job, stop_early)
     predicted = {phase.name: asdict(phase) for phase in plan.phases}
-    return {"predicted": predicted, "peak": sampler.peak, "seconds": sampler.seconds}
+    peak = {phase: sizes["anonymous"] for phase, sizes in sampler.peak.items()}
+    return {"predicted": predicted, "peak": peak, "seconds": sampler.seconds}
 
 
 def synthetic(folder: Path, hidden: int, inner: int, vocabulary: int, layers: int) -> Path:
@@ -173,17 +160,6 @@ def tokenizer(size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=pairs, bos_token="<s>", eos_token="</s>")
 
 
-def as_folder(file: Path, folder: str) -> Path:
-    """The model of a GGUF file as safetensors."""
-    from pvrt_tune.data.source_model import load_source
-
-    source = load_source(str(file))
-    out = Path(folder) / "smollm2"
-    source.dense(source.model.dtype).save_pretrained(out)
-    source.tokenizer.save_pretrained(out)
-    return out
-
-
 def main() -> None:
     """Run all models, print a table and store the figures."""
     parser = argparse.ArgumentParser()
@@ -191,12 +167,11 @@ def main() -> None:
     parser.add_argument("--only", help="run one model, by name")
     asked = parser.parse_args()
     if asked.child:
-        model, recipe, data = asked.child
-        print(json.dumps(measured(model, RECIPES[recipe], data or None)))
+        model, recipe, given_text = asked.child
+        print(json.dumps(measured(model, RECIPES[recipe], given_text or None)))
         return
     from pvrt.tools.perplexity import default_text
 
-    rows = json.loads(RESULT.read_text()) if RESULT.is_file() else []
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text(default_text())
@@ -211,7 +186,7 @@ def main() -> None:
             "smollm2-135m (GGUF)": (lambda: file, "short windows", False),
             "smollm2-135m (GGUF), text given": (lambda: file, "calibration", True),
             "smollm2-135m (folder), text given": (
-                lambda: as_folder(file, folder),
+                lambda: data.as_folder(file, Path(folder) / "smollm2"),
                 "calibration",
                 True,
             ),
@@ -228,9 +203,8 @@ def main() -> None:
                 text=True,
                 check=True,
             )
-            rows = [row for row in rows if row["model"] != name]
-            rows += compared(name, json.loads(done.stdout))
-            RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+            fresh = compared(name, json.loads(done.stdout))
+            results.store("plan", results.renewed(results.load("plan"), fresh, "model"))
 
 
 def compared(model: str, found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ every setting do not count: they search most groups for the first time.
 """
 
 import argparse
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import machine
+import results
 import torch
 from pv_strategies import FOLDER, SUBJECTS, Bench, say
 
@@ -26,7 +26,6 @@ from pvrt_tune.pv.loss import Teacher
 from pvrt_tune.pv.stage import calibrated
 from pvrt_tune.pv.trainer import Student, Trainer
 
-RESULT = machine.ROOT / "benchmarks" / "results" / "pv_step.json"
 MODEL = "smollm2-135m"
 
 
@@ -44,7 +43,7 @@ def steps(bench: Bench, teacher: Teacher, batch: int, repeats: int) -> list[dict
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure and store."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--repeats", type=int, default=5)
@@ -76,7 +75,7 @@ def main() -> None:
             }
             rows.append(row)
             say(str(row))
-    RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+    results.store("pv_step", rows)
 
 
 if __name__ == "__main__":

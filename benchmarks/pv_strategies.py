@@ -14,9 +14,7 @@ Rows that are there already are kept, so the table can grow over several runs.
 """
 
 import argparse
-import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,8 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import data
 import machine
 import quickstart
+import results
 import torch
 from torch import Tensor
 
@@ -43,8 +43,6 @@ from pvrt_tune.run import Run
 from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from pvrt_tune.store import Store
 
-DATA = machine.ROOT.parent / "shared" / "data"
-RESULT = machine.ROOT / "benchmarks" / "results" / "pv_strategies.json"
 #: Where runs are kept unless a folder is given.
 FOLDER = Path(tempfile.gettempdir()) / "pv-strategies"
 
@@ -90,12 +88,10 @@ def web_text(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
     """Windows of Wikipedia, web pages and WikiText-2 train; C4 stays out."""
     text = folder / "text"
     text.mkdir(parents=True, exist_ok=True)
-    for name in ("text/wikipedia.jsonl", "text/openwebtext.jsonl"):
-        shutil.copy(DATA / name, text)
-    shutil.copy(DATA / "wikitext2" / "wiki.train.first1MB.noblank.txt", text)
-    return from_text(
-        str(text), source.tokenizer, Windows(recipe.windows, recipe.length, recipe.seed)
-    )
+    for name in (data.WIKIPEDIA, data.WEB, data.TRAIN):
+        shutil.copy(data.need(name), text)
+    wanted = Windows(recipe.windows, recipe.length, recipe.seed)
+    return from_text(str(text), source.tokenizer, wanted)
 
 
 def own_stories(source: Source, recipe: Recipe, folder: Path) -> CalibrationData:
@@ -114,20 +110,20 @@ def own_stories(source: Source, recipe: Recipe, folder: Path) -> CalibrationData
 
 def tinystories() -> tuple[str, str]:
     """Two halves of the stories at hand: to choose states by, and to report."""
-    text = (DATA / "text" / "tinystories.txt").read_text(encoding="utf-8")
+    text = data.need(data.TINYSTORIES).read_text(encoding="utf-8")
     middle = text.index("\n\n", len(text) // 2)
     return text[:middle], text[middle:]
 
 
 def c4() -> str:
     """C4 documents, joined by blank lines."""
-    rows = documents(str(DATA / "text" / "c4.jsonl"))
+    rows = documents(str(data.need(data.C4)))
     return "\n\n".join(row for row in rows if isinstance(row, str))
 
 
 SUBJECTS = {
     "stories260k": Subject(
-        source=lambda: DATA / "models" / "stories260K-hf",
+        source=lambda: data.need(data.STORIES260K),
         schemes=("2x4g4",),
         recipe=Recipe(
             length=128,
@@ -156,7 +152,7 @@ SUBJECTS = {
             training=TrainSettings(windows=1600, steps=40, batch=2, microbatch=2, patience=99),
         ),
         data=web_text,
-        texts=lambda: {"wikitext2_ppl": read_text(quickstart.WIKITEXT), "second_ppl": c4()},
+        texts=lambda: {"wikitext2_ppl": read_text(data.need(data.TEST)), "second_ppl": c4()},
         window=2048,
         evaluated=4,
         hour=Recipe(
@@ -270,13 +266,11 @@ def main() -> None:
     parser.add_argument("--hour", action="store_true", help="the first scheme's hour, nothing else")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
-    if not DATA.is_dir():
-        sys.exit(f"{DATA} is missing: this benchmark needs its text")
-    rows = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    rows = results.load("pv_strategies")
 
     def add(**row: Any) -> None:
         rows.append({**row, **machine.describe()})
-        RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+        results.store("pv_strategies", rows)
         say(str({k: v for k, v in row.items() if k != "curves"}))
 
     def missing(**key: Any) -> bool:

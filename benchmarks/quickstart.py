@@ -3,7 +3,7 @@
 Takes SmolLM2-135M-Instruct (a GGUF inside a PyPI package), measures it, tunes it to 2 bits,
 measures it again, serves it on the embedded engine and asks it a question through the official
 OpenAI client. The model writes its own calibration text; it is measured on the language reference
-that comes with Python, and on WikiText-2 where that is at hand.
+that comes with Python, and on WikiText-2 where PVRT_DATA names a folder that has it (data.py).
 """
 
 import argparse
@@ -13,16 +13,14 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import data
 import needs
+import serving
 
 ROOT = Path(__file__).resolve().parents[1]
-WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext2" / "wiki.test.raw"
 QUESTION = "What is the capital of France?"
 DISK_BYTES = 2 * 10**9  # the checkpoint, and the states that tuning keeps until it ends
 
@@ -74,36 +72,6 @@ def perplexity(model: str, text: Path | None, context: int, windows: int) -> flo
     return float(result["value"])
 
 
-@contextmanager
-def served(folder: Path, port: int) -> Iterator[str]:
-    """`pvrt serve` on the embedded engine; yields the API's base URL once it is healthy."""
-    arguments = ["serve", str(folder), "--engine", "local", "--port", str(port)]
-    print(f"\n$ pvrt {' '.join(arguments)}", flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "pvrt", *arguments, "--log-level", "warning"])
-    base = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                sys.exit(f"quickstart: the server ended with {process.returncode}")
-            if _healthy(base):
-                break
-            time.sleep(0.2)
-        else:
-            sys.exit("quickstart: the server did not become ready in two minutes")
-        yield f"{base}/v1"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _healthy(base: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{base}/health", timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:  # nobody listens yet, or the answer is an error (urllib's is an OSError)
-        return False
-
-
 def ask(base_url: str, model: str) -> tuple[str, float]:
     """One streamed chat answer. Returns the text and decoded tokens per second."""
     from openai import OpenAI
@@ -140,8 +108,8 @@ def main() -> None:
     check_needs(out, arguments.port)
     model = str(smollm2())
     texts: dict[str, tuple[Path | None, int, int]] = {"python_reference": (None, 512, 16)}
-    if WIKITEXT.is_file():
-        texts["wikitext2_first_windows"] = (WIKITEXT, 2048, 2)
+    if (wikitext := data.find(data.TEST)) is not None:
+        texts["wikitext2_first_windows"] = (wikitext, 2048, 2)
     figures: dict[str, Any] = {
         name: {"original": perplexity(model, *how)} for name, how in texts.items()
     }
@@ -149,8 +117,10 @@ def main() -> None:
     for name, how in texts.items():
         figures[name]["tuned"] = perplexity(str(out), *how)
     bits = json.loads(pvrt("inspect", str(out), "--json", capture=True))
-    with served(out, arguments.port) as base_url:
-        answer, speed = ask(base_url, out.name)
+    quiet = ("--log-level", "warning")
+    command = serving.pvrt(out, arguments.port, "local", *quiet)
+    with serving.running(command, arguments.port) as server:
+        answer, speed = ask(f"{server.url}/v1", out.name)
     figures |= {
         "bits_per_weight_linears": bits["bits_per_weight_linears"],
         "bits_per_weight_file": bits["bits_per_weight_file"],

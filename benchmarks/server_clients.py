@@ -12,10 +12,41 @@ import json
 import os
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from server_raw import SECONDS, Feature, Where, expect, raw, raw_http
+SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Where:
+    """The server under test."""
+
+    url: str
+    model: str
+    key: str
+
+
+Feature = tuple[str, Callable[[], None]]
+
+
+def expect(condition: object, problem: str = "not as expected") -> None:
+    """Fail a feature with a reason."""
+    if not condition:
+        raise AssertionError(problem)
+
+
+def tokenize(where: Where, text: str, **options: Any) -> list[int]:
+    """Token ids of a text, from the server."""
+    headers = {"Authorization": f"Bearer {where.key}", "Content-Type": "application/json"}
+    body = json.dumps({"model": where.model, "prompt": text, **options}).encode()
+    request = urllib.request.Request(f"{where.url}/tokenize", body, headers)
+    with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        ids: list[int] = json.load(response)["tokens"]
+    return ids
+
 
 SCHEMA = {
     "type": "object",
@@ -71,8 +102,7 @@ def openai_sync(where: Where) -> Iterator[Feature]:
         expect(answer.usage.completion_tokens <= 12 and answer.choices[0].finish_reason)
 
     def token_ids() -> None:
-        body = json.dumps({"model": where.model, "prompt": "Once upon a time"}).encode()
-        ids = json.loads(raw(where, "POST", "/tokenize", body)[1])["tokens"]
+        ids = tokenize(where, "Once upon a time")
         expect(complete(prompt=ids).choices[0].text == complete().choices[0].text)
 
     def echo() -> None:
@@ -95,8 +125,7 @@ def openai_sync(where: Where) -> Iterator[Feature]:
 
     def bias() -> None:
         token = complete(logprobs=0, max_tokens=1).choices[0].logprobs.tokens[0]
-        body = json.dumps({"model": where.model, "prompt": token, "add_special_tokens": False})
-        ids = json.loads(raw(where, "POST", "/tokenize", body.encode())[1])["tokens"]
+        ids = tokenize(where, token, add_special_tokens=False)
         banned = complete(logit_bias={str(ids[0]): -100}, logprobs=0, max_tokens=1)
         expect(banned.choices[0].logprobs.tokens[0] != token)
 
@@ -396,26 +425,25 @@ def litellm(where: Where) -> Iterator[Feature]:
 
 
 #: By name: the features, and the distribution whose version the results name.
-CLIENTS: dict[str, tuple[Callable[[Where], Iterator[Feature]], str | None]] = {
+CLIENTS: dict[str, tuple[Callable[[Where], Iterator[Feature]], str]] = {
     "openai": (openai_sync, "openai"),
     "openai async": (openai_async, "openai"),
     "langchain": (langchain, "langchain-openai"),
     "litellm": (litellm, "litellm"),
-    "raw HTTP": (raw_http, None),
 }
 
 
 def main(name: str, url: str, model: str, key: str) -> None:
     """Run one client's features and print a JSON line for each."""
     features, package = CLIENTS[name]
-    version = f" {importlib.metadata.version(package)}" if package else ""
+    client = f"{name} {importlib.metadata.version(package)}"
     for feature, check in features(Where(url, model, key)):
         problem = None
         try:
             check()
         except Exception as error:  # whatever a wrong answer leads to
             problem = f"{type(error).__name__}: {error}"[:300]
-        print(json.dumps({"client": name + version, "feature": feature, "problem": problem}))
+        print(json.dumps({"client": client, "feature": feature, "problem": problem}))
         sys.stdout.flush()
 
 

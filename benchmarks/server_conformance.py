@@ -1,7 +1,7 @@
 """Features x engines x clients of `pvrt serve` -> benchmarks/results/server_conformance.json.
 
     python benchmarks/server_conformance.py CHECKPOINT [--clients PYTHON] [--engines local vllm]
-        [--only "raw HTTP"]
+        [--only "openai async"]
 
 Rows of engines and clients that are not asked for stay as they are. PYTHON is an interpreter with
 langchain-openai, litellm and mcp (they want an older openai than pvrt's tests have); without it
@@ -10,7 +10,6 @@ their rows are left out.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tables import RESULTS, renew
+import results
+import serving
+from tables import renew
 
 KEY = "conformance"
-OURS = ("openai", "openai async", "raw HTTP")
+OURS = ("openai", "openai async")
 THEIRS = ("langchain", "litellm")
 #: Without eager execution vLLM compiles for minutes on a CPU.
 FLAGS: dict[str, list[str]] = {
@@ -64,23 +65,15 @@ def with_tools(checkpoint: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def served(checkpoint: Path, engine: str, *flags: str, key: str | None = KEY) -> Iterator[str]:
-    """The URL of a server that runs while the block does; its log goes to stderr."""
-    command = [sys.executable, "-m", "pvrt", "serve", str(checkpoint), "--engine", engine]
-    command += ["--port", "0", *flags, *(["--api-key", key] if key else []), *FLAGS[engine]]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if "is served at" in line:
-                break
-        else:
-            sys.exit(f"the {engine} engine did not start")
-        yield line.split()[-1].removesuffix("/v1")
-    finally:
-        process.terminate()
-        process.communicate(timeout=120)
+def served(
+    checkpoint: Path, engine: str, *flags: str, key: str | None = KEY
+) -> Iterator[serving.Server]:
+    """`pvrt serve` while the block runs."""
+    port = serving.free_port()
+    guard = ["--api-key", key] if key else []
+    command = serving.pvrt(checkpoint, port, engine, *flags, *guard, *FLAGS[engine])
+    with serving.running(command, port) as server:
+        yield server
 
 
 def rows(
@@ -90,11 +83,11 @@ def rows(
     script = Path(__file__).with_name("server_clients.py")
     with (
         with_tools(checkpoint) as folder,
-        served(folder, engine, "--served-model-name", "model", "--log-level", "warning") as url,
+        served(folder, engine, "--served-model-name", "model", "--log-level", "warning") as server,
     ):
         for name in names:
             python = str(clients) if name in THEIRS else sys.executable
-            command = [python, str(script), name, url, "model", KEY]
+            command = [python, str(script), name, server.url, "model", KEY]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             for line in run.stdout.splitlines():
                 if not line.startswith('{"client"'):
@@ -118,18 +111,16 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["local", "vllm"], choices=FLAGS)
     parser.add_argument("--only", nargs="+", choices=(*OURS, *THEIRS), help="these clients alone")
     arguments = parser.parse_args()
-    file = RESULTS / "server_conformance.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     names = arguments.only or (*OURS, *(THEIRS if arguments.clients else ()))
     replaced = names if arguments.only else (*OURS, *THEIRS)
-    result = [
+    stored = [
         row
-        for row in stored
+        for row in results.load("server_conformance")
         if row["engine"] not in arguments.engines or client_of(row) not in replaced
     ]
     for engine in arguments.engines:
         for row in rows(arguments.checkpoint, engine, names, arguments.clients):
-            result.append(row)
+            stored.append(row)
             mark = "ok  " if row["pass"] else "FAIL"
             print(
                 f"{mark} {engine:6} {row['client']:22} {row['feature']:36} "
@@ -137,11 +128,11 @@ def main() -> None:
                 flush=True,
             )
     order = (*OURS, *THEIRS)
-    result.sort(key=lambda row: (list(FLAGS).index(row["engine"]), order.index(client_of(row))))
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    stored.sort(key=lambda row: (list(FLAGS).index(row["engine"]), order.index(client_of(row))))
+    results.store("server_conformance", stored)
     renew()
-    failed = sum(not row["pass"] for row in result)
-    print(f"{len(result) - failed} of {len(result)} pass")
+    failed = sum(not row["pass"] for row in stored)
+    print(f"{len(stored) - failed} of {len(stored)} pass")
 
 
 if __name__ == "__main__":

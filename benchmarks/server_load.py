@@ -12,14 +12,12 @@ What is not measured (--seconds 0, or no --dense) stays as it was stored.
 import argparse
 import asyncio
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +25,11 @@ from typing import Any
 import httpx
 import needs
 import psutil  # type: ignore[import-untyped]
+import results
+import serving
 from machine import describe
 from server_conformance import KEY, served
-from tables import RESULTS, renew
+from tables import renew
 from tokenizers import Tokenizer
 
 WORDS = ("the", "river", "old", "tower", "light", "stone", "garden", "winter", "road", "voice")
@@ -126,18 +126,6 @@ def resident(pid: int) -> int:
     return total
 
 
-def server_pid(url: str) -> int:
-    """The process tree that listens at a URL: our child."""
-    port = int(url.rpartition(":")[2])
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if any(c.laddr and c.laddr.port == port for c in child.net_connections()):
-                return int(child.pid)
-        except psutil.Error:
-            continue
-    raise SystemExit(f"nothing of ours listens at {url}")
-
-
 def slope(points: list[tuple[float, int]]) -> float:
     """Growth in bytes per minute by the Theil-Sen estimator over the second half of the points.
 
@@ -161,19 +149,19 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[str, Any]:
     """One server under so many streams."""
-    with served(checkpoint, engine, *QUIET) as url:
-        pid, points = server_pid(url), []
+    with served(checkpoint, engine, *QUIET) as server:
+        points: list[tuple[float, int]] = []
         started = time.monotonic()
 
         async def run() -> Measured:
             async def watch() -> None:
                 while True:
-                    points.append((time.monotonic() - started, resident(pid)))
+                    points.append((time.monotonic() - started, resident(server.pid)))
                     await asyncio.sleep(max(seconds / 100, 0.5))
 
             watcher = asyncio.create_task(watch())
             try:
-                return await sustain(url, streams, seconds)
+                return await sustain(server.url, streams, seconds)
             finally:
                 watcher.cancel()
 
@@ -194,33 +182,12 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
     }
 
 
-@contextmanager
-def transformers_serve(model: Path, *flags: str) -> Iterator[str]:
-    """The URL of `transformers serve` on a model folder, in float32 as the embedded engine."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def transformers_serve(model: Path, *flags: str) -> AbstractContextManager[serving.Server]:
+    """`transformers serve` on a model folder, in float32 as the embedded engine."""
+    port = serving.free_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--device", "cpu", *flags, "--log-level", "error"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            if process.poll() is not None:
-                sys.exit("transformers serve did not start")
-            try:
-                if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
+    return serving.running([*command, "--device", "cpu", *flags, "--log-level", "error"], port)
 
 
 async def burst(url: str, model: str, at_once: int, number: int, tokenizer: Tokenizer) -> float:
@@ -261,12 +228,14 @@ def throughput(checkpoint: Path, dense: Path, repeats: int) -> list[dict[str, An
     for name, (start, model) in servers.items():
         rates: dict[int, list[float]] = {at_once: [] for at_once in AT_ONCE}
         problem = None
-        with start() as url:
+        with start() as server:
             try:
-                asyncio.run(burst(url, model, 1, 0, tokenizer))  # compiles and allocates
+                asyncio.run(burst(server.url, model, 1, 0, tokenizer))  # compiles and allocates
                 for number in range(1, repeats + 1):
                     for at_once, values in rates.items():
-                        values.append(asyncio.run(burst(url, model, at_once, number, tokenizer)))
+                        values.append(
+                            asyncio.run(burst(server.url, model, at_once, number, tokenizer))
+                        )
                         print(f"{name:48} {at_once:3} at once {values[-1]:8.1f} tokens/s")
                         sys.stdout.flush()
             except RuntimeError as error:  # a peer that breaks is a result, not our end
@@ -290,10 +259,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--note", default="", help="what else the machine was doing")
-    parser.add_argument("--out", type=Path, default=RESULTS / "server_load.json")
     arguments = parser.parse_args()
-    needs.check("server_load", [needs.writable(arguments.out.parent)])
-    stored = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
+    needs.check("server_load", [needs.writable(results.FOLDER)])
+    stored = dict(results.load("server_load"))
     about = describe()
     measured: dict[str, Any] = {}
     if arguments.seconds:
@@ -313,7 +281,7 @@ def main() -> None:
         **{name: stored[name] for name in ("load", "throughput") if name in stored},
         **measured,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    results.store("server_load", result)
     renew()
 
 

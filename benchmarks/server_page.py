@@ -17,11 +17,11 @@ QUESTION = "What is a river?"
 def main(checkpoint: Path, question: str = QUESTION) -> None:
     """Serve, ask, and take the picture."""
     chromium = shutil.which("chromium") or sys.exit("there is no chromium here")
-    with served(checkpoint, "local", key=None) as url, sync_playwright() as playwright:
+    with served(checkpoint, "local", key=None) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1180, "height": 800}, color_scheme="light")
         tab.set_default_timeout(120_000)
-        tab.goto(url)
+        tab.goto(server.url)
         tab.wait_for_selector("#card dd")
         tab.fill("#temperature", "0")
         tab.fill("#limit", "160")

@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable
 
 import machine
+import results
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt.format.atomic import as_json, write_synced
 from pvrt.format.scheme import Scheme
 from pvrt_kernels.grouped import aqlm_grouped_linear, aqlm_pack_group
 
-RESULTS = machine.ROOT / "benchmarks" / "results" / "vllm_experts.json"
 EXPERTS, CHOSEN, HIDDEN, WIDTH, REPEATS = 8, 2, 2048, 7168, 15
 
 
@@ -87,7 +86,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     about = {**machine.describe(), "machine_shared": True, "experts": EXPERTS, "per_token": CHOSEN}
     shape = {"hidden": HIDDEN, "width": WIDTH, "threads": 1, "repeats": REPEATS}
-    write_synced(RESULTS, as_json({**about, **shape, "rows": rows}))
+    results.store("vllm_experts", {**about, **shape, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `python benchmarks/vllm_load.py [--scheme 2x8g8]` writes a checkpoint of random codes in the shape
 of Llama-3.2-1B, starts an engine on it in a process of its own, and one on a toy model in another:
-the bare engine. Memory is sampled every 10 ms: "anonymous" is what the process has allocated, "all"
+the bare engine. Memory is sampled every 3 ms: "anonymous" is what the process has allocated, "all"
 also counts the mapped file, which the system takes back when it needs to.
 """
 
@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import machine
+import memory
+import results
 import torch
 from torch import Tensor
 
 from pvrt.format.aqlm import WriteOptions, quantization_config, write_checkpoint
-from pvrt.format.atomic import as_json, write_synced
 from pvrt.format.scheme import Scheme
 
 sys.path.insert(0, str(machine.ROOT))
@@ -31,7 +31,6 @@ from tests.fixtures.published import LAYOUTS, write_published
 from tests.fixtures.toy import random_layer
 from tests.fixtures.vllm_generate import ENVIRONMENT
 
-RESULTS = machine.ROOT / "benchmarks" / "results" / "vllm_load.json"
 HIDDEN, INNER, LAYERS, VOCABULARY, HEADS, KV_HEADS, HEAD = 2048, 8192, 16, 128256, 32, 8, 64
 LINEARS = {
     "self_attn.q_proj": (HEADS * HEAD, HIDDEN),
@@ -83,39 +82,22 @@ def write(path: Path, scheme: Scheme) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def memory() -> dict[str, int]:
-    """Bytes of this process now."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    found = {line.partition(":")[0]: line.split()[1] for line in status if line.startswith("Rss")}
-    anonymous = 1024 * (int(found["RssAnon"]) + int(found["RssShmem"]))
-    return {"anonymous": anonymous, "all": anonymous + 1024 * int(found["RssFile"])}
-
-
 def load(folder: str) -> dict[str, Any]:
     """Start an engine here, and say what it took."""
     from vllm import LLM
 
-    before, started, done = memory(), time.perf_counter(), threading.Event()
-    peak = dict(before)
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            for name, value in memory().items():
-                peak[name] = max(peak[name], value)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    before, started, watch = memory.sizes(), time.perf_counter(), memory.Watch()
+    watch.start()
     llm = LLM(folder, skip_tokenizer_init=True, **ENGINE)
     seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
-    after = memory()
+    watch.phase = "loaded"
+    after = memory.sizes()
     del llm
     return {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(time.process_time(), 1),
         "before": before,
-        "peak": peak,
+        "peak": watch.peak["start"],
         "after": after,
     }
 
@@ -166,9 +148,7 @@ def main() -> None:
         "with_checkpoint": large,
     }
     print(json.dumps(row, indent=1))
-    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
-    others = [other for other in known if other["scheme"] != str(scheme)]
-    write_synced(RESULTS, as_json([*others, row]))
+    results.store("vllm_load", results.renewed(results.load("vllm_load"), [row], "scheme"))
 
 
 if __name__ == "__main__":

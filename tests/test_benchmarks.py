@@ -95,3 +95,62 @@ def test_a_machine_replaces_its_own_row_alone(machines: ModuleType) -> None:
         ("B", False, 3),
         ("B", True, 4),
     ]
+
+
+def test_no_script_names_a_place_outside_the_repository() -> None:
+    """Data lies in the folder that PVRT_DATA names, and data.py fetches it."""
+    for file in SCRIPTS.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert "ROOT.parent" not in text and "/work" not in text, file
+
+
+def test_every_result_file_is_read_by_a_table_of_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    tables = importlib.import_module("tables")
+    pages = "".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
+    shown = {name.partition(":")[0] for name in tables.TABLES if f"<!-- {name}:begin -->" in pages}
+    assert set(tables.TABLES) == {name for name in tables.TABLES if f"{name}:begin" in pages}
+    stored = {file.stem for file in tables.RESULTS.glob("*.json")} - {"machines", "structure"}
+    assert {name for name in stored if not name.startswith("gpu_")} == shown
+
+
+def test_data_that_is_not_there_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    data = importlib.import_module("data")
+    for folder in (None, str(tmp_path)):
+        monkeypatch.delenv("PVRT_DATA", raising=False)
+        if folder is not None:
+            monkeypatch.setenv("PVRT_DATA", folder)
+        assert data.find(data.TEST) is None
+        with pytest.raises(SystemExit):
+            data.need(data.TEST)
+        expected = "wikitext2/wiki.test.raw is needed: PVRT_DATA=FOLDER python benchmarks/data.py\n"
+        assert capsys.readouterr().err == expected
+
+
+def test_data_is_fetched_once_in_the_form_that_the_scripts_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows as the hub's datasets give them, and a GGUF of a toy model."""
+    from pvrt.tools.perplexity import read_text
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    data = importlib.import_module("data")
+    rows = ["", " = Robert Boulter = \n", "", " An actor .\n"] * 200
+    asked = []
+
+    def load(name: str, *rest: object, **options: object) -> list[dict[str, str]]:
+        asked.append(name)
+        return [{"text": row} for row in rows]
+
+    (tmp_path / data.STORIES260K).mkdir(parents=True)  # converting a model is no part of this
+    for _ in range(2):
+        data.fetch(tmp_path, load, lambda *_, **__: pytest.fail("the model is there"))
+    assert len(asked) == len(data.SOURCES)
+    monkeypatch.setenv("PVRT_DATA", str(tmp_path))
+    assert read_text(data.need(data.TEST)) == "\n\n".join(rows)
+    assert data.need(data.TRAIN).read_text() == "".join(row for row in rows if row)
+    lines = data.need(data.C4).read_text().splitlines()
+    assert len(lines) == 500 and all("text" in line for line in lines)

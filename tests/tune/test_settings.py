@@ -148,7 +148,6 @@ def test_mistakes_are_one_sentence(tmp_path: Path, text: str, sentence: str) -> 
         (PVSettings(), {"fraction": 0.0}, "fraction is 0.0; .* above 0 and at most 1"),
         (PVSettings(), {"fraction": 1.1}, "fraction is 1.1; .* above 0 and at most 1"),
         (PVSettings(), {"gain_pool": 0}, "gain_pool is 0"),
-        (PVSettings(), {"trust_ratio": 0.0}, "trust_ratio is 0.0; it must be above 0"),
         (PVSettings(), {"clip_norm": 0.0}, "clip_norm is 0.0; it must be above 0"),
     ],
 )

@@ -60,7 +60,7 @@ class Tools:
 
         content is the JSON schema of answers that are not calls, None for any text.
         """
-        calls = self._calls(self.functions)
+        calls = self._calls()
         if self.must_call:
             return f"start: {calls}\n{self._rules(self.functions)}"
         if content is not None:
@@ -76,7 +76,7 @@ class Tools:
             )
         return None
 
-    def _calls(self, functions: Sequence[Function]) -> str:
+    def _calls(self) -> str:
         if self.most_calls == 1:
             return "call"
         return f"call ({json.dumps(self.form.separator)} call)*"

@@ -1,6 +1,6 @@
 """The real vLLM engine on a CPU against the dense model in transformers: equal greedy tokens.
 
-A small part of benchmarks/vllm_matrix.py and vllm_features.py. An engine takes seconds, so all of
+A small part of benchmarks/vllm_equality.py. An engine takes seconds, so all of
 this is two processes of vLLM, one of them with two ranks.
 """
 

@@ -469,23 +469,6 @@ def test_proposals_in_c_and_in_torch_are_the_same(
         torch.testing.assert_close(left[0], left[1], rtol=1e-3, atol=1e-3)
 
 
-def test_the_trust_ratio_bounds_a_layers_change(problem: Problem) -> None:
-    trainer = problem.trainer(steps_with(strategy="straight-through", trust_ratio=0.05))
-    for _ in range(8):
-        trainer.train_step()
-    name, layer = next(iter(trainer.optimizer.layers.items()))
-    before = layer.representation.tensors()["codes"].clone()
-    decoded = layer.representation.decode()
-    generator = torch.Generator().manual_seed(7)
-    target = decoded + 0.5 * decoded.std() * torch.randn(decoded.shape, generator=generator)
-    updated = decoded.clone()
-    groups = (target - decoded).view(-1, layer.representation.group_size)
-    moved = layer._move_codes(updated, target, groups.norm(dim=1), generator)
-    assert 0 < moved < layer.groups / 2
-    assert not torch.equal(before, layer.representation.tensors()["codes"]), name
-    assert (updated - decoded).norm() <= 0.05 * decoded.norm()
-
-
 def test_ways_to_save_memory_change_nothing(problem: Problem) -> None:
     figures = [
         problem.trainer(loop_with(**changes)).train_step()

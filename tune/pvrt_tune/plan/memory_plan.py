@@ -193,7 +193,7 @@ def observe_bytes(shape: BlockShape, tokens: int, width: int) -> int:
     return shape.moments + int(4 * tokens * (2 * width + shape.read + shape.widest))
 
 
-def finetune_bytes(shape: BlockShape, tokens: int, width: int) -> int:
+def finetune_bytes(shape: BlockShape, tokens: int) -> int:
     """Peak of fine-tuning: the quantised block, one decoded layer with what decoding takes, and
     what the backward pass needs of `tokens` tokens.
     """
@@ -317,7 +317,7 @@ class _Planner:
         )
         seconds = sum(speed.fit_seconds(*layer, recipe) for s in shapes for layer in s.linears)
         yield self.phase("layer fit", fit, seconds, **place)
-        tuning = max(finetune_bytes(shape, batch, self.width) for shape in shapes)
+        tuning = max(finetune_bytes(shape, batch) for shape in shapes)
         share = 1 - recipe.finetune.held_out
         rounds = recipe.finetune.epochs * (3 * share + recipe.finetune.held_out)
         work = sum(2.0 * tokens * rounds * shape.active for shape in shapes)

@@ -136,13 +136,6 @@ class PVLayer:
             gain = torch.where(kept, distance.index_select(0, candidates).square() - left, 0)
             kept = torch.zeros_like(kept)
             kept[parallel.top_share(gain, self._allowed())] = True
-        if self.settings.trust_ratio is not None:
-            # Candidates come largest distance first: keep them until the change gets too large,
-            # but one at least, as published.
-            change = (proposal.values - old.index_select(0, candidates)).square().sum(1)
-            bound = self.settings.trust_ratio**2 * float(parallel.total(decoded.square().sum()))
-            spent = torch.where(kept, change, 0).cumsum(0) * parallel.world()
-            kept = kept & ((spent <= bound) | (spent <= change))
         settled = (kept | ~proposal.moves).nonzero().squeeze(1)
         self.representation.assign(candidates.index_select(0, settled), proposal[settled])
         moved = kept.nonzero().squeeze(1)
@@ -159,12 +152,8 @@ class PVLayer:
         movable = self.representation.movable(distance, draws) if asks else distance > 0
         if self.strategy.subspace:
             count = self._allowed() * self.settings.gain_pool
-            candidates = parallel.top_share(torch.where(movable, distance, 0), count)
-        else:
-            candidates = movable.nonzero().squeeze(1)
-        if self.settings.trust_ratio is None:
-            return candidates
-        return candidates[distance[candidates].argsort(descending=True, stable=True)]
+            return parallel.top_share(torch.where(movable, distance, 0), count)
+        return movable.nonzero().squeeze(1)
 
     def _allowed(self) -> int:
         total = parallel.total(torch.tensor(float(self.groups)))

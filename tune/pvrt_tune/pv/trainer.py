@@ -100,7 +100,6 @@ class Outcome:
 
     before: float
     best: float
-    best_step: int
     complete: bool
     curves: list[dict[str, float]]
 
@@ -161,11 +160,10 @@ class Trainer:
             if self.step % self.settings.evaluate_every == 0 or self.step >= self.steps:
                 self._evaluate(store, report, {**figures, "left": pace * (self.steps - self.step)})
                 self._save(store)
-        best = min(self.curves, key=lambda row: row["held_out_kl"])
+        kls = [row["held_out_kl"] for row in self.curves]
         return Outcome(
-            self.curves[0]["held_out_kl"],
-            best["held_out_kl"],
-            int(best["step"]),
+            kls[0],
+            min(kls),
             self.step >= self.steps or self._stale(),
             self.curves,
         )

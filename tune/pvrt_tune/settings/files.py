@@ -60,12 +60,17 @@ def is_old(content: Mapping[Any, Any]) -> bool:
 
 
 def renewed(content: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Settings in the old spelling in the new one, which has `pv` only beside a loop."""
+    """Settings in the old spelling in the new one, which has `pv` only beside a loop.
+
+    trust_ratio is gone; None, its default, said that there was none.
+    """
     rest = {name: value for name, value in content.items() if name != "pv"}
     if content["pv"] is None:
         return {**rest, "training": None}
     loop = dict(content["pv"])
     step = {"pv": loop.pop("pv")} if "pv" in loop else {}
+    if isinstance(step.get("pv"), dict) and step["pv"].get("trust_ratio", 0) is None:
+        step["pv"] = {name: value for name, value in step["pv"].items() if name != "trust_ratio"}
     return {**rest, "training": loop, **step}
 
 

@@ -109,10 +109,9 @@ class PVSettings:
     codes of 2 bits move, so that long runs want less. fraction: share of a layer's groups that may
     change per step in the subspace strategies. gain_pool: they are chosen by the distance that new
     codes would win, among this many times as many candidates; 1 chooses by distance alone, as
-    published, and moves half as many for groups that cannot move stay chosen. trust_ratio: bound
-    on a layer's change by codes in one step, relative to its norm. low_memory: B in bfloat16 with
-    stochastic rounding and its second moment factored into rows and columns (arXiv 1804.04235): 2
-    bytes per weight instead of 8.
+    published, and moves half as many for groups that cannot move stay chosen. low_memory: B in
+    bfloat16 with stochastic rounding and its second moment factored into rows and columns (arXiv
+    1804.04235): 2 bytes per weight instead of 8.
     """
 
     strategy: StrategyName = "subspace-straight-through"
@@ -122,7 +121,6 @@ class PVSettings:
     code_beta: Decay = 0.95
     fraction: Share = 0.01
     gain_pool: Count = 4
-    trust_ratio: Positive | None = None
     low_memory: Flag = False
     clip_norm: Positive = 1.0
 

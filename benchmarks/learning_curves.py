@@ -1,24 +1,18 @@
 """Learning curves of PV-Tuning's strategies on a real small model, over seeds.
 
-    .venv/bin/python benchmarks/paper/learning_curves.py [MODEL] [SCHEME]
+    .venv/bin/python benchmarks/learning_curves.py [MODEL] [SCHEME]
 
 Draws what benchmarks/pv_strategies.py measured: held-out KL to the original model over steps, the
 median of the seeds as a line and their range as a band (arXiv 2405.14852 compares subspace PV with
-straight-through estimation this way). Writes results/paper_learning_curves.png and .json.
+straight-through estimation this way). Writes results/paper_learning_curves.png.
 """
 
-import json
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import machine
-
-RESULTS = machine.ROOT / "benchmarks" / "results"
+import results
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -38,19 +32,16 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the strategy table, write numbers and the plot."""
+    """Read the strategy table, write the plot."""
     model, scheme = [*sys.argv[1:], *("stories260k", "2x4g4")[len(sys.argv) - 1 :]]
-    rows = json.loads((RESULTS / "pv_strategies.json").read_text(encoding="utf-8"))
     chosen = [
         row
-        for row in rows
+        for row in results.load("pv_strategies")
         if (row["model"], row["representation"]) == (model, scheme) and "curves" in row
     ]
     if not chosen:
         sys.exit(f"the strategy table has no runs of {model} in {scheme}")
     found = curves(chosen)
-    result = {"model": model, "scheme": scheme, "curves": found, **machine.describe()}
-    (RESULTS / "paper_learning_curves.json").write_text(json.dumps(result, indent=1) + "\n")
     figure, axis = plt.subplots(figsize=(6, 4))
     for strategy, curve in found.items():
         (line,) = axis.plot(curve["steps"], curve["median"], label=strategy)
@@ -61,7 +52,7 @@ def main() -> None:
     axis.set_title(f"{model}, {scheme}, {max(c['seeds'] for c in found.values())} seeds")
     axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(RESULTS / "paper_learning_curves.png", dpi=110)
+    figure.savefig(results.FOLDER / "paper_learning_curves.png", dpi=110)
 
 
 if __name__ == "__main__":
