@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
 from pvrt_kernels.gpu import launch
 from pvrt_kernels.gpu.choose import Plan
 from tests.fixtures import aot

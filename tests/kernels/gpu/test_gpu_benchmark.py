@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu.py"
 
 
