@@ -24,6 +24,7 @@ from pvrt_tune.pv.trainer import TrainSettings
 from pvrt_tune.settings import TuneJob
 from tests.tune.test_pipeline import QUICK, dense_folder
 
+pytestmark = pytest.mark.slow
 RECIPE = replace(
     QUICK,
     pv=TrainSettings(
