@@ -15,7 +15,7 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import zlib
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
