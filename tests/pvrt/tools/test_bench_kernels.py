@@ -91,6 +91,7 @@ def test_the_clock_counts_per_call() -> None:
     assert 0 < seconds < 0.1
 
 
+@pytest.mark.slow
 def test_every_candidate_compiles_without_spills_where_it_is_not_shipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.server.running import PATIENCE, scripted_engine, serving
 
 OPERATIONS = {
@@ -18,6 +20,7 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 def test_made_up_requests_never_break_the_server(toy: Path) -> None:
     import hypothesis
     import schemathesis
