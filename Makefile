@@ -1,6 +1,8 @@
 # make quickstart    a real model: compressed to 2 bits, measured, served and asked
-# make test          the whole test suite, the real vLLM engine on the CPU included
-# make check         format, lint, types
+# make test          the whole test suite, the real vLLM engine on the CPU included, on all cores
+# make test-fast     without the tests that start vLLM or take seconds each: training, whole tuning
+#                    runs, kills and resumes, compilers, browsers, Triton's interpreter
+# make check         format, lint, types, and the shape of the sources (benchmarks/structure.py)
 # make doctor        what is missing or mismatched on this machine
 # make machines      run quickstart and tests, and record them as this machine's row
 # make lock          renew constraints.txt: the newest versions that fit together
@@ -12,19 +14,25 @@ PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEWEST := .venv-newest
 NEWEST_TORCH ?= torch
 LOCK   := .venv-lock
+# A file's tests stay in one process, for they share what its fixtures build.
+PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test check doctor machines lock test-newest clean
+.PHONY: quickstart test test-fast check doctor machines lock test-newest clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
+
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/$(PYTEST) -m "not slow and not vllm"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/structure.py --check
 
 doctor: $(VENV)/base.stamp
 	$(BIN)/pvrt doctor
@@ -51,7 +59,7 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
 	  $(NEWEST_TORCH) transformers accelerate fastapi starlette openai huggingface-hub datasets
 	$(NEWEST)/bin/pvrt doctor || true
-	$(NEWEST)/bin/python -m pytest
+	$(NEWEST)/bin/$(PYTEST)
 
 clean:
 	rm -rf $(VENV) $(NEWEST) $(LOCK) runs

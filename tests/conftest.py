@@ -1,9 +1,13 @@
-"""Settings of the whole suite: no network, and one thread, since toy models only lose to more."""
+"""Settings of the whole suite: no network, one thread each, and how its processes share the work.
+
+Toy models only lose to more threads than one. `make test` uses the other cores for other tests.
+"""
 
 import os
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else its import asks the network for prices
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads are ruinous on a busy machine
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -11,12 +15,28 @@ os.environ["TQDM_DISABLE"] = "1"
 
 import zlib
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 
 torch.set_num_threads(1)
 
 pytest_plugins = ["tests.fixtures.instruction_sets"]
+
+WORKER_MEMORY = 4 << 30  # bytes: torch and vLLM, toy models, and an engine in its own process
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: a worker for each core that this process may use and has memory for."""
+    memory = psutil.virtual_memory().available // WORKER_MEMORY
+    return max(1, min(len(os.sched_getaffinity(0)), memory))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the longest tests come first: short ones then fill the cores until the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """What the long scripts ask before they start, and what they record."""
 
+import ast
 import importlib
 import socket
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.fixtures import imports as graph
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -154,3 +157,36 @@ def test_data_is_fetched_once_in_the_form_that_the_scripts_read(
     assert data.need(data.TRAIN).read_text() == "".join(row for row in rows if row)
     lines = data.need(data.C4).read_text().splitlines()
     assert len(lines) == 500 and all("text" in line for line in lines)
+
+
+@pytest.fixture
+def structure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/structure.py."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("structure")
+
+
+def test_a_file_that_is_too_long_and_a_limit_that_is_not_needed_are_named(
+    structure: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = "tests/test_benchmarks.py"
+    limits = {here: 10, "pvrt/errors.py": 10_000, "pvrt/gone.py": 500}
+    monkeypatch.setattr(structure, "LONGER", limits)
+    said = list(structure.too_long())
+    assert any(line.startswith(f"{here} has ") and "more than 10:" in line for line in said)
+    assert any(line.startswith("pvrt/errors.py has only ") for line in said)
+    assert "pvrt/gone.py is gone: take it out of LONGER" in said
+
+
+def test_parameters_are_what_a_caller_hands_over(structure: ModuleType) -> None:
+    (node,) = ast.parse("def f(self, a, /, b, *c, d=1, **e): pass").body
+    assert structure.parameters(node) == 5
+    (node,) = ast.parse("async def f(): pass").body
+    assert structure.parameters(node) == 0
+
+
+def test_rooms_of_a_circle_share_a_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {("top", "left"), ("left", "right"), ("right", "left"), ("right", "ground")}
+    monkeypatch.setattr(graph, "rooms", lambda name: {"top", "left", "right", "ground"})
+    monkeypatch.setattr(graph, "arrows", lambda name: {arrow: {"module"} for arrow in drawn})
+    assert graph.floors("house") == 3

@@ -9,13 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = {
-    "pvrt_kernels": ROOT / "kernels" / "pvrt_kernels",
-    "pvrt": ROOT / "pvrt",
-    "pvrt_tune": ROOT / "tune" / "pvrt_tune",
-    "pvrt_server": ROOT / "server" / "pvrt_server",
-}
+from tests.fixtures.imports import PACKAGES, ROOT, package, room, uses
+
 MAY_IMPORT = {
     "pvrt_kernels": set(),
     "pvrt": {"pvrt_kernels"},
@@ -24,25 +19,11 @@ MAY_IMPORT = {
 }
 
 
-def imports(file: Path) -> set[str]:
-    """Top-level names that a module imports anywhere, typing blocks included."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module.split(".")[0])
-    return found
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_point_one_way(package: str) -> None:
-    allowed = MAY_IMPORT[package] | {package}
-    for file in PACKAGES[package].rglob("*.py"):
-        ours = imports(file) & PACKAGES.keys()
-        if ROOT / "pvrt" / "cli" in file.parents:  # the only file that looks up, lazily
-            continue
-        assert ours <= allowed, f"{file} imports {ours - allowed}"
+@pytest.mark.parametrize("name", PACKAGES)
+def test_imports_point_one_way(name: str) -> None:
+    for use in uses():
+        if package(use.user) == name and room(use.user) != "cli":  # looks up, but lazily
+            assert package(use.used) in MAY_IMPORT[name] | {name}, use
 
 
 def test_no_function_of_tune_takes_more_than_five_values() -> None:

@@ -20,7 +20,7 @@ from pvrt.cli.recipe import (
     Samples,
     Scheme,
 )
-from pvrt.cli.shared import EXIT_PROBLEM, AsJson
+from pvrt.cli.shared import EXIT_PROBLEM, AsJson, notice
 
 
 def plan(
@@ -58,7 +58,7 @@ def plan(
     from pvrt_tune.settings.options import Changes, build
 
     changes = Changes(scheme, samples, length, pv=pv)
-    recipe, seconds = build(effort.value, config, changes, limit)
+    recipe, seconds = build(effort.value, config, changes, limit, notice)
     job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds)
     report, problems = plan_here(job, host_memory=host_memory, device_memory=device_memory)
     if as_json:

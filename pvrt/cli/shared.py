@@ -1,5 +1,6 @@
 """What several commands share: arguments and options, exit codes, and a line for the reader."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -27,3 +28,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 def say(line: str) -> None:
     """Print a line of progress at once."""
     print(line, flush=True)
+
+
+def notice(line: str) -> None:
+    """Print a line beside the result, which may be JSON."""
+    print(line, file=sys.stderr)

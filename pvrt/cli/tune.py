@@ -65,7 +65,7 @@ def tune(
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
     changes = Changes(scheme, samples, length, seed, pv)
-    recipe, seconds = build(effort.value, config, changes, limit)
+    recipe, seconds = build(effort.value, config, changes, limit, say)
     job = TuneJob(
         model,
         out,

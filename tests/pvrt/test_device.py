@@ -80,7 +80,6 @@ def test_eval_says_what_it_says_on_the_cpu(kind: str, tmp_path: Path, device: st
     if kind == "aqlm":
         write_toy(folder)
     else:
-        pytest.importorskip("compressed_tensors")
         write_toy_grid(folder, "llama", "w4g32")
     text.write_text("A text of some letters, long enough for two windows of thirty-two tokens.")
     found = []

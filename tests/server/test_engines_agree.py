@@ -8,7 +8,7 @@ import pytest
 from pvrt_server.self_test import Target, run_checks
 from tests.server.running import PATIENCE, Server
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 PROMPTS = ["Once upon a time", "def main():", "0, 1, 1, 2, 3, 5,", "x"]
 
 

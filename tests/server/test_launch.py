@@ -279,6 +279,7 @@ def test_signals_reach_vllm_and_its_exit_code_comes_back(
     assert f"toy is served at http://127.0.0.1:{port}/v1" in "".join(said)
 
 
+@pytest.mark.slow
 def test_the_embedded_engine_serves_and_ends_cleanly_when_told_to(toy: Path) -> None:
     code = RUN_WITH.format(statement="sys.stdin.readline()  # until the test says so")
     command = [sys.executable, "-c", code, str(toy)]

@@ -79,7 +79,6 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str],
 def test_we_open_each_file_of_a_served_folder_once(
     folder: str, opened: Mapping[tuple[str, str], Counter[str]]
 ) -> None:
-    pytest.importorskip("compressed_tensors")
     ours = opened[folder, "pvrt"]
     assert {"config.json", "chat_template.jinja"} <= ours.keys()
     weights = [file for file in ours if file.endswith(".safetensors")]
@@ -94,7 +93,6 @@ def test_transformers_loads_a_served_folder_once(
     """config.json it reads for the model's configuration, for the tokenizer's class and, where
     there is no generation_config.json, for that. Weights are opened a second time by our quantizer,
     which transformers calls with nothing but file names."""
-    pytest.importorskip("compressed_tensors")
     its = opened[folder, "transformers"]
     assert its["tokenizer.json"] == 1
     assert its["config.json"] <= 3

@@ -28,6 +28,7 @@ from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.memory_plan import Plan
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
+from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, _discard
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
@@ -65,6 +66,7 @@ def stopping(line: str) -> Callable[[str], None]:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_is_tuned_by_discovery(tmp_path: Path, architecture: str) -> None:
     dense = dense_folder(tmp_path / "dense", architecture)
@@ -128,6 +130,7 @@ def test_block_finetuning_lowers_the_held_out_error(tmp_path: Path) -> None:
         assert error["after"] < error["before_finetune"]
 
 
+@pytest.mark.slow
 def test_targets_from_the_original_model_mend_what_earlier_blocks_broke(tmp_path: Path) -> None:
     """Measured on the calibration text itself, whose windows are kept with the run."""
     dense = dense_folder(tmp_path / "dense", "llama")
@@ -156,6 +159,7 @@ from tests.fixtures.strike import strike
 from tests.tune.test_pipeline import QUICK
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import TuneJob
+from pvrt_tune.settings.files import as_yaml
 strike("block 2/", 3000, signal.SIGKILL)  # somewhere inside the third
 tune(TuneJob({model!r}, Path({out!r}), QUICK), lambda line: print(line, flush=True))
 """
@@ -169,6 +173,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "gemma3_text")  # six blocks
     out = tmp_path / "killed"
@@ -206,14 +211,16 @@ def test_a_damaged_block_file_is_made_again(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
-    dense_folder(tmp_path / "dense", "gemma3_text")
-    arguments = ["tune", str(tmp_path / "dense"), "--samples", "4", "--length", "32"]
-    arguments += ["--effort", "quick", "-o", str(tmp_path / "out")]
+    dense_folder(tmp_path / "dense", "llama")
+    (tmp_path / "quick.yaml").write_text(as_yaml(QUICK))
+    arguments = ["tune", str(tmp_path / "dense"), "-o", str(tmp_path / "out")]
+    arguments += ["--effort", "quick", "--config", str(tmp_path / "quick.yaml")]
     script = CLI_SCRIPT.format(paths=sys.path, arguments=arguments)
     struck = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert struck.returncode == 130, struck.stdout + struck.stderr
-    assert "block 6/" not in struck.stdout
+    assert "block 2/" not in struck.stdout
     assert "The same command goes on" in struck.stdout + struck.stderr
     command = [sys.executable, "-m", "pvrt", *arguments]
     again = subprocess.run(command, capture_output=True, text=True)
@@ -605,6 +612,7 @@ from pvrt.errors import RunError
 from tests.tune.test_pipeline import QUICK
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import TuneJob
+from pvrt_tune.settings.files import as_yaml
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def fill(line):
     if line.startswith("block 1/"):

@@ -4,7 +4,6 @@ The effort is the least that works, so only plumbing and a coarse floor of quali
 """
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
 from tests.fixtures.greedy import assert_greedy
 from tests.fixtures.vllm_generate import vllm_greedy
 
+pytestmark = pytest.mark.slow
 LEAST = Recipe(
     samples=4,
     length=256,
@@ -42,15 +42,12 @@ def gguf() -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = gguf()
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "text.txt").write_text(default_text()[:200_000])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # a real model gains from both cores
     tune(TuneJob(str(source), folder / "out", LEAST, str(folder / "text.txt")), lambda line: None)
-    yield folder / "out"
-    torch.set_num_threads(threads)
+    return folder / "out"
 
 
 def prompts(folder: Path) -> list[list[int]]:

@@ -136,6 +136,7 @@ def test_one_tokens_result_is_its_own_among_others_within_the_bound(isa: str, sc
         x[1:] = x[1:].roll(-1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x7g4", "17x8g8"])
 def test_the_model_of_avx512_computes_what_the_instructions_do(modelled: Path, scheme: str) -> None:
     if "avx512-vbmi" not in natively():
@@ -195,6 +196,7 @@ def test_threads_change_nothing(isa: str) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_no_races_under_thread_sanitizer(tmp_path: Path) -> None:
     driver = compiled(
         tmp_path / "driver",
@@ -275,6 +277,7 @@ def test_the_scheme_of_published_models_has_a_fast_kernel() -> None:
     assert not dispatch.has_fast_kernel("cpu", 2, 8, 8, 4)
 
 
+@pytest.mark.slow
 def test_without_the_library_one_warning_names_the_remedy() -> None:
     script = (
         "from pathlib import Path\n"

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
-
 from pvrt_kernels.gpu import launch
 from pvrt_kernels.gpu.choose import Plan
 from tests.fixtures import aot
 from tests.fixtures.aot import Variant
 
+pytestmark = pytest.mark.slow
 LUT = Variant(Plan("lut", 1, 1024, 8), 2, 256, 8)
 
 

@@ -1,6 +1,5 @@
 """GPU kernels without a GPU: in Triton's interpreter, and what of them needs no Triton at all."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -26,7 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.slow
 def test_every_kernel_equals_the_reference_in_the_interpreter() -> None:
     """In a process of its own, since Triton decides at import how its functions run."""
     file = Path(__file__).with_name("interpreted.py")

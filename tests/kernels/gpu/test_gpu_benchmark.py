@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
 SCRIPT = Path(__file__).resolve().parents[3] / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -28,6 +28,7 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert "% of copy" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so() -> None:
     import torch
 

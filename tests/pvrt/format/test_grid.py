@@ -60,16 +60,15 @@ def test_what_is_packed_can_be_unpacked(bits: int, columns: int) -> None:
 
 @pytest.mark.parametrize("scheme", GRIDS)
 def test_the_compressed_tensors_package_decodes_a_layer_alike(scheme: str) -> None:
-    base = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
-    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
     form = GridScheme.parse(scheme)
     # 40 outputs fill no word of zeros exactly, whatever the bits; nor do 192 inputs with 3 bits.
     layer = random_grid(form, 40, 192, seed=0, dtype=torch.float32)
     state = {name.removeprefix("x."): t for name, t in layer.named("x", form)}
     (group,) = grid_config(form, [])["config_groups"].values()
-    found = base.PackedQuantizationCompressor.decompress(
-        state, quantization.QuantizationScheme(**group)
-    )
+    found = PackedQuantizationCompressor.decompress(state, QuantizationScheme(**group))
     assert torch.equal(found["weight"], decoded(layer, form))
 
 
@@ -77,7 +76,6 @@ def test_the_compressed_tensors_package_decodes_a_layer_alike(scheme: str) -> No
 def test_transformers_runs_the_folder_without_us(
     scheme: str, folder: Path, dense: dict[str, Any]
 ) -> None:
-    pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / scheme)
@@ -86,7 +84,6 @@ def test_transformers_runs_the_folder_without_us(
 
 
 def test_our_own_loading_is_the_same(folder: Path, dense: dict[str, Any]) -> None:
-    pytest.importorskip("compressed_tensors")
     model = pvrt.load(folder / "w3g64", dense=True)
     tokens = torch.tensor([PROMPTS[1]])
     assert torch.equal(model(tokens).logits, dense["w3g64"](tokens).logits)
@@ -136,7 +133,6 @@ def test_serving_takes_the_engine_that_can_run_the_grid(
 
 @pytest.mark.parametrize("scheme", ["w3g64", "w4g64"])
 def test_the_embedded_engine_runs_grids(scheme: str, folder: Path, dense: dict[str, Any]) -> None:
-    pytest.importorskip("compressed_tensors")
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
     with Engine.load(folder / scheme) as engine:
         events = [list(engine.generate(prompt, params)) for prompt in PROMPTS]

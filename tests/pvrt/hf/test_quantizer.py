@@ -69,6 +69,7 @@ def test_half_precision_layouts_of_the_hub_load_in_any_type(tmp_path: Path, layo
         assert bool(torch.isfinite(loaded(ids).logits).all())
 
 
+@pytest.mark.slow
 def test_import_alone_teaches_transformers_and_stays_light(tmp_path: Path) -> None:
     write_toy(tmp_path, "llama", published=True)
     script = (
@@ -81,6 +82,7 @@ def test_import_alone_teaches_transformers_and_stays_light(tmp_path: Path) -> No
     assert run.stdout.strip() == "AQLMLinear", run.stderr
 
 
+@pytest.mark.slow
 def test_importing_after_transformers_works_too(tmp_path: Path) -> None:
     write_toy(tmp_path, "llama", published=True)
     script = (

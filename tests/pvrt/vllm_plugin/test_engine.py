@@ -19,7 +19,7 @@ from tests.fixtures.vllm_extras import quantise_ends, write_adapter
 from tests.fixtures.vllm_generate import Job, each_result
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PROMPTS = [[256, 10, 20, 30], [256, 1, 2, 3, 4, 5, 6, 7, 8], [256, 99]]
 MAX_TOKENS = 16

@@ -32,7 +32,9 @@ from pvrt.vllm_plugin.linear import AQLMLinearMethod
 from pvrt.vllm_plugin.plugin import AQLMConfig, register
 from pvrt_kernels import aqlm_dequantize, dispatch, reference
 from tests.fixtures.toy import random_layer
+from tests.fixtures.turning import turning
 
+PATHS = ["packed_kernel", "kernel", "no_kernel"]
 SCHEMES = ["2x8g8", "1x16g8", "1x12g8", "2x8g8o4", "4x8g16"]
 HIDDEN, INNER, HEAD, HEADS, KV_HEADS = 128, 256, 16, 8, 2
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -72,7 +74,7 @@ def packed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_packed_kernels", {"every": PACKED})
 
 
-@pytest.fixture(params=["packed_kernel", "kernel", "no_kernel"])
+@pytest.fixture(params=PATHS)
 def all_paths(request: pytest.FixtureRequest) -> None:
     """In a kernel's own layout, in the checkpoint's, and decoded once where there is no kernel."""
     request.getfixturevalue(request.param)
@@ -204,12 +206,12 @@ def inputs(features: int) -> Tensor:
 
 # ---- values
 
-over_ranks = pytest.mark.parametrize("size", [1, 2, 4])
-over_schemes = pytest.mark.parametrize("scheme", SCHEMES)
+over_splits = pytest.mark.parametrize(
+    ("scheme", "size", "all_paths"), turning(SCHEMES, [1, 2, 4], PATHS), indirect=["all_paths"]
+)
 
 
-@over_ranks
-@over_schemes
+@over_splits
 def test_a_fused_qkv_layer_computes_what_its_source_layers_do(
     scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
@@ -224,8 +226,7 @@ def test_a_fused_qkv_layer_computes_what_its_source_layers_do(
         torch.testing.assert_close(output, qkv_share(q, k, v, rank, size))
 
 
-@over_ranks
-@over_schemes
+@over_splits
 def test_a_fused_gate_up_layer_computes_what_its_source_layers_do(
     scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
@@ -239,8 +240,7 @@ def test_a_fused_gate_up_layer_computes_what_its_source_layers_do(
         torch.testing.assert_close(run(finish(layer), x), expected)
 
 
-@over_ranks
-@over_schemes
+@over_splits
 def test_an_mlp_that_the_checkpoint_stores_fused_keeps_its_one_codebook_set(
     scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
@@ -253,8 +253,7 @@ def test_an_mlp_that_the_checkpoint_stores_fused_keeps_its_one_codebook_set(
         torch.testing.assert_close(run(layer, x, layer.bias), expected)
 
 
-@over_ranks
-@over_schemes
+@over_splits
 def test_attention_that_the_checkpoint_stores_fused_keeps_its_one_codebook_set(
     scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
@@ -283,8 +282,7 @@ def test_one_tensor_may_hold_some_of_the_source_layers(
         torch.testing.assert_close(run(finish(layer), x), expected)
 
 
-@over_ranks
-@over_schemes
+@over_splits
 def test_row_parallel_ranks_add_up_to_the_whole_layer(
     scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
@@ -297,8 +295,7 @@ def test_row_parallel_ranks_add_up_to_the_whole_layer(
     torch.testing.assert_close(total, dense(tensors, x, bias=True))
 
 
-@over_ranks
-@over_schemes
+@over_splits
 def test_column_parallel_ranks_hold_their_rows_and_replicas_hold_all(
     scheme: str, size: int, ranks: Ranks, all_paths: None
 ) -> None:
@@ -413,8 +410,9 @@ def test_vllms_table_for_reloading_does_not_keep_a_dropped_layer_alive(ranks: Ra
 # ---- refusals
 
 
-@pytest.mark.parametrize("part", ["codes", "codebooks", "scales", "bias"])
-@pytest.mark.parametrize("shard", ["q", "k", "v"])
+@pytest.mark.parametrize(
+    ("part", "shard"), [("codes", "q"), ("codebooks", "k"), ("scales", "v"), ("bias", "q")]
+)
 def test_a_missing_tensor_of_a_fused_layer_is_refused_by_its_name(
     part: str, shard: str, ranks: Ranks
 ) -> None:
@@ -583,6 +581,7 @@ def test_vllm_finds_the_plugin_by_its_entry_point() -> None:
     assert entry.load() is register
 
 
+@pytest.mark.slow
 def test_registering_touches_no_gpu_and_imports_no_layers() -> None:
     code = """
 import sys, torch

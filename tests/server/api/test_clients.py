@@ -1,21 +1,24 @@
 """Other clients than the official one, as their users call them.
 
-LiteLLM pins an older openai than ours, so it is no development dependency; its test runs where it
-is installed all the same.
+They take seconds to import: the tests do it, not every process that collects them.
 """
 
 from typing import Any
 
+import openai
 import pytest
 
 from tests.server.running import Server
 
+# LiteLLM's own models of requests.
+quiet = pytest.mark.filterwarnings("ignore:Item '.*' on TypedDict class:UserWarning")
 ANSWER = "one two three 😀 four"
 
 
 def langchain(server: Server, **options: Any) -> Any:
-    module = pytest.importorskip("langchain_openai")
-    return module.ChatOpenAI(
+    import langchain_openai
+
+    return langchain_openai.ChatOpenAI(
         base_url=f"{server.url}/v1", api_key="none", model="toy", max_retries=0, **options
     )
 
@@ -35,8 +38,11 @@ def test_langchain_streams(says: Server) -> None:
 
 
 def test_langchain_completes(says: Server) -> None:
-    module = pytest.importorskip("langchain_openai")
-    model = module.OpenAI(base_url=f"{says.url}/v1", api_key="none", model="toy", max_retries=0)
+    import langchain_openai
+
+    model = langchain_openai.OpenAI(
+        base_url=f"{says.url}/v1", api_key="none", model="toy", max_retries=0
+    )
     assert model.invoke("Hello") == ANSWER
     assert "".join(model.stream("Hello")) == ANSWER
 
@@ -56,15 +62,15 @@ def test_langchain_gets_structured_output(server: Server) -> None:
 
 
 def test_langchain_raises_our_errors(says: Server) -> None:
-    import openai
-
     with pytest.raises(openai.BadRequestError, match="between 0 and 2"):
         langchain(says, temperature=3).invoke("Hello")
 
 
+@quiet
 @pytest.mark.parametrize("stream", [False, True])
 def test_litellm_chats(says: Server, stream: bool) -> None:
-    litellm = pytest.importorskip("litellm")
+    import litellm
+
     answer = litellm.completion(
         model="openai/toy",
         api_base=f"{says.url}/v1",
@@ -79,8 +85,10 @@ def test_litellm_chats(says: Server, stream: bool) -> None:
     assert text == ANSWER
 
 
+@quiet
 def test_litellm_raises_our_errors(says: Server) -> None:
-    litellm = pytest.importorskip("litellm")
+    import litellm
+
     with pytest.raises(litellm.NotFoundError, match="not served here"):
         litellm.completion(
             model="openai/other",

@@ -20,9 +20,11 @@ OPERATIONS = {
 }
 
 
+@pytest.mark.slow
 def test_made_up_requests_never_break_the_server(toy: Path) -> None:
-    schemathesis = pytest.importorskip("schemathesis")
-    hypothesis = pytest.importorskip("hypothesis")
+    import hypothesis
+    import schemathesis
+
     engine, _ = scripted_engine(toy, "ok")
     seen = set()
     with serving(engine) as server:

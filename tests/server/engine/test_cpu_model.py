@@ -21,6 +21,7 @@ from pvrt_server.engine.models import TransformersModel
 from pvrt_server.options import ServeOptions
 from tests.fixtures.instruction_sets import relative
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
+from tests.fixtures.turning import turning
 
 pytestmark = pytest.mark.skipif(library.library() is None, reason="the C library is not built")
 PROMPT = list(range(60, 90))
@@ -73,18 +74,16 @@ def test_logits_are_those_of_transformers(
     assert relative(found, expected) < tolerance(model)
 
 
-@pytest.mark.parametrize(("architecture", "scheme", "dtype"), CASES)
-@pytest.mark.parametrize(("rows", "argmax_only"), [(11, False), (11, True), (3, True)])
+@pytest.mark.parametrize(
+    ("case", "batch", "isa"),
+    turning(CASES, [(11, False), (11, True), (3, True)], library.INSTRUCTION_SETS),
+    indirect=["isa"],
+)
 def test_sequences_of_one_step_do_not_meet(
-    isa: str,
-    tmp_path: Path,
-    architecture: str,
-    scheme: str,
-    dtype: torch.dtype,
-    rows: int,
-    argmax_only: bool,
+    isa: str, tmp_path: Path, case: tuple[str, str, torch.dtype], batch: tuple[int, bool]
 ) -> None:
     """One token goes through other tables than three do: both are right within the tolerance."""
+    (architecture, scheme, dtype), (rows, argmax_only) = case, batch
     write_toy(tmp_path, architecture, scheme, dtype=dtype)
     model = CpuModel(loaded(tmp_path), rows)
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import sync_playwright
 
 from pvrt_server.opened import open_model
 from pvrt_server.web.page import model_card
@@ -52,10 +53,9 @@ def test_a_manifest_tells_where_a_model_comes_from_and_a_broken_one_nothing(toy:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
-        pytest.skip("there is no chromium here")
-    with api.sync_playwright() as playwright:
+        pytest.skip("there is no chromium here (apt-get install chromium)")
+    with sync_playwright() as playwright:
         options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         instance = playwright.chromium.launch(
             executable_path=CHROMIUM, args=options, timeout=PATIENCE * 1000

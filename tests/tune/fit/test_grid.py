@@ -159,7 +159,6 @@ def test_scales_and_bias_train_and_codes_do_not(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("scheme", ["w4g32", "w3g64s"])
 def test_a_tuned_folder_runs_in_transformers_without_us(tmp_path: Path, scheme: str) -> None:
-    pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     dense = dense_folder(tmp_path / "dense", "qwen2")

@@ -336,6 +336,7 @@ def test_every_strategy_learns_and_moves_what_it_should(
     learn_and_move(problem, tmp_path, strategy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "continuous"])
 def test_every_strategy_does_so_without_the_c_library(
     problem: Problem, tmp_path: Path, strategy: StrategyName
@@ -484,6 +485,7 @@ def test_ways_to_save_memory_change_nothing(problem: Problem) -> None:
         assert other["gradient_norm"] == pytest.approx(figures[0]["gradient_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
@@ -507,6 +509,7 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path)
         assert torch.equal(ours[name].local, theirs[name].local), name
 
 
+@pytest.mark.slow
 def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
     problem: Problem, tmp_path: Path
 ) -> None:
@@ -524,6 +527,7 @@ def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
     assert low == pytest.approx(full, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_student_that_computes_in_bfloat16_learns_as_well(
     problem: Problem, tmp_path: Path
 ) -> None:
@@ -569,6 +573,7 @@ def test_a_parameter_may_have_any_name(problem: Problem, name: str) -> None:
     assert optimizer.optimizer()[name].keys() == {"exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_have_gradients_too(tmp_path: Path) -> None:
     """Ranks could not sum the gradients of an expert that only some of them used."""
     model = toy_model("mixtral")
@@ -636,6 +641,7 @@ def course(trainer: Trainer) -> list[float]:
     return kls + curve(trainer, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "compute"), [(3, "float32"), (2, "bfloat16")])
 def test_several_processes_learn_what_one_does(
     problem: Problem, tmp_path: Path, ranks: int, compute: Literal["float32", "bfloat16"]

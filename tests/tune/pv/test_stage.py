@@ -22,6 +22,7 @@ from pvrt_tune.settings import PVSettings, TrainSettings, TuneJob
 from pvrt_tune.settings.files import as_yaml
 from tests.tune.test_pipeline import QUICK, dense_folder
 
+pytestmark = pytest.mark.slow
 RECIPE = replace(
     QUICK,
     training=TrainSettings(
