@@ -29,7 +29,7 @@ WORKER_MEMORY = 4 << 30  # bytes: torch and vLLM, toy models, and an engine in i
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` means: a worker for each core that this process may use and has memory for."""
-    memory = psutil.virtual_memory().available // WORKER_MEMORY
+    memory: int = psutil.virtual_memory().available // WORKER_MEMORY
     return max(1, min(len(os.sched_getaffinity(0)), memory))
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
+from typer.testing import CliRunner
 
 import pvrt
+from pvrt.cli import app
 from pvrt.errors import CheckpointError, DataError, RunError, SourceError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.modules.aqlm_linear import quantized_linears
@@ -222,11 +224,10 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert struck.returncode == 130, struck.stdout + struck.stderr
     assert "block 2/" not in struck.stdout
     assert "The same command goes on" in struck.stdout + struck.stderr
-    command = [sys.executable, "-m", "pvrt", *arguments]
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "block 1/" not in again.stdout
-    assert "next: pvrt serve" in again.stdout
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert "block 1/" not in again.output
+    assert "next: pvrt serve" in again.output
 
 
 def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> None:
