@@ -3,6 +3,8 @@
     .venv/bin/python benchmarks/pv_strategies.py [MODEL ...] [--schemes ...] [--strategies ...]
     .venv/bin/python benchmarks/pv_strategies.py smollm2-135m --hour    # row "run": "hour"
 
+PVRT_DATA names the folder of the text and of stories260k (data.py).
+
 Calibrated once per scheme, then tuned by every strategy from there: the same data and steps, seeds
 0 to 2 (which order the windows and draw codes). The best state is chosen on held-out windows.
 

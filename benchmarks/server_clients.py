@@ -12,69 +12,21 @@ import json
 import os
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-SECONDS = 120
-
-
-@dataclass(frozen=True)
-class Where:
-    """The server under test."""
-
-    url: str
-    model: str
-    key: str
-
-
-Feature = tuple[str, Callable[[], None]]
-
-
-def expect(condition: object, problem: str = "not as expected") -> None:
-    """Fail a feature with a reason."""
-    if not condition:
-        raise AssertionError(problem)
-
-
-def tokenize(where: Where, text: str, **options: Any) -> list[int]:
-    """Token ids of a text, from the server."""
-    headers = {"Authorization": f"Bearer {where.key}", "Content-Type": "application/json"}
-    body = json.dumps({"model": where.model, "prompt": text, **options}).encode()
-    request = urllib.request.Request(f"{where.url}/tokenize", body, headers)
-    with urllib.request.urlopen(request, timeout=SECONDS) as response:
-        ids: list[int] = json.load(response)["tokens"]
-    return ids
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "maxLength": 12}, "warm": {"type": "boolean"}},
-    "required": ["city", "warm"],
-    "additionalProperties": False,
-}
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather of a city",
-        "parameters": SCHEMA,
-        "strict": True,  # else OpenAI promises no arguments of this form either
-    },
-}
-HELLO: Any = [{"role": "user", "content": "Say hello."}]
-# Grammars of JSON allow white space, and small models write it without end unless it costs them.
-TERSE: dict[str, Any] = {"max_tokens": 200, "frequency_penalty": 2}
-
-
-def raises(kind: type[Exception], call: Callable[[], Any]) -> Exception:
-    """The error of one kind that a call must end in."""
-    try:
-        call()
-    except kind as error:
-        return error
-    raise AssertionError(f"no {kind.__name__}")
+from server_features import (
+    HELLO,
+    SCHEMA,
+    SECONDS,
+    TERSE,
+    TOOL,
+    Feature,
+    Where,
+    expect,
+    raises,
+    tokenize,
+)
 
 
 def openai_sync(where: Where) -> Iterator[Feature]:
@@ -320,9 +272,6 @@ def langchain(where: Where) -> Iterator[Feature]:
         expect(text == model.invoke("Say hello.").content)
         expect(any(chunk.usage_metadata for chunk in chunks), "no usage")
 
-    def batch() -> None:
-        expect(len(model.batch(["a", "b", "c"])) == 3)
-
     def messages() -> None:
         expect(model.invoke([("system", "Be brief."), ("human", "Hi")]).content is not None)
 
@@ -350,7 +299,7 @@ def langchain(where: Where) -> Iterator[Feature]:
     yield from {
         "chat": invoke,
         "chat: stream with usage": stream,
-        "chat: batch": batch,
+        "chat: batch": lambda: expect(len(model.batch(["a", "b", "c"])) == 3),
         "chat: system message": messages,
         "chat: async": asynchronous,
         "chat: json_schema": structured,
@@ -443,8 +392,8 @@ def main(name: str, url: str, model: str, key: str) -> None:
             check()
         except Exception as error:  # whatever a wrong answer leads to
             problem = f"{type(error).__name__}: {error}"[:300]
-        print(json.dumps({"client": client, "feature": feature, "problem": problem}))
-        sys.stdout.flush()
+        row = {"client": client, "feature": feature, "problem": problem}
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

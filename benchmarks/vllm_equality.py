@@ -18,6 +18,7 @@ and 0.25 in 16 bits (a random token lacks about 3).
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -73,9 +74,9 @@ class Case:
     write: Callable[[Path, str], Any] | None = None
 
     @property
-    def ranks(self) -> int:
-        """Processes that it takes."""
-        return self.tensor_parallel * self.pipeline_parallel
+    def ranks(self) -> tuple[int, int]:
+        """Tensor-parallel and pipeline-parallel size."""
+        return self.tensor_parallel, self.pipeline_parallel
 
     @property
     def key(self) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def shortfall(model: Any, prompt: list[int], answer: list[int]) -> float:
 
 
 def next_batch(missing: list[Case]) -> list[Case]:
-    """Cases of equally many ranks, which one process of vLLM runs one after the other."""
+    """Cases of the same ranks, which one process of vLLM runs one after the other."""
     alike = [case for case in missing if case.ranks == missing[0].ranks][:BATCH]
     # vLLM starts no other engine where numba was loaded for n-grams (docs/vllm.md).
     last = next((n for n, case in enumerate(alike) if "n-gram" in case.feature), len(alike))
@@ -198,10 +199,10 @@ def next_batch(missing: list[Case]) -> list[Case]:
 
 
 def measure(cases: list[Case], folder: Path, name: str, note: dict[str, str]) -> None:
-    """Run cases of equally many ranks in one process and store a row for each."""
+    """Run cases of the same ranks in one process and store a row for each."""
     prepared = [case.prepare(folder / str(number)) for number, case in enumerate(cases)]
     jobs = [job for job, _ in prepared]
-    answers = each_result(jobs, PROMPTS, max_tokens=MAX_TOKENS, ranks=cases[0].ranks)
+    answers = each_result(jobs, PROMPTS, max_tokens=MAX_TOKENS, ranks=math.prod(cases[0].ranks))
     for case, (job, judge), answer in zip(cases, prepared, answers, strict=True):
         row: dict[str, Any] = {**case.key, "equal": False, **note}
         if "tokens" in answer:
