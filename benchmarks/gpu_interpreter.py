@@ -19,6 +19,7 @@ import torch
 
 from pvrt.format.scheme import Scheme
 from pvrt.tools import bench_kernels
+from pvrt.tools.bench_kernels import blocks_of
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
 
@@ -50,7 +51,7 @@ def main() -> None:
             x = bench.x(tokens, INPUTS)
             for plan in plans_of(Shape(*book, OUTPUTS, INPUTS), tokens):
                 product = launch.multiply_decoded if plan == DENSE else partial(launch.launch, plan)
-                call = partial(product, x, layer.tensors, None, layer.partition_sizes)
+                call = partial(product, x, blocks_of(layer), None, layer.partition_sizes)
                 errors = bench_gpu.poisoned(bench, call, x, exact)
                 verdict = bench_gpu.verdict(
                     scheme, torch.float16, [OUTPUTS, INPUTS], tokens, plan, errors

@@ -8,6 +8,7 @@ this costs.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,11 +16,8 @@ from torch import Tensor
 from pvrt_kernels import reference
 
 LinearFn = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, list[int]], Tensor]
-PackFn = Callable[[Tensor, Tensor, Tensor, list[int]], list[Tensor]]
-UnpackFn = Callable[[list[Tensor], int], tuple[Tensor, Tensor, Tensor]]
-PackedLinearFn = Callable[[Tensor, list[Tensor], Tensor | None, list[int]], Tensor]
-PackedDequantizeFn = Callable[[list[Tensor], list[int], int], Tensor]
-WarmUpFn = Callable[[list[Tensor], list[int], int, torch.dtype, bool], None]
+# A NamedTuple of tensors: what a packed kernel makes of a weight.
+Layout = TypeVar("Layout", bound=tuple[Tensor, ...])
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,10 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class PackedKernel:
+class PackedKernel(Generic[Layout]):
     """A kernel that wants the weight in a layout of its own, made once at load (`packed.py`).
 
+    `layout` is a NamedTuple of tensors, the codes first; every function below is given one.
     `supports` is asked at load, with tokens=1, and answers for every number of tokens.
     `pack(codes, codebooks, scales, partition_sizes)` takes the shapes of `pvrt::aqlm_linear` and
     returns all that the kernel needs, nothing of it shared with its arguments' codes, which are
@@ -63,17 +62,18 @@ class PackedKernel:
 
     name: str
     supports: Callable[[Problem], bool]
-    pack: PackFn
-    unpack: UnpackFn
-    linear: PackedLinearFn
-    dequantize: PackedDequantizeFn | None = None
-    warm_up: WarmUpFn | None = None
+    layout: Callable[..., Layout]
+    pack: Callable[[Tensor, Tensor, Tensor, list[int]], Layout]
+    unpack: Callable[[Layout, int], tuple[Tensor, Tensor, Tensor]]
+    linear: Callable[[Tensor, Layout, Tensor | None, list[int]], Tensor]
+    dequantize: Callable[[Layout, list[int], int], Tensor] | None = None
+    warm_up: Callable[[Layout, list[int], int, torch.dtype, bool], None] | None = None
 
 
 FEW_TOKENS = 64
 REFERENCE = Kernel("reference", lambda problem: True, reference.linear)
 _kernels: list[Kernel] = []
-_packed_kernels: dict[str, PackedKernel] = {}
+_packed_kernels: dict[str, PackedKernel[Any]] = {}
 _warned: set[tuple[str, int, int, int]] = set()
 # By device: what would give it kernels that it lacks; ends the warning about the reference.
 remedies: dict[str, str] = {}
@@ -91,19 +91,19 @@ def unregister(name: str) -> None:
     _kernels[:] = [kernel for kernel in _kernels if kernel.name != name]
 
 
-def register_packed(kernel: PackedKernel) -> None:
+def register_packed(kernel: PackedKernel[Any]) -> None:
     """Append a kernel with a layout of its own. Raises ValueError if the name is taken."""
     if kernel.name in _packed_kernels:
         raise ValueError(f"a packed kernel named {kernel.name!r} is already registered")
     _packed_kernels[kernel.name] = kernel
 
 
-def packed_kernel(name: str) -> PackedKernel:
+def packed_kernel(name: str) -> PackedKernel[Any]:
     """The packed kernel of a name. Raises KeyError when there is none."""
     return _packed_kernels[name]
 
 
-def select_packed(problem: Problem) -> PackedKernel | None:
+def select_packed(problem: Problem) -> PackedKernel[Any] | None:
     """The first packed kernel that takes a problem, in order of registration."""
     return next((k for k in _packed_kernels.values() if k.supports(problem)), None)
 

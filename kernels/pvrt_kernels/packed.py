@@ -16,10 +16,13 @@ from pvrt_kernels import dispatch, reference
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [sum(partition_sizes), in_features] in the layout of one kernel, on its device."""
+    """A weight [sum(partition_sizes), in_features] in the layout of one kernel, on its device.
+
+    `tensors` is the kernel's NamedTuple.
+    """
 
     kernel: str
-    tensors: list[Tensor]
+    tensors: tuple[Tensor, ...]
     partition_sizes: list[int]
     in_features: int
 
@@ -29,7 +32,8 @@ class PackedWeight:
 
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the codebooks."""
-        return _dequantize(self.tensors, self.partition_sizes, self.in_features, self.kernel)
+        tensors = list(self.tensors)
+        return _dequantize(tensors, self.partition_sizes, self.in_features, self.kernel)
 
     def warm_up(self, dtype: torch.dtype, has_bias: bool) -> None:
         """Compile now what products with x of a dtype need; before CUDA graphs are captured."""
@@ -72,7 +76,7 @@ def aqlm_packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = No
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
     y: Tensor = torch.ops.pvrt.aqlm_packed_linear(
-        x, weight.tensors, bias, weight.partition_sizes, weight.kernel
+        x, list(weight.tensors), bias, weight.partition_sizes, weight.kernel
     )
     return y
 
@@ -80,16 +84,18 @@ def aqlm_packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = No
 def _linear(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int], kernel: str
 ) -> Tensor:
-    return dispatch.packed_kernel(kernel).linear(x, packed, bias, partition_sizes)
+    chosen = dispatch.packed_kernel(kernel)
+    return chosen.linear(x, chosen.layout(*packed), bias, partition_sizes)
 
 
 def _dequantize(
     packed: list[Tensor], partition_sizes: list[int], in_features: int, kernel: str
 ) -> Tensor:
     chosen = dispatch.packed_kernel(kernel)
+    tensors = chosen.layout(*packed)
     if chosen.dequantize is not None:
-        return chosen.dequantize(packed, partition_sizes, in_features)
-    return reference.dequantize(*chosen.unpack(packed, in_features), partition_sizes)
+        return chosen.dequantize(tensors, partition_sizes, in_features)
+    return reference.dequantize(*chosen.unpack(tensors, in_features), partition_sizes)
 
 
 def _linear_fake(

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
@@ -27,6 +26,7 @@ from pvrt.vllm_plugin.weights import (
     checked,
     dense_in_quantised,
     part_shape,
+    register_packed,
     register_part,
     require_finite,
     require_loaded,
@@ -224,10 +224,7 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
             self.context.notice.give(self.context.scheme, layer.layer_name, weight.tensors, stored)
         for part in PARTS:
             delattr(layer, f"{stack}_{part}")
-        names = [f"{stack}_packed_{number}" for number in range(len(weight.tensors))]
-        for name, tensor in zip(names, weight.tensors, strict=True):
-            setattr(layer, name, Parameter(tensor, requires_grad=False))
-        return weight.kernel, sizes, names
+        return weight.kernel, sizes, register_packed(layer, f"{stack}_packed", weight.tensors)
 
     def apply(
         self,
@@ -259,4 +256,4 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
 
     def _weight(self, layer: Any, stack: str) -> GroupedWeight:
         kernel, sizes, names = layer.aqlm_grouped[stack]
-        return GroupedWeight(kernel, [getattr(layer, name) for name in names], sizes)
+        return GroupedWeight(kernel, tuple([getattr(layer, name) for name in names]), sizes)

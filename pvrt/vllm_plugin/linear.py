@@ -26,6 +26,7 @@ from pvrt.vllm_plugin.weights import (
     dense_in_quantised,
     let_lora_find,
     part_shape,
+    register_packed,
     require_finite,
     require_loaded,
 )
@@ -225,12 +226,10 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             return False
         for part in PARTS:
             delattr(layer, part)
-        names = [f"packed_{number}" for number in range(len(packed.tensors))]
-        for name, tensor in zip(names, packed.tensors, strict=True):
-            setattr(layer, name, Parameter(tensor, requires_grad=False))
-        layer.aqlm_packed, layer.aqlm_packed_names = replace(packed, tensors=[]), names
+        layer.aqlm_packed_names = register_packed(layer, "packed", packed.tensors)
+        layer.aqlm_packed = replace(packed, tensors=())
         packed.warm_up(dtype, getattr(layer, "bias", None) is not None)
-        let_lora_find(layer, layer.packed_0)
+        let_lora_find(layer, getattr(layer, layer.aqlm_packed_names[0]))
         return True
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -240,7 +239,7 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             return F.linear(x, layer.weight, bias)
         if layer.aqlm_packed is not None:
             # Looked up anew: vLLM may have moved the parameters (offloading, sleep mode).
-            tensors = [getattr(layer, name) for name in layer.aqlm_packed_names]
+            tensors = tuple([getattr(layer, name) for name in layer.aqlm_packed_names])
             return aqlm_packed_linear(x, replace(layer.aqlm_packed, tensors=tensors), bias)
         sizes: list[int] = layer.aqlm_partition_sizes
         return aqlm_linear(x, layer.codes, layer.codebooks, layer.scales, bias, sizes)

@@ -48,6 +48,15 @@ def register_part(
     layer.register_parameter(name, parameter)
 
 
+def register_packed(layer: Any, prefix: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    """Give a layer a parameter for each tensor of a packed kernel's NamedTuple; their names."""
+    fields: tuple[str, ...] = tensors._fields  # type: ignore[attr-defined]  # of every NamedTuple
+    names = [f"{prefix}_{field}" for field in fields]
+    for name, tensor in zip(names, tensors, strict=True):
+        layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+    return names
+
+
 def checked(scheme: Scheme, name: str, part: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor as it may be copied; codes in `scheme.code_dtype`.
 

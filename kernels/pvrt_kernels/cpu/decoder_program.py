@@ -114,9 +114,15 @@ class Program:
             self.bytes_read += weight.nbytes
             self._add("dense", weight=weight, dtype=library.TYPES[weight.dtype], **fields)
             return
-        codes, _, _, scales, _, tables = weight.tensors
-        self.bytes_read += codes.nbytes + scales.nbytes + tables.nbytes
-        kind, view = library.view(weight.tensors, weight.in_features)
+        view: library.TiledWeight | library.PlainWeight
+        packed = weight.tensors
+        if isinstance(packed, library.CpuTiles):
+            kind, view = "tiled", library.tiled_view(packed, weight.in_features)
+            self.bytes_read += packed.tables.nbytes
+        else:
+            assert isinstance(packed, library.CpuWords), weight.kernel
+            kind, view = "plain", library.plain_view(packed, weight.in_features)
+        self.bytes_read += packed.codes.nbytes + packed.fp32_scales.nbytes
         self._kept += [weight, view]
         self._add(kind, weight=ctypes.addressof(view), **fields)
 

@@ -1,10 +1,10 @@
 """CPU kernels: the C library beside this file, its two registrations and what else it offers.
 
-`cpu` multiplies by weights in the checkpoint's layout, `cpu-tiles` by packed ones (8-bit codes
-through lookup tables, see csrc/cpu.h). All sums are fp32; `cpu_rounding` bounds the errors. The
-library has no dependency on torch or Python: `pip install` builds it with the system's C compiler,
-and every torch can use it. Without it (no compiler) nothing registers, and dispatch falls back to
-the reference with a warning.
+`cpu` multiplies by weights in the checkpoint's layout. Of packed weights `cpu-tiles` takes those
+with codes of up to 8 bits (through lookup tables, see csrc/cpu.h), `cpu-words` those with longer
+ones. All sums are fp32; `rounding.py` bounds the errors. The library has no dependency on torch or
+Python: `pip install` builds it with the system's C compiler, and every torch can use it. Without it
+(no compiler) no kernel takes anything, and dispatch falls back to the reference with a warning.
 
 Threads are torch's own: the library calls the OpenMP runtime that torch has loaded.
 """
@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -178,6 +178,14 @@ def _supports(problem: dispatch.Problem) -> bool:
     )
 
 
+def _supports_tiles(problem: dispatch.Problem) -> bool:
+    return _supports(problem) and problem.codebook_size <= _ENTRIES
+
+
+def _supports_words(problem: dispatch.Problem) -> bool:
+    return _supports(problem) and problem.codebook_size > _ENTRIES
+
+
 def plain_weight(
     codes: Tensor,
     codebooks: Tensor,
@@ -252,61 +260,81 @@ def _multiply_plain(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | Non
     return y.to(x.dtype).reshape(*x.shape[:-1], out)
 
 
-# Packed tensors: codes (tiles, or as in the checkpoint for more than 8 bits), codebooks and scales
-# as given, fp32 scales, rows of the partitions, and fp32 tables (see cpu.h; empty without tiles).
-def _pack(
+class CpuTiles(NamedTuple):
+    """A weight with codes of up to 8 bits, for table lookups; all contiguous, on the CPU.
+
+    codes uint8 in tiles (cpu.h), codebooks [P, M, 2^B, 1, g] and scales [out, 1, 1, 1] as given,
+    fp32_scales [out], rows [P] int64, tables [P, M, g, 256] fp32.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+    fp32_scales: Tensor
+    rows: Tensor
+    tables: Tensor
+
+
+class CpuWords(NamedTuple):
+    """A weight with codes of 9 to 16 bits, decoded entry by entry; contiguous, on the CPU.
+
+    codes [out, in/g, M] int16, the rest as in `CpuTiles`.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+    fp32_scales: Tensor
+    rows: Tensor
+
+
+def _pack_tiles(
     codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> list[Tensor]:
+) -> CpuTiles:
     parts, books, size = codebooks.shape[:3]
     rows = torch.tensor(partition_sizes)
-    given = [codebooks.detach().clone(), scales.detach().clone(), _fp32(scales).flatten(), rows]
-    if codes.element_size() == 2:
-        return [codes.detach().clone(), *given, torch.empty(0)]
     tiles = sum(-(-n // _TILE) for n in partition_sizes)
     packed = torch.empty(tiles * _TILE * codes.shape[1] * books, dtype=torch.uint8)
-    plain = codes.detach().contiguous()
+    plain = codes.detach().to(torch.int8).contiguous()
     library().pvrt_tile_codes(
         plain.data_ptr(), packed.data_ptr(), rows.data_ptr(), parts, codes.shape[1], books, 0
     )
     entries = torch.arange(_ENTRIES) % size  # a stored byte v means v mod size
     tables = codebooks.detach().float()[:, :, entries, 0].transpose(2, 3).contiguous()
-    return [packed, *given, tables]
+    given = codebooks.detach().clone().contiguous(), scales.detach().clone()
+    return CpuTiles(packed, *given, _fp32(scales).flatten(), rows, tables)
 
 
-def _unpack(packed: list[Tensor], in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    stored, codebooks, scales, _, rows, tables = packed
-    if not tables.numel():
-        return stored, codebooks, scales
-    parts, books, _, _, group = codebooks.shape
-    codes = torch.empty(scales.shape[0], in_features // group, books, dtype=torch.int8)
+def _unpack_tiles(packed: CpuTiles, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    parts, books, _, _, group = packed.codebooks.shape
+    out = packed.scales.shape[0]
+    codes = torch.empty(out, in_features // group, books, dtype=torch.int8)
     library().pvrt_tile_codes(
-        codes.data_ptr(), stored.data_ptr(), rows.data_ptr(), parts, codes.shape[1], books, 1
+        codes.data_ptr(),
+        packed.codes.data_ptr(),
+        packed.rows.data_ptr(),
+        parts,
+        codes.shape[1],
+        books,
+        1,
     )
-    return codes, codebooks, scales
+    return codes, packed.codebooks, packed.scales
 
 
-def _packed_plain(packed: list[Tensor], in_features: int) -> PlainWeight:
-    codes, codebooks, _, scales, rows, tables = packed
-    return plain_weight(codes, codebooks, scales, rows, in_features, tables.numel() > 0)
-
-
-def _packed_linear(
-    x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int]
+def _tiles_linear(
+    x: Tensor, packed: CpuTiles, bias: Tensor | None, partition_sizes: list[int]
 ) -> Tensor:
-    _, _, _, scales, _, tables = packed
-    in_features, out = x.shape[-1], scales.shape[0]
-    if not tables.numel():
-        return _multiply_plain(x, _packed_plain(packed, in_features), out, bias)
+    in_features, out = x.shape[-1], packed.fp32_scales.shape[0]
     flat = x.reshape(-1, in_features)
     tokens = flat.shape[0]
     if tokens >= _MANY_WITH_AMX and x.dtype == torch.bfloat16 and has_amx():
-        y = _by_panels(flat.contiguous(), _packed_plain(packed, in_features), out, bias)
+        y = _by_panels(flat.contiguous(), plain_view(packed, in_features), out, bias)
         return y.reshape(*x.shape[:-1], out)
     flat = _fp32(flat)
     fp32_bias = None if bias is None else _fp32(bias)
     y = torch.empty(tokens, out)
     library().pvrt_tiled_linear(
-        ctypes.byref(tiled_weight(packed, in_features)),
+        ctypes.byref(tiled_view(packed, in_features)),
         flat.data_ptr(),
         _pointer(fp32_bias),
         y.data_ptr(),
@@ -316,15 +344,37 @@ def _packed_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], out)
 
 
-def tiled_weight(packed: list[Tensor], in_features: int) -> TiledWeight:
-    """The C view of packed tensors with tiles; valid as long as they live."""
-    codes, codebooks, _, scales, rows, tables = packed
-    parts, books, _, _, group = codebooks.shape
+def _pack_words(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
+) -> CpuWords:
+    return CpuWords(
+        codes.detach().to(torch.int16, copy=True).contiguous(),
+        codebooks.detach().clone().contiguous(),
+        scales.detach().clone(),
+        _fp32(scales).flatten(),
+        torch.tensor(partition_sizes),
+    )
+
+
+def _unpack_words(packed: CpuWords, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    return packed.codes, packed.codebooks, packed.scales
+
+
+def _words_linear(
+    x: Tensor, packed: CpuWords, bias: Tensor | None, partition_sizes: list[int]
+) -> Tensor:
+    weight = plain_view(packed, x.shape[-1])
+    return _multiply_plain(x, weight, packed.fp32_scales.shape[0], bias)
+
+
+def tiled_view(packed: CpuTiles, in_features: int) -> TiledWeight:
+    """The C view of a packed weight; valid as long as its tensors live."""
+    parts, books, _, _, group = packed.codebooks.shape
     return TiledWeight(
-        codes.data_ptr(),
-        tables.data_ptr(),
-        scales.data_ptr(),
-        rows.data_ptr(),
+        packed.codes.data_ptr(),
+        packed.tables.data_ptr(),
+        packed.fp32_scales.data_ptr(),
+        packed.rows.data_ptr(),
         parts,
         books,
         group,
@@ -332,16 +382,21 @@ def tiled_weight(packed: list[Tensor], in_features: int) -> TiledWeight:
     )
 
 
+def plain_view(packed: CpuTiles | CpuWords, in_features: int) -> PlainWeight:
+    """The C view of a packed weight for decoding; valid as long as its tensors live."""
+    return plain_weight(
+        packed.codes,
+        packed.codebooks,
+        packed.fp32_scales,
+        packed.rows,
+        in_features,
+        isinstance(packed, CpuTiles),
+    )
+
+
 def huge_pages(weight: Tensor) -> None:
     """Ask the system for large pages below a large tensor that nothing was written to yet."""
     library().pvrt_huge_pages(weight.data_ptr(), weight.nbytes)
-
-
-def view(packed: list[Tensor], in_features: int) -> tuple[str, TiledWeight | PlainWeight]:
-    """The C view of packed tensors, "tiled" or "plain"; valid as long as they live."""
-    if packed[5].numel():
-        return "tiled", tiled_weight(packed, in_features)
-    return "plain", _packed_plain(packed, in_features)
 
 
 def read_bandwidth(
@@ -366,10 +421,11 @@ def read_bandwidth(
 
 
 def _packed_dequantize(
-    packed: list[Tensor], partition_sizes: list[int], in_features: int
+    packed: CpuTiles | CpuWords, partition_sizes: list[int], in_features: int
 ) -> Tensor:
-    weight = _decoded(_packed_plain(packed, in_features), packed[3].shape[0], in_features)
-    return weight.to(packed[1].dtype)
+    out = packed.fp32_scales.shape[0]
+    weight = _decoded(plain_view(packed, in_features), out, in_features)
+    return weight.to(packed.codebooks.dtype)
 
 
 def can_decode(codes: Tensor, codebooks: Tensor) -> bool:
@@ -430,13 +486,32 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+_PACKED = (
+    dispatch.PackedKernel(
+        "cpu-tiles",
+        _supports_tiles,
+        CpuTiles,
+        _pack_tiles,
+        _unpack_tiles,
+        _tiles_linear,
+        _packed_dequantize,
+    ),
+    dispatch.PackedKernel(
+        "cpu-words",
+        _supports_words,
+        CpuWords,
+        _pack_words,
+        _unpack_words,
+        _words_linear,
+        _packed_dequantize,
+    ),
+)
+
+
 def register() -> None:
-    """Enter both kernels into the dispatch table; they take nothing where the library lacks."""
+    """Enter all kernels into the dispatch table; they take nothing where the library lacks."""
     if not LIBRARY.is_file():
         dispatch.remedies["cpu"] = REMEDY
     dispatch.register(dispatch.Kernel("cpu", _supports, _linear))
-    dispatch.register_packed(
-        dispatch.PackedKernel(
-            "cpu-tiles", _supports, _pack, _unpack, _packed_linear, _packed_dequantize
-        )
-    )
+    for kernel in _PACKED:
+        dispatch.register_packed(kernel)

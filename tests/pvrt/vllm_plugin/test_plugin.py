@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,13 +37,24 @@ SCHEMES = ["2x8g8", "1x16g8", "1x12g8", "2x8g8o4", "4x8g16"]
 HIDDEN, INNER, HEAD, HEADS, KV_HEADS = 128, 256, 16, 8, 2
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 KERNEL = dispatch.Kernel("every", lambda problem: True, reference.linear)
+
+
+class Transposed(NamedTuple):
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+
 PACKED = dispatch.PackedKernel(
     "every",
     lambda problem: True,
-    lambda codes, codebooks, scales, sizes: [codes.transpose(0, 1).clone(), codebooks, scales],
-    lambda packed, in_features: (packed[0].transpose(0, 1), packed[1], packed[2]),
+    Transposed,
+    lambda codes, codebooks, scales, sizes: Transposed(
+        codes.transpose(0, 1).clone(), codebooks, scales
+    ),
+    lambda packed, in_features: (packed.codes.transpose(0, 1), packed.codebooks, packed.scales),
     lambda x, packed, bias, sizes: reference.linear(
-        x, packed[0].transpose(0, 1), packed[1], packed[2], bias, sizes
+        x, packed.codes.transpose(0, 1), packed.codebooks, packed.scales, bias, sizes
     ),
 )
 
