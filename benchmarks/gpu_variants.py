@@ -17,9 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pvrt.tools.bench_kernels import blocks_of
-from pvrt_kernels.gpu import launch
 from pvrt_kernels.gpu.choose import Gpu, best_split
 from pvrt_kernels.gpu.lut_gemv import UNSPECIALISED, table_for_one
+from pvrt_kernels.gpu.shared import shared
 from pvrt_kernels.gpu.split_k import finish
 from pvrt_kernels.packed import PackedWeight
 
@@ -186,7 +186,7 @@ def _launch(
     _, count, size, group = books.shape
     out = blocks.shape[1]
     y = x.new_empty(1, out)
-    sums, arrived = launch._workspace(x.device, out, grid[0])
+    sums, arrived = shared.workspace(x.device, out, grid[0])
     words = blocks.view(torch.int64 if kernel is replicated else torch.int32)
     kernel[grid](
         x, words, books, scales, y, sums, arrived, *more, out, x.shape[1] // group, grid[1],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt_kernels import dispatch
+from pvrt_kernels.dispatch import registry
 from pvrt_kernels.ops import aqlm_dequantize, aqlm_linear
 from pvrt_kernels.packed import aqlm_pack
 
@@ -101,7 +101,7 @@ def aqlm_grouped_linear(x: Tensor, index: Tensor, weight: GroupedWeight) -> Tens
 
 def _layout_of(kernel: str) -> Callable[..., tuple[Tensor, ...]]:
     own = {_DENSE: Dense, _PLAIN: Plain}
-    return own[kernel] if kernel in own else dispatch.packed_kernel(kernel).layout
+    return own[kernel] if kernel in own else registry.packed(kernel).layout
 
 
 def _linear_of(kernel: str, sizes: list[int]) -> Callable[[Tensor, list[Tensor]], Tensor]:
@@ -110,7 +110,7 @@ def _linear_of(kernel: str, sizes: list[int]) -> Callable[[Tensor, list[Tensor]]
         return lambda x, one: F.linear(x, Dense(*one).weight)
     if kernel == _PLAIN:
         return lambda x, one: aqlm_linear(x, *Plain(*one), None, sizes)
-    packed = dispatch.packed_kernel(kernel)
+    packed = registry.packed(kernel)
     return lambda x, one: packed.linear(x, packed.layout(*one), None, sizes)
 
 

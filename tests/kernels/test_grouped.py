@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt_kernels import aqlm_dequantize, dispatch, grouped
+from pvrt_kernels import aqlm_dequantize, grouped
 from pvrt_kernels.cpu import rounding
+from pvrt_kernels.dispatch import registry
 from pvrt_kernels.grouped import GroupedWeight, Plain, aqlm_grouped_linear, aqlm_pack_group
 from tests.fixtures.instruction_sets import relative
 
@@ -69,10 +70,9 @@ def test_the_checkpoints_layout_can_be_multiplied_too() -> None:
     torch.testing.assert_close(aqlm_grouped_linear(x, index, plain), expected(x, index, weight))
 
 
-def test_without_a_kernel_weights_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
-    weight = stacks((2, 8, 8, 1))
-    packed = aqlm_pack_group(*weight, torch.bfloat16, SIZES)
+def test_without_a_kernel_weights_are_decoded() -> None:
+    with registry.using():
+        packed = aqlm_pack_group(*stacks((2, 8, 8, 1)), torch.bfloat16, SIZES)
     assert [tensor.shape for tensor in packed.tensors] == [(EXPERTS, sum(SIZES), IN)]
     assert packed.tensors[0].dtype == torch.bfloat16
     assert packed.decoded

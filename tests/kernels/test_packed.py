@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pvrt.format.scheme import Scheme
-from pvrt_kernels import aqlm_dequantize, aqlm_linear, dispatch, reference
+from pvrt_kernels import aqlm_dequantize, aqlm_linear, reference
+from pvrt_kernels.dispatch import PackedKernel, registry
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 from tests.fixtures.toy import random_layer
 
@@ -35,20 +36,15 @@ def multiply(x: Tensor, packed: Transposed, bias: Tensor | None, sizes: list[int
     return reference.linear(x, *back(packed, 0), bias, sizes)
 
 
+KERNEL = PackedKernel(
+    "transposed", lambda problem: problem.in_group_size == 8, Transposed, transpose, back, multiply
+)
+
+
 @pytest.fixture(autouse=True)
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
-    dispatch.register_packed(
-        dispatch.PackedKernel(
-            "transposed",
-            lambda problem: problem.in_group_size == 8,
-            Transposed,
-            transpose,
-            back,
-            multiply,
-        )
-    )
-    yield
+def kernel() -> Iterator[None]:
+    with registry.using(KERNEL):
+        yield
 
 
 def packed(seed: int = 0) -> tuple[PackedWeight, tuple[Tensor, Tensor, Tensor]]:
@@ -113,4 +109,4 @@ def test_names_are_taken_once_and_wrong_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="x has 40 features, the weight takes 32"):
         aqlm_packed_linear(torch.zeros(1, 40), weight)
     with pytest.raises(ValueError, match="already registered"):
-        dispatch.register_packed(dispatch.packed_kernel("transposed"))
+        registry.add(KERNEL)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt_kernels import dispatch, reference
+from pvrt_kernels import reference
+from pvrt_kernels.dispatch import Kernel, PackedKernel, Problem, registry
 
 LIBRARY = Path(__file__).with_name("libpvrt_cpu.so")
 REMEDY = "install a C compiler (apt-get install gcc) and pip install --force-reinstall pvrt"
@@ -169,7 +170,7 @@ def _fp32(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float32).contiguous()
 
 
-def _supports(problem: dispatch.Problem) -> bool:
+def _supports(problem: Problem) -> bool:
     return (
         problem.device_type == "cpu"
         and problem.out_group_size == 1
@@ -178,11 +179,11 @@ def _supports(problem: dispatch.Problem) -> bool:
     )
 
 
-def _supports_tiles(problem: dispatch.Problem) -> bool:
+def _supports_tiles(problem: Problem) -> bool:
     return _supports(problem) and problem.codebook_size <= _ENTRIES
 
 
-def _supports_words(problem: dispatch.Problem) -> bool:
+def _supports_words(problem: Problem) -> bool:
     return _supports(problem) and problem.codebook_size > _ENTRIES
 
 
@@ -487,7 +488,7 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 _PACKED = (
-    dispatch.PackedKernel(
+    PackedKernel(
         "cpu-tiles",
         _supports_tiles,
         CpuTiles,
@@ -496,7 +497,7 @@ _PACKED = (
         _tiles_linear,
         _packed_dequantize,
     ),
-    dispatch.PackedKernel(
+    PackedKernel(
         "cpu-words",
         _supports_words,
         CpuWords,
@@ -509,9 +510,7 @@ _PACKED = (
 
 
 def register() -> None:
-    """Enter all kernels into the dispatch table; they take nothing where the library lacks."""
+    """Add all kernels to the registry; they take nothing where the library lacks."""
     if not LIBRARY.is_file():
-        dispatch.remedies["cpu"] = REMEDY
-    dispatch.register(dispatch.Kernel("cpu", _supports, _linear))
-    for kernel in _PACKED:
-        dispatch.register_packed(kernel)
+        registry.suggest("cpu", REMEDY)
+    registry.add(Kernel("cpu", _supports, _linear), *_PACKED)

@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt_kernels.dispatch import PackedKernel, Problem, register_packed
+from pvrt_kernels.dispatch import PackedKernel, Problem, registry
 from pvrt_kernels.gpu import choose
 from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
+from pvrt_kernels.gpu.shared import shared
 
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
 DECODE = Plan("decode", rows=128, warps=4)
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
 _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
-_workspaces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-_warm: set[tuple[object, ...]] = set()
 
 
 class GpuBlocks(NamedTuple):
@@ -72,7 +71,7 @@ def _current() -> torch.device:
 def pack(codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]) -> GpuBlocks:
     """See `dispatch.PackedKernel`."""
     parts, _, size, _, g = codebooks.shape
-    _workspace(codes.device, codes.shape[0] * 64, codes.shape[0])
+    shared.workspace(codes.device, codes.shape[0] * 64, codes.shape[0])
     tables = codebooks.reshape(parts, -1, size, g).contiguous()
     return GpuBlocks(pack_codes(codes, size), tables, scales.reshape(-1).contiguous())
 
@@ -139,7 +138,7 @@ def launch(
     for part in sizes:
         ends.append(ends[-1] + part)
     tiles = sum(-(-(end - start) // plan.rows) for start, end in pairwise(ends))
-    sums, arrived = _workspace(flat.device, tokens * rows if plan.split > 1 else 1, tiles)
+    sums, arrived = shared.workspace(flat.device, tokens * rows if plan.split > 1 else 1, tiles)
     if plan.kernel == "direct":
         sums = flat.new_empty(plan.split * tokens * rows, dtype=torch.float32)
     grid = (tiles, plan.split, -(-tokens // plan.tokens))
@@ -199,20 +198,13 @@ def warm_up(
     for tokens in WARM_TOKENS:
         x = torch.zeros(tokens, in_features, dtype=dtype, device=packed.codes.device)
         plan = plan_for(x, packed)
-        if _is_new(
+        if shared.is_new(
             x.device, plan.kernel, plan.tokens, plan.rows, packed.codebooks.shape, dtype, has_bias
         ):
             bias = x.new_zeros(packed.codes.shape[1]) if has_bias else None
             linear(x, packed, bias, sizes)
-        if _is_new(x.device, "dense", packed.codebooks.shape[1:], dtype):
+        if shared.is_new(x.device, "dense", packed.codebooks.shape[1:], dtype):
             multiply_decoded(x, packed, None, sizes)
-
-
-def _is_new(*key: object) -> bool:
-    """Whether a kernel was not yet warmed up in this process; true once."""
-    known = key in _warm
-    _warm.add(key)
-    return not known
 
 
 def _by_partition(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) -> Tensor:
@@ -285,26 +277,6 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _workspace(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """Zeros of a device: float32 for partial sums, int32 for arrivals.
-
-    Grows outside of launches that can be captured (`pack` asks for what its layer can need); old
-    ones are kept, since captured graphs may hold their addresses.
-    """
-    owned = _workspaces.setdefault(device, [])
-    if not owned or owned[-1][0].numel() < sums or owned[-1][1].numel() < tiles:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph was captured before pvrt_kernels packed its weights")
-        have = [tensor.numel() for tensor in owned[-1]] if owned else [0, 0]
-        owned.append(
-            (
-                torch.zeros(max(sums, have[0]), dtype=torch.float32, device=device),
-                torch.zeros(max(tiles, have[1]), dtype=torch.int32, device=device),
-            )
-        )
-    return owned[-1]
-
-
 @lru_cache(maxsize=64)
 def _gpu(device: torch.device) -> Gpu:
     return choose.describe_gpu(device)
@@ -369,6 +341,5 @@ def kernel_for(num_codebooks: int) -> PackedKernel[GpuBlocks]:
 
 
 def register() -> None:
-    """Put the kernels in dispatch's table; what is not there is found out when it is asked."""
-    register_packed(KERNEL)
-    register_packed(THREE)
+    """Add the kernels to the registry; what is not there is found out when it is asked."""
+    registry.add(KERNEL, THREE)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
-from pvrt_kernels import aqlm_linear, dispatch, reference
+from pvrt_kernels import aqlm_linear, has_fast_kernel, reference
 from pvrt_kernels.cpu import library as cpu
 from pvrt_kernels.cpu import rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
@@ -273,8 +273,8 @@ def test_an_instruction_set_that_is_not_there_is_refused_with_those_that_are(
 
 @needs_library
 def test_the_scheme_of_published_models_has_a_fast_kernel() -> None:
-    assert dispatch.has_fast_kernel("cpu", 2, 8, 8)
-    assert not dispatch.has_fast_kernel("cpu", 2, 8, 8, 4)
+    assert has_fast_kernel("cpu", 2, 8, 8)
+    assert not has_fast_kernel("cpu", 2, 8, 8, 4)
 
 
 def test_without_the_library_one_warning_names_the_remedy() -> None:
@@ -282,11 +282,12 @@ def test_without_the_library_one_warning_names_the_remedy() -> None:
         "from pathlib import Path\n"
         "import sys, warnings, torch\n"
         "import pvrt_kernels.cpu.library as cpu\n"
-        "from pvrt_kernels import dispatch, aqlm_linear\n"
-        "dispatch.unregister('cpu'); dispatch._packed_kernels.clear(); cpu.library.cache_clear()\n"
+        "from pvrt_kernels import has_fast_kernel, aqlm_linear\n"
+        "from pvrt_kernels.dispatch import registry\n"
+        "alone = registry.using(); alone.__enter__(); cpu.library.cache_clear()\n"
         "cpu.LIBRARY = Path('/nonexistent/libpvrt_cpu.so'); cpu.register()\n"
         "assert cpu.instruction_set() is None\n"
-        "assert not dispatch.has_fast_kernel('cpu', 2, 8, 8)\n"
+        "assert not has_fast_kernel('cpu', 2, 8, 8)\n"
         "codes, books = torch.zeros(8, 2, 2, dtype=torch.int8), torch.ones(2, 256, 1, 8)\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"

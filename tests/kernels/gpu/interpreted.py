@@ -5,6 +5,7 @@ alone.
 """
 
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from pvrt.format.scheme import Scheme
-from pvrt_kernels import dispatch, reference
+from pvrt_kernels import reference
+from pvrt_kernels.dispatch import registry
 from pvrt_kernels.gpu import choose, launch, lut_gluon
 from pvrt_kernels.gpu.choose import Plan
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
+from pvrt_kernels.gpu.shared import shared
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -47,13 +50,13 @@ interpreter.InterpreterBuilder.create_dot = multiply_in_float32
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = {
-        "triton": replace(launch.KERNEL, supports=lambda problem: problem.num_codebooks != 3),
-        "triton-3": replace(launch.THREE, supports=lambda problem: problem.num_codebooks == 3),
-    }
-    monkeypatch.setattr(dispatch, "_packed_kernels", kernels)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(choose, "user_table", lambda name: Path("/nonexistent"))
+    with registry.using(
+        replace(launch.KERNEL, supports=lambda problem: problem.num_codebooks != 3),
+        replace(launch.THREE, supports=lambda problem: problem.num_codebooks == 3),
+    ):
+        yield
 
 
 @dataclass
@@ -93,7 +96,7 @@ def run(plan: Plan, layer: Case, tokens: int, dtype: torch.dtype, bias: bool = F
     for _ in range(min(plan.split, 2)):  # the second finds the workspace as the first left it
         y = launch.launch(plan, x, packed, b, sizes)
         assert error(y, x, layer.weight, b) < TOLERANCE[dtype], (plan, tokens)
-    sums, arrived = launch._workspaces[torch.device("cpu")][-1]
+    sums, arrived = shared.workspace(torch.device("cpu"), 1, 1)
     assert not sums.any()
     assert not arrived.any()
 
@@ -277,13 +280,15 @@ def test_warming_up_runs_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> N
         return real(plan, *rest)
 
     monkeypatch.setattr(launch, "launch", note)
-    monkeypatch.setattr(launch, "_warm", set())
-    for _ in range(2):
-        launch.warm_up(layer.blocks, [40], 72, HALF, has_bias=False)
+    with shared.fresh():
+        for _ in range(2):
+            launch.warm_up(layer.blocks, [40], 72, HALF, has_bias=False)
+        assert not shared.is_new(
+            torch.device("cpu"), "dense", layer.blocks.codebooks.shape[1:], HALF
+        )
     tiles = [("tile", tokens) for tokens in (8, 16, 32, 64)]
     assert list(dict.fromkeys(seen)) == [("lut", 1), ("lut", 2), ("lut", 4), *tiles]
     assert len(seen) <= 8  # tiles of 64 tokens: of 64 rows, and for more tokens of 128
-    assert ("cpu", "dense") in {(str(key[0]), key[1]) for key in launch._warm}
 
 
 class Shared:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pvrt.format.scheme import Scheme
 from pvrt.modules import aqlm_linear
 from pvrt.modules.aqlm_linear import AQLMLinear, pack, pack_model
-from pvrt_kernels import dispatch, reference
+from pvrt_kernels import reference
+from pvrt_kernels.dispatch import PackedKernel, registry
 from pvrt_kernels.packed import aqlm_packed_linear
 from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import random_layer
@@ -27,9 +28,9 @@ class Flipped(NamedTuple):
     scales: Tensor
 
 
-def kernel(name: str = "flipped") -> dispatch.PackedKernel[Flipped]:
+def kernel(name: str = "flipped") -> PackedKernel[Flipped]:
     """Keeps codes upside down, so that no layout can be mistaken for the other."""
-    return dispatch.PackedKernel(
+    return PackedKernel(
         name,
         lambda problem: problem.device_type == "cpu",
         Flipped,
@@ -43,10 +44,10 @@ def kernel(name: str = "flipped") -> dispatch.PackedKernel[Flipped]:
 
 
 @pytest.fixture(autouse=True)
-def only_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_packed_kernels", {"flipped": kernel()})
-    monkeypatch.setattr(dispatch, "_kernels", [])
+def only_kernel() -> Iterator[None]:
     warmed.clear()
+    with registry.using(kernel()):
+        yield
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for cpu")

@@ -30,13 +30,14 @@ from pvrt.format.aqlm import QuantizedLayer, quantization_config
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.linear import AQLMLinearMethod
 from pvrt.vllm_plugin.plugin import AQLMConfig, register
-from pvrt_kernels import aqlm_dequantize, dispatch, reference
+from pvrt_kernels import aqlm_dequantize, reference
+from pvrt_kernels.dispatch import Kernel, PackedKernel, registry
 from tests.fixtures.toy import random_layer
 
 SCHEMES = ["2x8g8", "1x16g8", "1x12g8", "2x8g8o4", "4x8g16"]
 HIDDEN, INNER, HEAD, HEADS, KV_HEADS = 128, 256, 16, 8, 2
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
-KERNEL = dispatch.Kernel("every", lambda problem: True, reference.linear)
+KERNEL = Kernel("every", lambda problem: True, reference.linear)
 
 
 class Transposed(NamedTuple):
@@ -45,7 +46,7 @@ class Transposed(NamedTuple):
     scales: Tensor
 
 
-PACKED = dispatch.PackedKernel(
+PACKED = PackedKernel(
     "every",
     lambda problem: True,
     Transposed,
@@ -66,21 +67,21 @@ def current_config() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_kernels", [])
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
+def no_kernel() -> Iterator[None]:
+    with registry.using():
+        yield
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_kernels", [KERNEL])
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
+def kernel() -> Iterator[None]:
+    with registry.using(KERNEL):
+        yield
 
 
 @pytest.fixture
-def packed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_kernels", [])
-    monkeypatch.setattr(dispatch, "_packed_kernels", {"every": PACKED})
+def packed_kernel() -> Iterator[None]:
+    with registry.using(PACKED):
+        yield
 
 
 @pytest.fixture(params=["packed_kernel", "kernel", "no_kernel"])
