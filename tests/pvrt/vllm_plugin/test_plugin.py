@@ -382,11 +382,12 @@ def test_a_kernels_own_layout_replaces_the_checkpoints(ranks: Ranks, packed_kern
     tensors = source("2x8g8", HIDDEN, INNER)
     layer = finish(load(down(), tensors))
     names = [name for name, _ in layer.named_parameters()]
-    assert names == ["packed_0", "packed_1", "packed_2"]
+    assert names == ["packed_codes", "packed_codebooks", "packed_scales"]
     held = sum(parameter.nbytes for parameter in layer.parameters())
     parts = (tensors.codes, tensors.codebooks, tensors.scales)
     assert held == sum(tensor.nbytes for tensor in parts)
-    layer.packed_0 = torch.nn.Parameter(layer.packed_0.clone(), requires_grad=False)  # moved
+    moved = torch.nn.Parameter(layer.packed_codes.clone(), requires_grad=False)
+    layer.packed_codes = moved
     x = inputs(INNER)
     torch.testing.assert_close(run(layer, x), dense(tensors, x))
 
