@@ -31,7 +31,7 @@ class Operation(ctypes.Structure):
         *((name, _VOID) for name in ("x", "y", "norm", "weight", "bias")),
         ("epsilon", ctypes.c_double),
         *((name, _VOID) for name in ("cosine", "sine", "query_norm", "key_norm")),
-        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "rotary", "layer", "window")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "rotary", "layer")),
         ("scale", ctypes.c_double),
         *((name, _VOID) for name in ("bytes", "bounds")),
     ]

@@ -166,6 +166,15 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
 
 
 @needs_library
+def test_short_codes_in_a_long_type_are_packed_as_short_ones() -> None:
+    layer = fused("2x8g8", [40], 64, torch.float32)
+    wide = aqlm_pack(layer.codes.short(), layer.codebooks, layer.scales, torch.float32, [40])
+    assert wide is not None and isinstance(wide.tensors, cpu.CpuTiles)
+    x = torch.randn(2, 64)
+    assert torch.equal(aqlm_packed_linear(x, wide), aqlm_packed_linear(x, packed(layer, [40])))
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8"])
 def test_sixteen_bit_activations_are_rounded_once(scheme: str, dtype: torch.dtype) -> None:
