@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvrt_kernels import reference
-from pvrt_kernels.cpu import library, pv_step
+from pvrt_kernels.cpu import products, pv_step
 from pvrt_kernels.dispatch import Problem, registry
 
 
@@ -19,7 +19,7 @@ from pvrt_kernels.dispatch import Problem, registry
 def _dequantize_op(
     codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
 ) -> Tensor:
-    decode = library.dequantize if library.can_decode(codes, codebooks) else reference.dequantize
+    decode = products.dequantize if products.can_decode(codes, codebooks) else reference.dequantize
     return decode(codes, codebooks, scales, partition_sizes)
 
 

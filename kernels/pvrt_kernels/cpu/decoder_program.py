@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvrt_kernels.cpu import library
+from pvrt_kernels.cpu import library, products
 from pvrt_kernels.packed import PackedWeight
 
 _KINDS = {"embed": 0, "tiled": 1, "plain": 2, "dense": 3, "attend": 4, "gate": 5, "screen": 6}
@@ -116,12 +116,12 @@ class Program:
             return
         view: library.TiledWeight | library.PlainWeight
         packed = weight.tensors
-        if isinstance(packed, library.CpuTiles):
-            kind, view = "tiled", library.tiled_view(packed, weight.in_features)
+        if isinstance(packed, products.CpuTiles):
+            kind, view = "tiled", products.tiled_view(packed, weight.in_features)
             self.bytes_read += packed.tables.nbytes
         else:
-            assert isinstance(packed, library.CpuWords), weight.kernel
-            kind, view = "plain", library.plain_view(packed, weight.in_features)
+            assert isinstance(packed, products.CpuWords), weight.kernel
+            kind, view = "plain", products.plain_view(packed, weight.in_features)
         self.bytes_read += packed.codes.nbytes + packed.fp32_scales.nbytes
         self._kept += [weight, view]
         self._add(kind, weight=ctypes.addressof(view), **fields)
