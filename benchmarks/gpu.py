@@ -35,7 +35,7 @@ from torch import Tensor
 
 from pvrt.format.scheme import Scheme
 from pvrt.tools import bench_kernels
-from pvrt.tools.bench_kernels import Clock, time_plan, weight_copies
+from pvrt.tools.bench_kernels import Clock, blocks_of, time_plan, weight_copies
 from pvrt_kernels import reference
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
@@ -111,7 +111,7 @@ def correctness(bench: Bench) -> list[Row]:
                 for count in tokens:
                     x = bench.x(count, features, dtype)
                     errors = poisoned(bench, partial(aqlm_packed_linear, x, layer), x, exact)
-                    plan = launch.plan_for(x, layer.tensors)
+                    plan = launch.plan_for(x, blocks_of(layer))
                     rows.append(verdict(scheme, dtype, [out, features], count, plan, errors))
     rows += other_kernels(bench)
     bad = [row for row in rows if not row["passed"]]
@@ -133,7 +133,7 @@ def other_kernels(bench: Bench) -> list[Row]:
         for plan in bench_kernels.candidates(card, shape, tokens):
             if plan == DENSE or (bench.dry and plan.kernel == "lut_gluon"):
                 continue
-            call = partial(launch.launch, plan, x, layer.tensors, None, layer.partition_sizes)
+            call = partial(launch.launch, plan, x, blocks_of(layer), None, layer.partition_sizes)
             errors = poisoned(bench, call, x, exact)
             sizes = [shape.out_features, shape.in_features]
             rows.append(verdict("2x8g8", torch.float16, sizes, tokens, plan, errors))
@@ -150,7 +150,9 @@ def checked_layer(
     codes = torch.randint(0, form.codebook_size, shape, device=bench.device).to(form.code_dtype)
     books = torch.randn(len(sizes), *form.codebooks_shape, device=bench.device).to(dtype)
     scales = (torch.rand(out, 1, 1, 1, device=bench.device) + 0.5).to(dtype)
-    packed = PackedWeight(launch.NAME, launch.pack(codes, books, scales, sizes), sizes, features)
+    kernel = launch.kernel_for(form.num_codebooks)
+    tensors = kernel.pack(codes, books, scales, sizes)
+    packed = PackedWeight(kernel.name, tensors, sizes, features)
     return packed, reference.dequantize(codes, books.double(), scales.double(), sizes)
 
 
@@ -195,7 +197,7 @@ def gemv(bench: Bench) -> list[Row]:
             if bench.late("gemv"):
                 return rows
             x = bench.x(tokens, shape.in_features)
-            plan = launch.plan_for(x, copies[0].tensors)
+            plan = launch.plan_for(x, blocks_of(copies[0]))
             seconds = time_plan(bench.clock, plan, x, copies)
             dense = bench_kernels.time_dense(bench.clock, x, shape)
             row = rate(bench, shape, vars(plan), seconds)
@@ -254,7 +256,7 @@ def design(bench: Bench) -> list[Row]:
                 return rows
             seconds = time_plan(bench.clock, plan, x, copies)
             rows.append(rate(bench, shape, vars(plan), seconds))
-        exact = launch.multiply_decoded(x, weight.tensors, None, weight.partition_sizes).double()
+        exact = launch.multiply_decoded(x, blocks_of(weight), None, weight.partition_sizes).double()
         for name, calls in gpu_variants.variants(card, x, copies):
             if bench.late("design"):
                 return rows
@@ -401,7 +403,7 @@ def small_case() -> None:
         error = float((aqlm_packed_linear(x, layer).double() - x.double() @ exact.T).abs().max())
         print(scheme, tokens, error)
         if (scheme, tokens) == ("2x8g8", 1) and launch.gluon_gathers():
-            launch.launch(Plan("lut_gluon", 1, 1024, 8, 2), x, layer.tensors, None, [1400, 700])
+            launch.launch(Plan("lut_gluon", 1, 1024, 8, 2), x, blocks_of(layer), None, [1400, 700])
 
 
 SECTIONS: dict[str, Callable[[Bench], Any]] = {

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvrt_kernels.gpu import launch
+from pvrt.tools.bench_kernels import blocks_of
 from pvrt_kernels.gpu.choose import Gpu, best_split
 from pvrt_kernels.gpu.lut_gemv import UNSPECIALISED, table_for_one
+from pvrt_kernels.gpu.shared import shared
 from pvrt_kernels.gpu.split_k import finish
 from pvrt_kernels.packed import PackedWeight
 
@@ -144,14 +145,14 @@ def variants(
             yield name, [partial(_in_l1, card, x, w, rows, warps, blocks) for w in weights]
     for copies in (1, 4, 8):
         name = {"kernel": "replicated", "copies": copies, "rows": 128, "warps": 4}
-        books = [w.tensors[1].repeat(copies, 1, 1, 1) for w in weights]
+        books = [blocks_of(w).codebooks.repeat(copies, 1, 1, 1) for w in weights]
         calls = zip(weights, books, strict=True)
         yield name, [partial(_replicated, card, x, w, b, copies) for w, b in calls]
 
 
 def _split(card: Gpu, weight: PackedWeight, rows: int, warps: int, blocks: int) -> tuple[int, int]:
     """(tiles of rows, programs per tile)."""
-    count, out = weight.tensors[0].shape[:2]
+    count, out = blocks_of(weight).codes.shape[:2]
     tiles = -(-out // rows)
     return tiles, best_split(tiles, -(-count // blocks), card.sms * max(1, 16 // warps))
 
@@ -161,7 +162,7 @@ def _in_l1(
 ) -> Tensor:
     tiles, split = _split(card, weight, rows, warps, blocks)
     scratch = x.new_empty(tiles * split * blocks * 4096, dtype=torch.float32)
-    return _launch(table_in_l1, x, weight, weight.tensors[1], (tiles, split), rows, warps,
+    return _launch(table_in_l1, x, weight, blocks_of(weight).codebooks, (tiles, split), rows, warps,
                    (scratch,), {"BLOCKS": blocks})  # fmt: skip
 
 
@@ -181,11 +182,11 @@ def _launch(
     more: tuple[Tensor, ...],
     constants: dict[str, int],
 ) -> Tensor:
-    blocks, _, scales = weight.tensors[:3]
+    blocks, _, scales = blocks_of(weight)
     _, count, size, group = books.shape
     out = blocks.shape[1]
     y = x.new_empty(1, out)
-    sums, arrived = launch._workspace(x.device, out, grid[0])
+    sums, arrived = shared.workspace(x.device, out, grid[0])
     words = blocks.view(torch.int64 if kernel is replicated else torch.int32)
     kernel[grid](
         x, words, books, scales, y, sums, arrived, *more, out, x.shape[1] // group, grid[1],

@@ -1,17 +1,19 @@
-"""Which torch and transformers pvrt was tested with; `vllm_versions` says the same of vLLM.
+"""Which torch, transformers and vLLM pvrt was tested with.
 
-pvrt rests on interfaces that neither promises to keep: transformers' loading and quantizer classes,
-torch's FSDP2 and operator library.
+pvrt rests on interfaces that none of them promises to keep: transformers' loading and quantizer
+classes, torch's FSDP2 and operator library, vLLM's layers and weight loaders.
 """
 
 import functools
 import logging
+import os
+import re
 from dataclasses import dataclass
 from importlib import metadata
 
 from packaging.version import Version
 
-from pvrt.errors import PvrtError
+from pvrt.errors import PvrtError, ServeError
 
 _log = logging.getLogger("pvrt")
 
@@ -49,6 +51,8 @@ class VersionRange:
 
 TORCH = VersionRange("torch", (2, 13), (2, 14))
 TRANSFORMERS = VersionRange("transformers", (5, 19), (5, 24))
+VLLM = VersionRange("vllm", (0, 30), (0, 33))
+ANY_VLLM = "PVRT_ANY_VLLM"  # set to 1 to try a vLLM that is newer than the newest tested
 
 
 @functools.cache
@@ -67,3 +71,19 @@ def check(tested: VersionRange, version: str) -> None:
         raise PvrtError(tested.sentence(version))
     if tested.too_new(version):
         _log.warning("%s", tested.sentence(version))
+
+
+def require_supported_vllm(version: str) -> None:
+    """Raise ServeError outside of the tested range. Builds without a version number pass."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers <= (0, 1):  # 0.1.dev is what a build from a shallow clone calls itself
+        return
+    oldest, newest = ("{}.{}".format(*bound) for bound in (VLLM.oldest, VLLM.newest))
+    supported = f"pvrt serves AQLM checkpoints on vLLM {oldest} to {newest}, found {version}"
+    if numbers < VLLM.oldest:
+        raise ServeError(f"{supported}; try pip install '{VLLM.requirement}'")
+    if numbers > VLLM.newest and os.environ.get(ANY_VLLM) != "1":
+        raise ServeError(
+            f"{supported}; try pip install -U pvrt, pip install '{VLLM.requirement}', or "
+            f"{ANY_VLLM}=1 to run untested"
+        )

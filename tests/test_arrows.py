@@ -17,7 +17,7 @@ ARROWS = {
     "pvrt": """
         errors, kv_cache, memory <- format <- modules <- hf, vllm_plugin
         lock, format <- tools
-        errors <- versions <- tools, __init__
+        errors <- versions <- tools, vllm_plugin, __init__
         errors <- device, instruction_set <- cli
         hf <- __init__
         hf, vllm_plugin, tools, __init__ <- cli <- __main__
@@ -43,11 +43,7 @@ ARROWS = {
 
 #: Arrows that point up today: (module, room that it uses) and what will turn them.
 EXCEPTIONS = {
-    ("pvrt.tools.doctor", "vllm_plugin"): "issue 17, point 5: vLLM's versions are a leaf",
 }
-
-#: Rooms whose modules import each other in a circle today, and what will open it.
-CIRCLES = {"pvrt.vllm_plugin": "issue 17, point 5: a frozen context instead of the whole config"}
 
 
 @cache
@@ -89,7 +85,7 @@ def test_no_modules_import_in_a_circle() -> None:
     for use in uses():
         used.setdefault(use.user.removesuffix(".__init__"), set()).add(use.used)
     circles = {module for module in used if module in reached(used, module)}
-    assert {module.rpartition(".")[0] for module in circles} == CIRCLES.keys(), circles
+    assert not circles
 
 
 def test_only_the_command_line_looks_up_and_only_when_it_runs() -> None:

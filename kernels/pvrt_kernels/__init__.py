@@ -5,12 +5,12 @@ Knows nothing of models, files or servers. `aqlm_linear` and `aqlm_dequantize` (
 only run; `dispatch` is where a kernel for a device or scheme plugs in.
 """
 
-from pvrt_kernels.cpu import library
+from pvrt_kernels.cpu import products
 from pvrt_kernels.dispatch import has_fast_kernel
 from pvrt_kernels.gpu import launch
 from pvrt_kernels.ops import aqlm_dequantize, aqlm_linear, aqlm_parameter_grads
 
 __all__ = ["aqlm_dequantize", "aqlm_linear", "aqlm_parameter_grads", "has_fast_kernel"]
 
-library.register()
+products.register()
 launch.register()

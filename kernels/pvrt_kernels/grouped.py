@@ -8,28 +8,45 @@ walk the weights happens inside of it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt_kernels import dispatch
+from pvrt_kernels.dispatch import registry
 from pvrt_kernels.ops import aqlm_dequantize, aqlm_linear
 from pvrt_kernels.packed import aqlm_pack
 
-# Layouts beside those of packed kernels: decoded weights, and the checkpoint's own.
+# Names of the layouts beside those of packed kernels.
 _DENSE, _PLAIN = "dense", "plain"
 # Copying the packed weight of a row moves it about three times; reading all E of them once, E.
 _COPY_COST = 3
 
 
+class Dense(NamedTuple):
+    """Decoded weights [E, out, in], for want of a kernel."""
+
+    weight: Tensor
+
+
+class Plain(NamedTuple):
+    """The checkpoint's own layout, stacked: see `aqlm_pack_group`."""
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+
 @dataclass(frozen=True)
 class GroupedWeight:
-    """E weights [sum(partition_sizes), in_features] in the layout of one kernel, stacked."""
+    """E weights [sum(partition_sizes), in_features], stacked in the layout of one kernel.
+
+    `tensors` is the NamedTuple of that layout, each tensor with a new first dimension of E.
+    """
 
     kernel: str
-    tensors: list[Tensor]
+    tensors: tuple[Tensor, ...]
     partition_sizes: list[int]
 
     @property
@@ -61,14 +78,14 @@ def aqlm_pack_group(
             if index == 0:
                 packed.warm_up(dtype, False)
         elif codes.device.type == "cpu":
-            tensors, kernel = [aqlm_dequantize(*one, partition_sizes).to(dtype)], _DENSE
+            tensors, kernel = Dense(aqlm_dequantize(*one, partition_sizes).to(dtype)), _DENSE
         else:
-            return GroupedWeight(_PLAIN, [codes, codebooks, scales], partition_sizes)
+            return GroupedWeight(_PLAIN, Plain(codes, codebooks, scales), partition_sizes)
         if not stacked:
             stacked = [t.new_empty(codes.shape[0], *t.shape) for t in tensors]
         for target, tensor in zip(stacked, tensors, strict=True):
             target[index].copy_(tensor)
-    return GroupedWeight(kernel, stacked, partition_sizes)
+    return GroupedWeight(kernel, _layout_of(kernel)(*stacked), partition_sizes)
 
 
 def aqlm_grouped_linear(x: Tensor, index: Tensor, weight: GroupedWeight) -> Tensor:
@@ -77,18 +94,24 @@ def aqlm_grouped_linear(x: Tensor, index: Tensor, weight: GroupedWeight) -> Tens
     x [N, in] floating, index [N] integers -> [N, out] in the dtype of x.
     """
     y: Tensor = torch.ops.pvrt.aqlm_grouped_linear(
-        x, index, weight.tensors, weight.partition_sizes, weight.kernel
+        x, index, list(weight.tensors), weight.partition_sizes, weight.kernel
     )
     return y
 
 
+def _layout_of(kernel: str) -> Callable[..., tuple[Tensor, ...]]:
+    own = {_DENSE: Dense, _PLAIN: Plain}
+    return own[kernel] if kernel in own else registry.packed(kernel).layout
+
+
 def _linear_of(kernel: str, sizes: list[int]) -> Callable[[Tensor, list[Tensor]], Tensor]:
+    """The product of x with one weight, of which the op has the tensors in order."""
     if kernel == _DENSE:
-        return lambda x, one: F.linear(x, one[0])
+        return lambda x, one: F.linear(x, Dense(*one).weight)
     if kernel == _PLAIN:
-        return lambda x, one: aqlm_linear(x, one[0], one[1], one[2], None, sizes)
-    packed = dispatch.packed_kernel(kernel)
-    return lambda x, one: packed.linear(x, one, None, sizes)
+        return lambda x, one: aqlm_linear(x, *Plain(*one), None, sizes)
+    packed = registry.packed(kernel)
+    return lambda x, one: packed.linear(x, packed.layout(*one), None, sizes)
 
 
 def _grouped(

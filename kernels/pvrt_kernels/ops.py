@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvrt_kernels import dispatch, reference
-from pvrt_kernels.cpu import library, pv_step
+from pvrt_kernels import reference
+from pvrt_kernels.cpu import products, pv_step
+from pvrt_kernels.dispatch import Problem, registry
 
 
 @torch.library.custom_op("pvrt::aqlm_dequantize", mutates_args=())
 def _dequantize_op(
     codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
 ) -> Tensor:
-    decode = library.dequantize if library.can_decode(codes, codebooks) else reference.dequantize
+    decode = products.dequantize if products.can_decode(codes, codebooks) else reference.dequantize
     return decode(codes, codebooks, scales, partition_sizes)
 
 
@@ -39,7 +40,7 @@ def _linear_op(
     partition_sizes: list[int],
 ) -> Tensor:
     _, num_codebooks, size, out_group, g = codebooks.shape
-    problem = dispatch.Problem(
+    problem = Problem(
         device_type=x.device.type,
         dtype=x.dtype,
         num_codebooks=num_codebooks,
@@ -48,7 +49,7 @@ def _linear_op(
         in_group_size=g,
         tokens=x.numel() // x.shape[-1],
     )
-    kernel = dispatch.select(problem)
+    kernel = registry.select(problem)
     return kernel.linear(x, codes, codebooks, scales, bias, partition_sizes)
 
 

@@ -11,29 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvrt_kernels import dispatch, reference
+from pvrt_kernels import reference
+from pvrt_kernels.dispatch import Problem, registry
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [sum(partition_sizes), in_features] in the layout of one kernel, on its device."""
+    """A weight [sum(partition_sizes), in_features] in the layout of one kernel, on its device.
+
+    `tensors` is the kernel's NamedTuple.
+    """
 
     kernel: str
-    tensors: list[Tensor]
+    tensors: tuple[Tensor, ...]
     partition_sizes: list[int]
     in_features: int
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
         """(codes, codebooks, scales) as they were given to `aqlm_pack`, codebooks with P."""
-        return dispatch.packed_kernel(self.kernel).unpack(self.tensors, self.in_features)
+        return registry.packed(self.kernel).unpack(self.tensors, self.in_features)
 
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the codebooks."""
-        return _dequantize(self.tensors, self.partition_sizes, self.in_features, self.kernel)
+        tensors = list(self.tensors)
+        return _dequantize(tensors, self.partition_sizes, self.in_features, self.kernel)
 
     def warm_up(self, dtype: torch.dtype, has_bias: bool) -> None:
         """Compile now what products with x of a dtype need; before CUDA graphs are captured."""
-        kernel = dispatch.packed_kernel(self.kernel)
+        kernel = registry.packed(self.kernel)
         if kernel.warm_up is not None:
             args = (self.tensors, self.partition_sizes, self.in_features)
             kernel.warm_up(*args, dtype, has_bias)
@@ -54,8 +59,8 @@ def aqlm_pack(
     if partition_sizes is None:
         codebooks, partition_sizes = codebooks.unsqueeze(0), [codes.shape[0] * codebooks.shape[2]]
     _, num_codebooks, size, out_group, g = codebooks.shape
-    kernel = dispatch.select_packed(
-        dispatch.Problem(codes.device.type, dtype, num_codebooks, size, out_group, g, 1)
+    kernel = registry.select_packed(
+        Problem(codes.device.type, dtype, num_codebooks, size, out_group, g, 1)
     )
     if kernel is None:
         return None
@@ -72,7 +77,7 @@ def aqlm_packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = No
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
     y: Tensor = torch.ops.pvrt.aqlm_packed_linear(
-        x, weight.tensors, bias, weight.partition_sizes, weight.kernel
+        x, list(weight.tensors), bias, weight.partition_sizes, weight.kernel
     )
     return y
 
@@ -80,16 +85,18 @@ def aqlm_packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = No
 def _linear(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int], kernel: str
 ) -> Tensor:
-    return dispatch.packed_kernel(kernel).linear(x, packed, bias, partition_sizes)
+    chosen = registry.packed(kernel)
+    return chosen.linear(x, chosen.layout(*packed), bias, partition_sizes)
 
 
 def _dequantize(
     packed: list[Tensor], partition_sizes: list[int], in_features: int, kernel: str
 ) -> Tensor:
-    chosen = dispatch.packed_kernel(kernel)
+    chosen = registry.packed(kernel)
+    tensors = chosen.layout(*packed)
     if chosen.dequantize is not None:
-        return chosen.dequantize(packed, partition_sizes, in_features)
-    return reference.dequantize(*chosen.unpack(packed, in_features), partition_sizes)
+        return chosen.dequantize(tensors, partition_sizes, in_features)
+    return reference.dequantize(*chosen.unpack(tensors, in_features), partition_sizes)
 
 
 def _linear_fake(

@@ -95,25 +95,35 @@ def random_packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pac
     books = torch.randn(1, *scheme.codebooks_shape, dtype=dtype, device=device)
     scales = torch.full((shape.out_features,), shape.in_features**-0.5, dtype=dtype, device=device)
     sizes = [shape.out_features]
-    tensors = launch.pack(codes.to(scheme.code_dtype), books, scales, sizes)
-    return PackedWeight(launch.NAME, tensors, sizes, shape.in_features)
+    kernel = launch.kernel_for(shape.num_codebooks)
+    tensors = kernel.pack(codes.to(scheme.code_dtype), books, scales, sizes)
+    return PackedWeight(kernel.name, tensors, sizes, shape.in_features)
 
 
 def weight_copies(weight: PackedWeight, limit: int = 64) -> list[PackedWeight]:
     """The weight and copies of it, larger together than an L2 cache."""
-    count = min(max(2, -(-COLD_BYTES // weight.tensors[0].nbytes)), limit)
-    copies = [replace(weight, tensors=[t.clone() for t in weight.tensors]) for _ in range(count)]
-    return copies
+    tensors = blocks_of(weight)
+    count = min(max(2, -(-COLD_BYTES // tensors.codes.nbytes)), limit)
+    return [
+        replace(weight, tensors=launch.GpuBlocks(*(tensor.clone() for tensor in tensors)))
+        for _ in range(count)
+    ]
+
+
+def blocks_of(weight: PackedWeight) -> launch.GpuBlocks:
+    """The tensors of a weight that was packed for a GPU."""
+    assert isinstance(weight.tensors, launch.GpuBlocks), weight.kernel
+    return weight.tensors
 
 
 def time_plan(clock: Clock, plan: Plan, x: Tensor, copies: Iterable[PackedWeight]) -> float:
     """Seconds of x times the weight under a plan."""
 
     def call(weight: PackedWeight) -> Callable[[], Tensor]:
-        sizes = weight.partition_sizes
+        tensors, sizes = blocks_of(weight), weight.partition_sizes
         if plan.kernel == "dense":
-            return lambda: launch.multiply_decoded(x, weight.tensors, None, sizes)
-        return lambda: launch.launch(plan, x, weight.tensors, None, sizes)
+            return lambda: launch.multiply_decoded(x, tensors, None, sizes)
+        return lambda: launch.launch(plan, x, tensors, None, sizes)
 
     return clock.time([call(weight) for weight in copies])
 

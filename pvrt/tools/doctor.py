@@ -14,8 +14,7 @@ from packaging.version import Version
 
 from pvrt import lock
 from pvrt.errors import ServeError
-from pvrt.versions import TORCH, TRANSFORMERS, VersionRange
-from pvrt.vllm_plugin.versions import require_supported_vllm
+from pvrt.versions import TORCH, TRANSFORMERS, VersionRange, require_supported_vllm
 
 
 @dataclass(frozen=True)

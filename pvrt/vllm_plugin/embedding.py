@@ -5,7 +5,7 @@ lookup decodes single rows, and a tied lm_head multiplies by the embeddings' ten
 """
 
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
+from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.weights import (
     PARTS,
     checked,
@@ -24,9 +25,6 @@ from pvrt.vllm_plugin.weights import (
     require_loaded,
 )
 from pvrt_kernels import aqlm_dequantize, aqlm_linear
-
-if TYPE_CHECKING:
-    from pvrt.vllm_plugin.plugin import AQLMConfig
 
 
 def _load(layer: Any, param: Any, loaded_weight: Tensor) -> None:
@@ -49,8 +47,8 @@ def _load(layer: Any, param: Any, loaded_weight: Tensor) -> None:
 class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is not typed
     """Looks tokens up in, and multiplies by, an AQLM weight [vocabulary, hidden]."""
 
-    def __init__(self, config: "AQLMConfig") -> None:
-        self.config = config
+    def __init__(self, context: Context) -> None:
+        self.context = context
 
     def create_weights(
         self,
@@ -63,7 +61,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         **extra_weight_attrs: Any,
     ) -> None:
         """Register empty parameters for this rank's rows. Raises ServeError if they cut groups."""
-        scheme, (rows,) = self.config.scheme, output_partition_sizes
+        scheme, (rows,) = self.context.scheme, output_partition_sizes
         name = _name(layer)
         if not scheme.divides(layer.org_vocab_size, input_size):
             raise CheckpointError(
@@ -90,7 +88,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         require_loaded(name, missing, bool(layer.aqlm_done), [layer.scales])
         require_finite(layer, name, PARTS[1:])
         layer.aqlm_done.clear()
-        if not decode_without_kernel(layer, self.config, name):
+        if not decode_without_kernel(layer, self.context, name):
             let_lora_find(layer, layer.codes)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -104,7 +102,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         """Rows [..., hidden] of tokens [...], which count from this rank's first."""
         if hasattr(layer, "weight"):
             return F.embedding(input_, layer.weight)
-        group = self.config.scheme.out_group_size
+        group = self.context.scheme.out_group_size
         tokens = input_.reshape(-1).long()
         rows = tokens // group
         weight = aqlm_dequantize(layer.codes[rows], layer.codebooks, layer.scales[rows])

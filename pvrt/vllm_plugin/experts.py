@@ -9,32 +9,29 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.aqlm import CONFIG_FILE
 from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.versions import load_experts_with
 from pvrt.vllm_plugin.weights import (
     PARTS,
     checked,
     dense_in_quantised,
     part_shape,
+    register_packed,
     register_part,
     require_finite,
     require_loaded,
-    tell_decoding,
 )
 from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
-
-if TYPE_CHECKING:
-    from pvrt.vllm_plugin.plugin import AQLMConfig
 
 _TENSOR = re.compile(r"(\d+)\.(\w+)\.(?:base_layer\.)?(\w+)")  # expert, projection, part
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -151,9 +148,9 @@ def _check(layer: Any, load: _Load, width: int) -> None:
 class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not typed
     """Runs the routed experts of one block on AQLM weights."""
 
-    def __init__(self, config: "AQLMConfig", moe: Any) -> None:
+    def __init__(self, context: Context, moe: Any) -> None:
         super().__init__(moe)
-        self.config = config
+        self.context = context
 
     def create_weights(
         self,
@@ -169,7 +166,7 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         w13_codes [E, 2 width/out_group, hidden/g, M], w13_codebooks [E, 2, M, 2^B, out_group, g],
         w13_scales [E, 2 width/out_group, 1, 1, 1]; w2 likewise with one codebook set.
         """
-        scheme, width = self.config.scheme, intermediate_size_per_partition
+        scheme, width = self.context.scheme, intermediate_size_per_partition
         names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
         parallel = layer.moe_config.moe_parallel_config
         layer.aqlm_load = load = _Load(
@@ -223,13 +220,11 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         codes, books, scales = (getattr(layer, f"{stack}_{part}").data for part in PARTS)
         weight = aqlm_pack_group(codes, books, scales, layer.params_dtype, sizes)
         if weight.decoded:
-            tell_decoding(self.config, layer.layer_name, weight.tensors, (codes, books, scales))
+            stored = codes, books, scales
+            self.context.notice.give(self.context.scheme, layer.layer_name, weight.tensors, stored)
         for part in PARTS:
             delattr(layer, f"{stack}_{part}")
-        names = [f"{stack}_packed_{number}" for number in range(len(weight.tensors))]
-        for name, tensor in zip(names, weight.tensors, strict=True):
-            setattr(layer, name, Parameter(tensor, requires_grad=False))
-        return weight.kernel, sizes, names
+        return weight.kernel, sizes, register_packed(layer, f"{stack}_packed", weight.tensors)
 
     def apply(
         self,
@@ -261,4 +256,4 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
 
     def _weight(self, layer: Any, stack: str) -> GroupedWeight:
         kernel, sizes, names = layer.aqlm_grouped[stack]
-        return GroupedWeight(kernel, [getattr(layer, name) for name in names], sizes)
+        return GroupedWeight(kernel, tuple([getattr(layer, name) for name in names]), sizes)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.aqlm import CONFIG_FILE
+from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.weights import (
     PARTS,
     checked,
@@ -25,14 +26,12 @@ from pvrt.vllm_plugin.weights import (
     dense_in_quantised,
     let_lora_find,
     part_shape,
+    register_packed,
     require_finite,
     require_loaded,
 )
 from pvrt_kernels import aqlm_linear
 from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
-
-if TYPE_CHECKING:
-    from pvrt.vllm_plugin.plugin import AQLMConfig
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -49,7 +48,7 @@ class _Load:
     before any split over ranks. `loader` is vLLM's, and splits codes and scales.
     """
 
-    config: "AQLMConfig"
+    context: Context
     prefix: str
     rows: list[int]
     in_features: int
@@ -67,7 +66,7 @@ class _Load:
     def name(self, sources: list[int]) -> str:
         """Name of one source layer in the checkpoint, or of the whole layer."""
         parent, _, last = self.prefix.rpartition(".")
-        names = self.config.packed_modules_mapping.get(last, [])
+        names = self.context.fused.get(last, [])
         if len(sources) != 1 or len(names) != len(self.rows):
             return self.prefix
         return f"{parent}.{names[sources[0]]}".removeprefix(".")
@@ -75,7 +74,7 @@ class _Load:
     def shape(self, part: str, sources: list[int]) -> tuple[int, ...]:
         """Shape in the checkpoint."""
         rows = sum(self.rows[source] for source in sources)
-        return part_shape(self.config.scheme, part, rows, self.in_features)
+        return part_shape(self.context.scheme, part, rows, self.in_features)
 
 
 def _load(layer: Any, param: Any, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
@@ -91,7 +90,7 @@ def _load(layer: Any, param: Any, loaded_weight: Tensor, loaded_shard_id: ShardI
         raise dense_in_quantised(name)
     part = getattr(param, "aqlm_part", "bias")  # a bias is vLLM's own parameter
     shape = load.shape(part, sources)
-    loaded_weight = checked(load.config.scheme, name, part, loaded_weight, shape)
+    loaded_weight = checked(load.context.scheme, name, part, loaded_weight, shape)
     shard = () if loaded_shard_id is None else (loaded_shard_id,)
     if part == "codebooks":
         for source in sources:
@@ -113,7 +112,7 @@ def _stored_rows(layer: Any, partition_sizes: list[int], ranks: int) -> list[int
 
 
 def _check_groups(load: _Load, partition_sizes: list[int], in_features: int) -> None:
-    scheme = load.config.scheme
+    scheme = load.context.scheme
     for rows, stored in zip(partition_sizes, load.rows, strict=True):
         if not scheme.divides(stored, load.in_features):
             raise CheckpointError(
@@ -147,8 +146,8 @@ def _check_loaded(layer: Any) -> None:
 class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
     """Runs any of vLLM's linear layers on AQLM weights, split over ranks as vLLM likes."""
 
-    def __init__(self, config: "AQLMConfig") -> None:
-        self.config = config
+    def __init__(self, context: Context) -> None:
+        self.context = context
 
     def create_weights(
         self,
@@ -172,10 +171,10 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             PackedvLLMParameter,
         )
 
-        scheme, sizes = self.config.scheme, list(output_partition_sizes)
+        scheme, sizes = self.context.scheme, list(output_partition_sizes)
         total, loader = sum(sizes), MethodType(_load, layer)
         layer.aqlm_load = _Load(
-            self.config,
+            self.context,
             getattr(layer, "prefix", ""),
             _stored_rows(layer, sizes, output_size // total),
             input_size,
@@ -213,7 +212,7 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             setattr(layer, part, Parameter(getattr(layer, part).data, requires_grad=False))
         layer.aqlm_packed = None
         layer.aqlm_decoded = decode_without_kernel(
-            layer, self.config, layer.aqlm_load.prefix, layer.aqlm_partition_sizes
+            layer, self.context, layer.aqlm_load.prefix, layer.aqlm_partition_sizes
         )
         if not layer.aqlm_decoded and not self._pack(layer):
             let_lora_find(layer, layer.codes)
@@ -227,12 +226,10 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             return False
         for part in PARTS:
             delattr(layer, part)
-        names = [f"packed_{number}" for number in range(len(packed.tensors))]
-        for name, tensor in zip(names, packed.tensors, strict=True):
-            setattr(layer, name, Parameter(tensor, requires_grad=False))
-        layer.aqlm_packed, layer.aqlm_packed_names = replace(packed, tensors=[]), names
+        layer.aqlm_packed_names = register_packed(layer, "packed", packed.tensors)
+        layer.aqlm_packed = replace(packed, tensors=())
         packed.warm_up(dtype, getattr(layer, "bias", None) is not None)
-        let_lora_find(layer, layer.packed_0)
+        let_lora_find(layer, getattr(layer, layer.aqlm_packed_names[0]))
         return True
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -242,7 +239,7 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
             return F.linear(x, layer.weight, bias)
         if layer.aqlm_packed is not None:
             # Looked up anew: vLLM may have moved the parameters (offloading, sleep mode).
-            tensors = [getattr(layer, name) for name in layer.aqlm_packed_names]
+            tensors = tuple([getattr(layer, name) for name in layer.aqlm_packed_names])
             return aqlm_packed_linear(x, replace(layer.aqlm_packed, tensors=tensors), bias)
         sizes: list[int] = layer.aqlm_partition_sizes
         return aqlm_linear(x, layer.codes, layer.codebooks, layer.scales, bias, sizes)

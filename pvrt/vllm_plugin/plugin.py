@@ -1,11 +1,12 @@
 """AQLM checkpoints in vLLM: `vllm serve DIR` or `LLM(DIR)`, with no flag.
 
 vLLM finds `register` through the entry point in pyproject.toml. This file decides how each layer
-runs: `linear.py`, `experts.py` and `embedding.py` run them, `weights.py` checks
-what the checkpoint holds, `versions.py` knows what differs between vLLM's versions.
+runs: `linear.py`, `experts.py` and `embedding.py` run them, `weights.py` checks what the
+checkpoint holds, `context.py` is what they know of this configuration, `versions.py` what differs
+between vLLM's versions.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import vllm
@@ -17,12 +18,13 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from pvrt.format.aqlm import CONFIG_FILE, parse_quantization_config, skipped_modules
 from pvrt.format.scheme import Scheme
+from pvrt.versions import require_supported_vllm
+from pvrt.vllm_plugin.context import Context, DecodingNotice
 from pvrt.vllm_plugin.linear import AQLMLinearMethod
 from pvrt.vllm_plugin.versions import (
     checkpoint_tensors,
     is_routed_experts,
     is_skipped,
-    require_supported_vllm,
     use_loader_v2,
 )
 
@@ -39,16 +41,18 @@ def register() -> None:
 class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
     """The `quantization_config` of an AQLM checkpoint: a scheme and the names of dense modules.
 
-    `quantised_ends`: of the layers outside of the blocks (embeddings, lm_head) the last parts of
-    the names of those that the checkpoint stores in codes; no published one does.
+    vLLM itself changes three things after it was made, each before it asks for a layer's method:
+    `dense` for a model that renames its modules, `packed_modules_mapping` to what the model fuses,
+    and `quantised_ends`. These are, of the layers outside of the blocks (embeddings, lm_head), the
+    last parts of the names of those that the checkpoint stores in codes; no published one does.
     """
 
     def __init__(self, scheme: Scheme, dense: list[str]) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme: Final = scheme
         self.dense = dense
         self.quantised_ends: set[str] = set()
-        self.told_decoding = False
+        self._notice: Final = DecodingNotice()
 
     def __repr__(self) -> str:
         return f"AQLMConfig({self.scheme})"
@@ -108,12 +112,15 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
 
         if isinstance(layer, LinearBase):
             dense = self._keeps_dense(prefix)
-            return UnquantizedLinearMethod() if dense else AQLMLinearMethod(self)
+            return UnquantizedLinearMethod() if dense else AQLMLinearMethod(self._context())
         if is_routed_experts(layer) and not self._keeps_dense(prefix):
             from pvrt.vllm_plugin.experts import AQLMExpertsMethod
 
-            return AQLMExpertsMethod(self, layer.moe_config)
+            return AQLMExpertsMethod(self._context(), layer.moe_config)
         return self._embedding_method(layer) if self.quantised_ends else None
+
+    def _context(self) -> Context:
+        return Context(self.scheme, self.packed_modules_mapping, self._notice)
 
     def _embedding_method(self, layer: nn.Module) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -129,7 +136,7 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
         else:
             is_embedding = isinstance(layer, VocabParallelEmbedding)
             quantised = is_embedding and bool(self.quantised_ends & _EMBEDDINGS)
-        return AQLMEmbeddingMethod(self) if quantised else None
+        return AQLMEmbeddingMethod(self._context()) if quantised else None
 
     def _keeps_dense(self, prefix: str) -> bool:
         if any(prefix.startswith(f"{name}.") for name in self.dense):  # a whole vision tower, say

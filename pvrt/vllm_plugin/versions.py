@@ -1,42 +1,15 @@
-"""Which vLLM pvrt serves on, and everything that differs between those versions.
+"""Everything that differs between the versions of vLLM that pvrt serves on (`pvrt.versions`).
 
 The engines of all of them were run on a CPU (docs/vllm.md): 0.30, 0.31 and 0.32 as packaged, 0.33,
 which has no CPU package, with its Python files over the compiled operators of 0.32.
 """
 
-import os
-import re
 from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from pvrt.errors import ServeError
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-OLDEST_VLLM = (0, 30)
-NEWEST_VLLM = (0, 33)
-ANY_VLLM = "PVRT_ANY_VLLM"  # set to 1 to try a version that is newer than the newest tested
-
-
-def require_supported_vllm(version: str) -> None:
-    """Raise ServeError outside of the tested range. Builds without a version number pass."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if numbers <= (0, 1):  # 0.1.dev is what a build from a shallow clone calls itself
-        return
-    oldest, newest, after = (
-        ".".join(map(str, bound))
-        for bound in (OLDEST_VLLM, NEWEST_VLLM, (NEWEST_VLLM[0], NEWEST_VLLM[1] + 1))
-    )
-    supported = f"pvrt serves AQLM checkpoints on vLLM {oldest} to {newest}, found {version}"
-    if numbers < OLDEST_VLLM:
-        raise ServeError(f"{supported}; try pip install 'vllm>={oldest},<{after}'")
-    if numbers > NEWEST_VLLM and os.environ.get(ANY_VLLM) != "1":
-        raise ServeError(
-            f"{supported}; try pip install -U pvrt, pip install 'vllm<{after}', or {ANY_VLLM}=1 to "
-            "run untested"
-        )
 
 
 def use_loader_v2(method: type) -> None:

@@ -4,9 +4,8 @@ vLLM does not notice tensors that a quantised checkpoint lacks, nor ones of a wr
 assertion without a name. So each layer records what has come, and refuses what cannot be right.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +14,9 @@ from torch.nn import Parameter
 from pvrt.errors import CheckpointError
 from pvrt.format.aqlm import CONFIG_FILE, check_codes
 from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.context import Context
 from pvrt_kernels import aqlm_dequantize
 
-if TYPE_CHECKING:
-    from pvrt.vllm_plugin.plugin import AQLMConfig
-
-_logger = logging.getLogger("vllm.pvrt")  # printed by the handlers of vLLM's logger
 PARTS = ("codes", "codebooks", "scales")
 
 
@@ -50,6 +46,15 @@ def register_part(
     parameter = Parameter(empty, requires_grad=False)
     parameter.aqlm_part, parameter.weight_loader = part, loader  # type: ignore[attr-defined]
     layer.register_parameter(name, parameter)
+
+
+def register_packed(layer: Any, prefix: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    """Give a layer a parameter for each tensor of a packed kernel's NamedTuple; their names."""
+    fields: tuple[str, ...] = tensors._fields  # type: ignore[attr-defined]  # of every NamedTuple
+    names = [f"{prefix}_{field}" for field in fields]
+    for name, tensor in zip(names, tensors, strict=True):
+        layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+    return names
 
 
 def checked(scheme: Scheme, name: str, part: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -102,39 +107,22 @@ def dense_in_quantised(name: str) -> CheckpointError:
 
 
 def decode_without_kernel(
-    layer: Any, config: "AQLMConfig", prefix: str, sizes: list[int] | None = None
+    layer: Any, context: Context, prefix: str, sizes: list[int] | None = None
 ) -> bool:
     """On a CPU that has no kernel for the scheme put a dense `weight` in place of the parts.
 
     `sizes` are the output features per codebook set of a fused layer. Returns whether it was done.
     """
     device = layer.codes.device.type
-    if device != "cpu" or config.scheme.has_fast_kernel(device):
+    if device != "cpu" or context.scheme.has_fast_kernel(device):
         return False
     codes, codebooks, scales = (getattr(layer, part).data for part in PARTS)
     weight = aqlm_dequantize(codes, codebooks, scales, sizes)
     for part in PARTS:
         delattr(layer, part)
     layer.weight = Parameter(weight, requires_grad=False)
-    tell_decoding(config, prefix, [weight], [codes, codebooks, scales])
+    context.notice.give(context.scheme, prefix, [weight], [codes, codebooks, scales])
     return True
-
-
-def tell_decoding(
-    config: "AQLMConfig", prefix: str, weights: Sequence[Tensor], packed: Sequence[Tensor]
-) -> None:
-    """Say once per model what decoding its weights at load costs."""
-    if not config.told_decoding:
-        config.told_decoding = True
-        _logger.warning(
-            "no CPU kernel for %s: decoding all weights once, to %s. %s takes %d bytes "
-            "instead of %d.",
-            config.scheme,
-            weights[0].dtype,
-            prefix,
-            sum(tensor.nbytes for tensor in weights),
-            sum(tensor.nbytes for tensor in packed),
-        )
 
 
 def let_lora_find(layer: Any, tensor: Tensor) -> None:

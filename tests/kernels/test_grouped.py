@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvrt_kernels import aqlm_dequantize, dispatch, grouped
+from pvrt_kernels import aqlm_dequantize, grouped
 from pvrt_kernels.cpu import rounding
-from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
+from pvrt_kernels.dispatch import registry
+from pvrt_kernels.grouped import GroupedWeight, Plain, aqlm_grouped_linear, aqlm_pack_group
 from tests.fixtures.instruction_sets import relative
 
 EXPERTS, IN, SIZES = 5, 64, [24, 40]
@@ -58,21 +59,20 @@ def test_without_looking_at_the_index_values_are_the_same(
     x, index = torch.randn(rows, IN), torch.randint(-1, EXPERTS, (rows,))
     linear = grouped._linear_of(packed.kernel, SIZES)
     zero = torch.zeros(rows, sum(SIZES))
-    y = grouped._without_host(x, index, packed.tensors, zero, linear)
+    y = grouped._without_host(x, index, list(packed.tensors), zero, linear)
     assert relative(y, expected(x, index, weight)) < rounding.relative_error()
 
 
 def test_the_checkpoints_layout_can_be_multiplied_too() -> None:
     weight = stacks((2, 8, 8, 1))
     x, index = torch.randn(6, IN), torch.arange(6) % EXPERTS
-    plain = GroupedWeight("plain", list(weight), SIZES)
+    plain = GroupedWeight("plain", Plain(*weight), SIZES)
     torch.testing.assert_close(aqlm_grouped_linear(x, index, plain), expected(x, index, weight))
 
 
-def test_without_a_kernel_weights_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
-    weight = stacks((2, 8, 8, 1))
-    packed = aqlm_pack_group(*weight, torch.bfloat16, SIZES)
+def test_without_a_kernel_weights_are_decoded() -> None:
+    with registry.using():
+        packed = aqlm_pack_group(*stacks((2, 8, 8, 1)), torch.bfloat16, SIZES)
     assert [tensor.shape for tensor in packed.tensors] == [(EXPERTS, sum(SIZES), IN)]
     assert packed.tensors[0].dtype == torch.bfloat16
     assert packed.decoded
@@ -83,5 +83,5 @@ def test_the_op_keeps_the_rules_of_torch_library() -> None:
     x, index = torch.randn(3, IN), torch.tensor([2, -1, 0])
     torch.library.opcheck(
         torch.ops.pvrt.aqlm_grouped_linear.default,
-        (x, index, packed.tensors, SIZES, packed.kernel),
+        (x, index, list(packed.tensors), SIZES, packed.kernel),
     )

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
-from pvrt_kernels import aqlm_dequantize, aqlm_linear, dispatch
+from pvrt_kernels import aqlm_dequantize, aqlm_linear, has_fast_kernel
+from pvrt_kernels.dispatch import REFERENCE, Kernel, Problem, registry
 from pvrt_kernels.ops import _dequantize_op, _linear_op
 from tests.fixtures.toy import random_layer
+
+PROBLEM = Problem("cpu", torch.float32, 2, 256, 1, 8, tokens=1)
 
 SCHEMES = ["2x8g8", "1x16g8", "1x16g16", "1x8g8", "1x8g4", "4x8g16", "2x12g8", "1x15g8", "2x8g8o4"]
 pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for cpu")
@@ -163,25 +166,34 @@ def test_wrong_shapes_are_refused_in_words(change: dict[str, Tensor], sentence: 
         aqlm_linear(**given)
 
 
-def test_the_dispatch_table_prefers_a_registered_kernel() -> None:
+def test_the_registry_prefers_an_added_kernel() -> None:
     layer = random_layer(Scheme.parse("2x8g8o4"), 16, 32)  # a scheme that no other kernel takes
 
     def marker(x: Tensor, *rest: Any) -> Tensor:
         return torch.full((*x.shape[:-1], 16), 7.0)
 
-    dispatch.register(
-        dispatch.Kernel("marker", lambda p: p.device_type == "cpu" and p.tokens == 1, marker)
-    )
-    try:
-        assert dispatch.has_fast_kernel("cpu", 2, 8, 8, 4)
+    one_token = Kernel("marker", lambda p: p.device_type == "cpu" and p.tokens == 1, marker)
+    with registry.using(one_token):
+        assert has_fast_kernel("cpu", 2, 8, 8, 4)
         y = aqlm_linear(torch.zeros(1, 32), layer.codes, layer.codebooks, layer.scales)
         assert bool((y == 7).all())
         y = aqlm_linear(torch.zeros(2, 32), layer.codes, layer.codebooks, layer.scales)
         assert bool((y == 0).all())
         with pytest.raises(ValueError, match="already registered"):
-            dispatch.register(dispatch.Kernel("marker", lambda p: True, marker))
-    finally:
-        dispatch.unregister("marker")
+            registry.add(Kernel("marker", lambda p: True, marker))
+    assert not has_fast_kernel("cpu", 2, 8, 8, 4)
+
+
+def test_after_using_other_kernels_all_is_as_before() -> None:
+    before = registry.select(PROBLEM), registry.select_packed(PROBLEM)
+    with pytest.raises(RuntimeError, match="inside"), registry.using():
+        assert registry.select(PROBLEM) is REFERENCE
+        assert registry.select_packed(PROBLEM) is None
+        registry.add(Kernel("marker", lambda p: True, REFERENCE.linear))
+        raise RuntimeError("inside")
+    assert (registry.select(PROBLEM), registry.select_packed(PROBLEM)) == before
+    with pytest.raises(KeyError):
+        registry.packed("marker")
 
 
 @pytest.mark.filterwarnings("always:no .* kernel for cpu")

@@ -1,42 +1,50 @@
 """Packing: the hook by which a kernel keeps weights in a layout of its own."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from pvrt.format.scheme import Scheme
-from pvrt_kernels import aqlm_dequantize, aqlm_linear, dispatch, reference
+from pvrt_kernels import aqlm_dequantize, aqlm_linear, reference
+from pvrt_kernels.dispatch import PackedKernel, registry
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 from tests.fixtures.toy import random_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for cpu")
 
 
+class Transposed(NamedTuple):
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+
 def transpose(
     codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> list[Tensor]:
-    return [codes.transpose(0, 1).contiguous(), codebooks, scales]
+) -> Transposed:
+    return Transposed(codes.transpose(0, 1).contiguous(), codebooks, scales)
 
 
-def back(packed: list[Tensor], in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    return packed[0].transpose(0, 1), packed[1], packed[2]
+def back(packed: Transposed, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    return packed.codes.transpose(0, 1), packed.codebooks, packed.scales
 
 
-def multiply(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+def multiply(x: Tensor, packed: Transposed, bias: Tensor | None, sizes: list[int]) -> Tensor:
     return reference.linear(x, *back(packed, 0), bias, sizes)
 
 
+KERNEL = PackedKernel(
+    "transposed", lambda problem: problem.in_group_size == 8, Transposed, transpose, back, multiply
+)
+
+
 @pytest.fixture(autouse=True)
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
-    dispatch.register_packed(
-        dispatch.PackedKernel(
-            "transposed", lambda problem: problem.in_group_size == 8, transpose, back, multiply
-        )
-    )
-    yield
+def kernel() -> Iterator[None]:
+    with registry.using(KERNEL):
+        yield
 
 
 def packed(seed: int = 0) -> tuple[PackedWeight, tuple[Tensor, Tensor, Tensor]]:
@@ -76,7 +84,7 @@ def test_opcheck_accepts_the_packed_op() -> None:
     weight, _ = packed()
     x, bias = torch.randn(4, 32, requires_grad=True), torch.randn(16, requires_grad=True)
     op = torch.ops.pvrt.aqlm_packed_linear.default
-    torch.library.opcheck(op, (x, weight.tensors, bias, [16], "transposed"))
+    torch.library.opcheck(op, (x, list(weight.tensors), bias, [16], "transposed"))
 
 
 def test_the_packed_op_survives_torch_compile_with_changing_batch() -> None:
@@ -101,4 +109,4 @@ def test_names_are_taken_once_and_wrong_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="x has 40 features, the weight takes 32"):
         aqlm_packed_linear(torch.zeros(1, 40), weight)
     with pytest.raises(ValueError, match="already registered"):
-        dispatch.register_packed(dispatch.packed_kernel("transposed"))
+        registry.add(KERNEL)

@@ -66,7 +66,8 @@ def test_layers_train_there(device: str) -> None:
 def test_the_layout_of_gpus_is_made_and_undone_on_the_device(scheme: str, device: str) -> None:
     layer = random_layer(Scheme.parse(scheme), 24, 48)
     given = layer.codes.to(device), layer.codebooks[None].to(device), layer.scales.to(device)
-    codes, codebooks, scales = launch.unpack(launch.pack(*given, [24]), 48)
+    kernel = launch.kernel_for(layer.codes.shape[2])
+    codes, codebooks, scales = kernel.unpack(kernel.pack(*given, [24]), 48)
     assert {tensor.device.type for tensor in (codes, codebooks, scales)} == {"sim"}
     x = torch.randn(70, 48, generator=torch.Generator().manual_seed(1))
     y = aqlm_linear(x.to(device), codes, codebooks, scales, None, [24])

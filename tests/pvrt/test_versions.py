@@ -1,4 +1,4 @@
-"""The range of torch's and transformers' versions that pvrt was tested with."""
+"""The ranges of torch's, transformers' and vLLM's versions that pvrt was tested with."""
 
 import logging
 import subprocess
@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from pvrt.errors import PvrtError
-from pvrt.versions import TORCH, TRANSFORMERS, VersionRange, check
-from pvrt.vllm_plugin.versions import NEWEST_VLLM, OLDEST_VLLM
+from pvrt.errors import PvrtError, ServeError
+from pvrt.versions import (
+    TORCH,
+    TRANSFORMERS,
+    VLLM,
+    VersionRange,
+    check,
+    require_supported_vllm,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = VersionRange("library", (2, 8), (2, 14))
@@ -39,11 +45,34 @@ def test_a_newer_version_is_tried_with_a_warning(
     assert "library 2.8 to 2.14" in record.getMessage() and version in record.getMessage()
 
 
+@pytest.mark.parametrize("version", ["0.29.2", "0.26.0+cpu", "0.9.1"])
+def test_a_vllm_that_is_too_old_is_refused(version: str) -> None:
+    with pytest.raises(ServeError, match=rf"0\.30 to 0\.33, found {version[:4]}.*>=0.30,<0.34'"):
+        require_supported_vllm(version)
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "1.0", "0.40.0.dev3+g0"])
+def test_an_untested_newer_vllm_is_refused_unless_asked_for(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ServeError, match=r"0\.30 to 0\.33, found .* or PVRT_ANY_VLLM=1"):
+        require_supported_vllm(version)
+    monkeypatch.setenv("PVRT_ANY_VLLM", "1")
+    require_supported_vllm(version)
+
+
+@pytest.mark.parametrize(
+    "version", ["0.30.0", "0.32.0+cpu", "0.33.1rc1.dev3+g0", "dev", "0.1.dev7+g1"]
+)
+def test_tested_and_unnumbered_versions_pass(version: str) -> None:
+    require_supported_vllm(version)
+
+
 def test_pip_is_told_the_same_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
     ranges = {Requirement(line).name: Requirement(line).specifier for line in declared}
-    for tested in (TORCH, TRANSFORMERS, VersionRange("vllm", OLDEST_VLLM, NEWEST_VLLM)):
+    for tested in (TORCH, TRANSFORMERS, VLLM):
         assert ranges[tested.package] == Requirement(tested.requirement).specifier
 
 
@@ -55,7 +84,7 @@ def test_an_old_transformers_ends_in_one_sentence(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import pvrt\n"
-        "from pvrt.errors import PvrtError\n"
+        "from pvrt.errors import PvrtError, ServeError\n"
         "for use in (lambda: pvrt.load('nowhere'), "
         "lambda: __import__('pvrt_tune.data.source_model')):\n"
         "    try: use()\n"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvrt_kernels.cpu import library
+from pvrt_kernels.cpu import library, products
 from pvrt_kernels.packed import PackedWeight
 
 _KINDS = {"embed": 0, "tiled": 1, "plain": 2, "dense": 3, "attend": 4, "gate": 5, "screen": 6}
@@ -31,7 +31,7 @@ class Operation(ctypes.Structure):
         *((name, _VOID) for name in ("x", "y", "norm", "weight", "bias")),
         ("epsilon", ctypes.c_double),
         *((name, _VOID) for name in ("cosine", "sine", "query_norm", "key_norm")),
-        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "rotary", "layer", "window")),
+        *((name, _LONG) for name in ("heads", "kv_heads", "dim", "rotary", "layer")),
         ("scale", ctypes.c_double),
         *((name, _VOID) for name in ("bytes", "bounds")),
     ]
@@ -114,9 +114,15 @@ class Program:
             self.bytes_read += weight.nbytes
             self._add("dense", weight=weight, dtype=library.TYPES[weight.dtype], **fields)
             return
-        codes, _, _, scales, _, tables = weight.tensors
-        self.bytes_read += codes.nbytes + scales.nbytes + tables.nbytes
-        kind, view = library.view(weight.tensors, weight.in_features)
+        view: library.TiledWeight | library.PlainWeight
+        packed = weight.tensors
+        if isinstance(packed, products.CpuTiles):
+            kind, view = "tiled", products.tiled_view(packed, weight.in_features)
+            self.bytes_read += packed.tables.nbytes
+        else:
+            assert isinstance(packed, products.CpuWords), weight.kernel
+            kind, view = "plain", products.plain_view(packed, weight.in_features)
+        self.bytes_read += packed.codes.nbytes + packed.fp32_scales.nbytes
         self._kept += [weight, view]
         self._add(kind, weight=ctypes.addressof(view), **fields)
 

@@ -1,10 +1,8 @@
-"""CPU kernels: the C library beside this file, its two registrations and what else it offers.
+"""The C library beside this file: finding it, its signatures, threads and instruction set.
 
-`cpu` multiplies by weights in the checkpoint's layout, `cpu-tiles` by packed ones (8-bit codes
-through lookup tables, see csrc/cpu.h). All sums are fp32; `cpu_rounding` bounds the errors. The
-library has no dependency on torch or Python: `pip install` builds it with the system's C compiler,
-and every torch can use it. Without it (no compiler) nothing registers, and dispatch falls back to
-the reference with a warning.
+It has no dependency on torch or Python: `pip install` builds it with the system's C compiler, and
+every torch can use it. Without it (no compiler) no kernel of `products.py` takes anything, and
+dispatch falls back to the reference with a warning.
 
 Threads are torch's own: the library calls the OpenMP runtime that torch has loaded.
 """
@@ -20,21 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from pvrt_kernels import dispatch, reference
 
 LIBRARY = Path(__file__).with_name("libpvrt_cpu.so")
 REMEDY = "install a C compiler (apt-get install gcc) and pip install --force-reinstall pvrt"
 INSTRUCTION_SETS = ("avx512-vbmi", "avx2", "portable")  # the best first, as the library chooses
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TILE, _ENTRIES = 64, 256
-# Rows decoded at a time for a dense product: 1 MiB of fp32 stays in the second-level cache.
-_PANEL_BYTES = 1 << 20
-# From this many tokens on, decoding rows once costs less than looking codes up for every token.
-_MANY = 4
-# AMX multiplies bfloat16 so fast that decoding rows pays early.
-_MANY_WITH_AMX = 16
 _VOID = ctypes.c_void_p
 _LONG = ctypes.c_int64
 
@@ -161,187 +149,9 @@ def torch_threads() -> tuple[int | None, int | None]:
     return None, None
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32).contiguous()
-
-
-def _supports(problem: dispatch.Problem) -> bool:
-    return (
-        problem.device_type == "cpu"
-        and problem.out_group_size == 1
-        and problem.dtype in TYPES
-        and library() is not None
-    )
-
-
-def plain_weight(
-    codes: Tensor,
-    codebooks: Tensor,
-    scales: Tensor,
-    rows: Tensor,
-    in_features: int,
-    tiled: bool = False,
-) -> PlainWeight:
-    """The C view of a weight in the checkpoint's layout; valid as long as its tensors live."""
-    parts, books, size, _, group = codebooks.shape
-    return PlainWeight(
-        codes.data_ptr(),
-        codebooks.data_ptr(),
-        scales.data_ptr(),
-        rows.data_ptr(),
-        parts,
-        books,
-        group,
-        in_features // group,
-        size,
-        1 if tiled else codes.element_size(),
-        TYPES[codebooks.dtype],
-        tiled,
-    )
-
-
-def _by_panels(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] times rows that are decoded panel by panel, while they are in the cache."""
-    lib, threads, features = library(), torch.get_num_threads(), x.shape[1]
-    step = max(64, _PANEL_BYTES // (4 * features))
-    panel = torch.empty(min(step, out), features)
-    y = x.new_empty(x.shape[0], out)
-    for first in range(0, out, step):
-        count = min(step, out - first)
-        lib.pvrt_decode_rows(ctypes.byref(weight), first, count, panel.data_ptr(), threads)
-        part = None if bias is None else bias[first : first + count].to(x.dtype)
-        y[:, first : first + count] = F.linear(x, panel[:count].to(x.dtype), part)
-    return y
-
-
-def _linear(
-    x: Tensor,
-    codes: Tensor,
-    codebooks: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    partition_sizes: list[int],
-) -> Tensor:
-    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
-    if books.dtype not in TYPES:
-        return reference.linear(x, codes, codebooks, scales, bias, partition_sizes)
-    rows = torch.tensor(partition_sizes)
-    weight = plain_weight(codes, books, fp32_scales, rows, x.shape[-1])
-    return _multiply_plain(x, weight, codes.shape[0], bias)
-
-
-def _multiply_plain(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) -> Tensor:
-    flat = _fp32(x.reshape(-1, x.shape[-1]))
-    fp32_bias = None if bias is None else _fp32(bias)
-    if flat.shape[0] >= _MANY:
-        y = _by_panels(flat, weight, out, fp32_bias)
-    else:
-        y = torch.empty(flat.shape[0], out)
-        library().pvrt_plain_linear(
-            ctypes.byref(weight),
-            flat.data_ptr(),
-            _pointer(fp32_bias),
-            y.data_ptr(),
-            flat.shape[0],
-            torch.get_num_threads(),
-        )
-    return y.to(x.dtype).reshape(*x.shape[:-1], out)
-
-
-# Packed tensors: codes (tiles, or as in the checkpoint for more than 8 bits), codebooks and scales
-# as given, fp32 scales, rows of the partitions, and fp32 tables (see cpu.h; empty without tiles).
-def _pack(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> list[Tensor]:
-    parts, books, size = codebooks.shape[:3]
-    rows = torch.tensor(partition_sizes)
-    given = [codebooks.detach().clone(), scales.detach().clone(), _fp32(scales).flatten(), rows]
-    if codes.element_size() == 2:
-        return [codes.detach().clone(), *given, torch.empty(0)]
-    tiles = sum(-(-n // _TILE) for n in partition_sizes)
-    packed = torch.empty(tiles * _TILE * codes.shape[1] * books, dtype=torch.uint8)
-    plain = codes.detach().contiguous()
-    library().pvrt_tile_codes(
-        plain.data_ptr(), packed.data_ptr(), rows.data_ptr(), parts, codes.shape[1], books, 0
-    )
-    entries = torch.arange(_ENTRIES) % size  # a stored byte v means v mod size
-    tables = codebooks.detach().float()[:, :, entries, 0].transpose(2, 3).contiguous()
-    return [packed, *given, tables]
-
-
-def _unpack(packed: list[Tensor], in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    stored, codebooks, scales, _, rows, tables = packed
-    if not tables.numel():
-        return stored, codebooks, scales
-    parts, books, _, _, group = codebooks.shape
-    codes = torch.empty(scales.shape[0], in_features // group, books, dtype=torch.int8)
-    library().pvrt_tile_codes(
-        codes.data_ptr(), stored.data_ptr(), rows.data_ptr(), parts, codes.shape[1], books, 1
-    )
-    return codes, codebooks, scales
-
-
-def _packed_plain(packed: list[Tensor], in_features: int) -> PlainWeight:
-    codes, codebooks, _, scales, rows, tables = packed
-    return plain_weight(codes, codebooks, scales, rows, in_features, tables.numel() > 0)
-
-
-def _packed_linear(
-    x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int]
-) -> Tensor:
-    _, _, _, scales, _, tables = packed
-    in_features, out = x.shape[-1], scales.shape[0]
-    if not tables.numel():
-        return _multiply_plain(x, _packed_plain(packed, in_features), out, bias)
-    flat = x.reshape(-1, in_features)
-    tokens = flat.shape[0]
-    if tokens >= _MANY_WITH_AMX and x.dtype == torch.bfloat16 and has_amx():
-        y = _by_panels(flat.contiguous(), _packed_plain(packed, in_features), out, bias)
-        return y.reshape(*x.shape[:-1], out)
-    flat = _fp32(flat)
-    fp32_bias = None if bias is None else _fp32(bias)
-    y = torch.empty(tokens, out)
-    library().pvrt_tiled_linear(
-        ctypes.byref(tiled_weight(packed, in_features)),
-        flat.data_ptr(),
-        _pointer(fp32_bias),
-        y.data_ptr(),
-        tokens,
-        torch.get_num_threads(),
-    )
-    return y.to(x.dtype).reshape(*x.shape[:-1], out)
-
-
-def tiled_weight(packed: list[Tensor], in_features: int) -> TiledWeight:
-    """The C view of packed tensors with tiles; valid as long as they live."""
-    codes, codebooks, _, scales, rows, tables = packed
-    parts, books, _, _, group = codebooks.shape
-    return TiledWeight(
-        codes.data_ptr(),
-        tables.data_ptr(),
-        scales.data_ptr(),
-        rows.data_ptr(),
-        parts,
-        books,
-        group,
-        in_features // group,
-    )
-
-
 def huge_pages(weight: Tensor) -> None:
     """Ask the system for large pages below a large tensor that nothing was written to yet."""
     library().pvrt_huge_pages(weight.data_ptr(), weight.nbytes)
-
-
-def view(packed: list[Tensor], in_features: int) -> tuple[str, TiledWeight | PlainWeight]:
-    """The C view of packed tensors, "tiled" or "plain"; valid as long as they live."""
-    if packed[5].numel():
-        return "tiled", tiled_weight(packed, in_features)
-    return "plain", _packed_plain(packed, in_features)
 
 
 def read_bandwidth(
@@ -363,80 +173,3 @@ def read_bandwidth(
         library().pvrt_read_memory(memory.data_ptr(), memory.nbytes, sums.data_ptr(), threads)
         best = min(best, clock() - started)
     return memory.nbytes / best
-
-
-def _packed_dequantize(
-    packed: list[Tensor], partition_sizes: list[int], in_features: int
-) -> Tensor:
-    weight = _decoded(_packed_plain(packed, in_features), packed[3].shape[0], in_features)
-    return weight.to(packed[1].dtype)
-
-
-def can_decode(codes: Tensor, codebooks: Tensor) -> bool:
-    """Whether `dequantize` takes codes [out, in/g, M] and codebooks [P, M, K, 1, g]."""
-    return (
-        codes.device.type == "cpu"
-        and codes.element_size() <= 2
-        and codebooks.shape[3] == 1
-        and codebooks.dtype in TYPES
-        and library() is not None
-    )
-
-
-def dequantize(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> Tensor:
-    """What `reference.dequantize` returns, to the bit."""
-    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
-    rows, in_features = torch.tensor(partition_sizes), codes.shape[1] * codebooks.shape[4]
-    weight = plain_weight(codes, books, fp32_scales, rows, in_features)
-    return _decoded(weight, len(codes), in_features).to(codebooks.dtype)
-
-
-def _decoded(weight: PlainWeight, out: int, in_features: int) -> Tensor:
-    """All rows in fp32."""
-    rows = torch.empty(out, in_features)
-    library().pvrt_decode_rows(
-        ctypes.byref(weight), 0, out, rows.data_ptr(), torch.get_num_threads()
-    )
-    return rows
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether torch's bfloat16 products run on Intel's matrix units here."""
-    try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [tokens, in] fp32 times a dense weight [out, in] of fp32, fp16 or bf16 -> fp32.
-
-    For few tokens: a 16-bit weight is read as it is and summed in fp32, at memory speed.
-    """
-    y = torch.empty(x.shape[0], weight.shape[0])
-    library().pvrt_dense_linear(
-        weight.data_ptr(),
-        x.contiguous().data_ptr(),
-        y.data_ptr(),
-        x.shape[0],
-        weight.shape[0],
-        weight.shape[1],
-        TYPES[weight.dtype],
-        torch.get_num_threads(),
-    )
-    return y
-
-
-def register() -> None:
-    """Enter both kernels into the dispatch table; they take nothing where the library lacks."""
-    if not LIBRARY.is_file():
-        dispatch.remedies["cpu"] = REMEDY
-    dispatch.register(dispatch.Kernel("cpu", _supports, _linear))
-    dispatch.register_packed(
-        dispatch.PackedKernel(
-            "cpu-tiles", _supports, _pack, _unpack, _packed_linear, _packed_dequantize
-        )
-    )

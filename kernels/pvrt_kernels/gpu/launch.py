@@ -1,8 +1,9 @@
-"""The packed kernel of NVIDIA GPUs: packs at load, then picks and launches Triton kernels.
+"""The packed kernels of NVIDIA GPUs: pack at load, then pick and launch Triton kernels.
 
-Packed tensors: blocks of codes (`layout.py`), codebooks [P, M, 2^B, g] and scales [rows]. Up to 4
-tokens go to table lookups or direct decoding, up to the crossover of the card's table to tiles on
-tensor cores, more to a decoded scratch and cuBLAS (`choose.py`).
+Triton's kernels count in powers of two, so three codebooks become four, of which the last is zero:
+`THREE` packs them so, and is `KERNEL` in all else. Up to 4 tokens go to table lookups or direct
+decoding, up to the crossover of the card's table to tiles on tensor cores, more to a decoded
+scratch and cuBLAS (`choose.py`).
 
 Programs that share rows add up in a workspace of the device, which is zero between launches. So
 the products of one device must run in one order: on one stream, or on streams that wait for each
@@ -10,28 +11,39 @@ other, as in vLLM and transformers. Nothing is compiled, measured or synchronise
 caller's back once `warm_up` has seen the layers, so that CUDA graphs can be captured.
 """
 
+import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt_kernels.dispatch import PackedKernel, Problem, register_packed
+from pvrt_kernels.dispatch import PackedKernel, Problem, registry
 from pvrt_kernels.gpu import choose
 from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
+from pvrt_kernels.gpu.shared import shared
 
-NAME = "triton"
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
 DECODE = Plan("decode", rows=128, warps=4)
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
 _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
-_workspaces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-_warm: set[tuple[object, ...]] = set()
+
+
+class GpuBlocks(NamedTuple):
+    """A packed weight, contiguous, on its GPU.
+
+    codes uint8 [blocks, rows, 16] (`layout.py`), codebooks [P, M, 2^B, g] with M a power of two,
+    scales [rows].
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
 
 
 def supports(problem: Problem) -> bool:
@@ -56,36 +68,36 @@ def _current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def pack(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> list[Tensor]:
-    """See `dispatch.PackedKernel`. Three codebooks become four, of which the last is zero.
-
-    (Kernels count in powers of two; a fourth, empty tensor in the list tells `unpack`.)
-    """
-    parts, books, size, _, g = codebooks.shape
-    padding = [codebooks.new_empty(0)] if books == 3 else []
-    if padding:
-        codes = F.pad(codes, (0, 1))
-        codebooks = torch.cat([codebooks, torch.zeros_like(codebooks[:, :1])], dim=1)
-    _workspace(codes.device, codes.shape[0] * 64, codes.shape[0])
-    tables = codebooks.reshape(parts, -1, size, g).contiguous()
-    return [pack_codes(codes, size), tables, scales.reshape(-1).contiguous(), *padding]
-
-
-def unpack(packed: list[Tensor], in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack(codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]) -> GpuBlocks:
     """See `dispatch.PackedKernel`."""
-    blocks, books, scales, *padding = packed
-    parts, count, size, g = books.shape
-    codes = unpack_codes(blocks, in_features // g, count, size)
-    if padding:
-        count, codes, books = 3, codes[:, :, :3].contiguous(), books[:, :3]
-    return codes, books.reshape(parts, count, size, 1, g), scales.reshape(-1, 1, 1, 1)
+    parts, _, size, _, g = codebooks.shape
+    shared.workspace(codes.device, codes.shape[0] * 64, codes.shape[0])
+    tables = codebooks.reshape(parts, -1, size, g).contiguous()
+    return GpuBlocks(pack_codes(codes, size), tables, scales.reshape(-1).contiguous())
 
 
-def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+def unpack(packed: GpuBlocks, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `dispatch.PackedKernel`."""
+    _, count, size, g = packed.codebooks.shape
+    codes = unpack_codes(packed.codes, in_features // g, count, size)
+    return codes, packed.codebooks.unsqueeze(3), packed.scales.reshape(-1, 1, 1, 1)
+
+
+def _pack_three(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
+) -> GpuBlocks:
+    four = torch.cat([codebooks, torch.zeros_like(codebooks[:, :1])], dim=1)
+    return pack(F.pad(codes, (0, 1)), four, scales, partition_sizes)
+
+
+def _unpack_three(packed: GpuBlocks, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, codebooks, scales = unpack(packed, in_features)
+    return codes[:, :, :3].contiguous(), codebooks[:, :3], scales
+
+
+def linear(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) -> Tensor:
     """See `dispatch.PackedKernel`. Allocates the result and, for many tokens, the scratch."""
-    rows, in_features = packed[0].shape[1], x.shape[-1]
+    rows, in_features = packed.codes.shape[1], x.shape[-1]
     flat = x.reshape(-1, in_features)
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], rows)
@@ -99,12 +111,12 @@ def linear(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int
     return y.reshape(*x.shape[:-1], rows)
 
 
-def plan_for(flat: Tensor, packed: list[Tensor]) -> Plan:
+def plan_for(flat: Tensor, packed: GpuBlocks) -> Plan:
     """The plan for flat [tokens, in_features] on its device."""
-    _, count, size, g = packed[1].shape
+    _, count, size, g = packed.codebooks.shape
     deterministic = torch.are_deterministic_algorithms_enabled()
     gpu = _gpu(flat.device)
-    shape = Shape(count, size, g, packed[0].shape[1], flat.shape[1])
+    shape = Shape(count, size, g, packed.codes.shape[1], flat.shape[1])
     bucket = min(1 << (flat.shape[0] - 1).bit_length(), 1 << 16)
     if bucket > 64:
         bucket = flat.shape[0]
@@ -112,10 +124,10 @@ def plan_for(flat: Tensor, packed: list[Tensor]) -> Plan:
 
 
 def launch(
-    plan: Plan, flat: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]
+    plan: Plan, flat: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]
 ) -> Tensor:
     """Run a plan (any but dense): flat [tokens, in_features] -> [tokens, rows]."""
-    blocks, books, scales = packed[:3]
+    blocks, books, scales = packed
     tokens, in_features = flat.shape
     rows, (parts, count, size, g) = blocks.shape[1], books.shape
     flat = _aligned(flat)
@@ -126,7 +138,7 @@ def launch(
     for part in sizes:
         ends.append(ends[-1] + part)
     tiles = sum(-(-(end - start) // plan.rows) for start, end in pairwise(ends))
-    sums, arrived = _workspace(flat.device, tokens * rows if plan.split > 1 else 1, tiles)
+    sums, arrived = shared.workspace(flat.device, tokens * rows if plan.split > 1 else 1, tiles)
     if plan.kernel == "direct":
         sums = flat.new_empty(plan.split * tokens * rows, dtype=torch.float32)
     grid = (tiles, plan.split, -(-tokens // plan.tokens))
@@ -172,51 +184,46 @@ def compile_options(plan: Plan) -> dict[str, Any]:
     return options
 
 
-def dequantize(packed: list[Tensor], sizes: list[int], in_features: int) -> Tensor:
+def dequantize(packed: GpuBlocks, sizes: list[int], in_features: int) -> Tensor:
     """See `dispatch.PackedKernel`."""
-    weight = packed[1].new_empty(packed[0].shape[1], in_features)
+    weight = packed.codebooks.new_empty(packed.codes.shape[1], in_features)
     _decode(packed, sizes, 0, weight)
     return weight
 
 
 def warm_up(
-    packed: list[Tensor], sizes: list[int], in_features: int, dtype: torch.dtype, has_bias: bool
+    packed: GpuBlocks, sizes: list[int], in_features: int, dtype: torch.dtype, has_bias: bool
 ) -> None:
     """Compile and run what any number of tokens can need; layers that share kernels do it once."""
     for tokens in WARM_TOKENS:
-        x = torch.zeros(tokens, in_features, dtype=dtype, device=packed[0].device)
+        x = torch.zeros(tokens, in_features, dtype=dtype, device=packed.codes.device)
         plan = plan_for(x, packed)
-        if _is_new(x.device, plan.kernel, plan.tokens, plan.rows, packed[1].shape, dtype, has_bias):
-            bias = x.new_zeros(packed[0].shape[1]) if has_bias else None
+        if shared.is_new(
+            x.device, plan.kernel, plan.tokens, plan.rows, packed.codebooks.shape, dtype, has_bias
+        ):
+            bias = x.new_zeros(packed.codes.shape[1]) if has_bias else None
             linear(x, packed, bias, sizes)
-        if _is_new(x.device, "dense", packed[1].shape[1:], dtype):
+        if shared.is_new(x.device, "dense", packed.codebooks.shape[1:], dtype):
             multiply_decoded(x, packed, None, sizes)
 
 
-def _is_new(*key: object) -> bool:
-    """Whether a kernel was not yet warmed up in this process; true once."""
-    known = key in _warm
-    _warm.add(key)
-    return not known
-
-
-def _by_partition(x: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]) -> Tensor:
+def _by_partition(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) -> Tensor:
     """More partitions than a kernel takes as arguments: one launch for each."""
-    blocks, books, scales = packed[:3]
+    blocks, books, scales = packed
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
     outputs = []
     for part, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         rows = slice(start, start + size)
-        one = [blocks[:, rows].contiguous(), books[part : part + 1], scales[rows]]
+        one = GpuBlocks(blocks[:, rows].contiguous(), books[part : part + 1], scales[rows])
         outputs.append(linear(x, one, None if bias is None else bias[rows], [size]))
     return torch.cat(outputs, dim=-1)
 
 
 def multiply_decoded(
-    flat: Tensor, packed: list[Tensor], bias: Tensor | None, sizes: list[int]
+    flat: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]
 ) -> Tensor:
     """Decode into a scratch, some rows at a time, and multiply with cuBLAS."""
-    rows, in_features = packed[0].shape[1], flat.shape[1]
+    rows, in_features = packed.codes.shape[1], flat.shape[1]
     step = max(128, SCRATCH_BYTES // (in_features * flat.element_size()) // 128 * 128)
     y = flat.new_empty(flat.shape[0], rows)
     scratch = flat.new_empty(min(step, rows), in_features)
@@ -229,11 +236,11 @@ def multiply_decoded(
     return y
 
 
-def _decode(packed: list[Tensor], sizes: list[int], start: int, weight: Tensor) -> None:
+def _decode(packed: GpuBlocks, sizes: list[int], start: int, weight: Tensor) -> None:
     """Decode rows start... of a layer into weight [some rows, in_features]."""
     from pvrt_kernels.gpu.tile_gemm import decode_rows
 
-    blocks, books, scales = packed[:3]
+    blocks, books, scales = packed
     _, count, size, g = books.shape
     end, first = start + weight.shape[0], 0
     with _on(weight.device):
@@ -268,26 +275,6 @@ def _aligned(flat: Tensor) -> Tensor:
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _workspace(device: torch.device, sums: int, tiles: int) -> tuple[Tensor, Tensor]:
-    """Zeros of a device: float32 for partial sums, int32 for arrivals.
-
-    Grows outside of launches that can be captured (`pack` asks for what its layer can need); old
-    ones are kept, since captured graphs may hold their addresses.
-    """
-    owned = _workspaces.setdefault(device, [])
-    if not owned or owned[-1][0].numel() < sums or owned[-1][1].numel() < tiles:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph was captured before pvrt_kernels packed its weights")
-        have = [tensor.numel() for tensor in owned[-1]] if owned else [0, 0]
-        owned.append(
-            (
-                torch.zeros(max(sums, have[0]), dtype=torch.float32, device=device),
-                torch.zeros(max(tiles, have[1]), dtype=torch.int32, device=device),
-            )
-        )
-    return owned[-1]
 
 
 @lru_cache(maxsize=64)
@@ -329,9 +316,30 @@ def _kernel(name: str) -> Any:
     return tile_gemm
 
 
-KERNEL = PackedKernel(NAME, supports, pack, unpack, linear, dequantize, warm_up)
+KERNEL = PackedKernel(
+    "triton",
+    lambda problem: problem.num_codebooks != 3 and supports(problem),
+    GpuBlocks,
+    pack,
+    unpack,
+    linear,
+    dequantize,
+    warm_up,
+)
+THREE = dataclasses.replace(
+    KERNEL,
+    name="triton-3",
+    supports=lambda problem: problem.num_codebooks == 3 and supports(problem),
+    pack=_pack_three,
+    unpack=_unpack_three,
+)
+
+
+def kernel_for(num_codebooks: int) -> PackedKernel[GpuBlocks]:
+    """The packed kernel for a number of codebooks."""
+    return THREE if num_codebooks == 3 else KERNEL
 
 
 def register() -> None:
-    """Put the kernel in dispatch's table; what is not there is found out when it is asked."""
-    register_packed(KERNEL)
+    """Add the kernels to the registry; what is not there is found out when it is asked."""
+    registry.add(KERNEL, THREE)

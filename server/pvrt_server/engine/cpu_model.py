@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pvrt.modules.aqlm_linear import AQLMLinear
-from pvrt_kernels.cpu import library
+from pvrt_kernels.cpu import products
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS, Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight
 
@@ -209,7 +209,7 @@ class _DenseLinear(nn.Module):
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """x [tokens, in] in float32 times a weight [out, in] of 32 or 16 bits."""
     if x.shape[0] <= _FEW_ROWS:
-        return library.dense_linear(x, weight)
+        return products.dense_linear(x, weight)
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
     return torch.cat([F.linear(x, rows.float()) for rows in torch.split(weight, _WIDENED_ROWS)], -1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
-from pvrt_kernels import aqlm_linear, dispatch, reference
+from pvrt_kernels import aqlm_linear, has_fast_kernel, reference
 from pvrt_kernels.cpu import library as cpu
-from pvrt_kernels.cpu import rounding
+from pvrt_kernels.cpu import products, rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 from tests.fixtures.instruction_sets import SOURCES, compiled, natively, relative, using
@@ -160,8 +160,21 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
     assert torch.equal(books, layer.codebooks)
     assert torch.equal(scales, layer.scales)
     padding = {1: (64 + 64 + 192) / sum(sizes), 2: 1.0}[layer.codes.element_size()]
-    assert weight.tensors[0].nbytes == layer.codes.nbytes * padding
-    assert weight.tensors[0].data_ptr() != layer.codes.data_ptr()
+    stored = weight.tensors
+    assert isinstance(
+        stored, products.CpuTiles if layer.codes.element_size() == 1 else products.CpuWords
+    )
+    assert stored.codes.nbytes == layer.codes.nbytes * padding
+    assert stored.codes.data_ptr() != layer.codes.data_ptr()
+
+
+@needs_library
+def test_short_codes_in_a_long_type_are_packed_as_short_ones() -> None:
+    layer = fused("2x8g8", [40], 64, torch.float32)
+    wide = aqlm_pack(layer.codes.short(), layer.codebooks, layer.scales, torch.float32, [40])
+    assert wide is not None and isinstance(wide.tensors, products.CpuTiles)
+    x = torch.randn(2, 64)
+    assert torch.equal(aqlm_packed_linear(x, wide), aqlm_packed_linear(x, packed(layer, [40])))
 
 
 @needs_library
@@ -219,7 +232,7 @@ def test_dense_products_of_sixteen_bit_weights_are_summed_in_fp32(
 ) -> None:
     for rows in (1, 2, 63, 150):
         weight, x = torch.randn(rows, 77).to(dtype), torch.randn(3, 77)
-        y = cpu.dense_linear(x, weight)
+        y = products.dense_linear(x, weight)
         # 77 products and sums, each rounded to 24 bits; an output may be near 0.
         bound = 77 * 2**-24 * (x.abs().double() @ weight.abs().double().T)
         assert bool(((y - x.double() @ weight.double().T).abs() <= bound).all())
@@ -253,8 +266,8 @@ def test_decoding_is_the_reference_to_the_bit(isa: str, scheme: str, dtype: torc
     sizes = [64, 40, 130]
     layer = fused(scheme, sizes, 48, dtype)
     given = layer.codes, layer.codebooks, layer.scales, sizes
-    assert cpu.can_decode(layer.codes, layer.codebooks)
-    assert torch.equal(cpu.dequantize(*given), reference.dequantize(*given))
+    assert products.can_decode(layer.codes, layer.codebooks)
+    assert torch.equal(products.dequantize(*given), reference.dequantize(*given))
 
 
 @needs_library
@@ -273,8 +286,8 @@ def test_an_instruction_set_that_is_not_there_is_refused_with_those_that_are(
 
 @needs_library
 def test_the_scheme_of_published_models_has_a_fast_kernel() -> None:
-    assert dispatch.has_fast_kernel("cpu", 2, 8, 8)
-    assert not dispatch.has_fast_kernel("cpu", 2, 8, 8, 4)
+    assert has_fast_kernel("cpu", 2, 8, 8)
+    assert not has_fast_kernel("cpu", 2, 8, 8, 4)
 
 
 @pytest.mark.slow
@@ -283,11 +296,13 @@ def test_without_the_library_one_warning_names_the_remedy() -> None:
         "from pathlib import Path\n"
         "import sys, warnings, torch\n"
         "import pvrt_kernels.cpu.library as cpu\n"
-        "from pvrt_kernels import dispatch, aqlm_linear\n"
-        "dispatch.unregister('cpu'); dispatch._packed_kernels.clear(); cpu.library.cache_clear()\n"
-        "cpu.LIBRARY = Path('/nonexistent/libpvrt_cpu.so'); cpu.register()\n"
+        "from pvrt_kernels.cpu import products\n"
+        "from pvrt_kernels import has_fast_kernel, aqlm_linear\n"
+        "from pvrt_kernels.dispatch import registry\n"
+        "alone = registry.using(); alone.__enter__(); cpu.library.cache_clear()\n"
+        "cpu.LIBRARY = Path('/nonexistent/libpvrt_cpu.so'); products.register()\n"
         "assert cpu.instruction_set() is None\n"
-        "assert not dispatch.has_fast_kernel('cpu', 2, 8, 8)\n"
+        "assert not has_fast_kernel('cpu', 2, 8, 8)\n"
         "codes, books = torch.zeros(8, 2, 2, dtype=torch.int8), torch.ones(2, 256, 1, 8)\n"
         "with warnings.catch_warnings(record=True) as caught:\n"
         "    warnings.simplefilter('always')\n"

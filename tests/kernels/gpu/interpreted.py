@@ -4,8 +4,9 @@ Needs TRITON_INTERPRET=1 before anything imports Triton: pytest tests/kernels/gp
 alone.
 """
 
-import dataclasses
 import types
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from pvrt.format.scheme import Scheme
-from pvrt_kernels import dispatch, reference
+from pvrt_kernels import reference
+from pvrt_kernels.dispatch import registry
 from pvrt_kernels.gpu import choose, launch, lut_gluon
 from pvrt_kernels.gpu.choose import Plan
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
+from pvrt_kernels.gpu.shared import shared
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
@@ -47,17 +50,21 @@ interpreter.InterpreterBuilder.create_dot = multiply_in_float32
 
 
 @pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = dataclasses.replace(launch.KERNEL, supports=lambda problem: True)
-    monkeypatch.setattr(dispatch, "_packed_kernels", {launch.NAME: kernel})
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(choose, "user_table", lambda name: Path("/nonexistent"))
+    with registry.using(
+        replace(launch.KERNEL, supports=lambda problem: problem.num_codebooks != 3),
+        replace(launch.THREE, supports=lambda problem: problem.num_codebooks == 3),
+    ):
+        yield
 
 
-@dataclasses.dataclass
+@dataclass
 class Case:
-    """A random fused layer, packed and as a float64 weight."""
+    """A random fused layer, packed, as the tensors of that, and as a float64 weight."""
 
     packed: PackedWeight
+    blocks: launch.GpuBlocks
     weight: Tensor
     parts: tuple[Tensor, Tensor, Tensor]
 
@@ -73,7 +80,8 @@ def case(scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype = H
     assert packed is not None
     weight = reference.dequantize(codes, books.double(), scales.double(), sizes)
     # `reference` sums in float32; exact enough against sixteen bits, and done again for float32
-    return Case(packed, weight.double(), (codes, books, scales))
+    assert isinstance(packed.tensors, launch.GpuBlocks)
+    return Case(packed, packed.tensors, weight.double(), (codes, books, scales))
 
 
 def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
@@ -82,13 +90,13 @@ def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> f
 
 
 def run(plan: Plan, layer: Case, tokens: int, dtype: torch.dtype, bias: bool = False) -> None:
-    packed, sizes = layer.packed.tensors, layer.packed.partition_sizes
+    packed, sizes = layer.blocks, layer.packed.partition_sizes
     x = torch.randn(tokens, layer.packed.in_features).to(dtype)
     b = torch.randn(sum(sizes)).to(dtype) if bias else None
     for _ in range(min(plan.split, 2)):  # the second finds the workspace as the first left it
         y = launch.launch(plan, x, packed, b, sizes)
         assert error(y, x, layer.weight, b) < TOLERANCE[dtype], (plan, tokens)
-    sums, arrived = launch._workspaces[torch.device("cpu")][-1]
+    sums, arrived = shared.workspace(torch.device("cpu"), 1, 1)
     assert not sums.any()
     assert not arrived.any()
 
@@ -100,7 +108,7 @@ def test_packing_turns_back_into_the_checkpoints_tensors(scheme: str, in_feature
     for ours, theirs in zip(layer.packed.unpack(), layer.parts, strict=True):
         assert torch.equal(ours, theirs)
         assert ours.dtype == theirs.dtype
-    blocks = layer.packed.tensors[0]
+    blocks = layer.blocks.codes
     assert blocks.is_contiguous()
     if scheme != "3x8g8":
         spare = blocks.numel() - layer.parts[0].numel() * layer.parts[0].element_size()
@@ -146,7 +154,7 @@ def test_half_precision_tables_do_not_overflow() -> None:
     layer = case("2x8g8", [40], 64)
     x = torch.randn(2, 64).to(HALF)
     x[1] *= 3000  # products with codewords are beyond float16 before they are scaled
-    y = launch.launch(Plan("lut", 2, 64, 4, 1), x, layer.packed.tensors, None, [40])
+    y = launch.launch(Plan("lut", 2, 64, 4, 1), x, layer.blocks, None, [40])
     for token in range(2):
         expected = x[token].double() @ layer.weight.T
         finite = expected.abs() < 60000
@@ -220,7 +228,7 @@ def test_every_batch_size_through_the_public_op(dtype: torch.dtype) -> None:
     kernels = set()
     for tokens in (1, 3, 5, 33, 65, 300):
         x = torch.randn(1, tokens, 72).to(dtype)
-        kernels.add(launch.plan_for(x[0], layer.packed.tensors).kernel)
+        kernels.add(launch.plan_for(x[0], layer.blocks).kernel)
         y = aqlm_packed_linear(x, layer.packed)
         assert y.shape == (1, tokens, 103)
         assert error(y, x, layer.weight) < TOLERANCE[dtype], tokens
@@ -241,7 +249,7 @@ def test_deterministic_mode_decodes_directly() -> None:
     x = torch.randn(2, 72).to(HALF)
     torch.use_deterministic_algorithms(True)
     try:
-        assert launch.plan_for(x, layer.packed.tensors).kernel == "direct"
+        assert launch.plan_for(x, layer.blocks).kernel == "direct"
         y = aqlm_packed_linear(x, layer.packed)
         assert torch.equal(y, aqlm_packed_linear(x, layer.packed))
     finally:
@@ -272,13 +280,15 @@ def test_warming_up_runs_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> N
         return real(plan, *rest)
 
     monkeypatch.setattr(launch, "launch", note)
-    monkeypatch.setattr(launch, "_warm", set())
-    for _ in range(2):
-        launch.warm_up(layer.packed.tensors, [40], 72, HALF, has_bias=False)
+    with shared.fresh():
+        for _ in range(2):
+            launch.warm_up(layer.blocks, [40], 72, HALF, has_bias=False)
+        assert not shared.is_new(
+            torch.device("cpu"), "dense", layer.blocks.codebooks.shape[1:], HALF
+        )
     tiles = [("tile", tokens) for tokens in (8, 16, 32, 64)]
     assert list(dict.fromkeys(seen)) == [("lut", 1), ("lut", 2), ("lut", 4), *tiles]
     assert len(seen) <= 8  # tiles of 64 tokens: of 64 rows, and for more tokens of 128
-    assert ("cpu", "dense") in {(str(key[0]), key[1]) for key in launch._warm}
 
 
 class Shared:

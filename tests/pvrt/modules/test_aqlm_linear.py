@@ -3,7 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pvrt.format.scheme import Scheme
 from pvrt.modules import aqlm_linear
 from pvrt.modules.aqlm_linear import AQLMLinear, pack, pack_model
-from pvrt_kernels import dispatch, reference
+from pvrt_kernels import reference
+from pvrt_kernels.dispatch import PackedKernel, registry
 from pvrt_kernels.packed import aqlm_packed_linear
 from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import random_layer
@@ -21,25 +22,32 @@ SCHEME = Scheme.parse("2x8g8")
 warmed: list[tuple[torch.dtype, bool]] = []
 
 
-def kernel(name: str = "flipped") -> dispatch.PackedKernel:
+class Flipped(NamedTuple):
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+
+def kernel(name: str = "flipped") -> PackedKernel[Flipped]:
     """Keeps codes upside down, so that no layout can be mistaken for the other."""
-    return dispatch.PackedKernel(
+    return PackedKernel(
         name,
         lambda problem: problem.device_type == "cpu",
-        lambda codes, books, scales, sizes: [codes.flip(0), books.clone(), scales.clone()],
-        lambda packed, in_features: (packed[0].flip(0), packed[1], packed[2]),
+        Flipped,
+        lambda codes, books, scales, sizes: Flipped(codes.flip(0), books.clone(), scales.clone()),
+        lambda packed, in_features: (packed.codes.flip(0), packed.codebooks, packed.scales),
         lambda x, packed, bias, sizes: reference.linear(
-            x, packed[0].flip(0), packed[1], packed[2], bias, sizes
+            x, packed.codes.flip(0), packed.codebooks, packed.scales, bias, sizes
         ),
         warm_up=lambda packed, sizes, in_features, dtype, bias: warmed.append((dtype, bias)),
     )
 
 
 @pytest.fixture(autouse=True)
-def only_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_packed_kernels", {"flipped": kernel()})
-    monkeypatch.setattr(dispatch, "_kernels", [])
+def only_kernel() -> Iterator[None]:
     warmed.clear()
+    with registry.using(kernel()):
+        yield
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for cpu")
@@ -89,7 +97,8 @@ def test_casting_a_packed_layer_packs_it_anew() -> None:
     y = layer(x)
     layer.to(torch.bfloat16)
     assert layer.packed is not None
-    assert layer.packed.weight.tensors[1].dtype == torch.bfloat16
+    stored = layer.packed.weight.tensors
+    assert isinstance(stored, Flipped) and stored.codebooks.dtype == torch.bfloat16
     torch.testing.assert_close(layer(x.bfloat16()).float(), y, rtol=0.05, atol=0.05)
     assert warmed[-1] == (torch.bfloat16, True)
 

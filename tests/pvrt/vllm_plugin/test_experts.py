@@ -12,10 +12,10 @@ from torch.nn import functional as F
 pytest.importorskip("vllm")
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.format.aqlm import QuantizedLayer, quantization_config
+from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.context import Context, DecodingNotice
 from pvrt.vllm_plugin.experts import AQLMExpertsMethod
-from pvrt.vllm_plugin.plugin import AQLMConfig
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import rounding
 from tests.fixtures.instruction_sets import relative
@@ -52,8 +52,8 @@ class Experts(nn.Module):
 
 
 def made(layer: Any, scheme: str = "2x8g8") -> tuple[AQLMExpertsMethod, Any]:
-    config = AQLMConfig.from_config(quantization_config(Scheme.parse(scheme), ["lm_head"], []))
-    method = AQLMExpertsMethod(config, layer.moe_config)
+    context = Context(Scheme.parse(scheme), {}, DecodingNotice())
+    method = AQLMExpertsMethod(context, layer.moe_config)
     width = WIDTH // layer.moe_config.moe_parallel_config.tp_size
     method.create_weights(layer, len(layer.owned), HIDDEN, width, torch.float32)
     return method, layer

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,7 +30,8 @@ from pvrt.format.aqlm import QuantizedLayer, quantization_config
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.linear import AQLMLinearMethod
 from pvrt.vllm_plugin.plugin import AQLMConfig, register
-from pvrt_kernels import aqlm_dequantize, dispatch, reference
+from pvrt_kernels import aqlm_dequantize, reference
+from pvrt_kernels.dispatch import Kernel, PackedKernel, registry
 from tests.fixtures.toy import random_layer
 from tests.fixtures.turning import turning
 
@@ -38,14 +39,25 @@ PATHS = ["packed_kernel", "kernel", "no_kernel"]
 SCHEMES = ["2x8g8", "1x16g8", "1x12g8", "2x8g8o4", "4x8g16"]
 HIDDEN, INNER, HEAD, HEADS, KV_HEADS = 128, 256, 16, 8, 2
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
-KERNEL = dispatch.Kernel("every", lambda problem: True, reference.linear)
-PACKED = dispatch.PackedKernel(
+KERNEL = Kernel("every", lambda problem: True, reference.linear)
+
+
+class Transposed(NamedTuple):
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+
+
+PACKED = PackedKernel(
     "every",
     lambda problem: True,
-    lambda codes, codebooks, scales, sizes: [codes.transpose(0, 1).clone(), codebooks, scales],
-    lambda packed, in_features: (packed[0].transpose(0, 1), packed[1], packed[2]),
+    Transposed,
+    lambda codes, codebooks, scales, sizes: Transposed(
+        codes.transpose(0, 1).clone(), codebooks, scales
+    ),
+    lambda packed, in_features: (packed.codes.transpose(0, 1), packed.codebooks, packed.scales),
     lambda x, packed, bias, sizes: reference.linear(
-        x, packed[0].transpose(0, 1), packed[1], packed[2], bias, sizes
+        x, packed.codes.transpose(0, 1), packed.codebooks, packed.scales, bias, sizes
     ),
 )
 
@@ -57,21 +69,21 @@ def current_config() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_kernels", [])
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
+def no_kernel() -> Iterator[None]:
+    with registry.using():
+        yield
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_kernels", [KERNEL])
-    monkeypatch.setattr(dispatch, "_packed_kernels", {})
+def kernel() -> Iterator[None]:
+    with registry.using(KERNEL):
+        yield
 
 
 @pytest.fixture
-def packed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_kernels", [])
-    monkeypatch.setattr(dispatch, "_packed_kernels", {"every": PACKED})
+def packed_kernel() -> Iterator[None]:
+    with registry.using(PACKED):
+        yield
 
 
 @pytest.fixture(params=PATHS)
@@ -367,11 +379,12 @@ def test_a_kernels_own_layout_replaces_the_checkpoints(ranks: Ranks, packed_kern
     tensors = source("2x8g8", HIDDEN, INNER)
     layer = finish(load(down(), tensors))
     names = [name for name, _ in layer.named_parameters()]
-    assert names == ["packed_0", "packed_1", "packed_2"]
+    assert names == ["packed_codes", "packed_codebooks", "packed_scales"]
     held = sum(parameter.nbytes for parameter in layer.parameters())
     parts = (tensors.codes, tensors.codebooks, tensors.scales)
     assert held == sum(tensor.nbytes for tensor in parts)
-    layer.packed_0 = torch.nn.Parameter(layer.packed_0.clone(), requires_grad=False)  # moved
+    moved = torch.nn.Parameter(layer.packed_codes.clone(), requires_grad=False)
+    layer.packed_codes = moved
     x = inputs(INNER)
     torch.testing.assert_close(run(layer, x), dense(tensors, x))
 

@@ -123,23 +123,46 @@ typedef struct {
     void (*gate)(const float *x, const float *values, float *y, int64_t n);
 } isa;
 
-/* One call, cut into parts that threads take. */
+/* One call, cut into parts that threads take. What a kind of call needs is a struct of its own that
+ * begins with a job, so that its part function can cast back. */
 typedef struct job {
     void (*part)(const struct job *job, int64_t index);
     int64_t parts;
     atomic_llong next;
-    const tiled_weight *tiled;
-    const plain_weight *plain;
-    const void *matrix;
-    const float *x, *bias;
-    void *y;
-    int64_t tokens, splits, in, out, dtype, accumulate;
-    int64_t stride; /* from one token's outputs to the next one's */
 } job;
 
-void tiled_part(const job *work, int64_t index);
-void plain_part(const job *work, int64_t index);
-void matrix_part(const job *work, int64_t index);
+/* What all products with a weight [out][in] share: y [tokens][stride] = x [tokens][in] W^T (+ bias),
+ * or += that, all fp32. */
+typedef struct {
+    const float *x, *bias; /* bias [out] or NULL */
+    float *y;
+    int64_t tokens, in, out, stride;
+    int64_t accumulate;
+} product;
+
+typedef struct {
+    job job; /* part chunk * splits + split: eight tokens, a share of the tiles */
+    product product;
+    const tiled_weight *weight;
+    int64_t splits;
+} tiled_job;
+
+typedef struct {
+    job job; /* a part is a share of the rows */
+    product product;
+    const plain_weight *weight;
+} plain_job;
+
+typedef struct {
+    job job; /* a part is a share of the rows */
+    product product;
+    const void *weight; /* dense [out][in] */
+    int64_t dtype;
+} dense_job;
+
+void tiled_part(const job *job, int64_t index);
+void plain_part(const job *job, int64_t index);
+void dense_part(const job *job, int64_t index);
 
 /* Do all parts of a job with up to `threads` threads. */
 void run(job *work, int64_t threads);

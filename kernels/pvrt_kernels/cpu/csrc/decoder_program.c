@@ -26,7 +26,7 @@ typedef struct {
     const float *bias;
     double epsilon;
     const float *cosine, *sine, *query_norm, *key_norm;
-    int64_t heads, kv_heads, dim, rotary, layer, window;
+    int64_t heads, kv_heads, dim, rotary, layer;
     double scale;
     const int8_t *bytes;
     const float *bounds;
@@ -91,7 +91,6 @@ static void attend(const operation *o, const sequence *s, float *x, float *y, in
     const float *cosine = o->cosine + position * o->rotary, *sine = o->sine + position * o->rotary;
     float *key = x + (o->heads + head) * dim;
     const float *value = x + (o->heads + o->kv_heads + head) * dim;
-    const int64_t first = o->window && position + 1 > o->window ? position + 1 - o->window : 0;
     if (o->key_norm) rms_norm(key, o->key_norm, dim, o->epsilon, key);
     rotate(key, cosine, sine, o->rotary);
     for (int64_t i = 0; i < dim; i++) {
@@ -103,8 +102,8 @@ static void attend(const operation *o, const sequence *s, float *x, float *y, in
         if (o->query_norm) rms_norm(query, o->query_norm, dim, o->epsilon, query);
         rotate(query, cosine, sine, o->rotary);
     }
-    kernels->attend(queries, share, keys + first * dim, values + first * dim, position + 1 - first,
-                    dim, (float)o->scale, room, y + head * share * dim);
+    kernels->attend(queries, share, keys, values, position + 1, dim, (float)o->scale, room,
+                    y + head * share * dim);
 }
 
 static void barrier_of(program *p, int64_t threads) {
@@ -206,16 +205,22 @@ static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
         screen(p, o, x, thread, n);
         return;
     }
-    job work = {.x = x, .y = o->y, .bias = o->bias, .tokens = p->rows, .in = o->in, .out = o->out,
-                .stride = o->stride, .parts = n, .splits = n, .accumulate = (int)o->accumulate,
-                .dtype = o->dtype};
+    const product product = {.x = x, .bias = o->bias, .y = o->y, .tokens = p->rows, .in = o->in,
+                             .out = o->out, .stride = o->stride, .accumulate = o->accumulate};
     if (o->kind == TILED) {
-        work.tiled = o->weight;
+        const tiled_job work = {.product = product, .weight = o->weight, .splits = n};
         for (int64_t eight = 0; eight * LANES < p->rows; eight++)
-            tiled_part(&work, eight * n + thread);
+            tiled_part(&work.job, eight * n + thread);
     }
-    else if (o->kind == PLAIN) work.plain = o->weight, plain_part(&work, thread);
-    else work.matrix = o->weight, matrix_part(&work, thread);
+    else if (o->kind == PLAIN) {
+        const plain_job work = {.job.parts = n, .product = product, .weight = o->weight};
+        plain_part(&work.job, thread);
+    }
+    else {
+        const dense_job work = {.job.parts = n, .product = product, .weight = o->weight,
+                                .dtype = o->dtype};
+        dense_part(&work.job, thread);
+    }
 }
 
 static void enter(void *data) {

@@ -93,10 +93,10 @@ static int64_t count_tiles(const int64_t *rows, int64_t parts) {
     return tiles;
 }
 
-/* A scaled sum of output row i with its bias, on top of what is there if the job accumulates. */
-static inline float finish(const job *work, float sum, int64_t i, float there) {
-    if (work->bias) sum += work->bias[i];
-    return work->accumulate ? there + sum : sum;
+/* A scaled sum of output row i with its bias, on top of what is there if the product accumulates. */
+static inline float finish(const product *io, float sum, int64_t i, float there) {
+    if (io->bias) sum += io->bias[i];
+    return io->accumulate ? there + sum : sum;
 }
 
 /* Where tiled codes hold the code of a row in a tile, an input group and the first book; the other
@@ -112,9 +112,10 @@ static size_t tiled_at(int64_t tiles, int64_t tile, int64_t row, int64_t group, 
 #define AHEAD 3 /* tiles between what is looked up and what is prefetched */
 
 /* Tiles [first, last) of one token or of up to eight: visits every partition that has tiles there. */
-static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token, int lanes) {
-    const tiled_weight *w = work->tiled;
-    const int64_t live = work->tokens - token < lanes ? work->tokens - token : lanes;
+static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t token, int lanes) {
+    const tiled_weight *w = work->weight;
+    const product *io = &work->product;
+    const int64_t live = io->tokens - token < lanes ? io->tokens - token : lanes;
     const int whole = block_groups(w->books);
     /* Tables of 8 tokens are 8 times as large, so a block is cut into pieces. */
     const int piece = lanes == 1 ? whole : (w->books >= 4 ? 1 : 4 / (int)w->books);
@@ -123,11 +124,11 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
     const size_t inputs = round64(sizeof(float) * w->groups * w->group * (lanes == 1 ? 0 : lanes));
     char *room = (char *)scratch(tables + inputs + sizeof(float) * TILE * lanes * (last - first));
     float *x8 = (float *)(room + tables), *acc = (float *)(room + tables + inputs);
-    const float *x = work->x + token * work->in;
+    const float *x = io->x + token * io->in;
     const int64_t tiles = count_tiles(w->rows, w->parts);
     if (lanes > 1)
-        for (int64_t k = 0; k < work->in; k++)
-            for (int l = 0; l < LANES; l++) x8[k * LANES + l] = l < live ? x[l * work->in + k] : 0;
+        for (int64_t k = 0; k < io->in; k++)
+            for (int l = 0; l < LANES; l++) x8[k * LANES + l] = l < live ? x[l * io->in + k] : 0;
     memset(acc, 0, sizeof(float) * TILE * lanes * (last - first));
     int64_t tile = 0, row = 0;
     for (int64_t p = 0; p < w->parts; row += w->rows[p], p++) {
@@ -166,10 +167,10 @@ static void tiles_of(const job *work, int64_t first, int64_t last, int64_t token
             const int64_t n = w->rows[p] - (t - begin) * TILE < TILE
                                   ? w->rows[p] - (t - begin) * TILE : TILE;
             for (int64_t l = 0; l < live; l++) {
-                float *y = (float *)work->y + (token + l) * work->stride + at;
+                float *y = io->y + (token + l) * io->stride + at;
                 for (int64_t r = 0; r < n; r++) {
                     const float sum = sums[r * lanes + l] * w->scales[at + r];
-                    y[r] = finish(work, sum, at + r, y[r]);
+                    y[r] = finish(io, sum, at + r, y[r]);
                 }
             }
         }
@@ -192,42 +193,61 @@ static int64_t cut_tiles(const tiled_weight *w, int64_t split, int64_t splits, i
     return tiles;
 }
 
-void tiled_part(const job *work, int64_t index) {
+void tiled_part(const job *job, int64_t index) {
+    const tiled_job *work = (const tiled_job *)job;
     const int64_t chunk = index / work->splits, split = index % work->splits;
+    const int64_t tokens = work->product.tokens, group = work->weight->group;
     int64_t token = chunk * LANES;
     /* A table for eight costs about three for one. */
-    const int eight = work->tokens - token > 2;
-    const int64_t build = eight ? 2 * work->tiled->group : work->tiled->group / 2; /* measured */
-    const int64_t from = cut_tiles(work->tiled, split, work->splits, build);
-    const int64_t to = cut_tiles(work->tiled, split + 1, work->splits, build);
+    const int eight = tokens - token > 2;
+    const int64_t build = eight ? 2 * group : group / 2; /* measured */
+    const int64_t from = cut_tiles(work->weight, split, work->splits, build);
+    const int64_t to = cut_tiles(work->weight, split + 1, work->splits, build);
     if (eight) tiles_of(work, from, to, token, LANES);
-    else for (; token < work->tokens; token++) tiles_of(work, from, to, token, 1);
+    else for (; token < tokens; token++) tiles_of(work, from, to, token, 1);
+}
+
+/* All fp32, outputs side by side. */
+static product product_of(const float *x, const float *bias, float *y, int64_t tokens, int64_t in,
+                          int64_t out) {
+    return (product){.x = x, .bias = bias, .y = y, .tokens = tokens, .in = in, .out = out,
+                     .stride = out};
+}
+
+static int64_t sum_of(const int64_t *rows, int64_t parts) {
+    int64_t sum = 0;
+    for (int64_t p = 0; p < parts; p++) sum += rows[p];
+    return sum;
 }
 
 /* y [tokens, out] = x [tokens, in] W^T (+ bias), all fp32. Tokens go in eights: one table lookup
  * serves eight; threads share tokens where there are enough, else output rows. */
 API void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *bias, float *y,
                        int64_t tokens, int64_t threads) {
-    job work = {.part = tiled_part, .tiled = w, .x = x, .bias = bias, .y = y, .tokens = tokens};
     const int64_t chunks = (tokens + LANES - 1) / LANES, tiles = count_tiles(w->rows, w->parts);
-    work.splits = chunks >= 2 * threads ? 1 : threads < tiles ? threads : tiles;
-    work.parts = chunks * work.splits;
-    work.in = w->groups * w->group;
-    for (int64_t p = 0; p < w->parts; p++) work.out += w->rows[p];
-    work.stride = work.out;
-    run(&work, threads);
+    const int64_t splits = chunks >= 2 * threads ? 1 : threads < tiles ? threads : tiles;
+    const int64_t in = w->groups * w->group, out = sum_of(w->rows, w->parts);
+    tiled_job work = {.job = {.part = tiled_part, .parts = chunks * splits},
+                      .product = product_of(x, bias, y, tokens, in, out),
+                      .weight = w, .splits = splits};
+    run(&work.job, threads);
 }
 
-void plain_part(const job *work, int64_t index) {
-    const plain_weight *w = work->plain;
+/* The first of `all` rows in a share of `parts` equal ones. */
+static int64_t share(int64_t all, int64_t index, int64_t parts) { return all * index / parts; }
+
+void plain_part(const job *job, int64_t index) {
+    const plain_job *work = (const plain_job *)job;
+    const plain_weight *w = work->weight;
+    const product *io = &work->product;
+    const int64_t first = share(io->out, index, job->parts);
+    const int64_t stop = share(io->out, index + 1, job->parts);
     plain_weight local = *w;
     const size_t width = w->dtype == F32 ? 4 : 2;
     const int64_t entries = w->books * w->size * w->group;
     int64_t row = 0;
     for (int64_t p = 0; p < w->parts; row += w->rows[p], p++) {
-        const int64_t from = work->out * index / work->parts > row ? work->out * index / work->parts
-                                                                   : row;
-        const int64_t stop = work->out * (index + 1) / work->parts, end = row + w->rows[p];
+        const int64_t from = first > row ? first : row, end = row + w->rows[p];
         const int64_t count = (stop < end ? stop : end) - from;
         const void *books = (const char *)w->codebooks + p * entries * width;
         if (count <= 0) continue;
@@ -237,11 +257,11 @@ void plain_part(const job *work, int64_t index) {
             for (int64_t i = 0; i < entries; i++) copy[i] = load_float(books, i, w->dtype);
             books = copy, local.dtype = F32;
         }
-        for (int64_t t = 0; t < work->tokens; t++) {
-            float *y = (float *)work->y + t * work->stride + from;
-            kernels->direct(&local, books, work->x + t * work->in, from, count, sums);
+        for (int64_t t = 0; t < io->tokens; t++) {
+            float *y = io->y + t * io->stride + from;
+            kernels->direct(&local, books, io->x + t * io->in, from, count, sums);
             for (int64_t r = 0; r < count; r++)
-                y[r] = finish(work, sums[r] * w->scales[from + r], from + r, y[r]);
+                y[r] = finish(io, sums[r] * w->scales[from + r], from + r, y[r]);
         }
     }
 }
@@ -249,21 +269,28 @@ void plain_part(const job *work, int64_t index) {
 /* The same from the checkpoint's layout, decoding entry by entry: for few tokens. */
 API void pvrt_plain_linear(const plain_weight *w, const float *x, const float *bias, float *y,
                        int64_t tokens, int64_t threads) {
-    job work = {.part = plain_part, .plain = w, .x = x, .bias = bias, .y = y, .tokens = tokens};
-    work.in = w->groups * w->group;
-    for (int64_t p = 0; p < w->parts; p++) work.out += w->rows[p];
-    work.parts = threads < work.out ? threads : work.out;
-    work.stride = work.out;
-    run(&work, threads);
+    const int64_t in = w->groups * w->group, out = sum_of(w->rows, w->parts);
+    plain_job work = {.job = {.part = plain_part, .parts = threads < out ? threads : out},
+                      .product = product_of(x, bias, y, tokens, in, out),
+                      .weight = w};
+    run(&work.job, threads);
 }
 
-static void decode_part(const job *work, int64_t index) {
-    const plain_weight *w = work->plain;
+typedef struct {
+    job job; /* a part is a share of the rows */
+    const plain_weight *weight;
+    int64_t first, count; /* rows */
+    float *y;             /* [count][in] */
+} decode_job;
+
+static void decode_part(const job *job, int64_t index) {
+    const decode_job *work = (const decode_job *)job;
+    const plain_weight *w = work->weight;
     const size_t width = w->dtype == F32 ? 4 : 2;
     const int64_t entries = w->books * w->size * w->group, per_row = w->groups * w->books;
     const int convert = w->dtype != F32 && w->code_bytes == 1; /* small books are worth it */
-    const int64_t from = work->splits + work->out * index / work->parts;
-    const int64_t to = work->splits + work->out * (index + 1) / work->parts;
+    const int64_t from = work->first + share(work->count, index, job->parts);
+    const int64_t to = work->first + share(work->count, index + 1, job->parts);
     const int64_t tiles = count_tiles(w->rows, w->parts);
     float *fp32 = scratch(sizeof(float) * entries * convert + (size_t)per_row);
     uint8_t *gathered = (uint8_t *)(fp32 + entries * convert);
@@ -276,7 +303,7 @@ static void decode_part(const job *work, int64_t index) {
         if (convert && from < end && to > row)
             for (int64_t i = 0; i < entries; i++) fp32[i] = load_float(books, i, w->dtype);
         for (int64_t i = from > row ? from : row; i < (to < end ? to : end); i++) {
-            float *y = (float *)work->y + (i - work->splits) * work->in;
+            float *y = work->y + (i - work->first) * w->groups * w->group;
             const uint8_t *bytes = (const uint8_t *)w->codes + i * per_row;
             const uint16_t *words = (const uint16_t *)w->codes + i * per_row;
             if (w->tiled) {
@@ -296,11 +323,10 @@ static void decode_part(const job *work, int64_t index) {
 
 /* Rows [first, first + count) of a weight, decoded and scaled, fp32 [count, in]. */
 API void pvrt_decode_rows(const plain_weight *w, int64_t first, int64_t count, float *y,
-                      int64_t threads) {
-    job work = {.part = decode_part, .plain = w, .y = y, .splits = first, .out = count};
-    work.in = w->groups * w->group;
-    work.parts = threads < count ? threads : count;
-    run(&work, threads);
+                          int64_t threads) {
+    decode_job work = {.job = {.part = decode_part, .parts = threads < count ? threads : count},
+                       .weight = w, .first = first, .count = count, .y = y};
+    run(&work.job, threads);
 }
 
 /* Ask for large pages where weights will be written: reading them misses fewer translations. Only a
@@ -334,21 +360,24 @@ API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, in
         }
 }
 
-void matrix_part(const job *work, int64_t index) {
-    const int64_t from = work->out * index / work->parts, to = work->out * (index + 1) / work->parts;
+void dense_part(const job *job, int64_t index) {
+    const dense_job *work = (const dense_job *)job;
+    const product *io = &work->product;
+    const int64_t from = share(io->out, index, job->parts), in = io->in;
+    const int64_t to = share(io->out, index + 1, job->parts);
     const size_t width = work->dtype == F32 ? 4 : 2;
     for (int64_t k = 0; k < to - from; k++) { /* a row serves all tokens while it is near */
         const int64_t i = in_two_streams(k, from, to);
-        const char *row = (const char *)work->matrix + i * work->in * width;
-        for (int64_t t = 0; t < work->tokens;) {
-            const int64_t count = work->tokens - t >= 4 ? 4 : 1;
-            const float *x = work->x + t * work->in;
+        const char *row = (const char *)work->weight + i * in * width;
+        for (int64_t t = 0; t < io->tokens;) {
+            const int64_t count = io->tokens - t >= 4 ? 4 : 1;
+            const float *x = io->x + t * in;
             float sums[4];
-            if (count == 4) kernels->dot4(x, work->in, row, work->in, work->dtype, sums);
-            else sums[0] = kernels->dot(x, row, work->in, work->dtype);
+            if (count == 4) kernels->dot4(x, in, row, in, work->dtype, sums);
+            else sums[0] = kernels->dot(x, row, in, work->dtype);
             for (const float *sum = sums; sum < sums + count; sum++, t++) {
-                float *y = (float *)work->y + t * work->stride + i;
-                *y = finish(work, *sum, i, *y);
+                float *y = io->y + t * io->stride + i;
+                *y = finish(io, *sum, i, *y);
             }
         }
     }
@@ -357,26 +386,35 @@ void matrix_part(const job *work, int64_t index) {
 /* y [tokens, out] = x W^T for a dense W [out, in] of any of the three types, summed in fp32. */
 API void pvrt_dense_linear(const void *w, const float *x, float *y, int64_t tokens, int64_t out,
                        int64_t in, int64_t dtype, int64_t threads) {
-    job work = {.part = matrix_part, .matrix = w, .x = x, .y = y, .tokens = tokens, .out = out,
-                .stride = out, .in = in, .dtype = dtype};
-    work.parts = out < 64 ? 1 : threads * 4;
-    run(&work, threads);
+    dense_job work = {.job = {.part = dense_part, .parts = out < 64 ? 1 : threads * 4},
+                      .product = product_of(x, NULL, y, tokens, in, out),
+                      .weight = w, .dtype = dtype};
+    run(&work.job, threads);
 }
 
-static void read_part(const job *work, int64_t index) {
-    const uint64_t *p = (const uint64_t *)work->matrix + work->in * index;
+typedef struct {
+    job job;
+    const uint64_t *memory;
+    int64_t words; /* of a part */
+    uint64_t *sums;
+} read_job;
+
+static void read_part(const job *job, int64_t index) {
+    const read_job *work = (const read_job *)job;
+    const uint64_t *p = work->memory + work->words * index;
+    const int64_t lines = work->words / 32;
     uint64_t a = 0, b = 0, c = 0, d = 0;
-    for (int64_t k = 0; k < work->in / 32; k++) {
-        const uint64_t *line = p + 32 * in_two_streams(k, 0, work->in / 32);
+    for (int64_t k = 0; k < lines; k++) {
+        const uint64_t *line = p + 32 * in_two_streams(k, 0, lines);
         for (int i = 0; i < 32; i += 4) a += line[i], b += line[i + 1], c += line[i + 2],
                                         d += line[i + 3];
     }
-    ((uint64_t *)work->y)[index * 8] = a + b + c + d;
+    work->sums[index * 8] = a + b + c + d;
 }
 
 /* Read `bytes` once, one contiguous part per thread; sums [threads][8]: what memory can deliver. */
 API void pvrt_read_memory(const void *memory, int64_t bytes, uint64_t *sums, int64_t threads) {
-    job work = {.part = read_part, .matrix = memory, .y = sums, .parts = threads};
-    work.in = bytes / 8 / threads;
-    run(&work, threads);
+    read_job work = {.job = {.part = read_part, .parts = threads},
+                     .memory = memory, .words = bytes / 8 / threads, .sums = sums};
+    run(&work.job, threads);
 }

@@ -80,20 +80,26 @@ static int has_avx2(void) {
 
 #define QUERIES 256 /* of one part */
 
-typedef struct {
-    const sums *books;
-    int64_t beam, count;
-} question;
+static inline int64_t query_parts(int64_t n) { return (n + QUERIES - 1) / QUERIES; }
 
-static void search_part(const job *work, int64_t index) {
-    const question *q = work->matrix;
-    const int64_t end = part_end(index, QUERIES, work->tokens);
+typedef struct {
+    job job;
+    const sums *books;
+    const float *x; /* [n][group] */
+    uint8_t *codes; /* [n][count][books] */
+    int64_t n, beam, count;
+} search_job;
+
+static void search_part(const job *job, int64_t index) {
+    const search_job *work = (const search_job *)job;
+    const sums *books = work->books;
+    const int64_t end = part_end(index, QUERIES, work->n);
     const int fast = has_avx2();
     for (int64_t i = index * QUERIES; i < end; i++) {
-        const float *x = work->x + i * q->books->group;
-        uint8_t *codes = (uint8_t *)work->y + i * q->count * q->books->books;
-        if (fast) search_avx2(q->books, x, q->beam, q->count, codes);
-        else search_portable(q->books, x, q->beam, q->count, codes);
+        const float *x = work->x + i * books->group;
+        uint8_t *codes = work->codes + i * work->count * books->books;
+        if (fast) search_avx2(books, x, work->beam, work->count, codes);
+        else search_portable(books, x, work->beam, work->count, codes);
     }
 }
 
@@ -103,30 +109,42 @@ static void search_part(const job *work, int64_t index) {
  * count no more than there are sums that the last beam reaches. */
 API void pvrt_nearest_sums(const sums *books, const float *x, int64_t n, int64_t beam, int64_t count,
                            uint8_t *codes, int64_t threads) {
-    const question q = {books, beam, count};
-    job work = {.part = search_part, .matrix = &q, .x = x, .y = codes, .tokens = n};
-    work.parts = (n + QUERIES - 1) / QUERIES;
-    run(&work, threads);
+    search_job work = {.job = {.part = search_part, .parts = query_parts(n)},
+                       .books = books, .x = x, .codes = codes, .n = n, .beam = beam, .count = count};
+    run(&work.job, threads);
 }
 
-static void choose_part(const job *work, int64_t index) {
-    const int64_t end = part_end(index, QUERIES, work->tokens);
-    if (has_avx2()) choose_avx2(work->matrix, index * QUERIES, end);
-    else choose_portable(work->matrix, index * QUERIES, end);
+typedef struct {
+    job job;
+    const choice *choice;
+    int64_t n;
+} choose_job;
+
+static void choose_part(const job *job, int64_t index) {
+    const choose_job *work = (const choose_job *)job;
+    const int64_t end = part_end(index, QUERIES, work->n);
+    if (has_avx2()) choose_avx2(work->choice, index * QUERIES, end);
+    else choose_portable(work->choice, index * QUERIES, end);
 }
 
 /* For each of n groups the nearest to what it wants of the sum that it has and of two others; among
  * equals the one that it has. */
 API void pvrt_choose_codes(const choice *c, int64_t n, int64_t threads) {
-    job work = {.part = choose_part, .matrix = c, .tokens = n};
-    work.parts = (n + QUERIES - 1) / QUERIES;
-    run(&work, threads);
+    choose_job work = {.job = {.part = choose_part, .parts = query_parts(n)}, .choice = c, .n = n};
+    run(&work.job, threads);
 }
 
-static void gradient_part(const job *work, int64_t index) {
-    const gradients *g = work->matrix;
-    const plain_weight *w = work->plain;
-    const int64_t from = *w->rows * index / work->parts, to = *w->rows * (index + 1) / work->parts;
+typedef struct {
+    job job; /* a part is a share of the rows */
+    const plain_weight *weight;
+    gradients gradients;
+} gradient_job;
+
+static void gradient_part(const job *job, int64_t index) {
+    const gradient_job *work = (const gradient_job *)job;
+    const plain_weight *w = work->weight;
+    const gradients *g = &work->gradients;
+    const int64_t from = *w->rows * index / job->parts, to = *w->rows * (index + 1) / job->parts;
     float *books = g->books + index * w->books * w->size * w->group;
     if (has_avx2()) gradient_avx2(w, g, from, to, books);
     else gradient_portable(w, g, from, to, books);
@@ -137,28 +155,34 @@ static void gradient_part(const job *work, int64_t index) {
  * to one of them. */
 API void pvrt_parameter_gradients(const plain_weight *w, const float *grad, float *grad_books,
                                   float *grad_scales, int64_t threads) {
-    const gradients g = {grad, grad_books, grad_scales};
-    job work = {.part = gradient_part, .plain = w, .matrix = &g, .parts = threads};
-    run(&work, threads);
+    gradient_job work = {.job = {.part = gradient_part, .parts = threads},
+                         .weight = w, .gradients = {grad, grad_books, grad_scales}};
+    run(&work.job, threads);
 }
 
-static void moment_part(const job *work, int64_t index) {
-    const latent_step *l = work->matrix;
+typedef struct {
+    job job;
+    const latent_step *step;
+} step_job;
+
+static void moment_part(const job *job, int64_t index) {
+    const latent_step *l = ((const step_job *)job)->step;
     const int64_t from = index * l->part_groups, end = part_end(index, l->part_groups, l->groups);
     if (has_avx2()) moment_avx2(l, from, end, l->sums + 2 * index);
     else moment_portable(l, from, end, l->sums + 2 * index);
 }
 
-static void latent_part(const job *work, int64_t index) {
-    const latent_step *l = work->matrix;
+static void latent_part(const job *job, int64_t index) {
+    const latent_step *l = ((const step_job *)job)->step;
     const int64_t from = index * l->part_groups, end = part_end(index, l->part_groups, l->groups);
     if (has_avx2()) latent_avx2(l, from, end);
     else latent_portable(l, from, end);
 }
 
 static void step_parts(void (*part)(const job *, int64_t), const latent_step *l, int64_t threads) {
-    job work = {.part = part, .matrix = l, .parts = (l->groups + l->part_groups - 1) / l->part_groups};
-    run(&work, threads);
+    const int64_t parts = (l->groups + l->part_groups - 1) / l->part_groups;
+    step_job work = {.job = {.part = part, .parts = parts}, .step = l};
+    run(&work.job, threads);
 }
 
 /* Running mean of squared gradients, and l->sums of the squares of the latent and of the direction

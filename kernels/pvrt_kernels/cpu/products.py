@@ -1,0 +1,356 @@
+"""Products on CPUs, in C: the kernels of the registry and what else decodes.
+
+`cpu` multiplies by weights in the checkpoint's layout. Of packed weights `cpu-tiles` takes those
+with codes of up to 8 bits (through lookup tables, see csrc/cpu.h), `cpu-words` those with longer
+ones. All sums are fp32; `rounding.py` bounds the errors.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pvrt_kernels import reference
+from pvrt_kernels.cpu import library
+from pvrt_kernels.cpu.library import TYPES, PlainWeight, TiledWeight
+from pvrt_kernels.dispatch import Kernel, PackedKernel, Problem, registry
+
+_TILE, _ENTRIES = 64, 256
+# Rows decoded at a time for a dense product: 1 MiB of fp32 stays in the second-level cache.
+_PANEL_BYTES = 1 << 20
+# From this many tokens on, decoding rows once costs less than looking codes up for every token.
+_MANY = 4
+# AMX multiplies bfloat16 so fast that decoding rows pays early.
+_MANY_WITH_AMX = 16
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+def _supports(problem: Problem) -> bool:
+    return (
+        problem.device_type == "cpu"
+        and problem.out_group_size == 1
+        and problem.dtype in TYPES
+        and library.library() is not None
+    )
+
+
+def _supports_tiles(problem: Problem) -> bool:
+    return _supports(problem) and problem.codebook_size <= _ENTRIES
+
+
+def _supports_words(problem: Problem) -> bool:
+    return _supports(problem) and problem.codebook_size > _ENTRIES
+
+
+def plain_weight(
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    rows: Tensor,
+    in_features: int,
+    tiled: bool = False,
+) -> PlainWeight:
+    """The C view of a weight in the checkpoint's layout; valid as long as its tensors live."""
+    parts, books, size, _, group = codebooks.shape
+    return PlainWeight(
+        codes.data_ptr(),
+        codebooks.data_ptr(),
+        scales.data_ptr(),
+        rows.data_ptr(),
+        parts,
+        books,
+        group,
+        in_features // group,
+        size,
+        1 if tiled else codes.element_size(),
+        TYPES[codebooks.dtype],
+        tiled,
+    )
+
+
+def _by_panels(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) -> Tensor:
+    """x [tokens, in] times rows that are decoded panel by panel, while they are in the cache."""
+    lib, threads, features = library.library(), torch.get_num_threads(), x.shape[1]
+    step = max(64, _PANEL_BYTES // (4 * features))
+    panel = torch.empty(min(step, out), features)
+    y = x.new_empty(x.shape[0], out)
+    for first in range(0, out, step):
+        count = min(step, out - first)
+        lib.pvrt_decode_rows(ctypes.byref(weight), first, count, panel.data_ptr(), threads)
+        part = None if bias is None else bias[first : first + count].to(x.dtype)
+        y[:, first : first + count] = F.linear(x, panel[:count].to(x.dtype), part)
+    return y
+
+
+def _linear(
+    x: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    partition_sizes: list[int],
+) -> Tensor:
+    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
+    if books.dtype not in TYPES:
+        return reference.linear(x, codes, codebooks, scales, bias, partition_sizes)
+    rows = torch.tensor(partition_sizes)
+    weight = plain_weight(codes, books, fp32_scales, rows, x.shape[-1])
+    return _multiply_plain(x, weight, codes.shape[0], bias)
+
+
+def _multiply_plain(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) -> Tensor:
+    flat = _fp32(x.reshape(-1, x.shape[-1]))
+    fp32_bias = None if bias is None else _fp32(bias)
+    if flat.shape[0] >= _MANY:
+        y = _by_panels(flat, weight, out, fp32_bias)
+    else:
+        y = torch.empty(flat.shape[0], out)
+        library.library().pvrt_plain_linear(
+            ctypes.byref(weight),
+            flat.data_ptr(),
+            _pointer(fp32_bias),
+            y.data_ptr(),
+            flat.shape[0],
+            torch.get_num_threads(),
+        )
+    return y.to(x.dtype).reshape(*x.shape[:-1], out)
+
+
+class CpuTiles(NamedTuple):
+    """A weight with codes of up to 8 bits, for table lookups; all contiguous, on the CPU.
+
+    codes uint8 in tiles (cpu.h), codebooks [P, M, 2^B, 1, g] and scales [out, 1, 1, 1] as given,
+    fp32_scales [out], rows [P] int64, tables [P, M, g, 256] fp32.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+    fp32_scales: Tensor
+    rows: Tensor
+    tables: Tensor
+
+
+class CpuWords(NamedTuple):
+    """A weight with codes of 9 to 16 bits, decoded entry by entry; contiguous, on the CPU.
+
+    codes [out, in/g, M] int16, the rest as in `CpuTiles`.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor
+    fp32_scales: Tensor
+    rows: Tensor
+
+
+def _pack_tiles(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
+) -> CpuTiles:
+    parts, books, size = codebooks.shape[:3]
+    rows = torch.tensor(partition_sizes)
+    tiles = sum(-(-n // _TILE) for n in partition_sizes)
+    packed = torch.empty(tiles * _TILE * codes.shape[1] * books, dtype=torch.uint8)
+    plain = codes.detach().to(torch.int8).contiguous()
+    library.library().pvrt_tile_codes(
+        plain.data_ptr(), packed.data_ptr(), rows.data_ptr(), parts, codes.shape[1], books, 0
+    )
+    entries = torch.arange(_ENTRIES) % size  # a stored byte v means v mod size
+    tables = codebooks.detach().float()[:, :, entries, 0].transpose(2, 3).contiguous()
+    given = codebooks.detach().clone().contiguous(), scales.detach().clone()
+    return CpuTiles(packed, *given, _fp32(scales).flatten(), rows, tables)
+
+
+def _unpack_tiles(packed: CpuTiles, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    parts, books, _, _, group = packed.codebooks.shape
+    out = packed.scales.shape[0]
+    codes = torch.empty(out, in_features // group, books, dtype=torch.int8)
+    library.library().pvrt_tile_codes(
+        codes.data_ptr(),
+        packed.codes.data_ptr(),
+        packed.rows.data_ptr(),
+        parts,
+        codes.shape[1],
+        books,
+        1,
+    )
+    return codes, packed.codebooks, packed.scales
+
+
+def _tiles_linear(
+    x: Tensor, packed: CpuTiles, bias: Tensor | None, partition_sizes: list[int]
+) -> Tensor:
+    in_features, out = x.shape[-1], packed.fp32_scales.shape[0]
+    flat = x.reshape(-1, in_features)
+    tokens = flat.shape[0]
+    if tokens >= _MANY_WITH_AMX and x.dtype == torch.bfloat16 and has_amx():
+        y = _by_panels(flat.contiguous(), plain_view(packed, in_features), out, bias)
+        return y.reshape(*x.shape[:-1], out)
+    flat = _fp32(flat)
+    fp32_bias = None if bias is None else _fp32(bias)
+    y = torch.empty(tokens, out)
+    library.library().pvrt_tiled_linear(
+        ctypes.byref(tiled_view(packed, in_features)),
+        flat.data_ptr(),
+        _pointer(fp32_bias),
+        y.data_ptr(),
+        tokens,
+        torch.get_num_threads(),
+    )
+    return y.to(x.dtype).reshape(*x.shape[:-1], out)
+
+
+def _pack_words(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
+) -> CpuWords:
+    return CpuWords(
+        codes.detach().to(torch.int16, copy=True).contiguous(),
+        codebooks.detach().clone().contiguous(),
+        scales.detach().clone(),
+        _fp32(scales).flatten(),
+        torch.tensor(partition_sizes),
+    )
+
+
+def _unpack_words(packed: CpuWords, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    return packed.codes, packed.codebooks, packed.scales
+
+
+def _words_linear(
+    x: Tensor, packed: CpuWords, bias: Tensor | None, partition_sizes: list[int]
+) -> Tensor:
+    weight = plain_view(packed, x.shape[-1])
+    return _multiply_plain(x, weight, packed.fp32_scales.shape[0], bias)
+
+
+def tiled_view(packed: CpuTiles, in_features: int) -> TiledWeight:
+    """The C view of a packed weight; valid as long as its tensors live."""
+    parts, books, _, _, group = packed.codebooks.shape
+    return TiledWeight(
+        packed.codes.data_ptr(),
+        packed.tables.data_ptr(),
+        packed.fp32_scales.data_ptr(),
+        packed.rows.data_ptr(),
+        parts,
+        books,
+        group,
+        in_features // group,
+    )
+
+
+def plain_view(packed: CpuTiles | CpuWords, in_features: int) -> PlainWeight:
+    """The C view of a packed weight for decoding; valid as long as its tensors live."""
+    return plain_weight(
+        packed.codes,
+        packed.codebooks,
+        packed.fp32_scales,
+        packed.rows,
+        in_features,
+        isinstance(packed, CpuTiles),
+    )
+
+
+def _packed_dequantize(
+    packed: CpuTiles | CpuWords, partition_sizes: list[int], in_features: int
+) -> Tensor:
+    out = packed.fp32_scales.shape[0]
+    weight = _decoded(plain_view(packed, in_features), out, in_features)
+    return weight.to(packed.codebooks.dtype)
+
+
+def can_decode(codes: Tensor, codebooks: Tensor) -> bool:
+    """Whether `dequantize` takes codes [out, in/g, M] and codebooks [P, M, K, 1, g]."""
+    return (
+        codes.device.type == "cpu"
+        and codes.element_size() <= 2
+        and codebooks.shape[3] == 1
+        and codebooks.dtype in TYPES
+        and library.library() is not None
+    )
+
+
+def dequantize(
+    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
+) -> Tensor:
+    """What `reference.dequantize` returns, to the bit."""
+    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
+    rows, in_features = torch.tensor(partition_sizes), codes.shape[1] * codebooks.shape[4]
+    weight = plain_weight(codes, books, fp32_scales, rows, in_features)
+    return _decoded(weight, len(codes), in_features).to(codebooks.dtype)
+
+
+def _decoded(weight: PlainWeight, out: int, in_features: int) -> Tensor:
+    """All rows in fp32."""
+    rows = torch.empty(out, in_features)
+    library.library().pvrt_decode_rows(
+        ctypes.byref(weight), 0, out, rows.data_ptr(), torch.get_num_threads()
+    )
+    return rows
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether torch's bfloat16 products run on Intel's matrix units here."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [tokens, in] fp32 times a dense weight [out, in] of fp32, fp16 or bf16 -> fp32.
+
+    For few tokens: a 16-bit weight is read as it is and summed in fp32, at memory speed.
+    """
+    y = torch.empty(x.shape[0], weight.shape[0])
+    library.library().pvrt_dense_linear(
+        weight.data_ptr(),
+        x.contiguous().data_ptr(),
+        y.data_ptr(),
+        x.shape[0],
+        weight.shape[0],
+        weight.shape[1],
+        TYPES[weight.dtype],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+_PACKED = (
+    PackedKernel(
+        "cpu-tiles",
+        _supports_tiles,
+        CpuTiles,
+        _pack_tiles,
+        _unpack_tiles,
+        _tiles_linear,
+        _packed_dequantize,
+    ),
+    PackedKernel(
+        "cpu-words",
+        _supports_words,
+        CpuWords,
+        _pack_words,
+        _unpack_words,
+        _words_linear,
+        _packed_dequantize,
+    ),
+)
+
+
+def register() -> None:
+    """Add all kernels to the registry; they take nothing where the library lacks."""
+    if not library.LIBRARY.is_file():
+        registry.suggest("cpu", library.REMEDY)
+    registry.add(Kernel("cpu", _supports, _linear), *_PACKED)
