@@ -171,7 +171,8 @@ def tune(
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
     changes = Changes(scheme, samples, length, seed, pv)
-    recipe, limit_seconds = build(effort.value, config, changes, limit, _say)
+    say = _say if parallel.speaks() else lambda line: None
+    recipe, limit_seconds = build(effort.value, config, changes, limit, say)
     job = TuneJob(
         model,
         out,
