@@ -41,10 +41,6 @@ ARROWS = {
     """,
 }
 
-#: Arrows that point up today: (module, room that it uses) and what will turn them.
-EXCEPTIONS = {
-}
-
 
 @cache
 def allowed(name: str) -> dict[str, set[str]]:
@@ -77,7 +73,7 @@ def test_arrows_point_down(name: str) -> None:
         for module in modules
         if below not in allowed(name)[user]
     }
-    assert up == {exception for exception in EXCEPTIONS if package(exception[0]) == name}
+    assert not up
 
 
 def test_no_modules_import_in_a_circle() -> None:

@@ -65,7 +65,8 @@ def tune(
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
     changes = Changes(scheme, samples, length, seed, pv)
-    recipe, seconds = build(effort.value, config, changes, limit, say)
+    notice = say if parallel.speaks() else lambda line: None
+    recipe, seconds = build(effort.value, config, changes, limit, notice)
     job = TuneJob(
         model,
         out,

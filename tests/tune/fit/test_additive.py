@@ -29,7 +29,7 @@ SCHEMES = {
 
 
 def problem(out: int = 48, in_features: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the second moment of correlated inputs with a few loud channels."""
+    """A weight and the second moment of correlated inputs with a few high-variance channels."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, in_features, generator=generator)
     mix = torch.randn(in_features, in_features, generator=generator) / in_features**0.5

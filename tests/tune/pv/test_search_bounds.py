@@ -27,7 +27,7 @@ def groups_of(representation: AdditiveRepresentation) -> Tensor:
 
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_what_is_left_out_would_not_have_moved_while_codebooks_drift(stochastic: bool) -> None:
-    """One codebook, whose search is exact: 30 steps of targets and entries that walk away."""
+    """One codebook, whose search is exact: 30 steps of targets and codewords that drift away."""
     generator = torch.Generator().manual_seed(0)
     representation = representation_of("1x6g8", 24, 64)
     everything = torch.arange(24 * 8)

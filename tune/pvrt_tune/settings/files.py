@@ -34,7 +34,10 @@ def from_file(path: Path, base: Recipe, report: Report = print) -> Recipe:
         raise RunError(f"{path} holds no settings; write lines like `scheme: 2x8g8`")
     if is_old(content):
         content = renewed(content)
-        report(f"{path}: this is how 0.1 was set; what is under pv is training now, pv.pv is pv")
+        report(
+            f"{path} is spelt as for version 0.1: `pv` is called `training` now, and `pv` inside "
+            "it is `pv` beside it"
+        )
     try:
         return Recipe(**_merged(asdict(base), content))
     except RunError as error:
