@@ -26,15 +26,12 @@ SUFFIXES = (".py", ".c", ".h")
 AIM = 400  # lines of a file
 #: Files that are longer today, and how long they may be. A shorter one leaves this list.
 LONGER = {
-    "kernels/pvrt_kernels/cpu/library.py": 450,
-    "pvrt/cli/__init__.py": 490,
+    "kernels/pvrt_kernels/cpu/csrc/products.c": 430,
     "pvrt/format/aqlm.py": 420,
-    "tune/pvrt_tune/plan/memory_plan.py": 490,
-    "tests/pvrt/vllm_plugin/test_plugin.py": 610,
+    "tests/pvrt/vllm_plugin/test_plugin.py": 620,
     "tests/tune/pv/test_pv_tuning.py": 720,
-    "tests/tune/test_pipeline.py": 620,
-    "benchmarks/gpu.py": 500,
-    "benchmarks/server_clients.py": 430,
+    "tests/tune/test_pipeline.py": 650,
+    "benchmarks/gpu.py": 510,
 }
 
 
