@@ -6,9 +6,9 @@ lm_head is silently replaced by random weights. Ours takes its place and needs n
 quantised exactly when the checkpoint holds its codes.
 """
 
-import importlib.util
 import re
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from pvrt.modules.aqlm_linear import (
     quantized_linears,
 )
 from pvrt.modules.experts import module_name, unfuse, without_fusing
+from pvrt.versions import COMPRESSED_TENSORS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,11 +162,17 @@ def register() -> None:
 
 
 def _need_compressed_tensors(folder: Path) -> None:
-    if importlib.util.find_spec("compressed_tensors") is None:
+    """Raise CheckpointError unless a version is installed that reads the layout as we write it."""
+    tested = COMPRESSED_TENSORS
+    try:
+        version = metadata.version(tested.package)
+    except metadata.PackageNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds scalar grids, which transformers reads through a package that is not "
-            "installed: pip install 'compressed-tensors>=0.15'"
-        )
+            f"installed: pip install '{tested.requirement}'"
+        ) from error
+    if tested.too_old(version) or tested.too_new(version):
+        raise CheckpointError(f"{folder} holds scalar grids; {tested.sentence(version)}")
 
 
 def _decode_grids(model: Any) -> None:

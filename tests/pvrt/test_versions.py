@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from pvrt.errors import PvrtError, ServeError
+import pvrt
+from pvrt.errors import CheckpointError, PvrtError, ServeError
 from pvrt.versions import (
+    COMPRESSED_TENSORS,
     TORCH,
     TRANSFORMERS,
     VLLM,
@@ -18,6 +20,7 @@ from pvrt.versions import (
     check,
     require_supported_vllm,
 )
+from tests.fixtures.toy import write_toy_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = VersionRange("library", (2, 8), (2, 14))
@@ -70,10 +73,27 @@ def test_tested_and_unnumbered_versions_pass(version: str) -> None:
 
 def test_pip_is_told_the_same_ranges() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["vllm"]]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *extras["vllm"], *extras["grids"]]
     ranges = {Requirement(line).name: Requirement(line).specifier for line in declared}
-    for tested in (TORCH, TRANSFORMERS, VLLM):
+    for tested in (TORCH, TRANSFORMERS, VLLM, COMPRESSED_TENSORS):
         assert ranges[tested.package] == Requirement(tested.requirement).specifier
+
+
+@pytest.mark.parametrize("version", ["0.16.0", "0.18.0", "0.20.0"])
+def test_grids_are_not_read_by_a_package_that_lays_them_out_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """They give other weights at 3 bits, and say nothing."""
+    write_toy_grid(tmp_path / "grid", "llama", "w3g64s")
+    info = tmp_path / f"compressed_tensors-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: compressed-tensors\nVersion: {version}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))  # the first one found is the one installed
+    with pytest.raises(CheckpointError, match=f"found {version}; try pip install"):
+        pvrt.load(tmp_path / "grid")
 
 
 def test_an_old_transformers_ends_in_one_sentence(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Grids on disk: the layout against the compressed-tensors package, and the stock engines on it."""
 
-import importlib.util
 import json
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +143,14 @@ def test_the_embedded_engine_runs_grids(scheme: str, folder: Path, dense: dict[s
 def test_a_missing_package_is_named(
     folder: Path, dense: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "compressed_tensors" else find(name, *rest),
-    )
+    known = metadata.version
+
+    def version(name: str) -> str:
+        if name == "compressed-tensors":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata, "version", version)
     with pytest.raises(CheckpointError, match="pip install 'compressed-tensors"):
         pvrt.load(folder / "w4g64")
 
