@@ -176,6 +176,7 @@ def test_doctor_counts_the_packages_that_differ_from_the_lock(tmp_path: Path) ->
 
 
 def test_doctor_sees_a_filter_that_leaves_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     finding = next(f for f in examine() if f.name == "vllm plugin")
     assert finding == Finding(
