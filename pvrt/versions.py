@@ -52,7 +52,7 @@ class VersionRange:
 TORCH = VersionRange("torch", (2, 13), (2, 14))
 TRANSFORMERS = VersionRange("transformers", (5, 19), (5, 24))
 VLLM = VersionRange("vllm", (0, 30), (0, 33))
-#: Others lay 3-bit codes and zeros out otherwise: they would read other weights without an error.
+#: Others expect tensors of other shapes, and 0.18 decodes 3-bit codes to other values.
 COMPRESSED_TENSORS = VersionRange("compressed-tensors", (0, 17), (0, 17))
 ANY_VLLM = "PVRT_ANY_VLLM"  # set to 1 to try a vLLM that is newer than the newest tested
 

@@ -84,7 +84,7 @@ def test_pip_is_told_the_same_ranges() -> None:
 def test_grids_are_not_read_by_a_package_that_lays_them_out_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    """They give other weights at 3 bits, and say nothing."""
+    """They expect other shapes, and at 3 bits 0.18 decodes other values."""
     write_toy_grid(tmp_path / "grid", "llama", "w3g64s")
     info = tmp_path / f"compressed_tensors-{version}.dist-info"
     info.mkdir()
