@@ -5,6 +5,7 @@ Toy models only lose to more threads than one. `make test` uses the other cores 
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else its import asks the network for prices
@@ -31,6 +32,12 @@ def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` means: a worker for each core that this process may use and has memory for."""
     memory: int = psutil.virtual_memory().available // WORKER_MEMORY
     return max(1, min(len(os.sched_getaffinity(0)), memory))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What starts vLLM is skipped where there is none: on the newest of everything, say."""
+    if item.get_closest_marker("vllm") and find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
