@@ -54,7 +54,8 @@ class PackedKernel(Generic[Layout]):
     `supports` is asked at load, with tokens=1, and answers for every number of tokens.
     `pack(codes, codebooks, scales, partition_sizes)` takes the shapes of `pvrt::aqlm_linear` and
     returns all that the kernel needs, nothing of it shared with its arguments' codes, which are
-    dropped. `unpack(packed, in_features)` gives (codes, codebooks, scales) back exactly.
+    dropped. `unpack(packed, in_features)` gives (codes, codebooks, scales) back,
+    codes in the shortest type that holds them.
     `linear(x, packed, bias, partition_sizes)` takes any number of tokens;
     `dequantize(packed, partition_sizes, in_features)` decodes to the codebooks' dtype (None: by
     way of `unpack`). `warm_up(packed, partition_sizes, in_features, dtype, has_bias)` compiles what

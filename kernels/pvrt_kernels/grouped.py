@@ -68,8 +68,8 @@ def aqlm_pack_group(
     [E, rows/out_group, 1, 1, 1]; `dtype` is that of the activations to come. Where the device has
     no kernel, a CPU gets decoded weights and others keep the layout that they came in.
     """
+    as_given = GroupedWeight(_PLAIN, Plain(codes, codebooks, scales), partition_sizes)
     stacked: list[Tensor] = []
-    kernel = _PLAIN
     for index in range(codes.shape[0]):
         one = codes[index], codebooks[index], scales[index]
         packed = aqlm_pack(*one, dtype, partition_sizes)
@@ -80,11 +80,13 @@ def aqlm_pack_group(
         elif codes.device.type == "cpu":
             tensors, kernel = Dense(aqlm_dequantize(*one, partition_sizes).to(dtype)), _DENSE
         else:
-            return GroupedWeight(_PLAIN, Plain(codes, codebooks, scales), partition_sizes)
+            return as_given
         if not stacked:
             stacked = [t.new_empty(codes.shape[0], *t.shape) for t in tensors]
         for target, tensor in zip(stacked, tensors, strict=True):
             target[index].copy_(tensor)
+    if not stacked:  # a rank that holds no expert
+        return as_given
     return GroupedWeight(kernel, _layout_of(kernel)(*stacked), partition_sizes)
 
 
@@ -107,9 +109,9 @@ def _layout_of(kernel: str) -> Callable[..., tuple[Tensor, ...]]:
 def _linear_of(kernel: str, sizes: list[int]) -> Callable[[Tensor, list[Tensor]], Tensor]:
     """The product of x with one weight, of which the op has the tensors in order."""
     if kernel == _DENSE:
-        return lambda x, one: F.linear(x, Dense(*one).weight)
+        return lambda x, one: F.linear(x, *one)
     if kernel == _PLAIN:
-        return lambda x, one: aqlm_linear(x, *Plain(*one), None, sizes)
+        return lambda x, one: aqlm_linear(x, *one, None, sizes)
     packed = registry.packed(kernel)
     return lambda x, one: packed.linear(x, packed.layout(*one), None, sizes)
 

@@ -28,13 +28,18 @@ class PackedWeight:
     in_features: int
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(codes, codebooks, scales) as they were given to `aqlm_pack`, codebooks with P."""
+        """(codes, codebooks, scales) that were given to `aqlm_pack`, codebooks with P.
+
+        Codes come in the shortest type that holds them.
+        """
         return registry.packed(self.kernel).unpack(self.tensors, self.in_features)
 
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the codebooks."""
-        tensors = list(self.tensors)
-        return _dequantize(tensors, self.partition_sizes, self.in_features, self.kernel)
+        kernel = registry.packed(self.kernel)
+        if kernel.dequantize is not None:
+            return kernel.dequantize(self.tensors, self.partition_sizes, self.in_features)
+        return reference.dequantize(*self.unpack(), self.partition_sizes)
 
     def warm_up(self, dtype: torch.dtype, has_bias: bool) -> None:
         """Compile now what products with x of a dtype need; before CUDA graphs are captured."""
@@ -89,16 +94,6 @@ def _linear(
     return chosen.linear(x, chosen.layout(*packed), bias, partition_sizes)
 
 
-def _dequantize(
-    packed: list[Tensor], partition_sizes: list[int], in_features: int, kernel: str
-) -> Tensor:
-    chosen = registry.packed(kernel)
-    tensors = chosen.layout(*packed)
-    if chosen.dequantize is not None:
-        return chosen.dequantize(tensors, partition_sizes, in_features)
-    return reference.dequantize(*chosen.unpack(tensors, in_features), partition_sizes)
-
-
 def _linear_fake(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int], kernel: str
 ) -> Tensor:
@@ -115,8 +110,9 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, _, needs_bias, _, _ = ctx.needs_input_grad
     grad_x = grad_bias = None
     if needs_x:
-        weight = _dequantize(ctx.packed, ctx.partition_sizes, ctx.in_features, ctx.kernel)
-        grad_x = grad @ weight.to(grad.dtype)
+        tensors = registry.packed(ctx.kernel).layout(*ctx.packed)
+        weight = PackedWeight(ctx.kernel, tensors, ctx.partition_sizes, ctx.in_features)
+        grad_x = grad @ weight.dequantize().to(grad.dtype)
     if needs_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).float().sum(0).to(ctx.bias_dtype)
     return grad_x, [None] * len(ctx.packed), grad_bias, None, None

@@ -63,6 +63,14 @@ def test_without_looking_at_the_index_values_are_the_same(
     assert relative(y, expected(x, index, weight)) < rounding.relative_error()
 
 
+def test_a_rank_without_experts_adds_nothing() -> None:
+    """vLLM gives a rank none where there are more ranks than experts."""
+    none = [tensor[:0] for tensor in stacks((2, 8, 8, 1))]
+    packed = aqlm_pack_group(none[0], none[1], none[2], torch.float32, SIZES)
+    y = aqlm_grouped_linear(torch.randn(3, IN), torch.full((3,), -1), packed)
+    assert torch.equal(y, torch.zeros(3, sum(SIZES)))
+
+
 def test_the_checkpoints_layout_can_be_multiplied_too() -> None:
     weight = stacks((2, 8, 8, 1))
     x, index = torch.randn(6, IN), torch.arange(6) % EXPERTS

@@ -143,7 +143,7 @@ class CpuTiles(NamedTuple):
 
 
 class CpuWords(NamedTuple):
-    """A weight with codes of 9 to 16 bits, decoded entry by entry; contiguous, on the CPU.
+    """A weight with codes of 9 to 16 bits, decoded codeword by codeword; contiguous, on the CPU.
 
     codes [out, in/g, M] int16, the rest as in `CpuTiles`.
     """

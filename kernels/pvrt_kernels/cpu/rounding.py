@@ -1,5 +1,8 @@
 """How far the CPU kernels may be from exact products: bounds that tests and users can rely on.
 
+The bounds are for inputs in fp32. A result of 16 bits is rounded to its type besides, and where AMX
+multiplies 16 and more tokens of bfloat16, so are the decoded weights.
+
 All sums are fp32: an operation rounds by at most 2^-24 of its result. One kernel rounds more.
 avx512-vbmi looks one or two tokens up in tables of 16-bit steps. Tables go in blocks of 16 (or all
 codebooks of one group, where there are more). A block has one step, the span of its widest table
@@ -18,9 +21,9 @@ from pvrt_kernels.reference import code_rows
 _FP32_ROUNDING = 2.0**-24
 _BLOCK_TABLES = 16  # block_groups of cpu.h
 # What fp32 sums of a layer's length lose on random data, as a part of the result's norm.
-_FP32_RELATIVE = 2e-6
-# A block's widest table spans at most this many times the root mean square of the block's entries:
-# 5 to 7 for normal entries, and inputs of one group that are three times as large as the others.
+FP32_RELATIVE = 2e-6
+# A block's widest table spans at most this many times the root mean square of its codewords:
+# 5 to 7 for normal codewords, and inputs of one group that are three times as large as the others.
 _SPAN = 20
 
 
@@ -31,7 +34,7 @@ def relative_error() -> float:
     1 / sqrt(3) of it in the root mean square, and the norms of errors and results grow alike with
     the number of lookups. Where terms cancel or outliers meet small values, `product_bound` holds.
     """
-    return _FP32_RELATIVE + _SPAN / math.sqrt(3) * library.table_rounding()
+    return FP32_RELATIVE + _SPAN / math.sqrt(3) * library.table_rounding()
 
 
 def product_bound(
@@ -44,20 +47,20 @@ def product_bound(
 ) -> Tensor:
     """The largest error of each output of a packed product, whatever the data; float64 [n, out].
 
-    x [n, in]; the rest as in `pvrt_kernels.aqlm_linear` with codes of up to 8 bits, codebooks
-    [P, M, 2^B, 1, g]. Holds for every number of tokens; underflow is left out of account.
+    x [n, in] float32; the rest as in `pvrt_kernels.aqlm_linear` with codes of up to 8 bits,
+    codebooks [P, M, 2^B, 1, g]. Holds for every number of tokens; underflow is left out of account.
     """
     books, group = codebooks.shape[1], codebooks.shape[4]
     block_groups = max(1, _BLOCK_TABLES // books)
     lookups = codes.shape[1] * books
     inputs = x.double().reshape(len(x), -1, group)
-    # Every term passes the sum of its table's entry, all later sums, the scale and the bias.
+    # Every term passes the sum of its table's value, all later sums, the scale and the bias.
     passes = group + lookups + 3
     sizes = codebooks.double().abs(), torch.ones_like(scales, dtype=torch.float64)
     bound = inputs.abs().flatten(1) @ reference.dequantize(codes, *sizes, partition_sizes).T
     bound *= passes * _FP32_ROUNDING
-    # An entry is rounded to a step. Its way there, and the sum of the block's minima that is added
-    # back, pass fp32 values as large as the widest table.
+    # A table's value is rounded to a step. Its way there, and the sum of the block's minima that is
+    # added back, pass fp32 values as large as the widest table.
     block_tables = max(books, _BLOCK_TABLES)
     rounding = library.table_rounding()
     if rounding:

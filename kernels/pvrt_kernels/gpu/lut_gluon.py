@@ -90,7 +90,7 @@ def lut_gluon(
             added = added + (sums[r] + gl.sum(four, axis=1),)  # noqa: RUF005
         sums = added
     last = True
-    if split > 1:  # as in split.finish
+    if split > 1:  # as in split_k.finish
         for r in gl.static_range(PER_THREAD):
             here = n + r * (WARPS * 32)
             gl.atomic_add(partial_ptr + here, sums[r], mask=here < end, sem="relaxed")

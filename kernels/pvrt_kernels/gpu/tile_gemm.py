@@ -128,7 +128,7 @@ def tile_gemm(
     taken = (n < end)[:, None] & (m < tokens)[None, :]
     place = m[None, :] * rows + n[:, None]
     last = True
-    if split > 1:  # as in split.finish
+    if split > 1:  # as in split_k.finish
         tl.atomic_add(partial_ptr + place, sums, mask=taken, sem="relaxed")
         tl.debug_barrier()
         last = tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel") == split - 1

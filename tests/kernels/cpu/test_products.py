@@ -24,7 +24,6 @@ from tests.fixtures.toy import random_layer
 HERE = Path(__file__).parent
 SCHEMES = ["2x8g8", "1x8g8", "1x8g4", "4x8g8", "2x8g16", "1x7g8", "17x8g8", "1x16g8", "1x12g16"]
 PARTITIONS = [[200], [64, 40, 130]]
-FP32 = 2e-6  # the relative error of fp32 sums over a few hundred terms
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
 
 
@@ -65,10 +64,28 @@ def test_products_are_those_of_float64(isa: str, scheme: str) -> None:
             y = aqlm_packed_linear(x, weight, layer.bias)
             assert relative(y, expected) < rounding.relative_error()
             y = aqlm_linear(x, layer.codes, layer.codebooks, layer.scales, layer.bias, sizes)
-            assert relative(y, expected) < FP32
+            assert relative(y, expected) < rounding.FP32_RELATIVE
     decoded = weight.dequantize()
     assert decoded.dtype == layer.codebooks.dtype
     assert relative(decoded, dense) < torch.finfo(decoded.dtype).eps
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [15, 16, 40])
+def test_many_tokens_take_decoded_rows_where_amx_multiplies_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """The path of a CPU with AMX; torch computes the same products without it."""
+    monkeypatch.setattr(products, "has_amx", lambda: True)
+    monkeypatch.setattr(products, "_PANEL_BYTES", 4 * 208 * 64)  # several panels, the last cut
+    sizes, layer = [64, 40, 130], fused("2x8g8", [64, 40, 130], 208, torch.bfloat16)
+    assert layer.bias is not None
+    weight = aqlm_pack(layer.codes, layer.codebooks, layer.scales, torch.bfloat16, sizes)
+    x = torch.randn(tokens, 208).bfloat16()
+    assert weight is not None
+    y = aqlm_packed_linear(x, weight, layer.bias.bfloat16())
+    expected = x.double() @ exact(layer, sizes).T + layer.bias.bfloat16().double()
+    assert y.dtype == torch.bfloat16 and relative(y, expected) < torch.finfo(torch.bfloat16).eps
 
 
 # What is hard on tables of 16 bits: one input sets the step of its block, results cancel, books are
@@ -257,7 +274,7 @@ def test_attention_of_heads_that_share_keys_is_that_of_float64(
         keys, values = cache[0, :, :, : position + 1].double()
         assert torch.equal(keys[:, -1], key) and torch.equal(values[:, -1], value)
         scores = queries.view(2, share, dim) @ keys.transpose(1, 2) * dim**-0.5
-        assert relative(y[0], (scores.softmax(-1) @ values).flatten()) < 2e-6
+        assert relative(y[0], (scores.softmax(-1) @ values).flatten()) < rounding.FP32_RELATIVE
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "3x7g4", "1x16g8"])

@@ -181,6 +181,11 @@ extern const isa isa_portable;
 extern const isa isa_avx2, isa_vbmi;
 #endif
 
+/* The first of `all` rows in a share of `parts` equal ones. */
+static inline int64_t share(int64_t all, int64_t index, int64_t parts) {
+    return all * index / parts;
+}
+
 /* The i-th row to read of rows [from, to): from two places in turn, since memory delivers two
  * streams faster than one. */
 static inline int64_t in_two_streams(int64_t i, int64_t from, int64_t to) {

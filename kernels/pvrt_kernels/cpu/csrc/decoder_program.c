@@ -138,7 +138,8 @@ static screened round_input(const float *x, int64_t n, int16_t *whole) {
  * for every row that the rounding errors (Cauchy-Schwarz) leave a chance to be the largest. */
 static void screen(program *p, const operation *o, const float *x, int64_t thread,
                    int64_t threads) {
-    const int64_t n = o->in, from = o->out * thread / threads, to = o->out * (thread + 1) / threads;
+    const int64_t n = o->in, from = share(o->out, thread, threads);
+    const int64_t to = share(o->out, thread + 1, threads);
     const size_t width = o->dtype == F32 ? 4 : 2, after = 2 * p->rows * n; /* x and its rounding */
     screened s[MOST_ROWS];
     float *least = p->room + p->room_floats * thread + after;
@@ -170,7 +171,7 @@ static void screen(program *p, const operation *o, const float *x, int64_t threa
 
 static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
     float *room = p->room + p->room_floats * thread;
-    const int64_t from = o->out * thread / n, to = o->out * (thread + 1) / n;
+    const int64_t from = share(o->out, thread, n), to = share(o->out, thread + 1, n);
     if (o->kind == EMBED) {
         for (int64_t t = 0; t < p->rows; t++)
             for (int64_t i = from; i < to; i++)

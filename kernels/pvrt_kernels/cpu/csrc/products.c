@@ -233,9 +233,6 @@ API void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *b
     run(&work.job, threads);
 }
 
-/* The first of `all` rows in a share of `parts` equal ones. */
-static int64_t share(int64_t all, int64_t index, int64_t parts) { return all * index / parts; }
-
 void plain_part(const job *job, int64_t index) {
     const plain_job *work = (const plain_job *)job;
     const plain_weight *w = work->weight;

@@ -29,6 +29,9 @@ static inline int64_t part_end(int64_t index, int64_t size, int64_t all) {
     return (index + 1) * size < all ? (index + 1) * size : all;
 }
 
+/* How many parts of `size` things, of which the last may be shorter, make `all`. */
+static inline int64_t part_count(int64_t size, int64_t all) { return (all + size - 1) / size; }
+
 /* Twice the products of entry `code` of book i with all entries of book m. */
 static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t code) {
     return s->products + ((i * s->books + m) * s->size + code) * s->size;
@@ -80,8 +83,6 @@ static int has_avx2(void) {
 
 #define QUERIES 256 /* of one part */
 
-static inline int64_t query_parts(int64_t n) { return (n + QUERIES - 1) / QUERIES; }
-
 typedef struct {
     job job;
     const sums *books;
@@ -109,7 +110,7 @@ static void search_part(const job *job, int64_t index) {
  * count no more than there are sums that the last beam reaches. */
 API void pvrt_nearest_sums(const sums *books, const float *x, int64_t n, int64_t beam, int64_t count,
                            uint8_t *codes, int64_t threads) {
-    search_job work = {.job = {.part = search_part, .parts = query_parts(n)},
+    search_job work = {.job = {.part = search_part, .parts = part_count(QUERIES, n)},
                        .books = books, .x = x, .codes = codes, .n = n, .beam = beam, .count = count};
     run(&work.job, threads);
 }
@@ -130,7 +131,7 @@ static void choose_part(const job *job, int64_t index) {
 /* For each of n groups the nearest to what it wants of the sum that it has and of two others; among
  * equals the one that it has. */
 API void pvrt_choose_codes(const choice *c, int64_t n, int64_t threads) {
-    choose_job work = {.job = {.part = choose_part, .parts = query_parts(n)}, .choice = c, .n = n};
+    choose_job work = {.job = {.part = choose_part, .parts = part_count(QUERIES, n)}, .choice = c, .n = n};
     run(&work.job, threads);
 }
 
@@ -144,7 +145,8 @@ static void gradient_part(const job *job, int64_t index) {
     const gradient_job *work = (const gradient_job *)job;
     const plain_weight *w = work->weight;
     const gradients *g = &work->gradients;
-    const int64_t from = *w->rows * index / job->parts, to = *w->rows * (index + 1) / job->parts;
+    const int64_t from = share(*w->rows, index, job->parts);
+    const int64_t to = share(*w->rows, index + 1, job->parts);
     float *books = g->books + index * w->books * w->size * w->group;
     if (has_avx2()) gradient_avx2(w, g, from, to, books);
     else gradient_portable(w, g, from, to, books);
@@ -180,8 +182,8 @@ static void latent_part(const job *job, int64_t index) {
 }
 
 static void step_parts(void (*part)(const job *, int64_t), const latent_step *l, int64_t threads) {
-    const int64_t parts = (l->groups + l->part_groups - 1) / l->part_groups;
-    step_job work = {.job = {.part = part, .parts = parts}, .step = l};
+    step_job work = {.job = {.part = part, .parts = part_count(l->part_groups, l->groups)},
+                     .step = l};
     run(&work.job, threads);
 }
 
