@@ -109,9 +109,9 @@ def _layout_of(kernel: str) -> Callable[..., tuple[Tensor, ...]]:
 def _linear_of(kernel: str, sizes: list[int]) -> Callable[[Tensor, list[Tensor]], Tensor]:
     """The product of x with one weight, of which the op has the tensors in order."""
     if kernel == _DENSE:
-        return lambda x, one: F.linear(x, *one)
+        return lambda x, one: F.linear(x, one[0])
     if kernel == _PLAIN:
-        return lambda x, one: aqlm_linear(x, *one, None, sizes)
+        return lambda x, one: aqlm_linear(x, one[0], one[1], one[2], None, sizes)
     packed = registry.packed(kernel)
     return lambda x, one: packed.linear(x, packed.layout(*one), None, sizes)
 

@@ -14,9 +14,12 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from pvrt.errors import RunError
-from pvrt_tune import parallel, shards
+from pvrt_tune import parallel, pipeline, shards
+from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.parallel import Group, Rows, joined, top_share
+from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.store import Store
+from tests.fixtures.toy import toy_model, toy_tokenizer
 
 
 @pytest.mark.parametrize("count", [1, 37, 999, 1000, 2000])
@@ -100,6 +103,8 @@ with parallel.joined("cpu", print) as group:
     found["agreed"] = parallel.agreed(f"said by {{parallel.rank()}}")
     found["together"] = parallel.together(parallel.rank)
     found["failed"] = raised(lambda: parallel.together(fail_on_1))
+    full = Store(folder / "full", writes=parallel.rank() == 0)
+    found["not noted"] = raised(lambda: shards.save(full, "of-three-1", tensors(1), {{}}))
     found["stopped"] = raised(steps)
     found["first"] = group.first(lambda: "made")
     found["first failed"] = raised(lambda: group.first(lambda: 1 / 0))
@@ -152,6 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where three processes left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
     shards.save(Store(folder), "of-one", tensors(5), {"from": 1})
+    (folder / "full" / "journal.jsonl").mkdir(parents=True)  # nothing can be appended to it
     script = folder / "rank.py"
     script.write_text(SCRIPT.format(paths=sys.path, folder=str(folder)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -226,6 +232,30 @@ def test_names_of_one_level_are_still_read(tmp_path: Path) -> None:
 
 def test_what_one_rank_fails_at_stops_all_with_its_sentence(found: list[dict[str, Any]]) -> None:
     assert [one["failed"] for one in found] == ["RunError: the disk of rank 1 is full"] * RANKS
+
+
+def test_a_journal_that_rank_0_cannot_write_stops_all(found: list[dict[str, Any]]) -> None:
+    (said,) = {one["not noted"] for one in found}
+    assert said.startswith("RunError: cannot save of-three-1 to ")
+
+
+def test_a_rank_that_does_not_see_the_output_folder_says_so(tmp_path: Path) -> None:
+    data = CalibrationData(torch.zeros(1, 8, dtype=torch.long), "text")
+    toy_model("llama").save_pretrained(tmp_path / "toy")
+    toy_tokenizer().save_pretrained(tmp_path / "toy")
+    job = TuneJob(str(tmp_path / "toy"), tmp_path / "elsewhere", Recipe())
+    with pytest.raises(RunError, match="give an output folder that all processes see"):
+        pipeline._follow(job, data)
+
+
+def test_a_rank_that_only_reads_leaves_half_a_line_to_the_one_that_writes(tmp_path: Path) -> None:
+    """It may look while the first rank's line is under way to a network disk."""
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text('{"event": "calibrated"}\n{"event": "pie')
+    assert Store(tmp_path, writes=False).calibrated
+    assert journal.read_text().endswith("pie")
+    assert Store(tmp_path).calibrated
+    assert journal.read_text().endswith("}\n")
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(found: list[dict[str, Any]]) -> None:

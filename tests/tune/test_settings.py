@@ -96,6 +96,8 @@ def test_of_the_settings_of_steps_only_those_taken_are_recorded() -> None:
         ("{training: {}, pv: {steps: 1}}", "pv has no setting steps; it knows strategy"),
         ("pv: 3", "pv takes settings of its own"),
         ("{3: 4}", "there is no setting 3; it knows scheme, samples"),
+        ("training: {3: 4}", "training has no setting 3; it knows windows"),
+        ("training: {1: {2: 3}}", "training has no setting 1; it knows windows"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
@@ -123,7 +125,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, text: str, sentence: str) -> 
         (FitSettings(), {"probes": 0}, "probes is 0; it must be at least 1"),
         (FitSettings(), {"cg_iterations": 0}, "cg_iterations is 0; it must be at least 1"),
         (FitSettings(), {"damping": 0.0}, "damping is 0.0; it must be above 0"),
-        (FitSettings(), {"damping": math.inf}, "damping is inf; it must be above 0"),
+        (FitSettings(), {"damping": math.inf}, "damping is inf; it must be above 0 and finite"),
         (FitSettings(), {"column_block": 0}, "column_block is 0"),
         (FinetuneSettings(), {"epochs": -1}, "epochs is -1; it must be at least 0"),
         (FinetuneSettings(), {"learning_rate": -1e-3}, "learning_rate is -0.001"),

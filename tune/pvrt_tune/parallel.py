@@ -37,8 +37,8 @@ _TORCHRUN = (
     "MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
 )
-#: The longest that a rank may come later than others to a collective. Between two of them lie a
-#: pass over some windows, or the writing of one rank's part of a state.
+#: The longest that a rank may come later than others to a collective. Between two of them a rank
+#: loads the models or computes a chunk of windows, or rank 0 writes the whole student.
 _COLLECTIVE_LIMIT = timedelta(minutes=15)
 #: Seconds between signs of life of rank 0 while it works and the others wait, and the seconds of
 #: silence after which they take it for dead.

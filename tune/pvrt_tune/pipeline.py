@@ -25,7 +25,7 @@ from pvrt_tune.pv.stage import pv_tune, tuned_tensors
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
-from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store
+from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store, unseen
 from pvrt_tune.write_checkpoint import write
 
 
@@ -37,12 +37,16 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     is through `job.out` holds the best checkpoint so far. Under torchrun the first process
     calibrates while the others wait; then all tune together.
     """
+    map_large_tensors()
     deadline = None if job.seconds is None else time.monotonic() + job.seconds
     if not parallel.speaks():
         report = _silent
     with parallel.joined(job.device, report) as group:
         job = replace(job, device=group.device)
-        run = group.first(lambda: _calibrated(job, report)) or _follow(job)
+        run = group.first(lambda: _calibrated(job, report))
+        # Read once: what another rank reads at the same name may be another text.
+        data = parallel.agreed(None if run is None else run.data)
+        run = run or _follow(job, data)
         if run.store.finished:
             report(f"{job.out} is already complete; --restart tunes it again")
         else:
@@ -80,14 +84,15 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     return run
 
 
-def _follow(job: TuneJob) -> Run:
-    """The run that the first process has prepared, for the others."""
+def _follow(job: TuneJob, data: CalibrationData | None) -> Run:
+    """The run that the first process has prepared with `data`, for the others.
+
+    Raises RunError when the output folder is not the first process's.
+    """
     source = load_source(job.model)
     store = Store(job.out / RUN_FOLDER, writes=False)
-    data = _text(job, source, _silent)
-    if data is None:
-        saved = store.load("calibration")
-        data = CalibrationData(saved.tensors["tokens"] if saved else torch.empty(0), "")
+    if data is None or not store.events:
+        raise unseen()
     return Run(job, source, find_blocks(source.model), data, store, _silent)
 
 
@@ -138,7 +143,6 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
 
     Raises RunError when it does not fit here.
     """
-    map_large_tensors()
     machine = Machine.here(job.device, job.out)
     plan = plan_job(job, machine)
     report(summary(plan))

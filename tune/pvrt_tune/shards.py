@@ -24,7 +24,7 @@ def save(store: Store, name: str, tensors: Mapping[str, Rows], report: dict[str,
         if rows.height is not None or parallel.rank() == 0
     }
     hashes = parallel.together(lambda: store.write(name, mine, parallel.rank()))
-    store.note(name, hashes, report)
+    parallel.together(lambda: store.note(name, hashes, report))
 
 
 def newest(store: Store, prefix: str) -> str | None:

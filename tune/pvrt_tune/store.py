@@ -52,7 +52,7 @@ class Store:
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
-        self.events = _read_journal(folder / _JOURNAL)
+        self.events = _read_journal(folder / _JOURNAL, repair=writes)
 
     @property
     def finished(self) -> bool:
@@ -187,6 +187,14 @@ def _refused(name: str, folder: Path, error: Exception) -> RunError:
     )
 
 
+def unseen() -> RunError:
+    """The error where one rank cannot read what another keeps in the run folder."""
+    return RunError(
+        "what another process saved cannot be read here; give an output folder that all processes "
+        "see"
+    )
+
+
 def has_piece(out: Path, name: str) -> bool:
     """Whether an output folder's run holds a piece, sound or not; its run is not opened."""
     return (out / RUN_FOLDER / "pieces" / f"{name}.safetensors").is_file()
@@ -304,8 +312,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
     return found
 
 
-def _read_journal(file: Path) -> list[dict[str, Any]]:
-    """Events up to the first line that a kill cut short."""
+def _read_journal(file: Path, *, repair: bool) -> list[dict[str, Any]]:
+    """Events up to the first line that a kill cut short, which `repair` removes."""
     events: list[dict[str, Any]] = []
     if not file.is_file():
         return events
@@ -319,7 +327,7 @@ def _read_journal(file: Path) -> list[dict[str, Any]]:
             break
         events.append(event)
         sound += len(line)
-    if sound < file.stat().st_size:  # a new line must not be glued to half a one
+    if repair and sound < file.stat().st_size:  # a new line must not be glued to half a one
         with file.open("r+b") as handle:
             handle.truncate(sound)
     return events

@@ -32,6 +32,7 @@ class Latent:
         kept = torch.bfloat16 if low_memory else torch.float32
         self.value = weight.detach().to(kept, copy=True) if accumulates else None
         rows, columns = weight.shape
+        self._rows = float(parallel.total(torch.tensor(float(rows))))  # of the whole layer
         sizes: dict[str, tuple[int, ...]] = {"second_moment": (rows, columns)}
         if low_memory:
             sizes = {"moment_rows": (rows,), "moment_columns": (columns,)}
@@ -77,11 +78,10 @@ class Latent:
             kept = self.moments["second_moment"]
             return kept.mul_(beta).addcmul_(grad, grad, value=1 - beta).sqrt()
         square = grad.square()
-        counts = parallel.total(torch.tensor([float(len(grad))]))
         rows = self.moments["moment_rows"].lerp_(square.mean(1), 1 - beta)
-        columns = parallel.total(square.sum(0)) / float(counts)
+        columns = parallel.total(square.sum(0)) / self._rows
         self.moments["moment_columns"].lerp_(columns, 1 - beta)
-        mean = parallel.total(rows.sum()) / float(counts)
+        mean = parallel.total(rows.sum()) / self._rows
         return torch.outer(rows, self.moments["moment_columns"] / mean.clamp_min(1e-30)).sqrt_()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pvrt.errors import RunError
 from pvrt_tune import parallel
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.store import unseen
 
 CHUNK_BYTES = 64 << 20
 #: Windows whose states of the original model are computed and kept together.
@@ -229,10 +230,7 @@ class Teacher:
         if number not in self.chunks:
             states = self.load(number)
             if states is None:
-                raise RunError(
-                    "what another process saved cannot be read here; give an output folder that "
-                    "all processes see"
-                )
+                raise unseen()
             self.chunks[number] = states
         return self.chunks[number]
 

@@ -81,6 +81,9 @@ class PVLayer:
         self.representation, self.weight, self.settings = representation, weight, settings
         self.strategy = STRATEGIES[settings.strategy]
         self.groups = weight.numel() // representation.group_size
+        # Groups of the whole layer that may change in a step.
+        everywhere = float(parallel.total(torch.tensor(float(self.groups))))
+        self._allowed = math.ceil(settings.fraction * everywhere)
         self._by_gain = self.strategy.subspace and settings.gain_pool > 1
         self.latent: Latent | None = None
         if self.strategy.moves_codes:
@@ -135,7 +138,7 @@ class PVLayer:
             left = (wanted - proposal.values).square().sum(1)
             gain = torch.where(kept, distance.index_select(0, candidates).square() - left, 0)
             kept = torch.zeros_like(kept)
-            kept[parallel.top_share(gain, self._allowed())] = True
+            kept[parallel.top_share(gain, self._allowed)] = True
         settled = (kept | ~proposal.moves).nonzero().squeeze(1)
         self.representation.assign(candidates.index_select(0, settled), proposal[settled])
         moved = kept.nonzero().squeeze(1)
@@ -151,13 +154,9 @@ class PVLayer:
         asks = self._by_gain or not self.strategy.subspace
         movable = self.representation.movable(distance, draws) if asks else distance > 0
         if self.strategy.subspace:
-            count = self._allowed() * self.settings.gain_pool
+            count = self._allowed * self.settings.gain_pool
             return parallel.top_share(torch.where(movable, distance, 0), count)
         return movable.nonzero().squeeze(1)
-
-    def _allowed(self) -> int:
-        total = parallel.total(torch.tensor(float(self.groups)))
-        return math.ceil(self.settings.fraction * float(total))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs besides the representation."""
@@ -179,7 +178,7 @@ class PVOptimizer:
         dense: Mapping[str, nn.Parameter],
         settings: PVSettings,
     ) -> None:
-        self.weights, self.settings, self.number = weights, settings, 0
+        self.weights, self.settings = weights, settings
         self.layers = {
             name: PVLayer(representation, _local(weights[name]), settings)
             for name, representation in representations.items()
@@ -212,7 +211,6 @@ class PVOptimizer:
         The V step's random draws come from `generator`, a different one for every step and equal
         on all ranks.
         """
-        self.number += 1
         for name, layer in self.layers.items():
             for part, value in layer.pull_back(self._gradient(name)).items():
                 self.continuous[f"{name}.{part}"].grad = value
@@ -265,7 +263,7 @@ class PVOptimizer:
 
     def student(self) -> dict[str, Rows]:
         """All that is trained, by checkpoint name: representations and dense parameters."""
-        state = {name: self._rows(name, tensor) for name, tensor in self.continuous.items()}
+        state = {name: self._rows(name, self.continuous[name]) for name in self.whole_dense}
         for name, layer in self.layers.items():
             shared = layer.representation.shared()
             for part, tensor in layer.representation.tensors().items():
@@ -301,7 +299,6 @@ class PVOptimizer:
 
     def resume(self, number: int, fill: Callable[[Mapping[str, Rows]], None]) -> None:
         """Go on after step `number`; `fill` puts what was saved then into `tensors()`."""
-        self.number = number
         for moments in self.adam.state.values():
             moments["step"].fill_(number)
         with torch.no_grad():

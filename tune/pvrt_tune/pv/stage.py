@@ -30,7 +30,8 @@ def pv_tune(run: Run, deadline: float | None) -> bool:
     settings = recipe.training
     assert settings is not None
     data = run.data if settings.separate_documents else replace(run.data, positions=None)
-    compute = compute_dtype(settings.compute, run.device)
+    # Ranks on unlike machines would answer differently.
+    compute = parallel.agreed(compute_dtype(settings.compute, run.device))
     original = run.source.dense(compute if run.device == "cpu" else None, run.device)
     sample = data.tokens[:1, :32].to(run.device)
     check_head(original, sample, separate_documents=settings.separate_documents)
@@ -78,10 +79,12 @@ def teacher_of(model: Any, data: CalibrationData, store: Store) -> Teacher:
             name = _states_name(number)
             return None if hidden is None else (name, store.write(name, {"hidden": hidden}))
 
-        for written in parallel.together(write):
-            if written is not None:
-                name, digest = written
+        def note(pieces: list[tuple[str, str] | None]) -> None:
+            for name, digest in filter(None, pieces):
                 store.note(name, [digest], {})
+
+        written = parallel.together(write)
+        parallel.together(lambda: note(written))
 
     return Teacher(model, data, TEACHER_CHUNK, load, save)
 

@@ -85,7 +85,8 @@ def _sentence(cls: Any, error: ValidationError) -> str:
         return f"{name}: {mistake['ctx']['error']}"
     if kind == "literal_error":
         return f"{name} is {value!r}; it can be {mistake['ctx']['expected']}"
-    return f"{name} is {value!r}; it must be {_range(cls, path)}"
+    finite = " and finite" if kind == "finite_number" else ""
+    return f"{name} is {value!r}; it must be {_range(cls, path)}{finite}"
 
 
 def _hints(cls: Any, path: list[Any]) -> dict[str, Any]:
@@ -110,4 +111,4 @@ def _range(cls: Any, path: list[Any]) -> str:
         for bound in field.metadata
         if hasattr(bound, name)
     ]
-    return " and ".join(bounds) if bounds else "a finite number"
+    return " and ".join(bounds)

@@ -89,7 +89,7 @@ def _merged(base: Mapping[str, Any], changes: Mapping[Any, Any]) -> dict[str, An
     for key, value in changes.items():
         name = str(key)  # YAML has keys that are numbers, which name no setting
         present = base.get(name)
-        if isinstance(present, dict) and isinstance(value, dict):
-            value = _merged(present, value)
+        if isinstance(value, dict):
+            value = _merged(present if isinstance(present, dict) else {}, value)
         merged[name] = value
     return merged
