@@ -20,9 +20,20 @@ __all__ = ["__version__", "load"]
 
 
 def _register_with_transformers() -> None:
+    """Teach transformers our format; with versions too old for that, to refuse it.
+
+    Nothing is raised here: whatever else this process does with transformers is not our affair.
+    """
+    from pvrt.errors import PvrtError
     from pvrt.versions import require_tested_versions
 
-    require_tested_versions()
+    try:
+        require_tested_versions()
+    except PvrtError as error:
+        from pvrt.hf.refusal import refuse
+
+        refuse(error)
+        return
     from pvrt.hf.quantizer import register
 
     register()

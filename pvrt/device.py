@@ -20,6 +20,7 @@ def checked_device(choice: str) -> str:
     """The device that a user means by "auto" or a name. Raises RunError if it cannot be used."""
     if choice == "auto":
         return default_device()
+    is_here(choice)  # refuses what is no device in our words
     try:
         torch.empty(0, device=choice)
     except (RuntimeError, AssertionError) as error:
@@ -36,6 +37,11 @@ def is_here(device: Device) -> bool:
         raise RunError(
             f"there is no device {str(device)!r}; give auto, cpu, cuda or cuda:N"
         ) from error
+
+
+def cpu_features() -> set[str]:
+    """The instruction sets of this CPU, as torch calls them: avx512_vbmi, amx_bf16, sve2."""
+    return {name for name, has in torch.cpu.get_capabilities().items() if has is True}
 
 
 def free_device_bytes(device: Device) -> int | None:

@@ -1,4 +1,4 @@
-"""What serving a model needs, from its config alone: weights, key-value cache, longest context."""
+"""The key-value cache of a model and the longest context, from its config alone."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The key-value cache of one sequence, 16-bit entries.
+    """The key-value cache of one sequence.
 
     layers: per layer, bytes per token and the most tokens kept (None: all of them).
     """

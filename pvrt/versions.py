@@ -40,17 +40,28 @@ class VersionRange:
         """Whether a version is newer than the newest tested one."""
         return Version(version).release[:2] > self.newest
 
+    @property
+    def span(self) -> str:
+        """The range in words."""
+        oldest, newest = ("{}.{}".format(*bound) for bound in (self.oldest, self.newest))
+        return oldest if oldest == newest else f"{oldest} to {newest}"
+
+    @property
+    def remedy(self) -> str:
+        """The command that installs a tested version."""
+        return f"pip install '{self.requirement}'"
+
+    def problem(self, version: str) -> str:
+        """What is wrong with a version outside of the range."""
+        return f"pvrt was tested with {self.package} {self.span}, found {version}"
+
     def sentence(self, version: str) -> str:
         """What is wrong with a version outside of the range, and what to do."""
-        oldest, newest = ("{}.{}".format(*bound) for bound in (self.oldest, self.newest))
-        return (
-            f"pvrt was tested with {self.package} {oldest} to {newest}, found {version}; "
-            f"try pip install '{self.requirement}'"
-        )
+        return f"{self.problem(version)}; try {self.remedy}"
 
 
 TORCH = VersionRange("torch", (2, 13), (2, 14))
-TRANSFORMERS = VersionRange("transformers", (5, 19), (5, 24))
+TRANSFORMERS = VersionRange("transformers", (5, 17), (5, 24))
 VLLM = VersionRange("vllm", (0, 30), (0, 33))
 #: Others expect tensors of other shapes, and 0.18 decodes 3-bit codes to other values.
 COMPRESSED_TENSORS = VersionRange("compressed-tensors", (0, 17), (0, 17))
@@ -80,12 +91,10 @@ def require_supported_vllm(version: str) -> None:
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     if numbers <= (0, 1):  # 0.1.dev is what a build from a shallow clone calls itself
         return
-    oldest, newest = ("{}.{}".format(*bound) for bound in (VLLM.oldest, VLLM.newest))
-    supported = f"pvrt serves AQLM checkpoints on vLLM {oldest} to {newest}, found {version}"
+    supported = f"pvrt serves AQLM checkpoints on vLLM {VLLM.span}, found {version}"
     if numbers < VLLM.oldest:
-        raise ServeError(f"{supported}; try pip install '{VLLM.requirement}'")
+        raise ServeError(f"{supported}; try {VLLM.remedy}")
     if numbers > VLLM.newest and os.environ.get(ANY_VLLM) != "1":
         raise ServeError(
-            f"{supported}; try pip install -U pvrt, pip install '{VLLM.requirement}', or "
-            f"{ANY_VLLM}=1 to run untested"
+            f"{supported}; try pip install -U pvrt, {VLLM.remedy}, or {ANY_VLLM}=1 to run untested"
         )

@@ -18,6 +18,7 @@ ARROWS = {
         errors, kv_cache, memory <- format <- modules <- hf, vllm_plugin
         lock, format <- tools
         errors <- versions <- tools, hf, vllm_plugin, __init__
+        errors <- device <- tools
         errors <- device, instruction_set <- cli
         hf <- __init__
         hf, vllm_plugin, tools, __init__ <- cli <- __main__

@@ -169,7 +169,7 @@ def _need_compressed_tensors(folder: Path) -> None:
     except metadata.PackageNotFoundError as error:
         raise CheckpointError(
             f"{folder} holds scalar grids, which transformers reads through a package that is not "
-            f"installed: pip install '{tested.requirement}'"
+            f"installed: {tested.remedy}"
         ) from error
     if tested.too_old(version) or tested.too_new(version):
         raise CheckpointError(f"{folder} holds scalar grids; {tested.sentence(version)}")

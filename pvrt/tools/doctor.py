@@ -35,15 +35,19 @@ _FEATURES = (
 
 
 def examine() -> Iterator[Finding]:
-    """Run all checks. Imports torch and nothing heavier."""
+    """Run all checks. Imports torch and Triton and nothing heavier, and neither where pvrt cannot
+    run on the torch that is there.
+    """
     yield _python()
     yield _lock()
-    yield from _torch()
+    torch = list(_torch())
+    yield from torch
     yield _tested(TRANSFORMERS)
     yield _shadowed("pvrt_kernels")
     yield _kernels_package()
-    yield _cpu_kernels()
-    yield _triton()
+    if not any(found.name == "torch" and found.level == "problem" for found in torch):
+        yield _cpu_kernels()
+        yield _triton()
     yield from _vllm()
     yield _compiler()
     yield _optional("gguf", "0.10", "pip install 'pvrt[gguf]'", "GGUF models")
@@ -76,19 +80,18 @@ def _lock() -> Finding:
         "note",
         f"{len(found.differing)} of {found.installed} packages differ from {lock.LOCK}: "
         f"{', '.join(shown)}{f' and {more} more' if more > 0 else ''}",
-        "make clean test",
+        f"pip install --constraint {lock.LOCK} --editable {lock.LOCK.parent}",
     )
 
 
 def _tested(tested: VersionRange) -> Finding:
     """A package that is always needed, and whose inner interfaces pvrt uses."""
-    name, version, remedy = tested.package, _version(tested.package), tested.requirement
+    name, version = tested.package, _version(tested.package)
     if version is None:
-        return Finding(name, "problem", "not installed", f"pip install '{remedy}'")
+        return Finding(name, "problem", "not installed", tested.remedy)
     if tested.too_old(version) or tested.too_new(version):
         level = "problem" if tested.too_old(version) else "note"
-        found, _, remedy = tested.sentence(version).partition("; try ")
-        return Finding(name, level, found, remedy)
+        return Finding(name, level, tested.problem(version), tested.remedy)
     return Finding(name, "ok", version)
 
 
@@ -195,12 +198,13 @@ def _cpu_kernels() -> Finding:
 
 
 def _cpu_features() -> list[str]:
-    """Instruction sets of this CPU that matter to products, as torch calls them."""
+    """Instruction sets of this CPU that matter to products."""
     import torch
 
-    # torch before 2.12 cannot tell.
-    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    names = [name for name in _FEATURES if has.get(name)]
+    from pvrt.device import cpu_features
+
+    found = cpu_features()
+    names = [name for name in _FEATURES if name in found]
     return names or [torch.backends.cpu.get_cpu_capability()]
 
 
@@ -211,15 +215,18 @@ def _triton() -> Finding:
         return Finding(
             "triton", "note", "not installed (GPU kernels need it)", "pip install 'pvrt[gpu]'"
         )
-    from triton.runtime import driver
-
     try:
+        from triton.runtime import driver
+
         target = driver.active.get_current_target()
-    except RuntimeError as error:  # what it raises without a driver, and with several
+    # A RuntimeError without a driver, with several, or without a compiler; others by the compiler.
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         if _driver() is None:
             return Finding("triton", "note", f"{version}, no GPU to reach")
         reason = str(error).split("\n")[0]
         remedy = "pip install --force-reinstall torch triton"
+        if isinstance(error, OSError | subprocess.SubprocessError) or "compiler" in reason:
+            remedy = "apt-get install gcc python3-dev"
         return Finding("triton", "problem", f"{version}, cannot reach the GPU: {reason}", remedy)
     return Finding("triton", "ok", f"{version}, reaches {target.backend} {target.arch}")
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from pvrt.device import default_device
+from pvrt.device import cpu_features, default_device
 from pvrt.format.folder import StoredModel, TensorInfo
 from pvrt.kv_cache import CacheShape
 from pvrt.memory import free_host_bytes
@@ -63,7 +63,7 @@ def installed_vllm() -> Path | None:
 
 
 def _has_avx512() -> bool:
-    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_supported()
+    return platform.machine() not in ("x86_64", "AMD64") or "avx512_f" in cpu_features()
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class OpenedModel:
     @property
     def foreign(self) -> bool:
         """Whether its layers are quantised in a way that is not ours and transformers' affair."""
-        return self.scheme is None and "quantization_config" in self.stored.config
+        return self.scheme is None and bool(self.stored.config.get("quantization_config"))
 
 
 def open_model(folder: Path) -> OpenedModel:

@@ -144,6 +144,8 @@ def _flag_name(flag: str) -> str:
 def _sentence(error: ValidationError) -> str:
     """What is wrong with the first bad value, and what would be right."""
     first = error.errors()[0]
+    if not first["loc"]:
+        return f"options are given by name, not as {first['input']!r}"
     name, bounds = str(first["loc"][0]), first.get("ctx", {})
     flag = f"--{name.replace('_', '-')}"
     said = f"{flag} is {first['input']!r}"

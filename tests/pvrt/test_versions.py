@@ -20,7 +20,7 @@ from pvrt.versions import (
     check,
     require_supported_vllm,
 )
-from tests.fixtures.toy import write_toy_grid
+from tests.fixtures.toy import toy_model, write_toy, write_toy_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = VersionRange("library", (2, 8), (2, 14))
@@ -112,3 +112,22 @@ def test_an_old_transformers_ends_in_one_sentence(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.count("found 4.57.0; try pip install 'transformers>=") == 2, done.stderr
+
+
+def test_an_old_transformers_stops_our_models_and_no_other(tmp_path: Path) -> None:
+    """A process may have imported pvrt for another model's sake: vLLM imports every plugin."""
+    toy_model("llama").save_pretrained(tmp_path / "dense")
+    write_toy(tmp_path / "codes")
+    info = tmp_path / "transformers-4.57.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
+    script = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import pvrt\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'dense')!r})))\n"
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'codes')!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert "LlamaForCausalLM" in done.stdout, done.stderr
+    assert "found 4.57.0; try pip install 'transformers>=" in done.stderr.splitlines()[-1]

@@ -8,6 +8,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from pvrt.device import (
+    cpu_features,
     free_device_bytes,
     is_here,
     multiplies_bfloat16,
@@ -44,9 +45,7 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
     if device != "cpu":
         fast = not is_here(device) or multiplies_bfloat16(device)
     else:
-        # torch before 2.12 cannot tell.
-        has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+        fast = bool(cpu_features() & {"amx_bf16", "avx512_bf16"})
     return torch.bfloat16 if fast else torch.float32
 
 

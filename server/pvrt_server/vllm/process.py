@@ -161,13 +161,15 @@ def _watch(
     on_ready: Callable[[], bool],
 ) -> None:
     while child.poll() is None:
-        with suppress(OSError):
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                ready.set()
-            if on_ready():
-                child.send_signal(signal.SIGTERM)
-            return
-        time.sleep(0.5)
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5).close()
+        except OSError:
+            time.sleep(0.5)
+            continue
+        ready.set()
+        if on_ready():
+            child.send_signal(signal.SIGTERM)
+        return
 
 
 def _follow(child: "subprocess.Popen[bytes]") -> tuple[int, bool]:

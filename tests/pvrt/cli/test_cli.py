@@ -5,7 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import NoReturn, get_args, get_type_hints
 
 import pytest
 import typer
@@ -14,6 +14,7 @@ import pvrt
 from pvrt.cli import app
 from pvrt.cli.recipe import Activations, Effort
 from pvrt.lock import Comparison, compare
+from pvrt.tools import doctor
 from pvrt.tools.doctor import Finding, examine
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
 
@@ -66,6 +67,8 @@ def test_the_choices_of_tune_are_those_of_its_settings() -> None:
         (("tune", "a", "-o", "x", "--scheme", "2bit"), "'2bit' is not a scheme"),
         (("tune", "a", "-o", "x", "--device", "cuda:9"), "--device cuda:9 cannot be used"),
         (("plan", "a", "--device", "gpu"), "there is no device 'gpu'"),
+        (("tune", "a", "-o", "x", "--device", "gpu"), "there is no device 'gpu'"),
+        (("tune", "a", "-o", "x", "--device", "meta"), "there is no device 'meta'"),
         (("plan", "a", "--for", "soon"), "--for soon is not a time"),
         (("plan", "a", "--for", "1h", "--no-pv"), "--for limits PV-Tuning"),
         (("plan", "a", "--config", "/nowhere.yaml"), "/nowhere.yaml"),
@@ -173,6 +176,33 @@ def test_doctor_counts_the_packages_that_differ_from_the_lock(tmp_path: Path) ->
     (tmp_path / "pyproject.toml").touch()
     assert compare(lock) == Comparison(2, (f"pytest {version('pytest')} (0.1)",))
     assert compare(tmp_path / "absent.txt") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (RuntimeError("2 active drivers"), "pip install --force-reinstall torch triton"),
+        (RuntimeError("Failed to find C compiler"), "apt-get install gcc python3-dev"),
+        (subprocess.CalledProcessError(1, "gcc"), "apt-get install gcc python3-dev"),
+        (FileNotFoundError("no/such/cc"), "apt-get install gcc python3-dev"),
+        (ImportError("libtriton.so"), "pip install --force-reinstall torch triton"),
+    ],
+)
+def test_doctor_says_why_triton_cannot_reach_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str
+) -> None:
+    """With a GPU, Triton compiles a small C program on first use."""
+
+    class Driver:
+        @property
+        def active(self) -> NoReturn:
+            raise error
+
+    monkeypatch.setattr("triton.runtime.driver", Driver())
+    monkeypatch.setattr(doctor, "_driver", lambda: "580.65")
+    found = next(f for f in examine() if f.name == "triton")
+    assert (found.level, found.remedy) == ("problem", remedy)
+    assert str(error).split("\n")[0] in found.text
 
 
 def test_doctor_sees_a_filter_that_leaves_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None:

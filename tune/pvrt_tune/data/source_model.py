@@ -44,7 +44,6 @@ from pvrt.format.aqlm import (
     INDEX_FILE,
     WEIGHTS_FILE,
     read_config,
-    read_headers,
     weight_files,
 )
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
@@ -232,8 +231,7 @@ def _download(name: str, weights: bool) -> Path:
 
 
 def _open_folder(name: str, folder: Path) -> Source:
-    files = weight_files(folder)
-    read_headers(files)  # a truncated file is named before anything is loaded
+    files = weight_files(folder)  # names a truncated file before anything is loaded
     with _one_sentence(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder if Path(name).expanduser().is_dir() else name
