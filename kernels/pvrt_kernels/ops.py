@@ -232,7 +232,9 @@ def aqlm_embedding(ids: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
     at = flat // out_group
     rows = aqlm_dequantize(codes.index_select(0, at), codebooks, scales.index_select(0, at))
     if out_group > 1:
-        rows = rows.view(len(at), out_group, -1)[torch.arange(len(at)), flat % out_group]
+        rows = rows.view(len(at), out_group, rows.shape[-1])[
+            torch.arange(len(at)), flat % out_group
+        ]
     return rows.reshape(*ids.shape, rows.shape[-1])
 
 

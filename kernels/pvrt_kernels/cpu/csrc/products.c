@@ -89,7 +89,7 @@ static inline float finish(const product *io, float sum, int64_t i, float there)
     return io->accumulate ? there + sum : sum;
 }
 
-#define AHEAD 3 /* tiles between what is looked up and what is prefetched */
+#define AHEAD 8 /* tiles between what is looked up and what is prefetched */
 
 /* Tiles [first, last) of one token or of up to eight: visits every partition that has tiles there. */
 static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t token, int lanes) {
@@ -125,19 +125,22 @@ static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t
             for (int done = 0; done < groups; done += piece) {
                 const int now = groups - done < piece ? groups - done : piece;
                 const int lookups = now * (int)w->books;
-                const uint8_t *c = codes + from * bytes + done * w->books * TILE;
+                const uint8_t *c = codes + done * w->books * TILE;
                 if (lanes == 1)
                     kernels->build(books, x + (j + done) * w->group, now, (int)w->group,
                                    (int)w->books, room);
                 else
                     kernels->build8(books, x8 + (j + done) * w->group * LANES, now, (int)w->group,
                                     (int)w->books, (float *)room);
-                for (int64_t t = from; t < to; t++, c += bytes) {
-                    const uint8_t *next = t + AHEAD < to ? c + AHEAD * bytes
-                                          : follows ? c + (AHEAD + tiles - (to - from)) * bytes : c;
+                for (int64_t k = 0; k < to - from; k++) {
+                    const int64_t t = in_two_streams(k, from, to), later = k + AHEAD;
+                    const int64_t rest = later - (to - from); /* of it in the next block */
+                    const uint8_t *next =
+                        rest < 0  ? c + in_two_streams(later, from, to) * bytes
+                        : follows ? c + (tiles + in_two_streams(rest, from, to)) * bytes : c;
                     float *sums = acc + (t - first) * TILE * lanes;
-                    if (lanes == 1) kernels->lookup(c, next, room, lookups, sums);
-                    else kernels->lookup8(c, next, (const float *)room, lookups, sums);
+                    if (lanes == 1) kernels->lookup(c + t * bytes, next, room, lookups, sums);
+                    else kernels->lookup8(c + t * bytes, next, (const float *)room, lookups, sums);
                 }
             }
         }
