@@ -150,9 +150,8 @@ def checked_layer(
     codes = torch.randint(0, form.codebook_size, shape, device=bench.device).to(form.code_dtype)
     books = torch.randn(len(sizes), *form.codebooks_shape, device=bench.device).to(dtype)
     scales = (torch.rand(out, 1, 1, 1, device=bench.device) + 0.5).to(dtype)
-    kernel = launch.kernel_for(form.num_codebooks)
-    tensors = kernel.pack(codes, books, scales, sizes)
-    packed = PackedWeight(kernel.name, tensors, sizes, features)
+    tensors = launch.pack(codes, books, scales, sizes)
+    packed = PackedWeight(launch.KERNEL.name, tensors, sizes, features)
     return packed, reference.dequantize(codes, books.double(), scales.double(), sizes)
 
 

@@ -23,6 +23,7 @@ from pvrt.format.atomic import as_json, try_writing, write_synced
 from pvrt.format.scheme import Scheme
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Gpu, Plan, Shape
+from pvrt_kernels.gpu.layout import split_books
 from pvrt_kernels.packed import PackedWeight
 
 COLD_BYTES = 256 << 20  # more than any L2 cache holds
@@ -95,9 +96,8 @@ def random_packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pac
     books = torch.randn(1, *scheme.codebooks_shape, dtype=dtype, device=device)
     scales = torch.full((shape.out_features,), shape.in_features**-0.5, dtype=dtype, device=device)
     sizes = [shape.out_features]
-    kernel = launch.kernel_for(shape.num_codebooks)
-    tensors = kernel.pack(codes.to(scheme.code_dtype), books, scales, sizes)
-    return PackedWeight(kernel.name, tensors, sizes, shape.in_features)
+    tensors = launch.pack(codes.to(scheme.code_dtype), books, scales, sizes)
+    return PackedWeight(launch.KERNEL.name, tensors, sizes, shape.in_features)
 
 
 def weight_copies(weight: PackedWeight, limit: int = 64) -> list[PackedWeight]:
@@ -140,11 +140,12 @@ def time_dense(clock: Clock, x: Tensor, shape: Shape) -> float:
 def candidates(card: Gpu, shape: Shape, tokens: int) -> list[Plan]:
     """At most about a dozen plans worth measuring, all of which compile without spills."""
     found = []
-    if tokens <= 4 and shape.width == "8bit" and shape.num_codebooks in (1, 2, 4):
+    if tokens <= 4 and shape.width == "8bit":
+        whole = not split_books(shape.num_codebooks)[1]
         tiles = ((512, 4), (1024, 8), (512, 8), (2048, 16)) if tokens == 1 else ()
-        for rows, warps in (*tiles, (1024, 16)):
+        for rows, warps in (*tiles, (1024, 16)) if whole else ((512, 8), (1024, 16)):
             found.append(choose.fit(Plan("lut", 0, rows, warps, 0), card, shape, tokens))
-        if tokens == 1 and launch.gluon_gathers():
+        if tokens == 1 and whole and launch.gluon_gathers():
             for rows in (1024, 2048):
                 found.append(choose.fit(Plan("lut_gluon", 0, rows, 8, 0), card, shape, tokens))
         base = found[0] if tokens > 1 else found[1]

@@ -19,7 +19,10 @@ from pvrt_kernels.packed import PackedWeight
 _KINDS = {
     name: kind
     for kind, name in enumerate(
-        ("embed", "tiled", "plain", "dense", "attend", "gate", "screen", "decode")
+        (
+            *("embed", "tiled", "plain", "dense", "attend", "gate", "screen", "decode"),
+            "screen_tiled",
+        )
     )
 }
 _ROUNDED_AT_ONCE = 4096  # rows
@@ -38,7 +41,7 @@ class Operation(ctypes.Structure):
         *((name, _VOID) for name in ("cosine", "sine", "query_norm", "key_norm")),
         *((name, _LONG) for name in ("heads", "kv_heads", "dim", "rotary", "layer")),
         ("scale", ctypes.c_double),
-        *((name, _VOID) for name in ("bytes", "bounds")),
+        *((name, _VOID) for name in ("bytes", "bounds", "plain")),
     ]
 
 
@@ -193,21 +196,29 @@ class Program:
     ) -> None:
         """y [rows, vocabulary] = weight norm(x), always last; or, if asked, what has its argmax.
 
-        With `scores`, which a dense weight may have, weights are then first multiplied in int8 (a
-        half of the memory to read), and again exactly where rounding leaves a chance that they give
-        the largest logit. A packed weight is read at its own width in any case.
+        If it is asked, weights are first multiplied roughly, and again exactly where rounding
+        leaves a chance that they give the largest logit: those of a dense weight in int8, if there
+        are `scores` (a half of the memory to read), those of a packed one, at its own width in any
+        case, by rough lookup tables where the instruction set has them.
         """
         self.linear(x, y, weight, norm=norm, epsilon=epsilon)
         exact = self._operations.pop()
-        self._tails = [exact, exact]
+        screen = Operation.from_buffer_copy(exact)
         if scores is not None:
             assert isinstance(weight, Tensor)
             self._kept.append(scores)
             self.bytes_read += scores.rows.nbytes + scores.bounds.nbytes - weight.nbytes
-            screen = Operation.from_buffer_copy(exact)
             screen.kind = _KINDS["screen"]
             screen.bytes, screen.bounds = scores.rows.data_ptr(), scores.bounds.data_ptr()
-            self._tails = [exact, screen]
+        elif (
+            isinstance(weight, PackedWeight)
+            and isinstance(weight.tensors, products.CpuTiles)
+            and len(weight.partition_sizes) == 1
+        ):
+            view = products.plain_view(weight.tensors, weight.in_features)
+            self._kept.append(view)
+            screen.kind, screen.plain = _KINDS["screen_tiled"], ctypes.addressof(view)
+        self._tails = [exact, screen]
 
     def rotate(self, cosine: Tensor, sine: Tensor) -> None:
         """Rotate queries and keys of all attentions by these angles [positions, rotary], fp32.

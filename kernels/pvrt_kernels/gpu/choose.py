@@ -5,7 +5,8 @@ A table is a JSON file for one kind of GPU, a list of rules that are tried in or
     {"scheme": "2x8g8", "max_tokens": 1, "kernel": "lut", "rows": 1024, "warps": 8}
 
 A rule holds for up to `max_tokens` tokens (absent: any number), for one `scheme` or a width of
-codes ("8bit", "16bit"), and, where it says so, for one `layer` [out_features, in_features]. Kernels
+codes ("8bit", "16bit"), and, where it says so, from `min_codebooks` on, and for one `layer`
+[out_features, in_features]. Kernels
 are lut, lut_gluon, direct and tile; dense, without rows and warps, decodes once and calls cuBLAS.
 `split` programs share a tile of rows; where a rule names none, it follows from the number of SMs.
 
@@ -26,6 +27,10 @@ import torch
 from pvrt_kernels.gpu.layout import block_count
 
 KERNELS = ("lut", "lut_gluon", "direct", "tile", "dense")
+MOST_TOKENS = 64  # of one program
+# Sums that programs which share rows may keep at a time, 16 MiB: a layer that has more (the head of
+# a large vocabulary, for many tokens) has tiles enough to fill a card without sharing.
+MOST_SUMS = 1 << 22
 VERSION = 1  # of the packed layout and of the rules: a table for another one is not used
 
 
@@ -110,6 +115,7 @@ def matches(rule: dict[str, Any], shape: Shape, tokens: int) -> bool:
     return (
         tokens <= rule.get("max_tokens", tokens)
         and rule.get("scheme", shape.scheme) in (shape.scheme, shape.width)
+        and rule.get("min_codebooks", 1) <= shape.num_codebooks
         and rule.get("layer", [shape.out_features, shape.in_features])
         == [shape.out_features, shape.in_features]
     )
@@ -117,10 +123,10 @@ def matches(rule: dict[str, Any], shape: Shape, tokens: int) -> bool:
 
 def fit(plan: Plan, gpu: Gpu, shape: Shape, tokens: int) -> Plan:
     """Fill in tokens per program (from the batch) and, where it is 0, split (from the SMs)."""
-    largest = 64 if plan.kernel == "tile" else 4
+    largest = MOST_TOKENS if plan.kernel == "tile" else 4
     least = 8 if plan.kernel == "tile" else 1
     per_program = min(max(1 << (tokens - 1).bit_length(), least), largest)
-    if tokens > per_program:
+    if tokens > per_program or tokens * shape.out_features > MOST_SUMS:
         return replace(plan, tokens=per_program, split=1)
     if plan.split == 0:
         if -(-shape.out_features // plan.rows) * shape.blocks < gpu.sms:

@@ -12,13 +12,52 @@ import triton
 import triton.language as tl
 
 from pvrt_kernels.gpu.lut_gemv import UNSPECIALISED
-from pvrt_kernels.gpu.split_k import finish, row_tile
+from pvrt_kernels.gpu.split_k import finish, load_rest, row_tile
+
+
+@triton.jit
+def add_products(
+    sums,
+    table,
+    entry,
+    x_ptr,
+    group,
+    groups,
+    tokens,
+    TOKENS: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """sums[t] [ROWS, WIDTH] plus the products of codewords entry [ROWS] with group `group` of x."""
+    WIDTH: tl.constexpr = GROUP if GROUP < 8 else 8
+    e = tl.arange(0, WIDTH)[None, :]
+    inside = group + tl.zeros((1, WIDTH), dtype=tl.int32)
+    for part_of_group in tl.static_range(GROUP // WIDTH):
+        here = part_of_group * WIDTH
+        at = table + entry[:, None] * GROUP + here
+        if SIZE <= 256:
+            w = tl.load(at, eviction_policy="evict_last")
+        else:
+            w = tl.load(at, cache_modifier=".cg")
+        added = ()
+        for t in tl.static_range(TOKENS):
+            x = tl.load(
+                x_ptr + (t * groups + inside) * GROUP + here + e,
+                mask=inside < tl.where(t < tokens, groups, 0),
+                other=0.0,
+                eviction_policy="evict_last",
+            )
+            product = w.to(tl.float32) * x.to(tl.float32)
+            added = added + (sums[t] + product,)  # noqa: RUF005 (Triton has no *added)
+        sums = added
+    return sums
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def direct_gemv(
     x_ptr,
     words_ptr,
+    rest_ptr,
     books_ptr,
     scales_ptr,
     bias_ptr,
@@ -33,6 +72,7 @@ def direct_gemv(
     split,
     TOKENS: tl.constexpr,
     BOOKS: tl.constexpr,
+    REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -41,8 +81,8 @@ def direct_gemv(
 ):
     """Grid (row tiles, split); program (i, s) sums blocks s, s + split, ... of ROWS rows.
 
-    As `lut_gemv`, but words is [blocks, rows, 2] int64, BOOKS is any number, SIZE up to 65536 and
-    GROUP a power of two; partial is [split, tokens, rows].
+    As `lut_gemv`, but words is [blocks, rows, 2] int64, SIZE up to 65536 and GROUP a power of two;
+    partial is [split, tokens, rows].
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
     BITS: tl.constexpr = 8 if SIZE <= 256 else 16
@@ -54,7 +94,7 @@ def direct_gemv(
     stride = rows.to(tl.int64) * 2
     first = tl.program_id(1)
     count = tl.cdiv(groups * BOOKS, 2 * CODES)
-    table = books_ptr + part * (BOOKS * SIZE * GROUP) + e
+    table = books_ptr + part * ((BOOKS + REST) * SIZE * GROUP) + e
     words = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
     )
@@ -70,25 +110,20 @@ def direct_gemv(
         for i in tl.static_range(2 * CODES):
             f = b * (2 * CODES) + i
             code = (halves[i // CODES] >> (i % CODES * BITS)).to(tl.int32) & (SIZE - 1)
-            entry = ((f % BOOKS) * SIZE + code)[:, None] * GROUP
-            group = f // BOOKS + tl.zeros((1, WIDTH), dtype=tl.int32)
-            for part_of_group in tl.static_range(GROUP // WIDTH):
-                here = part_of_group * WIDTH
-                if SIZE <= 256:
-                    w = tl.load(table + entry + here, eviction_policy="evict_last")
-                else:
-                    w = tl.load(table + entry + here, cache_modifier=".cg")
-                added = ()
-                for t in tl.static_range(TOKENS):
-                    x = tl.load(
-                        x_ptr + (t * groups + group) * GROUP + here + e,
-                        mask=group < tl.where(t < tokens, groups, 0),
-                        other=0.0,
-                        eviction_policy="evict_last",
-                    )
-                    product = w.to(tl.float32) * x.to(tl.float32)
-                    added = added + (sums[t] + product,)  # noqa: RUF005 (Triton has no *added)
-                sums = added
+            entry = (f % BOOKS) * SIZE + code
+            sums = add_products(
+                sums, table, entry, x_ptr, f // BOOKS, groups, tokens, TOKENS, SIZE, GROUP
+            )
+        if REST > 0:
+            rest = load_rest(rest_ptr, b, n, end, rows, BOOKS, REST)
+            rest_words = tl.split(rest) if REST * 2 == BOOKS else (tl.reshape(rest, (ROWS,)),)
+            for i in tl.static_range(2 * CODES * REST // BOOKS):
+                f = b * (2 * CODES * REST // BOOKS) + i
+                code = (rest_words[i // (CODES // 2)] >> (i % (CODES // 2) * BITS)) & (SIZE - 1)
+                entry = (BOOKS + f % REST) * SIZE + code
+                sums = add_products(
+                    sums, table, entry, x_ptr, f // REST, groups, tokens, TOKENS, SIZE, GROUP
+                )
         words = ahead
     totals = ()
     for t in tl.static_range(TOKENS):

@@ -1,7 +1,6 @@
 """The packed kernels of NVIDIA GPUs: pack at load, then pick and launch Triton kernels.
 
-Triton's kernels count in powers of two, so three codebooks become four, of which the last is zero:
-`THREE` packs them so, and is `KERNEL` in all else. Up to 4 tokens go to table lookups or direct
+Up to 4 tokens go to table lookups or direct
 decoding, up to the crossover of the card's table to tiles on tensor cores, more to a decoded
 scratch and cuBLAS (`choose.py`).
 
@@ -11,7 +10,6 @@ other, as in vLLM and transformers. Nothing is compiled, measured or synchronise
 caller's back once `warm_up` has seen the layers, so that CUDA graphs can be captured.
 """
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
@@ -20,12 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pvrt_kernels.dispatch import PackedKernel, Problem, registry
 from pvrt_kernels.gpu import choose
 from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
-from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
+from pvrt_kernels.gpu.layout import pack_codes, rest_bytes, split_books, unpack_codes
 from pvrt_kernels.gpu.shared import shared
 
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
@@ -37,22 +34,23 @@ _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; o
 class GpuBlocks(NamedTuple):
     """A packed weight, contiguous, on its GPU.
 
-    codes uint8 [blocks, rows, 16] (`layout.py`), codebooks [P, M, 2^B, g] with M a power of two,
-    scales [rows].
+    codes uint8 [blocks, rows, 16] and rest uint8 [blocks, rows, 0, 4 or 8] (`layout.py`), codebooks
+    [P, M, 2^B, g], scales [rows].
     """
 
     codes: Tensor
     codebooks: Tensor
     scales: Tensor
+    rest: Tensor
 
 
 def supports(problem: Problem) -> bool:
-    """NVIDIA GPUs from Turing on, 1 to 4 codebooks, groups of 4, 8, 16 or 32 inputs, one output."""
+    """NVIDIA GPUs from Turing on, 1 to 6 codebooks, groups of 4, 8, 16 or 32 inputs, one output."""
     return (
         problem.device_type == "cuda"
         and _usable()
         and problem.out_group_size == 1
-        and problem.num_codebooks <= 4
+        and problem.num_codebooks <= 6
         and problem.in_group_size in (4, 8, 16, 32)
         and problem.dtype in (torch.float16, torch.bfloat16, torch.float32)
     )
@@ -70,29 +68,27 @@ def _current() -> torch.device:
 
 def pack(codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]) -> GpuBlocks:
     """See `dispatch.PackedKernel`."""
-    parts, _, size, _, g = codebooks.shape
-    shared.workspace(codes.device, codes.shape[0] * 64, codes.shape[0])
+    parts, count, size, _, g = codebooks.shape
+    sums = min(codes.shape[0] * choose.MOST_TOKENS, choose.MOST_SUMS)
+    shared.workspace(codes.device, sums, codes.shape[0])
     tables = codebooks.reshape(parts, -1, size, g).contiguous()
-    return GpuBlocks(pack_codes(codes, size), tables, scales.reshape(-1).contiguous())
+    main, rest = split_books(count)
+    blocks = pack_codes(codes[:, :, :main], size)
+    smaller = blocks.new_empty(*blocks.shape[:2], 0)
+    if rest:
+        smaller = pack_codes(codes[:, :, main:], size, rest_bytes(count))
+    return GpuBlocks(blocks, tables, scales.reshape(-1).contiguous(), smaller)
 
 
 def unpack(packed: GpuBlocks, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `dispatch.PackedKernel`."""
     _, count, size, g = packed.codebooks.shape
-    codes = unpack_codes(packed.codes, in_features // g, count, size)
+    main, rest = split_books(count)
+    codes = unpack_codes(packed.codes, in_features // g, main, size)
+    if rest:
+        more = unpack_codes(packed.rest, in_features // g, rest, size)
+        codes = torch.cat([codes, more], dim=2)
     return codes, packed.codebooks.unsqueeze(3), packed.scales.reshape(-1, 1, 1, 1)
-
-
-def _pack_three(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> GpuBlocks:
-    four = torch.cat([codebooks, torch.zeros_like(codebooks[:, :1])], dim=1)
-    return pack(F.pad(codes, (0, 1)), four, scales, partition_sizes)
-
-
-def _unpack_three(packed: GpuBlocks, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    codes, codebooks, scales = unpack(packed, in_features)
-    return codes[:, :, :3].contiguous(), codebooks[:, :3], scales
 
 
 def linear(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) -> Tensor:
@@ -127,9 +123,10 @@ def launch(
     plan: Plan, flat: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]
 ) -> Tensor:
     """Run a plan (any but dense): flat [tokens, in_features] -> [tokens, rows]."""
-    blocks, books, scales = packed
+    blocks, books, scales, smaller = packed
     tokens, in_features = flat.shape
     rows, (parts, count, size, g) = blocks.shape[1], books.shape
+    main, rest = split_books(count)
     flat = _aligned(flat)
     if books.dtype != flat.dtype:  # tensor cores take one type
         books = books.to(flat.dtype)
@@ -147,6 +144,7 @@ def launch(
         _kernel(plan.kernel)[grid](
             flat,
             blocks.view(_WORDS.get(plan.kernel, torch.int32)),
+            (smaller if rest else blocks).view(torch.int32),
             books,
             scales,
             scales if bias is None else bias,
@@ -160,7 +158,8 @@ def launch(
             end1,
             plan.split,
             TOKENS=plan.tokens,
-            BOOKS=count,
+            BOOKS=main,
+            REST=rest,
             SIZE=size,
             GROUP=g,
             PARTS=1 if parts == 1 else 3,  # two are three of which the last is empty
@@ -209,12 +208,17 @@ def warm_up(
 
 def _by_partition(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) -> Tensor:
     """More partitions than a kernel takes as arguments: one launch for each."""
-    blocks, books, scales = packed
+    blocks, books, scales, smaller = packed
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
     outputs = []
     for part, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         rows = slice(start, start + size)
-        one = GpuBlocks(blocks[:, rows].contiguous(), books[part : part + 1], scales[rows])
+        one = GpuBlocks(
+            blocks[:, rows].contiguous(),
+            books[part : part + 1],
+            scales[rows],
+            smaller[:, rows].contiguous(),
+        )
         outputs.append(linear(x, one, None if bias is None else bias[rows], [size]))
     return torch.cat(outputs, dim=-1)
 
@@ -236,31 +240,52 @@ def multiply_decoded(
     return y
 
 
-def _decode(packed: GpuBlocks, sizes: list[int], start: int, weight: Tensor) -> None:
-    """Decode rows start... of a layer into weight [some rows, in_features]."""
+def rows(
+    packed: GpuBlocks, numbers: Tensor, sizes: list[int], in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """See `dispatch.PackedKernel`; NaN for rows that are not there."""
+    y = packed.scales.new_full((numbers.shape[0], in_features), torch.nan, dtype=dtype)
+    if numbers.shape[0]:
+        _decode(packed, sizes, 0, y, numbers.contiguous())
+    return y
+
+
+def _decode(
+    packed: GpuBlocks, sizes: list[int], start: int, weight: Tensor, numbers: Tensor | None = None
+) -> None:
+    """Decode rows start..., or those of some numbers, into weight [some rows, in_features]."""
     from pvrt_kernels.gpu.tile_gemm import decode_rows
 
-    blocks, books, scales = packed
+    blocks, books, scales, smaller = packed
     _, count, size, g = books.shape
+    main, rest = split_books(count)
     end, first = start + weight.shape[0], 0
     with _on(weight.device):
         for part, length in enumerate(sizes):
-            begin, stop = max(first, start), min(first + length, end)
+            begin, stop, results = first, first + length, weight
             first += length
+            if numbers is None:
+                begin, stop = max(begin, start), min(stop, end)
+                results = weight[begin - start : max(begin, stop) - start]
             if begin >= stop:
                 continue
-            decode_rows[(-(-(stop - begin) // DECODE.rows), blocks.shape[0])](
+            decode_rows[(-(-results.shape[0] // DECODE.rows), blocks.shape[0])](
                 blocks.view(torch.int32),
+                (smaller if rest else blocks).view(torch.int32),
                 books[part],
                 scales,
-                weight[begin - start :],
+                scales if numbers is None else numbers,
+                results,
                 blocks.shape[1],
                 weight.shape[1] // g,
                 begin,
                 stop,
-                BOOKS=count,
+                results.shape[0],
+                BOOKS=main,
+                REST=rest,
                 SIZE=size,
                 GROUP=g,
+                BY_NUMBER=numbers is not None,
                 ROWS=DECODE.rows,
                 **compile_options(DECODE),
             )
@@ -285,7 +310,7 @@ def _gpu(device: torch.device) -> Gpu:
 @lru_cache(maxsize=4096)
 def _choose(gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool) -> Plan:
     plan = choose.choose(gpu, shape, tokens, dtype, deterministic)
-    if plan.kernel == "lut_gluon" and not gluon_gathers():
+    if plan.kernel == "lut_gluon" and (split_books(shape.num_codebooks)[1] or not gluon_gathers()):
         return Plan("lut", plan.tokens, plan.rows, plan.warps, plan.split)
     return plan
 
@@ -317,29 +342,10 @@ def _kernel(name: str) -> Any:
 
 
 KERNEL = PackedKernel(
-    "triton",
-    lambda problem: problem.num_codebooks != 3 and supports(problem),
-    GpuBlocks,
-    pack,
-    unpack,
-    linear,
-    dequantize,
-    warm_up,
+    "triton", supports, GpuBlocks, pack, unpack, linear, dequantize, warm_up, rows
 )
-THREE = dataclasses.replace(
-    KERNEL,
-    name="triton-3",
-    supports=lambda problem: problem.num_codebooks == 3 and supports(problem),
-    pack=_pack_three,
-    unpack=_unpack_three,
-)
-
-
-def kernel_for(num_codebooks: int) -> PackedKernel[GpuBlocks]:
-    """The packed kernel for a number of codebooks."""
-    return THREE if num_codebooks == 3 else KERNEL
 
 
 def register() -> None:
-    """Add the kernels to the registry; what is not there is found out when it is asked."""
-    registry.add(KERNEL, THREE)
+    """Add the kernel to the registry; what is not there is found out when it is asked."""
+    registry.add(KERNEL)

@@ -17,7 +17,7 @@ products on tensor cores; sums are first divided by a bound (largest |x| of the 
 import triton
 import triton.language as tl
 
-from pvrt_kernels.gpu.split_k import finish, row_tile
+from pvrt_kernels.gpu.split_k import finish, load_rest, row_tile
 
 UNSPECIALISED = ["rows", "groups", "tokens", "end0", "end1", "split"]
 
@@ -66,10 +66,48 @@ def table_for_one(
     return tl.reshape(tl.trans(table), (GROUPS * books.shape[0],))
 
 
+@triton.jit
+def table_for_two(books, x0, x1, bound0, bound1):
+    """Products of books [V, DEPTH] with x0 and x1 [DEPTH, COLUMNS] over their bounds.
+
+    Flat [COLUMNS * V]: two float16 in a word.
+    """
+    both = pack_half(tl.dot(books, x0) * (1 / bound0))
+    both |= pack_half(tl.dot(books, x1) * (1 / bound1)) << 16
+    return tl.reshape(tl.trans(both), (both.shape[0] * both.shape[1],))
+
+
+@triton.jit
+def load_books(ptr, e, BOOKS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
+    """[BOOKS * 256, DEPTH] codewords, zeros beyond SIZE and GROUP; e is 0 to DEPTH."""
+    v = tl.arange(0, BOOKS * 256)
+    return tl.load(
+        ptr + (v // 256 * SIZE + v % 256)[:, None] * GROUP + e[None, :],
+        mask=(v % 256 < SIZE)[:, None] & (e < GROUP)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def table_index(words, WORDS: tl.constexpr):
+    """Bytes of words [rows, WORDS] -> flat [rows * WORDS * 4]: byte i in the i-th table of 256."""
+    offset = tl.arange(0, WORDS)[None, :] * 1024
+    even = tl.join((words & 255) + offset, ((words >> 16) & 255) + (offset + 512))
+    odd = tl.join(((words >> 8) & 255) + (offset + 256), ((words >> 24) & 255) + (offset + 768))
+    return tl.reshape(tl.join(even, odd), (words.shape[0] * WORDS * 4,))
+
+
+@triton.jit
+def look_up(table, index, ROWS: tl.constexpr):
+    """Values [ROWS, lookups of a row] of a flat table."""
+    return tl.reshape(tl.gather(table, index, 0), (ROWS, index.shape[0] // ROWS))
+
+
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def lut_gemv(
     x_ptr,
     words_ptr,
+    rest_ptr,
     books_ptr,
     scales_ptr,
     bias_ptr,
@@ -84,6 +122,7 @@ def lut_gemv(
     split,
     TOKENS: tl.constexpr,
     BOOKS: tl.constexpr,
+    REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -93,8 +132,9 @@ def lut_gemv(
     """Grid (row tiles, split); program (i, s) sums blocks s, s + split, ... of ROWS rows.
 
     x [tokens, groups * GROUP] with tokens <= TOKENS in (1, 2, 4); words [blocks, rows, 4] int32, 16
-    bytes per row and block; books [PARTS, BOOKS, SIZE, GROUP], BOOKS in (1, 2, 4), SIZE <= 256;
-    scales and bias [rows]; y [tokens, rows]; partial and arrived as in `finish`.
+    bytes per row and block; rest as in `load_rest`; books [PARTS, BOOKS + REST, SIZE, GROUP], BOOKS
+    in (1, 2, 4), SIZE <= 256; scales and bias [rows]; y [tokens, rows]; partial and arrived as in
+    `finish`.
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
     GROUPS: tl.constexpr = 16 // BOOKS  # groups in a block
@@ -103,22 +143,18 @@ def lut_gemv(
     DEPTH: tl.constexpr = GROUP if (GROUP > 16 or TOKENS == 1) else 16
     n = row + tl.arange(0, ROWS)
     e = tl.arange(0, DEPTH)
-    v = tl.arange(0, BOOKS * 256)
-    books = tl.load(
-        books_ptr
-        + part * (BOOKS * SIZE * GROUP)
-        + (v // 256 * SIZE + v % 256)[:, None] * GROUP
-        + e[None, :],
-        mask=(v % 256 < SIZE)[:, None] & (e < GROUP)[None, :],
-        other=0.0,
-    )
+    own_books = books_ptr + part * ((BOOKS + REST) * SIZE * GROUP)
+    books = load_books(own_books, e, BOOKS, SIZE, GROUP)
+    if REST > 0:
+        more_books = load_books(own_books + BOOKS * SIZE * GROUP, e, REST, SIZE, GROUP)
     if TOKENS > 1:
         norm = tl.max(tl.sum(tl.abs(books.to(tl.float32)), axis=1), axis=0)
+        if REST > 0:
+            more_norm = tl.max(tl.sum(tl.abs(more_books.to(tl.float32)), axis=1), axis=0)
+            norm = tl.maximum(norm, more_norm)
     group = tl.arange(0, COLUMNS)
     inside = (e < GROUP)[:, None] & (group < GROUPS)[None, :]
-    word = tl.arange(0, 4)[None, :]
-    offset = word * 1024
-    at = words_ptr + n.to(tl.int64)[:, None] * 4 + word
+    at = words_ptr + n.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
     stride = rows.to(tl.int64) * 4
     first = tl.program_id(1)
     count = tl.cdiv(groups * BOOKS, 16)
@@ -133,14 +169,19 @@ def lut_gemv(
             other=0,
             eviction_policy="evict_first",
         )
-        even = tl.join((codes & 255) + offset, ((codes >> 16) & 255) + (offset + 512))
-        odd = tl.join(((codes >> 8) & 255) + (offset + 256), ((codes >> 24) & 255) + (offset + 768))
-        index = tl.reshape(tl.join(even, odd), (ROWS * 16,))
+        index = table_index(codes, 4)
+        if REST > 0:
+            more_index = table_index(
+                load_rest(rest_ptr, b, n, end, rows, BOOKS, REST), 4 * REST // BOOKS
+            )
         added = ()
         if TOKENS == 1:
             table = table_for_one(books, x_ptr, b * GROUPS, groups, GROUPS, GROUP, DEPTH)
-            found = tl.reshape(tl.gather(table, index, 0), (ROWS, 16))
-            added = (sums[0] + tl.sum(found, axis=1),)
+            sum0 = sums[0] + tl.sum(look_up(table, index, ROWS), axis=1)
+            if REST > 0:
+                table = table_for_one(more_books, x_ptr, b * GROUPS, groups, GROUPS, GROUP, DEPTH)
+                sum0 += tl.sum(look_up(table, more_index, ROWS), axis=1)
+            added = (sum0,)
         else:
             j = (b * GROUPS + group)[None, :]
             k = j * GROUP + e[:, None]
@@ -160,12 +201,14 @@ def lut_gemv(
                 )
                 bound0 = tl.max(tl.max(tl.abs(x0.to(tl.float32)), axis=1), axis=0) * norm + 1e-30
                 bound1 = tl.max(tl.max(tl.abs(x1.to(tl.float32)), axis=1), axis=0) * norm + 1e-30
-                both = pack_half(tl.dot(books, x0) * (1 / bound0))
-                both |= pack_half(tl.dot(books, x1) * (1 / bound1)) << 16
-                table = tl.reshape(tl.trans(both), (COLUMNS * BOOKS * 256,))
-                found = tl.reshape(tl.gather(table, index, 0), (ROWS, 16))
+                found = look_up(table_for_two(books, x0, x1, bound0, bound1), index, ROWS)
                 sum0 = tl.sum(unpack_half(found, 0), axis=1)
                 sum1 = tl.sum(unpack_half(found, 16), axis=1)
+                if REST > 0:
+                    table = table_for_two(more_books, x0, x1, bound0, bound1)
+                    found = look_up(table, more_index, ROWS)
+                    sum0 += tl.sum(unpack_half(found, 0), axis=1)
+                    sum1 += tl.sum(unpack_half(found, 16), axis=1)
                 sum0 = sums[2 * pair] + sum0 * bound0
                 sum1 = sums[2 * pair + 1] + sum1 * bound1
                 added = added + (sum0, sum1)  # noqa: RUF005 (Triton has no *added)

@@ -18,6 +18,7 @@ from pvrt_kernels.gpu.split_k import row_tile
 def lut_gluon(
     x_ptr,
     words_ptr,
+    rest_ptr,
     books_ptr,
     scales_ptr,
     bias_ptr,
@@ -32,13 +33,14 @@ def lut_gluon(
     split,
     TOKENS: tl.constexpr,
     BOOKS: tl.constexpr,
+    REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """As `lut_gemv` with TOKENS = 1; ROWS a multiple of 4 rows per thread."""
+    """As `lut_gemv` with TOKENS = 1 and REST = 0; ROWS a multiple of 4 rows per thread."""
     WARPS: gl.constexpr = gl.num_warps()
     PER_THREAD: gl.constexpr = ROWS // (WARPS * 32)
     GROUPS: gl.constexpr = 16 // BOOKS

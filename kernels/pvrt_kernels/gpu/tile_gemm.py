@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pvrt_kernels.gpu.lut_gemv import UNSPECIALISED
-from pvrt_kernels.gpu.split_k import row_tile
+from pvrt_kernels.gpu.split_k import load_rest, row_tile
 
 
 @triton.jit
@@ -25,7 +25,8 @@ def codewords(codes, table, SIZE: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def decode_block(
+def add_codewords(
+    w,
     words,
     table,
     BOOKS: tl.constexpr,
@@ -33,33 +34,53 @@ def decode_block(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """words [ROWS, 4] int32, one block of codes -> unscaled weights [ROWS, columns], float32.
-
-    A block holds 16 / BOOKS groups of 8-bit codes or 8 / BOOKS of 16-bit codes.
-    """
+    """w [ROWS, groups, GROUP] plus the codewords of words [ROWS, any], BOOKS of them per group."""
     if SIZE > 256:
-        CODES: tl.constexpr = 8
         codes = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
+        GROUPS: tl.constexpr = 2 * words.shape[1] // BOOKS
     else:
-        CODES: tl.constexpr = 16
         even = tl.join(words & 255, (words >> 16) & 255)
         odd = tl.join((words >> 8) & 255, (words >> 24) & 255)
         codes = tl.join(even, odd)
-    GROUPS: tl.constexpr = CODES // BOOKS
+        GROUPS: tl.constexpr = 4 * words.shape[1] // BOOKS
     if BOOKS == 1:
-        w = codewords(tl.reshape(codes, (ROWS, GROUPS)), table, SIZE, GROUP)
+        w += codewords(tl.reshape(codes, (ROWS, GROUPS)), table, SIZE, GROUP)
     elif BOOKS == 2:
         codes0, codes1 = tl.split(tl.reshape(codes, (ROWS, GROUPS, 2)))
-        w = codewords(codes0, table, SIZE, GROUP)
+        w += codewords(codes0, table, SIZE, GROUP)
         w += codewords(codes1 + SIZE, table, SIZE, GROUP)
     else:
         codes02, codes13 = tl.split(tl.reshape(codes, (ROWS, GROUPS, 2, 2)))
         codes0, codes2 = tl.split(codes02)
         codes1, codes3 = tl.split(codes13)
-        w = codewords(codes0, table, SIZE, GROUP)
+        w += codewords(codes0, table, SIZE, GROUP)
         w += codewords(codes1 + SIZE, table, SIZE, GROUP)
         w += codewords(codes2 + 2 * SIZE, table, SIZE, GROUP)
         w += codewords(codes3 + 3 * SIZE, table, SIZE, GROUP)
+    return w
+
+
+@triton.jit
+def decode_block(
+    words,
+    rest,
+    table,
+    BOOKS: tl.constexpr,
+    REST: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """words [ROWS, 4] and rest [ROWS, 4 REST / BOOKS] int32, one block of codes -> weights.
+
+    A block holds 16 / BOOKS groups of 8-bit codes or 8 / BOOKS of 16-bit codes; the weights are
+    [ROWS, columns] float32, not yet scaled.
+    """
+    GROUPS: tl.constexpr = (16 if SIZE <= 256 else 8) // BOOKS
+    w = tl.zeros((ROWS, GROUPS, GROUP), dtype=tl.float32)
+    w = add_codewords(w, words, table, BOOKS, SIZE, GROUP, ROWS)
+    if REST > 0:
+        w = add_codewords(w, rest, table + BOOKS * SIZE * GROUP, REST, SIZE, GROUP, ROWS)
     return tl.reshape(w, (ROWS, GROUPS * GROUP))
 
 
@@ -67,6 +88,7 @@ def decode_block(
 def tile_gemm(
     x_ptr,
     words_ptr,
+    rest_ptr,
     books_ptr,
     scales_ptr,
     bias_ptr,
@@ -81,6 +103,7 @@ def tile_gemm(
     split,
     TOKENS: tl.constexpr,
     BOOKS: tl.constexpr,
+    REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -103,7 +126,7 @@ def tile_gemm(
     stride = rows.to(tl.int64) * 4
     count = tl.cdiv(groups, GROUPS)
     first = tl.program_id(1)
-    table = books_ptr + part * (BOOKS * SIZE * GROUP)
+    table = books_ptr + part * ((BOOKS + REST) * SIZE * GROUP)
     x_at = x_ptr + (m * groups)[:, None] * GROUP + k[None, :]
     words = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
@@ -118,7 +141,8 @@ def tile_gemm(
         )
         inside = (m < tokens)[:, None] & (b * GROUPS + k // GROUP < groups)[None, :]
         x = tl.load(x_at + b * DEPTH, mask=inside, other=0.0)
-        w = decode_block(words, table, BOOKS, SIZE, GROUP, ROWS).to(x.dtype)
+        rest = load_rest(rest_ptr, b, n, end, rows, BOOKS, REST)
+        w = decode_block(words, rest, table, BOOKS, REST, SIZE, GROUP, ROWS).to(x.dtype)
         sums = tl.dot(w, tl.trans(x), sums)
         words = ahead
     scale = tl.load(scales_ptr + n, mask=n < end, other=0.0).to(tl.float32)
@@ -141,36 +165,43 @@ def tile_gemm(
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=taken)
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "first_row", "end_row"])
+@triton.jit(do_not_specialize=["rows", "groups", "first_row", "end_row", "count"])
 def decode_rows(
     words_ptr,
+    rest_ptr,
     book_ptr,
     scales_ptr,
+    numbers_ptr,
     weight_ptr,
     rows,
     groups,
     first_row,
     end_row,
+    count,
     BOOKS: tl.constexpr,
+    REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
+    BY_NUMBER: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Grid (tiles of rows first_row..end_row, blocks): decode those rows, of one partition.
+    """Grid (tiles of `count` results, blocks): decode rows first_row..end_row of one partition.
 
-    words [blocks, rows, 4] int32, book [BOOKS, SIZE, GROUP], scales [rows] ->
-    weight [end_row - first_row, groups * GROUP]; sums and scaling in float32, rounded once.
+    words [blocks, rows, 4] int32 and rest as in `load_rest`, book [BOOKS + REST, SIZE, GROUP],
+    scales [rows] -> weight [count, groups * GROUP]; sums and scaling in float32, rounded once.
+    BY_NUMBER, result i is row numbers[i] (int64), and is left as it is if that is another's.
     """
-    CODES: tl.constexpr = 16 if SIZE <= 256 else 8
-    GROUPS: tl.constexpr = CODES // BOOKS
-    DEPTH: tl.constexpr = GROUPS * GROUP
-    n = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    DEPTH: tl.constexpr = (16 if SIZE <= 256 else 8) // BOOKS * GROUP
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.load(numbers_ptr + i, mask=i < count, other=-1) if BY_NUMBER else first_row + i
+    taken = (i < count) & (n >= first_row) & (n < end_row)
     b = tl.program_id(1)
     at = words_ptr + (b * rows.to(tl.int64) + n)[:, None] * 4 + tl.arange(0, 4)[None, :]
-    words = tl.load(at, mask=(n < end_row)[:, None], other=0, eviction_policy="evict_first")
-    w = decode_block(words, book_ptr, BOOKS, SIZE, GROUP, ROWS)
-    w *= tl.load(scales_ptr + n, mask=n < end_row, other=0.0).to(tl.float32)[:, None]
+    words = tl.load(at, mask=taken[:, None], other=0, eviction_policy="evict_first")
+    rest = load_rest(rest_ptr, b, n, tl.where(taken, rows, 0), rows, BOOKS, REST)
+    w = decode_block(words, rest, book_ptr, BOOKS, REST, SIZE, GROUP, ROWS)
+    w *= tl.load(scales_ptr + n, mask=taken, other=0.0).to(tl.float32)[:, None]
     k = tl.arange(0, DEPTH)
-    inside = (n < end_row)[:, None] & (b * GROUPS + k // GROUP < groups)[None, :]
-    row_at = weight_ptr + ((n - first_row).to(tl.int64) * groups)[:, None] * GROUP
+    inside = taken[:, None] & (b * (DEPTH // GROUP) + k // GROUP < groups)[None, :]
+    row_at = weight_ptr + (i.to(tl.int64) * groups)[:, None] * GROUP
     tl.store(row_at + b * DEPTH + k[None, :], w.to(weight_ptr.dtype.element_ty), mask=inside)

@@ -11,7 +11,7 @@ typedef struct { uint8_t b[16]; } __m128i;
 typedef uint64_t __mmask64;
 
 #define MODEL static inline __attribute__((unused))
-#define _MM_HINT_T0 3
+#define _MM_HINT_T1 2
 #define _mm_prefetch(p, hint) ((void)(p))
 
 #define LANES32(i) for (int i = 0; i < 16; i++)
@@ -75,6 +75,28 @@ MODEL __mmask64 _mm512_movepi8_mask(__m512i a) {
 MODEL __m512i _mm512_mask_blend_epi8(__mmask64 k, __m512i a, __m512i b) {
     LANES8(i) if (k >> i & 1) a.b[i] = b.b[i];
     return a;
+}
+MODEL __m512 _mm512_add_ps(__m512 a, __m512 b) { LANES32(i) a.f[i] += b.f[i]; return a; }
+MODEL __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { /* in every 128 bits */
+    __m512i r;
+    LANES16(i) set_word(&r, i, word(i & 1 ? &b : &a, i / 8 * 8 + i % 8 / 2));
+    return r;
+}
+MODEL __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) {
+    __m512i r;
+    LANES16(i) set_word(&r, i, word(i & 1 ? &b : &a, i / 8 * 8 + 4 + i % 8 / 2));
+    return r;
+}
+MODEL __m512i _mm512_set_epi64(int64_t h, int64_t g, int64_t f, int64_t e, int64_t d, int64_t c, int64_t b, int64_t a) {
+    const int64_t all[8] = {a, b, c, d, e, f, g, h};
+    __m512i r;
+    memcpy(&r, all, 64);
+    return r;
+}
+MODEL __m512i _mm512_permutex2var_epi64(__m512i a, __m512i index, __m512i b) {
+    __m512i r;
+    for (int i = 0; i < 8; i++) memcpy(r.b + 8 * i, (index.b[8 * i] & 8 ? b.b : a.b) + 8 * (index.b[8 * i] & 7), 8);
+    return r;
 }
 MODEL __m512i _mm512_permutex2var_epi8(__m512i a, __m512i index, __m512i b) {
     __m512i r;

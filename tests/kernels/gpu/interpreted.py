@@ -25,7 +25,7 @@ from pvrt_kernels.gpu import choose, launch, lut_gluon
 from pvrt_kernels.gpu.choose import Plan
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
 from pvrt_kernels.gpu.shared import shared
-from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear, aqlm_packed_rows
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 # Relative error of a product: one rounding of its sums, one of each weight (tile and dense). The
@@ -52,10 +52,7 @@ interpreter.InterpreterBuilder.create_dot = multiply_in_float32
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(choose, "user_table", lambda name: Path("/nonexistent"))
-    with registry.using(
-        replace(launch.KERNEL, supports=lambda problem: problem.num_codebooks != 3),
-        replace(launch.THREE, supports=lambda problem: problem.num_codebooks == 3),
-    ):
+    with registry.using(replace(launch.KERNEL, supports=lambda problem: True)):
         yield
 
 
@@ -101,7 +98,9 @@ def run(plan: Plan, layer: Case, tokens: int, dtype: torch.dtype, bias: bool = F
     assert not arrived.any()
 
 
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8", "1x16g16", "1x8g4", "4x8g8", "3x8g8"])
+@pytest.mark.parametrize(
+    "scheme", ["2x8g8", "1x16g8", "1x16g16", "1x8g4", "4x8g8", "3x8g8", "5x8g4", "6x8g16", "3x12g8"]
+)
 @pytest.mark.parametrize("in_features", [96, 176])
 def test_packing_turns_back_into_the_checkpoints_tensors(scheme: str, in_features: int) -> None:
     layer = case(scheme, [5, 6], in_features)
@@ -110,9 +109,9 @@ def test_packing_turns_back_into_the_checkpoints_tensors(scheme: str, in_feature
         assert ours.dtype == theirs.dtype
     blocks = layer.blocks.codes
     assert blocks.is_contiguous()
-    if scheme != "3x8g8":
-        spare = blocks.numel() - layer.parts[0].numel() * layer.parts[0].element_size()
-        assert 0 <= spare < 16 * 11  # less than a block per row
+    stored = blocks.numel() + layer.blocks.rest.numel()
+    spare = stored - layer.parts[0].numel() * layer.parts[0].element_size()
+    assert 0 <= spare < 24 * 11  # less than a block per row
 
 
 def test_signed_codes_are_packed_as_indices() -> None:
@@ -132,7 +131,12 @@ def test_signed_codes_are_packed_as_indices() -> None:
         ("1x8g4", [33], 72, BFLOAT),
         ("4x8g8", [65], 48, HALF),
         ("4x8g16", [65], 80, HALF),
-        ("3x8g8", [65], 48, HALF),
+        ("2x8g4", [65], 72, HALF),
+        ("3x8g8", [65, 9], 72, BFLOAT),
+        ("3x8g4", [65], 36, HALF),
+        ("5x8g8", [65, 9], 56, HALF),
+        ("5x8g16", [65], 80, HALF),
+        ("6x7g8", [65], 72, HALF),
         ("2x7g8", [65], 72, HALF),
         ("2x8g32", [65], 160, HALF),
     ],
@@ -144,8 +148,9 @@ def test_table_lookups(scheme: str, sizes: list[int], in_features: int, dtype: t
         run(Plan("lut", compiled, 64, 4, split), layer, tokens, dtype, bias=split == 2)
 
 
-def test_table_lookups_for_two_and_four_tokens() -> None:
-    layer = case("2x8g8", [70], 136)
+@pytest.mark.parametrize("scheme", ["2x8g8", "5x8g8", "3x8g4"])
+def test_table_lookups_for_two_and_four_tokens(scheme: str) -> None:
+    layer = case(scheme, [70], 136)
     run(Plan("lut", 2, 64, 4, 3), layer, 2, HALF)
     run(Plan("lut", 4, 64, 4, 1), layer, 4, HALF, bias=True)
 
@@ -168,6 +173,10 @@ def test_half_precision_tables_do_not_overflow() -> None:
         ("1x16g8", [70, 9], 136, HALF),
         ("1x16g16", [20], 144, BFLOAT),
         ("2x12g8", [20], 72, HALF),
+        ("3x12g8", [20, 3], 72, HALF),
+        ("5x16g8", [20], 40, HALF),
+        ("5x8g8", [20, 3], 72, torch.float32),
+        ("6x8g4", [20], 36, HALF),
         ("2x8g8", [20, 3, 7], 72, HALF),
         ("1x8g4", [40], 72, torch.float32),
     ],
@@ -189,6 +198,9 @@ def test_direct_decoding(
         ("1x16g16", [70], 144, HALF),
         ("1x8g4", [70], 72, HALF),
         ("4x8g16", [70], 80, BFLOAT),
+        ("3x8g16", [70, 3], 80, HALF),
+        ("5x8g8", [70], 72, HALF),
+        ("6x12g4", [70], 36, HALF),
     ],
 )
 def test_tiles_on_tensor_cores(
@@ -201,7 +213,7 @@ def test_tiles_on_tensor_cores(
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, torch.float32])
 def test_decoding_whole_weights_rounds_once(dtype: torch.dtype) -> None:
-    for scheme in ("2x8g8", "4x8g8", "1x16g16"):
+    for scheme in ("2x8g8", "4x8g8", "1x16g16", "3x8g4", "5x8g8", "6x12g16"):
         layer = case(scheme, [70, 33], 144, dtype)
         exact = reference.dequantize(*layer.parts, [70, 33])
         ours = layer.packed.dequantize()
@@ -209,6 +221,23 @@ def test_decoding_whole_weights_rounds_once(dtype: torch.dtype) -> None:
             torch.testing.assert_close(ours, exact, rtol=2**-7, atol=0)
         else:
             assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize("scheme", ["2x8g4", "3x8g4", "5x8g8", "1x16g8", "6x12g16"])
+def test_rows_by_their_numbers(scheme: str) -> None:
+    for sizes in ([203], [70, 33, 1, 99]):
+        layer = case(scheme, sizes, 144)
+        exact = reference.dequantize(*layer.parts, sizes)
+        ids = torch.tensor([[0, 202, 69, 70], [103, 104, 202, 0]])
+        for rows in (ids, ids.int(), ids.T, torch.randint(0, 203, (300,)), ids[:0]):
+            assert torch.equal(aqlm_packed_rows(layer.packed, rows, HALF), exact[rows.long()])
+
+
+def test_a_row_that_is_not_there_is_nan_where_nothing_can_be_raised() -> None:
+    layer = case("2x8g4", [70, 33], 72)
+    y = launch.rows(layer.blocks, torch.tensor([5, -1, 103, 2**40, 102]), [70, 33], 72, HALF)
+    assert y.isnan().all(1).tolist() == [False, True, True, True, False]
+    assert not y[0].isnan().any() and not y[4].isnan().any()
 
 
 def test_many_tokens_are_multiplied_in_pieces_of_the_scratch(

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
+from pvrt_kernels import has_fast_kernel
 from pvrt_kernels.dispatch import Problem
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
@@ -61,9 +63,13 @@ def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_usable", lambda: True)
     assert launch.supports(problem())
     assert launch.supports(problem(num_codebooks=1, codebook_size=65536, in_group_size=16))
+    for books, group in product(
+        range(1, 7), (4, 8, 16)
+    ):  # heads of 4 to 6 bits and layers of 1 to 4
+        assert has_fast_kernel("cuda", books, 8, group), (books, group)
     refused: list[dict[str, object]] = [
         {"device_type": "cpu"},
-        {"num_codebooks": 5},
+        {"num_codebooks": 7},
         {"in_group_size": 6},
         {"out_group_size": 4},
         {"dtype": torch.float64},
@@ -97,6 +103,22 @@ def test_every_batch_has_a_plan_that_fills_the_card(name: str) -> None:
                 assert programs >= min(128, -(-out // plan.rows) * min(shape.blocks, 64)) * 0.7
                 assert plan.split <= shape.blocks
                 assert plan.tokens >= min(tokens, 64)
+
+
+@pytest.mark.parametrize("scheme", [(2, 256, 4), (3, 256, 4), (5, 256, 8)])
+@pytest.mark.parametrize("head", [(49152, 576), (128256, 4096), (262144, 8192)])
+def test_heads_get_a_plan_whose_grid_and_sums_are_within_limits(
+    head: tuple[int, int], scheme: tuple[int, int, int]
+) -> None:
+    shape = Shape(*scheme, *head)
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 128):
+        plan = choose.choose(ADA, shape, tokens, torch.float16, False)
+        tiles = -(-shape.out_features // plan.rows)
+        assert tiles * plan.split >= ADA.sms / 2  # fills the card
+        assert tiles < 2**31 and plan.split < 2**16  # limits of a grid
+        if plan.split > 1:
+            assert tokens * shape.out_features <= choose.MOST_SUMS
+    assert shape.blocks < 2**16  # the second axis of decode_rows
 
 
 def test_kernels_change_with_the_batch() -> None:

@@ -74,12 +74,12 @@ static void lookup16(const uint8_t *c, const uint8_t *next, const void *t, float
         CODES("a", "") ".p2align 6\n1:\n\t"
         CODES("b", "64") EIGHT(SET, "a", "") CODES("a", "128") EIGHT(ADD, "b", "1024")
         CODES("b", "192") EIGHT(ADD, "a", "2048") CODES("a", "256") EIGHT(ADD, "b", "3072")
-        "prefetcht0 (%[next])\n\t"
+        "prefetcht1 (%[next])\n\t"
         CODES("b", "320") EIGHT(ADD, "a", "4096") CODES("a", "384") EIGHT(ADD, "b", "5120")
         CODES("b", "448") EIGHT(ADD, "a", "6144") CODES("a", "512") EIGHT(ADD, "b", "7168")
         CODES("b", "576") EIGHT(ADD, "a", "8192") CODES("a", "640") EIGHT(ADD, "b", "9216")
         CODES("b", "704") EIGHT(ADD, "a", "10240") CODES("a", "768") EIGHT(ADD, "b", "11264")
-        "prefetcht0 64(%[next])\n\t"
+        "prefetcht1 64(%[next])\n\t"
         CODES("b", "832") EIGHT(ADD, "a", "12288") CODES("a", "896") EIGHT(ADD, "b", "13312")
         CODES("b", "960") EIGHT(ADD, "a", "14336") CODES("a", "8") EIGHT(ADD, "b", "15360")
         STORE4(0, 1, 2, 3, "") STORE4(4, 5, 6, 7, "16")
@@ -96,7 +96,7 @@ static void lookup(const uint8_t *codes, const uint8_t *next, const void *t, int
         return;
     }
     for (int line = 0; line < TILE * tables; line += 64)
-        _mm_prefetch((const char *)next + line, _MM_HINT_T0);
+        _mm_prefetch((const char *)next + line, _MM_HINT_T1);
     for (int h = 0; h < TILE; h += 8) {
         const uint8_t *c = codes + h;
         const float *table = t;
@@ -145,7 +145,7 @@ static void lookup8(const uint8_t *codes, const uint8_t *next, const float *t8, 
                     float *acc) {
     const uint64_t field = 0x1fe01fe01fe01fe0ull;
     for (int line = 0; line < TILE * tables; line += 64)
-        _mm_prefetch((const char *)next + line, _MM_HINT_T0);
+        _mm_prefetch((const char *)next + line, _MM_HINT_T1);
     for (int h = 0; h < TILE; h += 8, acc += 8 * LANES) {
         const float *t = t8;
         const uint8_t *c = codes + h;
@@ -364,5 +364,5 @@ static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
 }
 
 const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, 0, build, lookup, build8, lookup8, direct,
-                      decode, attend, dot, dot_bytes, dot4, gate};
+                      decode, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
 #endif

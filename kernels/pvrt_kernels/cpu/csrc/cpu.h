@@ -121,6 +121,12 @@ typedef struct {
     void (*dot4)(const float *a, int64_t stride, const void *b, int64_t n, int64_t dtype, float *y);
     /* y = silu(x) * values; an element's result does not depend on where it is, in whole eights */
     void (*gate)(const float *x, const float *values, float *y, int64_t n);
+    /* Tables of one token with steps of a byte, as `build` and `lookup`: ENTRIES bytes a table, then
+     * two floats, the step and the sum of what all tables lack. NULL where nothing is gained. */
+    void (*build_rough)(const float *books, const float *x, int groups, int group, int books_count,
+                        void *t);
+    void (*lookup_rough)(const uint8_t *codes, const uint8_t *next, const void *t, int tables,
+                         float *acc);
 } isa;
 
 /* One call, cut into parts that threads take. What a kind of call needs is a struct of its own that
@@ -159,6 +165,10 @@ typedef struct {
     const void *weight; /* dense [out][in] */
     int64_t dtype;
 } dense_job;
+
+/* Rows [*from, *to), a split's share, of one token's product with a weight of one partition by rough
+ * tables. Returns how far a row may be off, in parts of its scale. */
+float rough_tiles(const tiled_job *work, int64_t split, int64_t token, int64_t *from, int64_t *to);
 
 void tiled_part(const job *job, int64_t index);
 void plain_part(const job *job, int64_t index);

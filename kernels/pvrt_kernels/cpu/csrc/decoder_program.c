@@ -11,7 +11,7 @@
 
 #define MOST_ROWS 64 /* sequences of one run */
 
-enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN, DECODE };
+enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN, DECODE, SCREEN_TILED };
 
 /* x, y: fp32 [rows][in] and [rows][stride]. norm: root-mean-square norm weights that x passes first
  * (NULL: none). cosine, sine: [positions][rotary].
@@ -30,6 +30,7 @@ typedef struct {
     double scale;
     const int8_t *bytes;
     const float *bounds;
+    const plain_weight *plain; /* the packed weight again, for single rows */
 } operation;
 
 /* What a run appends to one sequence: a token, at a position whose predecessors are all in its
@@ -169,6 +170,49 @@ static void screen(program *p, const operation *o, const float *x, int64_t threa
     }
 }
 
+static float largest_of(const float *y, const float *scales, int64_t n, float off) {
+    float m[8], rest = -INFINITY;
+    for (int l = 0; l < 8; l++) m[l] = -INFINITY;
+    for (int64_t i = 0; i < n / 8 * 8; i += 8)
+        for (int l = 0; l < 8; l++) {
+            const float least = y[i + l] - fabsf(scales[i + l]) * off;
+            m[l] = least > m[l] ? least : m[l];
+        }
+    for (int64_t i = n / 8 * 8; i < n; i++) rest = fmaxf(rest, y[i] - fabsf(scales[i]) * off);
+    for (int l = 0; l < 8; l++) rest = fmaxf(rest, m[l]);
+    return rest;
+}
+
+/* The same over a packed weight: by rough tables first, then row by row. */
+static void screen_tiled(program *p, const operation *o, const float *x, int64_t thread,
+                         int64_t threads) {
+    const product product = {.x = x, .y = o->y, .tokens = p->rows, .in = o->in, .out = o->out,
+                             .stride = o->stride};
+    const tiled_job work = {.product = product, .weight = o->weight, .splits = threads};
+    const float *scales = work.weight->scales;
+    const int64_t after = p->rows * o->in; /* in a thread's room */
+    float *mine = p->room + p->room_floats * thread + after, *row = mine + p->rows, off[MOST_ROWS];
+    int64_t from = 0, to = 0;
+    for (int64_t t = 0; t < p->rows; t++) {
+        off[t] = rough_tiles(&work, thread, t, &from, &to);
+        mine[t] = largest_of(o->y + t * o->stride + from, scales + from, to - from, off[t]);
+    }
+    barrier_of(p, threads);
+    for (int64_t t = 0; t < p->rows; t++) {
+        float *y = o->y + t * o->stride, least = -INFINITY;
+        for (int64_t other = 0; other < threads; other++)
+            least = fmaxf(least, p->room[p->room_floats * other + after + t]);
+        for (int64_t i = from; i < to; i++) {
+            if (y[i] + fabsf(scales[i]) * off[t] < least) continue;
+            const decode_job one = {.job.parts = 1, .weight = o->plain, .first = i, .count = 1,
+                                    .y = row};
+            decode_part(&one.job, 0);
+            y[i] = kernels->dot(x + t * o->in, row, o->in, F32);
+            least = fmaxf(least, y[i]); /* exact now, so fewer are left a chance */
+        }
+    }
+}
+
 /* Rows of a packed weight; each thread decodes those of its sequences. */
 static void embed_packed(const program *p, const operation *o, int64_t thread, int64_t threads) {
     int64_t tokens[MOST_ROWS];
@@ -222,9 +266,13 @@ static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
         screen(p, o, x, thread, n);
         return;
     }
+    if (o->kind == SCREEN_TILED && kernels->build_rough) {
+        screen_tiled(p, o, x, thread, n);
+        return;
+    }
     const product product = {.x = x, .bias = o->bias, .y = o->y, .tokens = p->rows, .in = o->in,
                              .out = o->out, .stride = o->stride, .accumulate = o->accumulate};
-    if (o->kind == TILED) {
+    if (o->kind == TILED || o->kind == SCREEN_TILED) {
         const tiled_job work = {.product = product, .weight = o->weight, .splits = n};
         for (int64_t eight = 0; eight * LANES < p->rows; eight++)
             tiled_part(&work.job, eight * n + thread);

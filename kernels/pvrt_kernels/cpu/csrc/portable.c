@@ -95,4 +95,4 @@ static void dot4(const float *a, int64_t stride, const void *b, int64_t n, int64
 }
 
 const isa isa_portable = {"portable", ENTRIES * 4, 0, 0, build, lookup, build8, lookup8,
-                          direct, decode, attend, dot, dot_bytes, dot4, gate};
+                          direct, decode, attend, dot, dot_bytes, dot4, gate, NULL, NULL};

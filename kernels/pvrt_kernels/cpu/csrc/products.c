@@ -6,6 +6,7 @@
  */
 #include "cpu.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -89,18 +90,24 @@ static inline float finish(const product *io, float sum, int64_t i, float there)
     return io->accumulate ? there + sum : sum;
 }
 
-#define AHEAD 8 /* tiles between what is looked up and what is prefetched */
+#define AHEAD 16 /* tiles between what is looked up and what is prefetched */
 
-/* Tiles [first, last) of one token or of up to eight: visits every partition that has tiles there. */
-static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t token, int lanes) {
+/* Tiles [first, last) of one token or of up to eight: visits every partition that has tiles there.
+ * With rough tables (lanes 0, one token), returns how far a sum may be off. */
+static float tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t token, int lanes) {
+    const int rough = lanes == 0;
+    if (rough) lanes = 1;
+    float off = 0, size = 0; /* by rounding to steps; what is summed up at most */
     const tiled_weight *w = work->weight;
     const product *io = &work->product;
     const int64_t live = io->tokens - token < lanes ? io->tokens - token : lanes;
     const int whole = block_groups(w->books);
     /* Tables of 8 tokens are 8 times as large, so a block is cut into pieces. */
     const int piece = lanes == 1 ? whole : (w->books >= 4 ? 1 : 4 / (int)w->books);
-    const size_t table = lanes == 1 ? kernels->table_bytes : ENTRIES * LANES * sizeof(float);
-    const size_t tables = round64(table * piece * w->books + kernels->extra_bytes);
+    const size_t table = rough ? ENTRIES
+                         : lanes == 1 ? kernels->table_bytes : ENTRIES * LANES * sizeof(float);
+    const size_t extra = rough ? 2 * sizeof(float) : kernels->extra_bytes;
+    const size_t tables = round64(table * piece * w->books + extra);
     const size_t inputs = round64(sizeof(float) * w->groups * w->group * (lanes == 1 ? 0 : lanes));
     char *room = (char *)scratch(tables + inputs + sizeof(float) * TILE * lanes * (last - first));
     float *x8 = (float *)(room + tables), *acc = (float *)(room + tables + inputs);
@@ -126,7 +133,14 @@ static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t
                 const int now = groups - done < piece ? groups - done : piece;
                 const int lookups = now * (int)w->books;
                 const uint8_t *c = codes + done * w->books * TILE;
-                if (lanes == 1)
+                if (rough) {
+                    float ends[2];
+                    kernels->build_rough(books, x + j * w->group, now, (int)w->group, (int)w->books,
+                                         room);
+                    memcpy(ends, room + ENTRIES * lookups, sizeof ends);
+                    off += 0.5f * ends[0] * lookups;
+                    size += fabsf(ends[1]) + 256 * ends[0] * lookups;
+                } else if (lanes == 1)
                     kernels->build(books, x + (j + done) * w->group, now, (int)w->group,
                                    (int)w->books, room);
                 else
@@ -139,7 +153,8 @@ static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t
                         rest < 0  ? c + in_two_streams(later, from, to) * bytes
                         : follows ? c + (tiles + in_two_streams(rest, from, to)) * bytes : c;
                     float *sums = acc + (t - first) * TILE * lanes;
-                    if (lanes == 1) kernels->lookup(c + t * bytes, next, room, lookups, sums);
+                    if (rough) kernels->lookup_rough(c + t * bytes, next, room, lookups, sums);
+                    else if (lanes == 1) kernels->lookup(c + t * bytes, next, room, lookups, sums);
                     else kernels->lookup8(c + t * bytes, next, (const float *)room, lookups, sums);
                 }
             }
@@ -158,6 +173,7 @@ static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t
             }
         }
     }
+    return 1.01f * off + size / (1 << 18); /* the slack covers rounding in fp32 */
 }
 
 /* The first tile of a thread's share, so that all shares cost about the same. Every partition that a
@@ -188,6 +204,14 @@ void tiled_part(const job *job, int64_t index) {
     const int64_t to = cut_tiles(work->weight, split + 1, work->splits, build);
     if (eight) tiles_of(work, from, to, token, LANES);
     else for (; token < tokens; token++) tiles_of(work, from, to, token, 1);
+}
+
+float rough_tiles(const tiled_job *work, int64_t split, int64_t token, int64_t *from, int64_t *to) {
+    const int64_t build = work->weight->group / 2, out = work->product.out;
+    const int64_t first = cut_tiles(work->weight, split, work->splits, build);
+    const int64_t last = cut_tiles(work->weight, split + 1, work->splits, build);
+    *from = first * TILE < out ? first * TILE : out, *to = last * TILE < out ? last * TILE : out;
+    return tiles_of(work, first, last, token, 0);
 }
 
 /* All fp32, outputs side by side. */
