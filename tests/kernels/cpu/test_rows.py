@@ -99,7 +99,7 @@ def no_change(x: Tensor, layer: QuantizedLayer) -> None:
 
 
 def one_loud_input(x: Tensor, layer: QuantizedLayer) -> None:
-    x[0, 77] = 1e4  # sets the step of its block of tables
+    x[0, 17] = 1e4  # sets the step of its block of tables
 
 
 def near_ties(x: Tensor, layer: QuantizedLayer) -> None:
@@ -122,20 +122,20 @@ def scales_of_both_signs(x: Tensor, layer: QuantizedLayer) -> None:
 def test_the_largest_logit_is_found_whatever_the_data(
     isa: str, scheme: str, change: Callable[[Tensor, QuantizedLayer], None]
 ) -> None:
-    for seed in range(4):
-        layer = random_layer(Scheme.parse(scheme), 4100, 144, seed=seed)
-        x = torch.randn(3, 144)
+    for seed in range(40):  # a bound of 0 lets 1 in 20 of these tokens go wrong
+        layer = random_layer(Scheme.parse(scheme), 1500, 48, seed=seed)
+        x = torch.randn(3, 48)
         change(x, layer)
-        logits, cache = torch.full((3, 4100), torch.nan), torch.empty(1, 2, 1, 1, 1)
-        program, norm = Program(), torch.rand(144) + 0.5
-        weight = packed(layer)
-        program.embed(torch.zeros(3, 4100), logits)  # three rows; what is embedded is replaced
-        program.logits(x, logits, weight, norm, 1e-5)
-        program.run([Step(0, 0, cache)] * 3, argmax_only=True)
+        logits, cache = torch.full((3, 1500), torch.nan), torch.empty(1, 2, 1, 1, 1)
+        program, norm = Program(), torch.rand(48) + 0.5
+        weight, hidden = packed(layer), torch.empty(3, 48)
+        program.embed(x, hidden)
+        program.logits(hidden, logits, weight, norm, 1e-5)
+        program.run([Step(token, 0, cache) for token in range(3)], argmax_only=True)
         wide = x.double() / (x.double().square().mean(1, keepdim=True) + 1e-5).sqrt()
         expected = wide * norm.double() @ dense(layer, torch.float32).double().T
-        # one row in full precision, so only fp32 sums of its terms are allowed
-        largest(logits, expected, 20 * rounding.FP32_RELATIVE)
+        # only fp32 sums of the terms of one row are allowed
+        largest(logits, expected, rounding.FP32_RELATIVE / 4)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
