@@ -183,17 +183,20 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def fused_layers(checkpoint: Checkpoint) -> list[Shape]:
     """Shapes of a checkpoint's layers as backends run them: q, k and v in one, gate and up."""
-    scheme = checkpoint.scheme
-    outs: dict[tuple[str, str], int] = {}
-    ins: dict[tuple[str, str], int] = {}
+    outs: dict[tuple[str, str, Scheme], int] = {}
+    ins: dict[tuple[str, str, Scheme], int] = {}
     for name, layer in checkpoint.layers.items():
         parent, _, last = name.rpartition(".")
         fused = "qkv" if last in _QKV else "gate_up" if last in _GATE_UP else last
-        key = (parent, fused)
+        assert isinstance(layer.scheme, Scheme)
+        key = (parent, fused, layer.scheme)
         outs[key] = outs.get(key, 0) + layer.out_features
         ins[key] = layer.in_features
-    numbers = (scheme.num_codebooks, scheme.codebook_size, scheme.in_group_size)
-    return list(dict.fromkeys(Shape(*numbers, outs[key], ins[key]) for key in outs))
+    return list(dict.fromkeys(Shape(*_numbers(key[2]), outs[key], ins[key]) for key in outs))
+
+
+def _numbers(scheme: Scheme) -> tuple[int, int, int]:
+    return scheme.num_codebooks, scheme.codebook_size, scheme.in_group_size
 
 
 def common_layers(scheme: str) -> list[Shape]:
@@ -202,8 +205,7 @@ def common_layers(scheme: str) -> list[Shape]:
         form = Scheme.parse(scheme)
     except ValueError as error:
         raise RunError(str(error)) from error
-    numbers = (form.num_codebooks, form.codebook_size, form.in_group_size)
-    return [Shape(*numbers, out, inputs) for out, inputs in COMMON_LAYERS]
+    return [Shape(*_numbers(form), out, inputs) for out, inputs in COMMON_LAYERS]
 
 
 def rules_of(best: dict[tuple[Shape, int], Plan]) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ def describe(checkpoint: Checkpoint | GridCheckpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
-        "scheme": str(checkpoint.scheme),
+        "scheme": checkpoint.scheme_names,
         "quantized_layers": len(checkpoint.layers),
         "bits_per_weight_linears": checkpoint.linear_bits_per_weight(),
         "bits_per_weight_file": checkpoint.file_bits_per_weight(),

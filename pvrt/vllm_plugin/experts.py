@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.format.aqlm import CONFIG_FILE
+from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.versions import load_experts_with

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.format.aqlm import CONFIG_FILE
+from pvrt.format.config_block import CONFIG_FILE
 from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.weights import (
     PARTS,

@@ -16,7 +16,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from pvrt.format.aqlm import CONFIG_FILE, parse_quantization_config, skipped_modules
+from pvrt.errors import ServeError
+from pvrt.format.config_block import CONFIG_FILE, parse_quantization_config, skipped_modules
 from pvrt.format.scheme import Scheme
 from pvrt.versions import require_supported_vllm
 from pvrt.vllm_plugin.context import Context, DecodingNotice
@@ -85,8 +86,10 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
         """
         require_supported_vllm(vllm.__version__)
         use_loader_v2(AQLMLinearMethod)
-        scheme = parse_quantization_config(config, CONFIG_FILE)
-        return cls(scheme, skipped_modules(config))
+        schemes = parse_quantization_config(config, CONFIG_FILE)
+        if schemes.default is None:
+            raise ServeError("vLLM cannot run layers of different schemes yet")
+        return cls(schemes.default, skipped_modules(config))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None

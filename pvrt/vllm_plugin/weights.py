@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pvrt.errors import CheckpointError
-from pvrt.format.aqlm import CONFIG_FILE, check_codes
+from pvrt.format.aqlm import check_codes
+from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context
 from pvrt_kernels import aqlm_dequantize

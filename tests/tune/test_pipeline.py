@@ -22,7 +22,7 @@ import pvrt
 from pvrt.cli import app
 from pvrt.errors import CheckpointError, DataError, RunError, SourceError
 from pvrt.format.aqlm import Checkpoint
-from pvrt.modules.aqlm_linear import quantized_linears
+from pvrt.modules.whole_model import quantized_layers
 from pvrt_tune.calibrate import stage
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.text import Windows
@@ -244,7 +244,7 @@ def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> No
     tune(TuneJob(job.model, out, QUICK), lines.append)
     assert any("already complete" in line for line in lines)
     tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8"), restart=True), silent)
-    assert str(Checkpoint.open(out).scheme) == "1x8g8"
+    assert Checkpoint.open(out).scheme_names == "1x8g8"
 
 
 def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
@@ -258,11 +258,11 @@ def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
     new = replace(old, recipe=replace(QUICK, training=training), restart=True)
     with pytest.raises(Stopped):
         tune(new, stopping("block 2/"))
-    assert str(Checkpoint.open(out).scheme) == "1x8g8"
+    assert Checkpoint.open(out).scheme_names == "1x8g8"
     Checkpoint.open(out).verify()
     with pytest.raises(Stopped):
         tune(replace(new, restart=False), stopping("PV step 1/"))
-    assert str(Checkpoint.open(out).scheme) == "2x8g8"
+    assert Checkpoint.open(out).scheme_names == "2x8g8"
     Checkpoint.open(out).verify()
 
 
@@ -603,7 +603,7 @@ def test_a_quantised_model_has_no_dense_linear_in_its_blocks(tmp_path: Path) -> 
     dense_folder(tmp_path / "dense", "phi3")
     tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
     model = pvrt.load(tmp_path / "out")
-    assert len(quantized_linears(model)) == 4 * model.config.num_hidden_layers
+    assert len(quantized_layers(model)) == 4 * model.config.num_hidden_layers
 
 
 FULL_DISK = """

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import pvrt
-from pvrt.format.aqlm import WriteOptions, quantization_config, write_checkpoint
 from pvrt.format.atomic import as_json
+from pvrt.format.config_block import quantization_config
 from pvrt.format.grid import GridLayer, grid_config
 from pvrt.format.scheme import GridScheme
+from pvrt.format.write import WriteOptions, write_checkpoint
 from pvrt_tune.run import Run
 
 
@@ -36,7 +37,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     if isinstance(scheme, GridScheme):
         config["quantization_config"] = grid_config(scheme, dense)
     else:
-        config["quantization_config"] = quantization_config(scheme, dense, quantised)
+        config["quantization_config"] = quantization_config(dict.fromkeys(quantised, scheme), dense)
     manifest = {
         "pvrt": pvrt.__version__,
         "torch": torch.__version__,

@@ -350,14 +350,14 @@ def test_a_model_of_transformers_runs_on_packed_layers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pvrt
-    from pvrt.modules.aqlm_linear import pack_model, quantized_linears
+    from pvrt.modules.whole_model import pack_model, quantized_layers
     from tests.fixtures.toy import write_toy
 
     monkeypatch.setattr(launch, "WARM_TOKENS", ())  # tested by itself, and slow here
     exact = write_toy(tmp_path, "qwen2", dtype=HALF)  # q, k and v have biases
     model = pvrt.load(tmp_path)
     pack_model(model, model.dtype)
-    layers = quantized_linears(model)
+    layers = quantized_layers(model)
     assert all(layer.packed is not None for layer in layers.values())
     assert len({id(layer.packed) for layer in layers.values()}) == 2 * 4  # per block: 4 products
     tokens = torch.tensor([[5, 77, 200, 9, 31]])

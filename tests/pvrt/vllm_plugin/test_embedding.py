@@ -14,7 +14,8 @@ from vllm import config as vllm_config
 from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.format.aqlm import QuantizedLayer, quantization_config
+from pvrt.format.aqlm import QuantizedLayer
+from pvrt.format.config_block import quantization_config
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.embedding import AQLMEmbeddingMethod
 from pvrt.vllm_plugin.plugin import AQLMConfig
@@ -33,7 +34,7 @@ def current_config() -> Iterator[None]:
 
 
 def config(scheme: str, ends: set[str]) -> AQLMConfig:
-    made = AQLMConfig.from_config(quantization_config(Scheme.parse(scheme), [], []))
+    made = AQLMConfig.from_config(quantization_config({"model.layers": Scheme.parse(scheme)}, []))
     made.quantised_ends = ends
     return made
 

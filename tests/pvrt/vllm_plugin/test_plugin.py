@@ -26,7 +26,8 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.model_loader.weight_utils import initialize_single_dummy_weight
 
 from pvrt.errors import CheckpointError, ServeError
-from pvrt.format.aqlm import QuantizedLayer, quantization_config
+from pvrt.format.aqlm import QuantizedLayer
+from pvrt.format.config_block import quantization_config
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.linear import AQLMLinearMethod
 from pvrt.vllm_plugin.plugin import AQLMConfig, register
@@ -112,7 +113,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 
 
 def config(scheme: str = "2x8g8", **block: Any) -> AQLMConfig:
-    whole = {**quantization_config(Scheme.parse(scheme), ["lm_head"], []), **block}
+    whole = {**quantization_config({"model.layers": Scheme.parse(scheme)}, ["lm_head"]), **block}
     made = AQLMConfig.from_config(whole)
     made.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pvrt
 from pvrt.errors import ServeError
-from pvrt.modules.aqlm_linear import pack_model, quantized_linears
+from pvrt.modules.whole_model import pack_model, quantized_layers
 from pvrt_kernels.cpu import library, rounding
 from pvrt_kernels.cpu.decoder_program import Rounded
 from pvrt_server.backend import runs_in_c
@@ -253,7 +253,7 @@ def test_packed_models_save_the_checkpoint_they_came_from(tmp_path: Path) -> Non
     write_toy(tmp_path, "llama")
     before = pvrt.load(tmp_path, dtype=torch.float32).state_dict()
     model = loaded(tmp_path)
-    assert all(layer.packed is not None for layer in quantized_linears(model).values())
+    assert all(layer.packed is not None for layer in quantized_layers(model).values())
     after = model.state_dict()
     assert after.keys() == before.keys()
     for name, tensor in before.items():

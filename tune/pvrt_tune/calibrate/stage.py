@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.errors import RunError
-from pvrt.modules.aqlm_linear import decode_once
+from pvrt.modules.whole_model import decode_once
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
 from pvrt_tune.data.source_model import fill

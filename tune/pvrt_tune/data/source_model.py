@@ -39,13 +39,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import cached_file, logging
 
 from pvrt.errors import CheckpointError, SourceError
-from pvrt.format.aqlm import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    read_config,
-    weight_files,
-)
+from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
+from pvrt.format.config_block import CONFIG_FILE
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
