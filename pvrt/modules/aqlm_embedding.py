@@ -42,11 +42,6 @@ class AQLMEmbedding(AQLMLayer):
         self.scale = scale
         self.multiplies = False  # unless a head is tied to it
 
-    @property
-    def weight(self) -> Tensor:
-        """The whole table, decoded anew: for code that asks an embedding for its dtype or width."""
-        return self.dequantize()
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [...] -> [..., width] in the dtype of the codebooks."""
         ids = tokens.reshape(-1)

@@ -160,6 +160,11 @@ class AQLMLayer(nn.Module):
         """The weight [out, in] in the dtype of the codebooks; differentiable unless packed."""
         return aqlm_dequantize(*self.stored())
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, decoded anew: for code that asks a layer for its dtype, say."""
+        return self.dequantize()
+
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] times the weight, plus the bias: [..., out]."""
         if self.packed is not None:
