@@ -40,7 +40,6 @@ from pvrt_kernels import reference
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
 from pvrt_kernels.packed import PackedWeight, aqlm_packed_linear
-from pvrt_tune.settings import FitSettings, PVSettings
 
 TWO_BIT = (2, 256, 8)
 SCHEMES = ("2x8g8", "1x16g8", "1x16g16", "1x8g8", "1x8g4", "4x8g8")
@@ -332,6 +331,7 @@ def tuning(bench: Bench) -> Row:
     from pvrt_tune.fit.additive import fit_layer
     from pvrt_tune.pv.optimizer import PVOptimizer
     from pvrt_tune.pv.representation import AdditiveRepresentation
+    from pvrt_tune.settings import FitSettings, PVSettings
 
     scheme = Scheme.parse("2x8g8")
     found: Row = {}
