@@ -14,6 +14,8 @@ from pvrt.format.atomic import as_json
 from pvrt.format.grid import GridLayer, grid_config
 from pvrt.format.scheme import GridScheme
 from pvrt_tune.run import Run
+from pvrt_tune.settings import Recipe
+from pvrt_tune.shapes import ModelShape
 
 
 def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> None:
@@ -57,6 +59,19 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     write_checkpoint(
         run.settings.out, config, tensors, WriteOptions(files=files, manifest=manifest)
     )
+
+
+def peak_bytes(model: ModelShape, recipe: Recipe) -> int:
+    """Peak of `write` in host memory. Tensors that are written as files hold them are not in it."""
+    scheme, made, packing = recipe.parsed_scheme, 0, 0
+    if recipe.training is not None:  # what was trained in float32 becomes the model's own type
+        made = model.itemsize * sum(block.floats for block in model.blocks)
+        made += 0 if recipe.training.freeze_embeddings else model.itemsize * model.outside
+    if isinstance(scheme, GridScheme):
+        made += sum(4 * block.weights // (32 // scheme.bits) for block in model.blocks)
+        packing = 2 * 8 * max(block.largest for block in model.blocks)  # int64, and those shifted
+    # A shard is written at once.
+    return min(made, WriteOptions().max_shard_bytes) + packing
 
 
 def _products(model: nn.Module) -> Iterator[str]:

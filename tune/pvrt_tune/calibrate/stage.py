@@ -23,6 +23,7 @@ from pvrt_tune.model_blocks import batch_size, linears, observe, record_inputs, 
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import Run, block_piece
+from pvrt_tune.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def _start(run: Run) -> Stream:
     if run.recipe.targets == "original":
         targets.copy_(hidden)
     return Stream(hidden, targets, arguments)
+
+
+def start_bytes(model: ModelShape, tokens: int) -> int:
+    """Peak of `_start` on a GPU, besides the two stores of hidden states; batches of `tokens`."""
+    # Embeddings; hidden states as embedded, in float32, and those of the batch before.
+    return model.itemsize * model.first + tokens * model.width * (model.itemsize + 2 * 4)
 
 
 def _dense(run: Run, index: int) -> nn.Module:

@@ -347,6 +347,21 @@ def rows_at_once(config: Any, samples: int, length: int) -> int:
     return max(1, min(samples, (4 << 30) // size))
 
 
+def peak_bytes(config: Any, wanted: Windows, parameters: int, itemsize: int) -> int:
+    """Peak of `from_model` with the model in memory, its numbers of `itemsize` bytes."""
+    text = config.get_text_config()
+    rows = rows_at_once(config, wanted.count, wanted.length)
+    cache = cache_shape(config, itemsize)
+    # A layer's cache is copied when it grows, and once more for every head that shares its keys.
+    sharing = text.num_attention_heads // (text.num_key_value_heads or text.num_attention_heads)
+    largest = max(size * min(wanted.length, most or wanted.length) for size, most in cache.layers)
+    copies = largest * (1 + sharing)
+    # Logits, and in float32 these, their softmax and its copy on the host.
+    scores = text.vocab_size * (itemsize + 3 * 4)
+    windows: int = rows * (cache.bytes_for(wanted.length) + copies + scores)
+    return itemsize * parameters + windows
+
+
 def _sample(
     model: Any, rows: int, length: int, generator: torch.Generator, shown: Callable[[int], None]
 ) -> Tensor:

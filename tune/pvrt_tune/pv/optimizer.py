@@ -27,6 +27,7 @@ from pvrt_tune.pv.latent import Latent
 from pvrt_tune.pv.representation import Representation
 from pvrt_tune.randomness import branch
 from pvrt_tune.settings import PVSettings, StrategyName
+from pvrt_tune.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -311,6 +312,29 @@ class PVOptimizer:
         layer = name.rpartition(".")[0]
         height = None if name in self.replicated else self.weights[layer].shape[0]
         return Rows(tensor.detach(), height)
+
+
+def state_bytes(model: ModelShape, settings: PVSettings, trained: int) -> int:
+    """What a step needs and a resumed run, with `trained` continuous numbers."""
+    strategy, weights = STRATEGIES[settings.strategy], sum(block.weights for block in model.blocks)
+    latent = (2 if settings.low_memory else 4) * strategy.accumulates
+    moment = (0 if settings.low_memory else 4) * strategy.moves_codes
+    bounds = 2 * sum(block.groups for block in model.blocks)
+    # Continuous numbers have two moments of Adam.
+    codes = sum(block.codes for block in model.blocks)
+    return (latent + moment) * weights + bounds + codes + 3 * 4 * trained
+
+
+def step_bytes(model: ModelShape, settings: PVSettings) -> int:
+    """Peak of one step beyond gradients and state: that of the largest layer."""
+    largest = max(block.largest for block in model.blocks)
+    group_size = min(b.weights / b.groups if b.groups else 1 for b in model.blocks)
+    strategy = STRATEGIES[settings.strategy]
+    share = min(1, settings.fraction * settings.gain_pool) if strategy.subspace else 1
+    # In float32: gradient, decoded weight, target, direction, and a difference of these or the
+    # noise of rounding; distances; of groups searched, wanted values and those found.
+    weights = 4 * (5 + settings.low_memory + 4 * share) * largest
+    return int(weights + 4 * 4 * largest / group_size)
 
 
 def _local(tensor: Tensor) -> Tensor:
