@@ -79,7 +79,7 @@ def counted(place: str) -> Iterator[tuple[str, Callable[[], int]]]:
     with LiveTensors() as live:
 
         def host_peak() -> int:
-            peak = live.peak
+            peak: int = live.peak
             live.reset_peak()
             return peak
 
@@ -93,7 +93,8 @@ def peak(place: str, make: Callable[[str], Any], work: Callable[[Any], object]) 
         gc.collect()
         taken()
         work(made)
-        return taken()
+        most: int = taken()
+        return most
 
 
 def check(stated: int, measured: int, most: float = 1.25) -> None:
@@ -242,26 +243,25 @@ def test_the_start(dense: Path, tmp_path: Path, length: int) -> None:
     check(stage.start_bytes(shape, 4 * length), peak(DEVICE, make, stage._start))
 
 
-@pytest.mark.parametrize("place", [CPU, DEVICE])
 @pytest.mark.parametrize(
-    ("windows", "length", "changes"),
+    ("place", "windows", "length", "changes"),
     [
-        (4, 16, {}),
-        (32, 96, {}),
-        (64, 16, {"vocab_size": 2048}),
-        (32, 96, {"num_key_value_heads": 4}),
+        (CPU, 4, 16, {}),
+        (CPU, 32, 96, {}),
+        (CPU, 64, 16, {"vocab_size": 4096}),
+        # Without fused attention keys are copied for all heads that share them.
+        (DEVICE, 32, 96, MORE_KEYS),
     ],
 )
 def test_sampling(place: str, windows: int, length: int, changes: dict[str, Any]) -> None:
-    wanted = Windows(windows, length, 0)
-    model = toy(**changes)
+    wanted, model = Windows(windows, length, 0), toy(**changes)
     measured = peak(
         place,
         lambda device: llama(**changes).to(device),
         lambda made: text.from_model(made, wanted),
     )
     parameters = model_shape(model, Recipe()).parameters
-    check(text.peak_bytes(model.config, wanted, parameters, 4), measured, most=1.4)
+    check(text.peak_bytes(model.config, wanted, parameters, 4), measured)
 
 
 # ---- PV-Tuning ----
@@ -351,4 +351,4 @@ def test_training(place: str, name: str) -> None:
     head = 4 * shape.vocabulary * shape.width  # of the original, which its teacher keeps
     states = 2 * windows * length * shape.width * (place == CPU)
     measured = peak(place, make, work) - head - states
-    check(trainer.peak_bytes(shape, recipe, 4), measured)
+    check(trainer.peak_bytes(shape, recipe, 4, place), measured)

@@ -349,16 +349,13 @@ def rows_at_once(config: Any, samples: int, length: int) -> int:
 
 def peak_bytes(config: Any, wanted: Windows, parameters: int, itemsize: int) -> int:
     """Peak of `from_model` with the model in memory, its numbers of `itemsize` bytes."""
-    text = config.get_text_config()
     rows = rows_at_once(config, wanted.count, wanted.length)
     cache = cache_shape(config, itemsize)
-    # A layer's cache is copied when it grows, and once more for every head that shares its keys.
-    sharing = text.num_attention_heads // (text.num_key_value_heads or text.num_attention_heads)
-    largest = max(size * min(wanted.length, most or wanted.length) for size, most in cache.layers)
-    copies = largest * (1 + sharing)
-    # Logits, and in float32 these, their softmax and its copy on the host.
-    scores = text.vocab_size * (itemsize + 3 * 4)
-    windows: int = rows * (cache.bytes_for(wanted.length) + copies + scores)
+    # Keys grow by being copied, one layer at a time; then values.
+    growing = max(size * min(wanted.length, most or wanted.length) for size, most in cache.layers)
+    # Logits, the same in float32, and their softmax.
+    scores = config.get_text_config().vocab_size * (itemsize + 2 * 4)
+    windows: int = rows * (cache.bytes_for(wanted.length) + growing // 2 + scores)
     return itemsize * parameters + windows
 
 

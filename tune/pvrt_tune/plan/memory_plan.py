@@ -187,7 +187,7 @@ class _Planner:
         if training is None:
             return
         item = compute_dtype(training.compute, self.request.device).itemsize
-        student = trainer.peak_bytes(model, recipe, item)
+        student = trainer.peak_bytes(model, recipe, item, self.request.device)
         own = model.itemsize if self.cuda else item
         teacher = loss.teacher_bytes(model, recipe.length, own)
         # At work the student needs more than the teacher, which waits for it or is gone.

@@ -262,9 +262,10 @@ class Teacher:
 
 def teacher_bytes(model: ModelShape, length: int, itemsize: int) -> int:
     """Peak of a teacher at work on the device, the original model with it; windows of `length`."""
-    # Hidden states and the residual, in and out; the outputs of the widest sibling layers.
-    states = 4 * model.width + max(block.widest for block in model.blocks)
-    return itemsize * (model.parameters + _TOGETHER * length * states)
+    # Hidden states that come in, as normed, the residual, and the last windows'; the outputs of the
+    # widest sibling layers, and what is made of them.
+    states = 4 * model.width + 1.5 * max(block.widest for block in model.blocks)
+    return itemsize * (model.parameters + int(_TOGETHER * length * states))
 
 
 def windows_seen(recipe: Recipe) -> int:

@@ -283,8 +283,8 @@ def trained_numbers(model: ModelShape, settings: TrainSettings) -> int:
     return sum(block.floats for block in model.blocks) + outside
 
 
-def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int) -> int:
-    """Peak of a `Trainer` with its student, which computes in `itemsize` bytes per number."""
+def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) -> int:
+    """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number."""
     settings, tokens = recipe.training, recipe.length
     assert settings is not None
     tokens *= settings.microbatch
@@ -300,7 +300,8 @@ def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int) -> int:
     if settings.recompute_activations:
         kept = len(model.blocks) * model.width + max(block.kept for block in model.blocks)
     passes = itemsize * tokens * kept + kl_bytes(model, tokens, itemsize)
-    return student + int(max(passes, step_bytes(model, recipe.pv)))
+    # Adam divides all at once.
+    return student + int(max(passes, step_bytes(model, recipe, device), 4 * trained))
 
 
 def _recompute_activations(model: Any) -> None:
