@@ -30,20 +30,22 @@ class Result:
 def model_shape(model: Any, recipe: Recipe) -> ModelShape:
     """Sizes of a skeleton and of what a recipe makes of it; SourceError if it has no blocks."""
     blocks, config = find_blocks(model), model.config.get_text_config()
-    inside = {id(parameter) for parameter in blocks.blocks.parameters()}
-    # Tied tensors come once.
-    outside = [p for p in model.parameters() if id(p) not in inside]
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    last = {id(p) for p in head.parameters()} if head is not None else set()
-    last -= {id(p) for p in embeddings.parameters()}
+    tied = model.all_tied_weights_keys
+    outside = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name not in tied and not name.startswith(f"{blocks.name}.")
+    }
+    head = model.get_output_embeddings()
+    last = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     routed = getattr(config, "num_experts_per_tok", None) or 1
     return ModelShape(
         blocks=tuple(
             block_shape(block, [module for _, module in _quantised(block, recipe)], routed)
             for block in blocks.blocks
         ),
-        outside=sum(p.numel() for p in outside),
-        first=sum(p.numel() for p in outside if id(p) not in last),
+        outside=sum(outside.values()),
+        first=sum(n for name, n in outside.items() if id(model.get_parameter(name)) not in last),
         vocabulary=config.vocab_size,
         width=config.hidden_size,
         itemsize=model.dtype.itemsize,

@@ -333,6 +333,7 @@ def step_bytes(model: ModelShape, recipe: Recipe, device: str) -> int:
     largest, scheme = max(block.largest for block in model.blocks), recipe.parsed_scheme
     group_size = scheme.in_group_size if isinstance(scheme, Scheme) else 1
     share = min(1, settings.fraction * settings.gain_pool) if strategy.subspace else 1
+    share *= strategy.moves_codes
     searched = int(share * largest / group_size)
     # In float32: gradient, decoded weight and target; then direction and a difference, or what
     # rounds at random; or else the values that groups want and find, and their search.

@@ -300,8 +300,10 @@ def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) ->
     if settings.recompute_activations:
         kept = len(model.blocks) * model.width + max(block.kept for block in model.blocks)
     passes = itemsize * tokens * kept + kl_bytes(model, tokens, itemsize)
-    # Adam divides all at once.
-    return student + int(max(passes, step_bytes(model, recipe, device), 4 * trained))
+    # Adam divides all at once on a GPU; large codebooks need as much while gradients reach them.
+    largest = max(block.largest for block in model.blocks)
+    divided = 4 * trained + 3 * 4 * largest
+    return student + int(max(passes, step_bytes(model, recipe, device), divided))
 
 
 def _recompute_activations(model: Any) -> None:
