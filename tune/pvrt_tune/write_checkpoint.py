@@ -70,8 +70,9 @@ def peak_bytes(model: ModelShape, recipe: Recipe) -> int:
     if isinstance(scheme, GridScheme):
         made += sum(4 * block.weights // (32 // scheme.bits) for block in model.blocks)
         packing = 2 * 8 * max(block.largest for block in model.blocks)  # int64, and those shifted
-    # A shard is written at once.
-    return min(made, WriteOptions().max_shard_bytes) + packing
+    # A shard is written at once. Shapes of layers, and what small tensors take.
+    small = 256 * sum(len(block.linears) for block in model.blocks)
+    return min(made, WriteOptions().max_shard_bytes) + packing + small
 
 
 def _products(model: nn.Module) -> Iterator[str]:
