@@ -58,7 +58,7 @@ class InCodes(Tensor):
             "in codes; use a checkpoint that keeps it dense"
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **keywords: Any) -> str:  # type: ignore[override]
         return f"InCodes({_name(self.owner)})"
 
 

@@ -96,6 +96,15 @@ class Layers:
             return True
         return is_skipped(name, self.dense, fused)
 
+    def keeps_experts_dense(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> bool:
+        """The same of a mixture's experts, which stay unnamed in a model that has others in codes.
+
+        transformers holds experts in no linear layers, so that few lists of dense ones have them.
+        """
+        begins = f"{self.local(prefix)}."
+        unnamed = self._named and not any(name.startswith(begins) for name in self._named)
+        return bool(unnamed) or self.keeps_dense(prefix, fused)
+
     def local(self, prefix: str) -> str:
         """The name of a layer without that of the draft model that it belongs to."""
         return prefix.removeprefix(f"{self.prefix}.") if self.prefix else prefix

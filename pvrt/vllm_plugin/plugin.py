@@ -127,7 +127,7 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
             dense = self.layers.keeps_dense(prefix, self.packed_modules_mapping)
             return UnquantizedLinearMethod() if dense else AQLMLinearMethod(context)
         if is_routed_experts(layer):
-            if self.layers.keeps_dense(prefix, self.packed_modules_mapping):
+            if self.layers.keeps_experts_dense(prefix, self.packed_modules_mapping):
                 return None
             from pvrt.vllm_plugin.experts import AQLMExpertsMethod
 
