@@ -100,7 +100,6 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         cut groups of rows.
         """
         layer.aqlm_end, layer.aqlm_done = self.end, set()
-        layer.aqlm_multiplies = self.end.is_head
         if self.end.tied:
             return
         scheme, (rows,) = self.end.scheme, output_partition_sizes
@@ -143,7 +142,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         layer.aqlm_done.clear()
         stored = Product.as_stored([layer.num_embeddings_per_partition])
         layer.aqlm_product = layer.aqlm_table = stored
-        if layer.aqlm_multiplies:
+        if self.end.is_head or self.end.shared:
             best = stored.prepared(layer, self.end.scheme, self.context.notice)
             layer.aqlm_product = best
             if best is not stored and (self.end.is_head or best.reads_rows):
@@ -174,7 +173,6 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
                 "checkpoint holds codes of it; set tie_word_embeddings to false"
             )
         object.__setattr__(layer, "weight", embed_tokens.weight)
-        embed_tokens.aqlm_multiplies = True
         return layer
 
 

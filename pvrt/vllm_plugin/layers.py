@@ -1,7 +1,7 @@
 """What a checkpoint says of each layer, by the names that vLLM gives the layers."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pvrt.errors import CheckpointError, ServeError
@@ -16,13 +16,15 @@ _HEADS = {"lm_head", "output", "output_layer", "embed_out"}
 class End:
     """An embedding or lm_head in codes. `shape` is [vocabulary, width], None where unknown.
 
-    `tied`: the checkpoint has no such layer, and the head multiplies by the embedding's weight.
+    `tied`: the checkpoint has no such layer, and the head multiplies by the weight of an embedding,
+    which is `shared`.
     """
 
     name: str
     scheme: Scheme
     shape: tuple[int, int] | None = None
     tied: bool = False
+    shared: bool = False
 
     @property
     def is_head(self) -> bool:
@@ -71,7 +73,8 @@ class Layers:
             self._ends.append(End(name, scheme, shape))
         self._unused |= {end.name for end in self._ends}
         if tied and not any(end.is_head for end in self._ends):
-            self._ends += [End("lm_head", e.scheme, e.shape, tied=True) for e in self._ends]
+            heads = [replace(end, name="lm_head", tied=True) for end in self._ends]
+            self._ends = [*(replace(end, shared=True) for end in self._ends), *heads]
 
     def rename(self, mapper: Any) -> None:
         """Follow a model that renames its modules, by vLLM's mapper of tensor names."""
@@ -84,7 +87,7 @@ class Layers:
         self.dense = [renamed(name) for name in self.dense]
         self._named = {renamed(name): scheme for name, scheme in self._named.items()}
         self._unused = {renamed(name) for name in self._unused}
-        self._ends = [End(renamed(e.name), e.scheme, e.shape, e.tied) for e in self._ends]
+        self._ends = [replace(end, name=renamed(end.name)) for end in self._ends]
 
     def keeps_dense(self, prefix: str, fused: Mapping[str, Sequence[str]]) -> bool:
         """Whether the checkpoint lists a layer, or all source layers of a fused one, as dense.

@@ -27,7 +27,7 @@ from tests.fixtures.toy import random_layer, write_toy
 
 VOCABULARY, HIDDEN = 200, 64  # vLLM pads to 256: with two ranks one holds 128 rows, the other 72
 SCHEMES = ["2x8g8", "2x8g4", "1x12g8"]
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+EMBEDDING, HEAD, PROJECTOR = "model.embed_tokens", "lm_head", "model.projector"
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +40,11 @@ def config(schemes: dict[str, str], tied: bool = False) -> AQLMConfig:
     """A checkpoint that has these layers in codes, and no others."""
     named = {name: Scheme.parse(text) for name, text in schemes.items()}
     made = AQLMConfig.from_config(quantization_config({}, [], named))
-    codes = {name: scheme.codes_shape(VOCABULARY, HIDDEN) for name, scheme in named.items()}
-    made.layers.read_ends({f"{name}.codes": shape for name, shape in codes.items()}, tied)
+    shapes = {
+        f"{name}.codes": scheme.codes_shape(HIDDEN if name == PROJECTOR else VOCABULARY, HIDDEN)
+        for name, scheme in named.items()
+    }
+    made.layers.read_ends(shapes, tied)
     return made
 
 
@@ -226,7 +229,7 @@ def test_a_name_decides_before_the_shape(ranks: Ranks) -> None:
 
 
 def test_codes_that_no_layer_took_are_refused_by_name(ranks: Ranks) -> None:
-    made = config({EMBEDDING: "2x8g4", "model.projector": "2x8g8"})
+    made = config({EMBEDDING: "2x8g4", PROJECTOR: "2x8g8"})
     with pytest.raises(ServeError, match=r"holds codes for model.projector, which vLLM's model"):
         load(embedding(made), source("2x8g4"))
 
