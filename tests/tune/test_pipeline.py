@@ -389,13 +389,15 @@ def test_a_run_folder_with_the_recipe_in_its_old_spelling_goes_on(
     tmp_path: Path, training: TrainSettings | None
 ) -> None:
     dense_folder(tmp_path / "dense", "llama")
-    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, training=training))
+    old = replace(QUICK, training=training, embeddings="keep")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", old)
     with pytest.raises(Stopped):
         tune(job, stopping("block 1/"))
     file = tmp_path / "out" / RUN_FOLDER / "fingerprint.json"
     fingerprint = json.loads(file.read_text())
     recipe = fingerprint["recipe"]
     loop = recipe.pop("training")
+    del recipe["embeddings"]
     recipe["pv"] = None if loop is None else {**loop, "pv": recipe.pop("pv")}
     file.write_text(json.dumps(fingerprint))
     other = replace(job, recipe=replace(job.recipe, training=TrainSettings(windows=5)))
