@@ -41,7 +41,7 @@ class Ours:
         import torch
 
         import pvrt
-        from pvrt.modules.aqlm_linear import pack_model
+        from pvrt.modules.whole_model import pack_model
         from pvrt_server.engine.cpu_model import CpuModel
 
         torch.set_num_threads(threads)

@@ -52,8 +52,8 @@ def heads(out: int, inputs: int) -> dict[str, tuple[Callable[[], Any], int]]:
     for name in SCHEMES:
         scheme = Scheme.parse(name)
         codes = torch.randint(-128, 128, scheme.codes_shape(out, inputs), dtype=torch.int8)
-        books = torch.randn(scheme.codebooks_shape).half()
-        weight = aqlm_pack(codes, books, torch.rand(out, 1, 1, 1).half() + 1, torch.float32)
+        codebooks = torch.randn(scheme.codebooks_shape).half()
+        weight = aqlm_pack(codes, codebooks, torch.rand(out, 1, 1, 1).half() + 1, torch.float32)
         found.update(runs(name, weight, codes.numel()))
     return found
 

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pvrt.format.aqlm import QuantizedLayer, quantization_config, write_checkpoint
+from pvrt.format.aqlm import QuantizedLayer
+from pvrt.format.config_block import quantization_config
 from pvrt.format.scheme import Scheme
+from pvrt.format.write import write_checkpoint
 
 # hidden, intermediate, layers, heads, kv heads, vocabulary, rope theta; head size 64, tied lm_head
 SHAPES = {
@@ -79,8 +81,10 @@ def _random(scheme: Scheme, out: int, inputs: int) -> QuantizedLayer:
     codes = torch.randint(
         limits.min, limits.max + 1, scheme.codes_shape(out, inputs), dtype=scheme.code_dtype
     )
-    books = torch.randn(scheme.codebooks_shape).half() / scheme.num_codebooks**0.5
-    return QuantizedLayer(codes, books, torch.full(scheme.scales_shape(out), inputs**-0.5).half())
+    codebooks = torch.randn(scheme.codebooks_shape).half() / scheme.num_codebooks**0.5
+    return QuantizedLayer(
+        codes, codebooks, torch.full(scheme.scales_shape(out), inputs**-0.5).half()
+    )
 
 
 def write_aqlm(folder: Path, shape: str, scheme: str) -> Path:
@@ -91,7 +95,7 @@ def write_aqlm(folder: Path, shape: str, scheme: str) -> Path:
         tensors = dict(others(shape))
         for name, out, inputs in linears(shape):
             tensors.update(_random(form, out, inputs).named(name))
-        block = quantization_config(form, ["lm_head"], names)
+        block = quantization_config(dict.fromkeys(names, form), ["lm_head"])
         write_checkpoint(folder, {**config(shape), "quantization_config": block}, tensors.items())
     return folder
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from pvrt.format.scheme import GridScheme, parse_scheme
-from pvrt.modules.aqlm_linear import decode_once
+from pvrt.modules.whole_model import decode_once
 from pvrt.tools.perplexity import perplexity, read_text, windows
 from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data.source_model import Source, load_source

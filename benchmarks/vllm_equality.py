@@ -3,11 +3,12 @@
     python benchmarks/vllm_equality.py matrix [--minutes 4] [--only WORD] [--note TEXT]
     python benchmarks/vllm_equality.py features [--minutes 4] [--only WORD]
 
-`matrix` is layouts x schemes x types x ranks: results/vllm_matrix.json. `features` is what vLLM
-does around a model (LoRA, speculation, caching, expert parallelism): results/vllm_features.json,
-with vLLM's own counters, which show that a feature was at work. A run measures what the file lacks
-for the installed vLLM, row by row, and can be stopped at any time. --note says how that vLLM was
-put together, where no package of it runs here.
+`matrix` is layouts x schemes x types x ranks: results/vllm_matrix.json. The ranks are of tensor
+parallelism; vLLM's CPU platform does not generate with pipeline stages (docs/vllm.md). `features`
+is what vLLM does around a model (LoRA, speculation, caching, expert parallelism):
+results/vllm_features.json, with vLLM's own counters, which show that a feature was at work. A run
+measures what the file lacks for the installed vLLM, row by row, and can be stopped at any time.
+--note says how that vLLM was put together, where no package of it runs here.
 
 Checkpoints are random and of toy size, in exactly the published layouts (tests/fixtures). The judge
 is the dense model in transformers, in float32: each token that vLLM chose is compared with the
@@ -18,7 +19,6 @@ and 0.25 in 16 bits (a random token lacks about 3).
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +34,7 @@ import vllm
 
 sys.path.insert(0, str(machine.ROOT))
 from tests.fixtures.published import LAYOUTS, write_published
-from tests.fixtures.toy import write_toy
-from tests.fixtures.vllm_extras import quantise_ends, write_adapter
+from tests.fixtures.vllm_extras import write_adapter
 from tests.fixtures.vllm_generate import Job, each_result
 
 PROMPTS = [[256, 10, 20, 30], list(range(256, 40, -7)), [256, 99]]
@@ -45,6 +44,7 @@ TIES = {"float32": 1e-3, "float16": 0.25, "bfloat16": 0.25}
 BATCH = 12  # jobs of one process
 HERE = vllm.__version__.partition("+")[0]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+DRAFT = ("llama-3.1", "1x16g8")
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -65,18 +65,12 @@ class Case:
     scheme: str = "2x8g8"
     dtype: str = "float32"
     tensor_parallel: int = 1
-    pipeline_parallel: int = 1
     compiled: bool = False
     feature: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
     long: bool = False
     adapter: tuple[str, ...] = ()
     write: Callable[[Path, str], Any] | None = None
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """Tensor-parallel and pipeline-parallel size."""
-        return self.tensor_parallel, self.pipeline_parallel
 
     @property
     def key(self) -> dict[str, Any]:
@@ -86,7 +80,6 @@ class Case:
             kind: dict[str, Any] = {"feature": self.feature}
         else:
             kind = {"scheme": self.scheme, "dtype": self.dtype}
-            kind["pipeline_parallel"] = self.pipeline_parallel
         return {**place, **kind, "compiled": self.compiled, "vllm": HERE}
 
     def prepare(self, folder: Path) -> tuple[Job, Any]:
@@ -98,13 +91,15 @@ class Case:
         engine = {
             "dtype": self.dtype,
             "tensor_parallel_size": self.tensor_parallel,
-            "pipeline_parallel_size": self.pipeline_parallel,
             "enforce_eager": not self.compiled,
             **self.engine,
         }
-        if self.feature == "draft model":
+        if "draft model" in self.feature:
             draft = folder / "draft"
-            write_published(draft, "llama-3.1", "1x16g8")
+            if self.write is not None:
+                self.write(draft, DRAFT[0])
+            else:
+                write_published(draft, *DRAFT)
             engine["speculative_config"] = {
                 "method": "draft_model",
                 "model": str(draft),
@@ -136,17 +131,19 @@ def matrix() -> list[Case]:
         *(replace(case, dtype="float16") for case in every if case.layout != "gemma-2"),
         *(replace(case, dtype="bfloat16") for case in two),
         *(replace(case, scheme="1x16g8") for case in two),
-        *(replace(case, pipeline_parallel=2) for case in every),
         *(replace(case, dtype="bfloat16") for case in compiled),
         *(replace(case, tensor_parallel=2) for case in compiled if case.layout in whole),
     ]
 
 
-def ends(path: Path, layout: str) -> Any:
-    """Embeddings and lm_head in codes."""
-    model = write_toy(path, layout)
-    quantise_ends(path, model, "2x8g8")
-    return model
+def mixed(path: Path, layout: str) -> Any:
+    """A scheme for each kind of layer, embeddings and lm_head in codes."""
+    schemes = {"q_proj": "3x8g8", "v_proj": "4x8g8", "down_proj": "1x16g8", "qkv_proj": "2x8g4"}
+    schemes |= {"up_proj": "2x8g4", "gate_up_proj": "3x8g8"}
+    if layout in ("mixtral", "qwen2-moe"):  # vLLM wants one scheme for gate and up of experts
+        schemes |= {"up_proj": "2x8g8", ".w2": "3x8g8"}
+    schemes |= {"embed_tokens": "2x8g4", "lm_head": "3x8g4"}
+    return write_published(path, layout, "2x8g8", schemes=schemes)
 
 
 def short(path: Path, layout: str) -> Any:
@@ -164,7 +161,7 @@ def features() -> list[Case]:
     guessed = Case(feature="n-gram speculation", engine={"speculative_config": NGRAM}, long=True)
     mlp = ("gate_proj", "up_proj", "down_proj")
     adapted = Case(feature="LoRA", engine=lora, adapter=(*ATTENTION, *mlp))
-    in_codes = Case("llama", feature="lm_head and embeddings in codes", write=ends)
+    in_codes = Case("llama-2", feature="mixed schemes, embeddings in codes", write=mixed)
     listed = Case("llama-3.2", feature="short skip list", write=short)
     parallel = Case("mixtral", tensor_parallel=2, feature="expert parallel")
     parallel = replace(parallel, engine={"enable_expert_parallel": True})
@@ -175,8 +172,11 @@ def features() -> list[Case]:
         *(parallel, replace(parallel, layout="qwen2-moe")),
         *(replace(case, layout="mixtral") for case in (cached, chunked, guessed, listed)),
         Case("mixtral", feature="LoRA on attention", engine=attention, adapter=ATTENTION),
-        replace(in_codes, layout="llama-tied"),
+        *(replace(in_codes, layout=layout) for layout in LAYOUTS if layout != "llama-2"),
+        Case(feature="mixed schemes, draft model", write=mixed),
+        replace(adapted, feature="mixed schemes, LoRA", write=mixed),
         Case(feature="modelling code of transformers", engine=transformers),
+        Case(feature="mixed schemes, code of transformers", engine=transformers, write=mixed),
         *(replace(case, tensor_parallel=2) for case in (adapted, in_codes, guessed)),
         *(replace(case, compiled=True) for case in (guessed, adapted, in_codes)),
     ]
@@ -192,7 +192,8 @@ def shortfall(model: Any, prompt: list[int], answer: list[int]) -> float:
 
 def next_batch(missing: list[Case]) -> list[Case]:
     """Cases of the same ranks, which one process of vLLM runs one after the other."""
-    alike = [case for case in missing if case.ranks == missing[0].ranks][:BATCH]
+    ranks = missing[0].tensor_parallel
+    alike = [case for case in missing if case.tensor_parallel == ranks][:BATCH]
     # vLLM starts no other engine where numba was loaded for n-grams (docs/vllm.md).
     last = next((n for n, case in enumerate(alike) if "n-gram" in case.feature), len(alike))
     return alike[: last + 1]
@@ -202,7 +203,7 @@ def measure(cases: list[Case], folder: Path, name: str, note: dict[str, str]) ->
     """Run cases of the same ranks in one process and store a row for each."""
     prepared = [case.prepare(folder / str(number)) for number, case in enumerate(cases)]
     jobs = [job for job, _ in prepared]
-    answers = each_result(jobs, PROMPTS, max_tokens=MAX_TOKENS, ranks=math.prod(cases[0].ranks))
+    answers = each_result(jobs, PROMPTS, max_tokens=MAX_TOKENS, ranks=cases[0].tensor_parallel)
     for case, (job, judge), answer in zip(cases, prepared, answers, strict=True):
         row: dict[str, Any] = {**case.key, "equal": False, **note}
         if "tokens" in answer:

@@ -23,8 +23,9 @@ import results
 import torch
 from torch import Tensor
 
-from pvrt.format.aqlm import WriteOptions, quantization_config, write_checkpoint
+from pvrt.format.config_block import quantization_config
 from pvrt.format.scheme import Scheme
+from pvrt.format.write import WriteOptions, write_checkpoint
 
 sys.path.insert(0, str(machine.ROOT))
 from tests.fixtures.published import LAYOUTS, write_published
@@ -76,7 +77,7 @@ def write(path: Path, scheme: Scheme) -> int:
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD,
         "vocab_size": VOCABULARY,
-        "quantization_config": quantization_config(scheme, ["lm_head"], []),
+        "quantization_config": quantization_config({"model.layers": scheme}, ["lm_head"]),
     }
     write_checkpoint(path, config, tensors(scheme), WriteOptions(max_shard_bytes=256 << 20))
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The AQLM layout on disk: validate, read and write.
+"""The AQLM layout on disk: validate and read.
 
 Per quantised linear layer NAME (arXiv 2401.06118 and its published checkpoints):
 
@@ -6,38 +6,33 @@ Per quantised linear layer NAME (arXiv 2401.06118 and its published checkpoints)
     NAME.codebooks  [M, 2^B, out_group, g]      the model's floating type
     NAME.scales     [out/out_group, 1, 1, 1]    the model's floating type
     NAME.bias       [out]                       only where the layer has one
+    NAME.in_scales  [in]                        only in checkpoints of several schemes, see below
 
-Everything else is a plain tensor; config.json says the scheme. `pvrt.json` is ours and optional.
+An embedding in codes has the same tensors, out being its vocabulary. It and an output head may have
+in_scales, which multiply the columns of what the codes decode to. No published checkpoint has
+either. Everything else is a plain tensor; config.json says the schemes (config_block.py).
+`pvrt.json` is ours and optional.
 Checkpoints are data: safetensors only, and everything read is checked before it is used.
 """
 
-import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pvrt.errors import CheckpointError
-from pvrt.format.atomic import as_json, sync, write_synced
-from pvrt.format.folder import LayerInfo as LayerInfo
-from pvrt.format.folder import StoredModel
-from pvrt.format.folder import TensorInfo as TensorInfo
+from pvrt.format.config_block import CONFIG_FILE, LayerSchemes, parse_quantization_config
+from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
 from pvrt.format.scheme import Scheme
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "pvrt.json"
-FORMAT_VERSION = 1
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # int8 and int16 are what is published; the wider ones decode the same after a range check.
@@ -52,6 +47,7 @@ class QuantizedLayer:
     codebooks: Tensor
     scales: Tensor
     bias: Tensor | None = None
+    in_scales: Tensor | None = None
 
     def named(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(tensor name, tensor) pairs as they are stored."""
@@ -60,15 +56,15 @@ class QuantizedLayer:
         yield f"{name}.scales", self.scales
         if self.bias is not None:
             yield f"{name}.bias", self.bias
+        if self.in_scales is not None:
+            yield f"{name}.in_scales", self.in_scales
 
 
 @dataclass(frozen=True)
 class Checkpoint(StoredModel):
     """An opened, header-checked AQLM checkpoint. Tensors are read (and checked) one at a time."""
 
-    scheme: Scheme
-
-    PARTS = ("codes", "codebooks", "scales")
+    PARTS = ("codes", "codebooks", "scales", "in_scales")
 
     @classmethod
     def open(cls, path: str | Path, config: dict[str, Any] | None = None) -> "Checkpoint":
@@ -83,30 +79,27 @@ class Checkpoint(StoredModel):
         where = folder / CONFIG_FILE
         if not isinstance(quantization, dict):
             raise CheckpointError(f"{where} has no quantization_config: not an AQLM checkpoint")
-        scheme = parse_quantization_config(quantization, str(where))
+        schemes = parse_quantization_config(quantization, str(where))
         tensors = read_tensors(folder)
-        layers = find_layers(tensors, scheme)
+        layers = find_layers(tensors, schemes)
         if not layers:
             raise CheckpointError(f"{folder} says quant_method aqlm but holds no codes tensor")
-        return cls(folder, config, layers, tensors, scheme)
+        return cls(folder, config, layers, tensors)
 
     def read_layer(self, name: str) -> QuantizedLayer:
-        """Read one quantised layer; codes are range-checked and come in `scheme.code_dtype`."""
+        """Read one quantised layer; its codes are range-checked, in `code_dtype` of its scheme."""
         if name not in self.layers:
             raise CheckpointError(f"{self.path} has no quantised layer {name}")
-        info = self.tensors[f"{name}.codes"]
-        codes = check_codes(self.read(f"{name}.codes"), self.scheme, f"{info.file}: {name}.codes")
+        info, scheme = self.tensors[f"{name}.codes"], self.layers[name].scheme
+        assert isinstance(scheme, Scheme)
+        codes = check_codes(self.read(f"{name}.codes"), scheme, f"{info.file}: {name}.codes")
         return QuantizedLayer(
             codes,
             self.read(f"{name}.codebooks"),
             self.read(f"{name}.scales"),
             self.read(f"{name}.bias") if self.layers[name].has_bias else None,
+            self.read(f"{name}.in_scales") if self.layers[name].has_in_scales else None,
         )
-
-    def layer_bits(self, layer: LayerInfo) -> int:
-        """Bits of one quantised layer, codebooks and scales included."""
-        float_bits = self.tensors[f"{layer.name}.codebooks"].float_bits
-        return self.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -128,72 +121,6 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object, found {type(value).__name__}")
     return value
-
-
-def is_aqlm(config: Mapping[str, Any]) -> bool:
-    """Whether a model's config.json says that it is an AQLM checkpoint."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "aqlm"
-
-
-def parse_quantization_config(quantization: Mapping[str, Any], where: str) -> Scheme:
-    """The scheme in a `quantization_config` block. `where` names the file in errors.
-
-    Raises CheckpointError for a foreign method, a missing key or an impossible value.
-    """
-    method = quantization.get("quant_method")
-    if str(method).lower() != "aqlm":
-        raise CheckpointError(f"{where}: quant_method is {method!r}, pvrt reads 'aqlm'")
-    required = ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")
-    missing = [key for key in required if key not in quantization]
-    if missing:
-        raise CheckpointError(f"{where}: quantization_config lacks {', '.join(missing)}")
-    try:
-        scheme = Scheme(*(quantization[key] for key in required))
-    except ValueError as error:
-        raise CheckpointError(f"{where}: quantization_config: {error}") from error
-    skipped_modules(quantization, where)
-    return scheme
-
-
-def skipped_modules(quantization: Mapping[str, Any], where: str = CONFIG_FILE) -> list[str]:
-    """Module names that the config keeps dense, from any published spelling.
-
-    Entries are module names, tensor names ("lm_head.weight") or anchored ("mlp.gate$").
-    Raises CheckpointError when the list is not a list of strings.
-    """
-    names: dict[str, None] = {}
-    for key in ("linear_weights_not_to_quantize", "modules_to_not_convert"):
-        entries = quantization.get(key) or []
-        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            raise CheckpointError(f"{where}: {key} must be a list of strings")
-        for entry in entries:
-            names[entry.removesuffix("$").removesuffix(".weight")] = None
-    return list(names)
-
-
-def quantization_config(
-    scheme: Scheme, dense_linears: Iterable[str], quantized: Iterable[str]
-) -> dict[str, Any]:
-    """The `quantization_config` block to write.
-
-    Dense linears are listed by tensor name (transformers 4 tests those) and by module name
-    (transformers 5 does). Version 5 treats an entry as the start of a pattern, so a name that also
-    starts a quantised one ("mlp.gate", "mlp.gate_proj") is written with an anchor.
-    """
-    quantized = list(quantized)
-    skip = []
-    for name in dense_linears:
-        clash = any(other.startswith(name) for other in quantized)
-        skip += [f"{name}$" if clash else name, f"{name}.weight"]
-    return {
-        "quant_method": "aqlm",
-        "num_codebooks": scheme.num_codebooks,
-        "nbits_per_codebook": scheme.nbits_per_codebook,
-        "in_group_size": scheme.in_group_size,
-        "out_group_size": scheme.out_group_size,
-        "linear_weights_not_to_quantize": skip,
-    }
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -246,18 +173,23 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
     return tensors
 
 
-def find_layers(tensors: Mapping[str, TensorInfo], scheme: Scheme) -> dict[str, LayerInfo]:
-    """Quantised layers in a set of headers, every shape and type checked against the scheme."""
+def find_layers(tensors: Mapping[str, TensorInfo], schemes: LayerSchemes) -> dict[str, LayerInfo]:
+    """Layers in codes in a set of headers, every shape and type checked against its scheme."""
     names = sorted(name.removesuffix(".codes") for name in tensors if name.endswith(".codes"))
     for name, info in tensors.items():
         stem, _, last = name.rpartition(".")
         if last == "codebooks" and f"{stem}.codes" not in tensors:
             raise CheckpointError(f"{info.file}: {name} has no {stem}.codes beside it")
-    return {name: _check_layer(name, tensors, scheme) for name in names}
+    for name in schemes.named:
+        if f"{name}.codes" not in tensors:
+            raise CheckpointError(f"{CONFIG_FILE} has a scheme for {name}, whose codes are missing")
+    return {name: _check_layer(name, tensors, schemes.of(name)) for name in names}
 
 
-def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> LayerInfo:
+def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | None) -> LayerInfo:
     codes = tensors[f"{name}.codes"]
+    if scheme is None:
+        raise CheckpointError(f"{codes.file}: {CONFIG_FILE} has no scheme for {name}.codes")
     for part in ("codebooks", "scales"):
         if f"{name}.{part}" not in tensors:
             raise CheckpointError(f"{codes.file}: {name}.codes has no {name}.{part} beside it")
@@ -277,6 +209,9 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme) -
     has_bias = f"{name}.bias" in tensors
     if has_bias:
         shapes["bias"] = (out_features,)
+    has_in_scales = f"{name}.in_scales" in tensors
+    if has_in_scales:
+        shapes["in_scales"] = (in_features,)
     for part, shape in shapes.items():
         info = tensors[f"{name}.{part}"]
         if info.dtype not in _FLOATS:
@@ -286,7 +221,7 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme) -
                 f"{info.file}: {name}.{part} has shape {list(info.shape)}, scheme {scheme} and "
                 f"{name}.codes need {list(shape)}"
             )
-    return LayerInfo(name, out_features, in_features, has_bias)
+    return LayerInfo(name, out_features, in_features, has_bias, scheme, has_in_scales)
 
 
 def check_codes(codes: Tensor, scheme: Scheme, where: str) -> Tensor:
@@ -307,113 +242,3 @@ def check_codes(codes: Tensor, scheme: Scheme, where: str) -> Tensor:
     if codes.dtype == scheme.code_dtype:
         return codes
     return codes.to(scheme.code_dtype)  # narrowing an integer wraps, as the layout does
-
-
-@dataclass(frozen=True)
-class WriteOptions:
-    """How to write: bytes per shard, other files beside the weights, and what pvrt.json says."""
-
-    max_shard_bytes: int = 4 << 30
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-
-
-def write_checkpoint(
-    path: str | Path,
-    config: Mapping[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
-    options: WriteOptions | None = None,
-) -> None:
-    """Write a checkpoint folder; `config` already holds its `quantization_config`.
-
-    Everything is first written and synced in a staging folder inside `path`; only then files move
-    into place, config.json last. A folder whose writing was cut short therefore has no config.json
-    and is refused by readers, and a full disk leaves what was there before untouched.
-    Raises CheckpointError when the disk refuses.
-    """
-    options = options or WriteOptions()
-    folder = Path(path)
-    staging = folder / ".staging"
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        shards, hashes = _stage_shards(staging, tensors, options.max_shard_bytes)
-        manifest = {"format_version": FORMAT_VERSION, **options.manifest, "tensor_sha256": hashes}
-        documents = {MANIFEST_FILE: manifest, CONFIG_FILE: dict(config)}
-        if len(shards) > 1:
-            documents[INDEX_FILE] = _index(shards, staging)
-        files = {name: as_json(value) for name, value in documents.items()}
-        for name, content in {**options.files, **files}.items():
-            write_synced(staging / name, content)
-        _commit(staging, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write the checkpoint to {folder} ({error}); free some space and run the same "
-            "command again"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _stage_shards(
-    staging: Path, tensors: Iterable[tuple[str, Tensor]], max_bytes: int
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Write shards. Returns {file name: tensor names} and {tensor name: sha256}."""
-    shards: list[list[str]] = []
-    hashes: dict[str, str] = {}
-    pending: dict[str, Tensor] = {}
-    pending_bytes = 0
-
-    def flush() -> None:
-        file = staging / f"shard-{len(shards):05d}"
-        save_file(pending, file, metadata={"format": "pt"})
-        sync(file)
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        if name in hashes:
-            raise ValueError(f"tensor {name} was given twice")
-        tensor = tensor.detach().cpu().contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > max_bytes:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor
-        pending_bytes += size
-        hashes[name] = tensor_sha256(tensor)
-    flush()
-    named = {}
-    for number, names in enumerate(shards):
-        final = WEIGHTS_FILE
-        if len(shards) > 1:
-            final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(staging / f"shard-{number:05d}", staging / final)
-        named[final] = names
-    return named, hashes
-
-
-def _index(shards: Mapping[str, list[str]], staging: Path) -> dict[str, Any]:
-    return {
-        "metadata": {"total_size": sum((staging / file).stat().st_size for file in shards)},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }
-
-
-def _commit(staging: Path, folder: Path) -> None:
-    with suppress(FileNotFoundError):
-        (folder / CONFIG_FILE).unlink()
-    # A file of an earlier save with another number of shards would be read in place of the new.
-    for stale in [folder / INDEX_FILE, *folder.glob("model*.safetensors")]:
-        with suppress(FileNotFoundError):
-            stale.unlink()
-    files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
-    for file in files:
-        os.replace(file, folder / file.name)
-    sync(folder)
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pvrt.errors import CheckpointError
+from pvrt.format.scheme import GridScheme, Scheme
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,28 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """A quantised linear layer; `has_bias` says whether NAME.bias exists."""
+    """A quantised linear layer or embedding (its vocabulary are the out_features).
+
+    has_bias, has_in_scales: whether NAME.bias and NAME.in_scales exist.
+    """
 
     name: str
     out_features: int
     in_features: int
     has_bias: bool
+    scheme: Scheme | GridScheme
+    has_in_scales: bool = False
+
+    @property
+    def in_block(self) -> bool:
+        """Whether it is one of many: such names have a number, those of embedding and head none."""
+        return any(part.isdigit() for part in self.name.split("."))
 
 
 @dataclass(frozen=True)
 class StoredModel:
     """An opened model folder. `layers` are the quantised ones, none in a dense model. PARTS are the
-    tensors of such a layer that stand for its weight."""
+    tensors of such a layer that stand for its weight; the second is in its floating type."""
 
     path: Path
     config: dict[str, Any]
@@ -68,9 +79,25 @@ class StoredModel:
         """Read and check one quantised layer."""
         raise NotImplementedError
 
+    @property
+    def schemes(self) -> list[Scheme | GridScheme]:
+        """The different schemes of its layers, that of most weights first."""
+        weights: dict[Scheme | GridScheme, int] = {}
+        for layer in self.layers.values():
+            size = layer.out_features * layer.in_features
+            weights[layer.scheme] = weights.get(layer.scheme, 0) + size
+        return sorted(weights, key=lambda scheme: -weights[scheme])
+
+    @property
+    def scheme_names(self) -> str:
+        """Its schemes in one word: "2x8g8", "2x8g8+2x8g4"; "dense" without any."""
+        return "+".join(map(str, self.schemes)) or "dense"
+
     def layer_bits(self, layer: LayerInfo) -> int:
         """Bits of one quantised layer, without its bias."""
-        raise NotImplementedError
+        float_bits = self.tensors[f"{layer.name}.{self.PARTS[1]}"].float_bits
+        bits = layer.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
+        return bits + layer.has_in_scales * layer.in_features * float_bits
 
     def verify(self) -> None:
         """Read every tensor once. Raises CheckpointError at the first that is not sound."""
@@ -80,9 +107,13 @@ class StoredModel:
             self.read(name)
 
     def linear_bits_per_weight(self) -> float:
-        """Bits per weight over the quantised linears, all that decoding needs included."""
-        bits = sum(self.layer_bits(layer) for layer in self.layers.values())
-        return bits / self._quantised_weights()
+        """Bits per weight over the quantised linears of all blocks, all that decoding needs
+        included; over all quantised layers where none is in a block.
+        """
+        layers = [layer for layer in self.layers.values() if layer.in_block]
+        layers = layers or list(self.layers.values())
+        weights = sum(layer.out_features * layer.in_features for layer in layers)
+        return sum(map(self.layer_bits, layers)) / weights
 
     def file_bits_per_weight(self) -> float:
         """Bits of all weight files over all weights of the original model, head included."""

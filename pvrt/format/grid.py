@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from pvrt.errors import CheckpointError
-from pvrt.format.aqlm import CONFIG_FILE, Checkpoint, is_aqlm, read_config, read_tensors
+from pvrt.format.aqlm import Checkpoint, read_config, read_tensors
+from pvrt.format.config_block import CONFIG_FILE, is_aqlm
 from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
 from pvrt.format.scheme import GridScheme
 
@@ -99,11 +100,6 @@ class GridCheckpoint(StoredModel):
             zeros,
             self.read(f"{name}.bias") if info.has_bias else None,
         )
-
-    def layer_bits(self, layer: LayerInfo) -> int:
-        """Bits of one quantised layer."""
-        float_bits = self.tensors[f"{layer.name}.weight_scale"].float_bits
-        return self.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
 
 
 def open_checkpoint(
@@ -252,4 +248,4 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: GridSchem
                 f"{info.file}: {name}.{part} is {info.dtype} {list(info.shape)}, scheme {scheme} "
                 f"needs {' or '.join(dtypes)} {list(expected)}"
             )
-    return LayerInfo(name, out_features, in_features, has_bias)
+    return LayerInfo(name, out_features, in_features, has_bias, scheme)

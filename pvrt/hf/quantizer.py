@@ -15,30 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import AqlmConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from pvrt.errors import CheckpointError
-from pvrt.format.aqlm import (
-    LayerInfo,
-    TensorInfo,
-    check_codes,
-    find_layers,
-    parse_quantization_config,
-    read_config,
-    read_headers,
-)
-from pvrt.format.folder import StoredModel
+from pvrt.format.aqlm import check_codes, find_layers, read_config, read_headers
+from pvrt.format.config_block import parse_quantization_config
+from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
 from pvrt.format.grid import is_packed, is_quantised, open_checkpoint
-from pvrt.modules.aqlm_linear import (
-    AQLMLinear,
-    decode_once,
-    pack_model,
-    packs_on_arrival,
-    quantized_linears,
-)
+from pvrt.format.scheme import Scheme
+from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead, embedding_scale
+from pvrt.modules.aqlm_layer import AQLMLayer, packs_on_arrival
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import module_name, unfuse, without_fusing
+from pvrt.modules.whole_model import decode_once, pack_model, quantized_layers
 from pvrt.versions import COMPRESSED_TENSORS
 
 if TYPE_CHECKING:
@@ -48,13 +42,28 @@ if TYPE_CHECKING:
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
+class AqlmBlock(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of config.json, as it stands there.
+
+    transformers' own class has no place for `schemes`, and stops at what stands for it.
+    """
+
+    def __init__(self, **block: Any) -> None:
+        self.quant_method = QuantizationMethod.AQLM
+        self.block = {**block, "quant_method": "aqlm"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json."""
+        return dict(self.block)
+
+
 class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not typed
-    """Loads pre-quantised AQLM checkpoints into `AQLMLinear` layers."""
+    """Loads pre-quantised AQLM checkpoints into `AQLMLinear` and `AQLMEmbedding` layers."""
 
     requires_calibration = True
     _experts: Sequence[str] = ()
     _dtypes: dict[str, torch.dtype]
-    quantization_config: AqlmConfig
+    quantization_config: AqlmBlock
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """pvrt needs nothing beside itself."""
@@ -63,24 +72,23 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         where = str(getattr(model.config, "_name_or_path", "") or "checkpoint")
-        block = {**self.quantization_config.to_dict(), "quant_method": "aqlm"}  # it has an enum
-        scheme = parse_quantization_config(block, where)
+        schemes = parse_quantization_config(self.quantization_config.block, where)
         files = [Path(file) for file in checkpoint_files or []]
         foreign = [file for file in files if file.suffix != ".safetensors"]
         if foreign or not files:
             named = foreign[0] if foreign else where
             raise CheckpointError(f"{named}: pvrt reads AQLM weights from safetensors files only")
         tensors = read_headers(files)
-        layers = find_layers(tensors, scheme)
+        layers = find_layers(tensors, schemes)
         conversions = get_model_conversion_mapping(model)
         if any(_EXPERT.search(name) for name in layers):
             self._experts = unfuse(model, conversions)
         with torch.device("meta"):
             for layer in layers.values():
                 name = _module_name(model, module_name(layer.name, conversions))
-                linear = _target(model, name, layer, tensors)
-                module = AQLMLinear(linear.in_features, linear.out_features, scheme, layer.has_bias)
+                module = _in_codes(model.get_submodule(name), name, layer, tensors)
                 model.set_submodule(name, module.requires_grad_(False))
+        _tie_heads(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
 
     def update_weight_conversions(
@@ -98,16 +106,16 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not any(part in name for part in kept):
                 parameter.data = parameter.data.to(self._dtypes[name])
-        for name, module in quantized_linears(model).items():
+        for name, module in quantized_layers(model).items():
             check_codes(module.codes, module.scheme, f"{name}.codes")
-            for part in (module.codebooks, module.scales):
-                if not bool(torch.isfinite(part).all()):
+            for part in (module.codebooks, module.scales, module.in_scales):
+                if part is not None and not bool(torch.isfinite(part).all()):
                     raise CheckpointError(f"{name} holds codebooks or scales that are not finite")
         if packs_on_arrival(model.device):  # as layers do that arrive by .to(device)
             pack_model(model, model.dtype)
 
     def _dequantize(self, model: "PreTrainedModel", dtype: Any = None) -> "PreTrainedModel":
-        decode_once(model)
+        _decode(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -138,27 +146,85 @@ def _module_name(model: nn.Module, layer: str) -> str:
     )
 
 
-def _target(
-    model: nn.Module, name: str, layer: LayerInfo, tensors: dict[str, TensorInfo]
-) -> nn.Linear:
-    """The dense layer to replace, its shape checked against the codes."""
-    linear = model.get_submodule(name)
+def _in_codes(
+    dense: nn.Module, name: str, layer: LayerInfo, tensors: dict[str, TensorInfo]
+) -> AQLMLayer:
+    """What takes a dense layer's place, its shape checked against the codes."""
     file = tensors[f"{layer.name}.codes"].file
-    if not isinstance(linear, nn.Linear):
-        raise CheckpointError(f"{file}: {name} is a {type(linear).__name__}, not a linear layer")
+    scheme = layer.scheme
+    assert isinstance(scheme, Scheme)
     found = (layer.out_features, layer.in_features)
-    wanted = (linear.out_features, linear.in_features)
+    if isinstance(dense, nn.Linear):
+        wanted = (dense.out_features, dense.in_features)
+    elif isinstance(dense, nn.Embedding):
+        wanted = (dense.num_embeddings, dense.embedding_dim)
+    else:
+        raise CheckpointError(
+            f"{file}: {name} is a {type(dense).__name__}, neither a linear layer nor an embedding"
+        )
     if found != wanted:
         raise CheckpointError(
             f"{file}: {layer.name}.codes decode to {found[0]} x {found[1]}, config.json "
             f"describes {wanted[0]} x {wanted[1]}"
         )
-    return linear
+    if isinstance(dense, nn.Linear):
+        shape = dense.in_features, dense.out_features
+        return AQLMLinear(*shape, scheme, layer.has_bias, layer.has_in_scales)
+    scale = embedding_scale(dense)
+    if scale is None or scheme.out_group_size != 1:
+        raise CheckpointError(
+            f"{file}: {name} is a {type(dense).__name__}, which pvrt cannot look up in "
+            f"codes of {scheme}"
+        )
+    return AQLMEmbedding(*wanted, scheme, scale, layer.has_in_scales)
+
+
+def _tie_heads(model: "PreTrainedModel") -> None:
+    """Let every output head that is tied to an embedding in codes multiply by those."""
+    pairs = model.all_tied_weights_keys
+    for target, source in list(pairs.items()):
+        head, embedding = (model.get_submodule(key.rpartition(".")[0]) for key in (target, source))
+        if isinstance(head, AQLMLayer):
+            raise CheckpointError(
+                f"the checkpoint has codes of {target}, which config.json ties to {source}"
+            )
+        if isinstance(embedding, AQLMEmbedding):
+            if not isinstance(head, nn.Linear):
+                raise CheckpointError(
+                    f"{target} is tied to codes and a {type(head).__name__}, not a linear layer"
+                )
+            model.set_submodule(target.rpartition(".")[0], TiedHead(embedding, head.bias))
+            del pairs[target]
+    for module in model.modules():  # what `tie_weights` reads when it is called again
+        keys = getattr(module, "_tied_weights_keys", None)
+        if keys and "all_tied_weights_keys" in vars(module):
+            module._tied_weights_keys = {
+                target: source
+                for target, source in keys.items()
+                if not isinstance(_owner(module, source), AQLMEmbedding)
+            }
+
+
+def _decode(model: "PreTrainedModel") -> None:
+    """Decode all layers once; heads are tied again as the model's class says."""
+    decode_once(model)
+    for module in model.modules():
+        vars(module).pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _owner(model: nn.Module, key: str) -> nn.Module | None:
+    """The module of a tied tensor; None for a pattern."""
+    try:
+        return model.get_submodule(key.rpartition(".")[0])
+    except AttributeError:
+        return None
 
 
 def register() -> None:
-    """Put pvrt's quantizer in transformers' table; harmless when repeated."""
+    """Put pvrt's quantizer in transformers' tables; harmless when repeated."""
     AUTO_QUANTIZER_MAPPING["aqlm"] = PvrtHfQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["aqlm"] = AqlmBlock
 
 
 def _need_compressed_tensors(folder: Path) -> None:
@@ -213,6 +279,6 @@ def load_model(
         if is_packed(config):
             _decode_grids(model)
         else:
-            decode_once(model)
+            _decode(model)
         model.hf_quantizer.remove_quantization_config(model)
     return model.eval()

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pvrt.errors import ServeError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.format.grid import GridCheckpoint
+from pvrt.format.scheme import Scheme
 from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_kernels.cpu import library
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS
@@ -162,8 +163,12 @@ def _weights(opened: OpenedModel, backend: Backend, machine: Machine) -> WeightK
     match opened.stored:
         case GridCheckpoint():
             return "decoded" if backend == "local" else "packed"
-        case Checkpoint(scheme=scheme):
-            return "packed" if scheme.has_fast_kernel(machine.device) else "decoded"
+        case Checkpoint(schemes=schemes):
+            fast = all(
+                isinstance(scheme, Scheme) and scheme.has_fast_kernel(machine.device)
+                for scheme in schemes
+            )
+            return "packed" if fast else "decoded"
     return "dense"
 
 

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from pvrt.errors import ServeError
-from pvrt.format.aqlm import Checkpoint
 from pvrt.format.folder import StoredModel
-from pvrt.format.grid import GridCheckpoint, open_folder
-from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.format.grid import open_folder
 from pvrt_server.templates import chat_template
 
 
@@ -27,15 +25,9 @@ class OpenedModel:
         return self.stored.path
 
     @property
-    def scheme(self) -> Scheme | GridScheme | None:
-        """How its layers are quantised; None for a dense model."""
-        stored = self.stored
-        return stored.scheme if isinstance(stored, Checkpoint | GridCheckpoint) else None
-
-    @property
     def foreign(self) -> bool:
         """Whether its layers are quantised in a way that is not ours and transformers' affair."""
-        return self.scheme is None and bool(self.stored.config.get("quantization_config"))
+        return not self.stored.layers and bool(self.stored.config.get("quantization_config"))
 
 
 def open_model(folder: Path) -> OpenedModel:

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import pvrt
 from pvrt.cli import app
 from pvrt.format.scheme import Scheme
-from pvrt.modules.aqlm_linear import AQLMLinear, pack_model
+from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.whole_model import pack_model
 from pvrt_kernels import aqlm_linear, reference
 from pvrt_kernels.gpu import launch
 from tests.fixtures.toy import random_layer, write_toy, write_toy_grid

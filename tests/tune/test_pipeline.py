@@ -9,12 +9,14 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
@@ -22,7 +24,7 @@ import pvrt
 from pvrt.cli import app
 from pvrt.errors import CheckpointError, DataError, RunError, SourceError
 from pvrt.format.aqlm import Checkpoint
-from pvrt.modules.aqlm_linear import quantized_linears
+from pvrt.modules.whole_model import quantized_layers
 from pvrt_tune.calibrate import stage
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.text import Windows
@@ -32,6 +34,7 @@ from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
 from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, _discard
+from tests.fixtures.full_disk import full_disk
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -77,14 +80,43 @@ def test_every_architecture_is_tuned_by_discovery(tmp_path: Path, architecture: 
     checkpoint = tune(TuneJob(str(tmp_path / "dense"), out, recipe), silent)
     checkpoint.verify()
     blocks = [name for name, m in dense.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert set(checkpoint.layers) == {name for name in blocks if ".layers." in name}
-    assert ("lm_head.weight" in checkpoint.tensors) is not dense.config.tie_word_embeddings
+    tied = dense.config.tie_word_embeddings
+    ends = {"model.embed_tokens"} if tied else {"model.embed_tokens", "lm_head"}
+    assert set(checkpoint.layers) == {name for name in blocks if ".layers." in name} | ends
     model = pvrt.load(out, dense=True)
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         original, tuned = dense(tokens).logits, model(tokens).logits
     agreement = torch.nn.functional.cosine_similarity(original, tuned, dim=-1).mean()
-    assert agreement > 0.9  # unrelated models agree to about 0
+    assert agreement > 0.6  # unrelated models agree to about 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_embeddings_stay_in_16_bits_if_asked(tmp_path: Path, architecture: str) -> None:
+    """The layout is then the published one."""
+    dense = dense_folder(tmp_path / "dense", architecture)
+    recipe = replace(QUICK, embeddings="keep")
+    checkpoint = tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), silent)
+    assert all(".layers." in name for name in checkpoint.layers)
+    assert "model.embed_tokens.weight" in checkpoint.tensors
+    assert ("lm_head.weight" in checkpoint.tensors) is not dense.config.tie_word_embeddings
+    assert checkpoint.config["quantization_config"]["num_codebooks"] == 2
+
+
+def test_tuning_moves_the_codebooks_of_embeddings(tmp_path: Path) -> None:
+    """And scales; codes stay what calibration left."""
+    dense_folder(tmp_path / "dense", "llama-tied")
+    recipe = replace(QUICK, training=TrainSettings(windows=4, steps=2, batch=2, held_out=1))
+    calibrated: dict[str, torch.Tensor] = {}
+
+    def report(line: str) -> None:
+        if "can be served from here on" in line:
+            calibrated.update(load_file(tmp_path / "out" / "model.safetensors"))
+
+    tuned = tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), report)
+    parts = [name for name in tuned.tensors if "embed_tokens" in name]
+    same = {name for name in parts if torch.equal(calibrated[name], tuned.read(name))}
+    assert same == {"model.embed_tokens.codes"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -109,17 +141,19 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
 def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense_folder(tmp_path / "dense", "llama")
     loaded: list[weakref.ref[torch.nn.Module]] = []
+    blocks: list[int] = []
 
     def load(*args: Any) -> torch.nn.Module:
-        assert all(block() is None for block in loaded), "the block before is still there"
+        assert all(module() is None for module in loaded), "the block before is still there"
         block = original(*args)
-        loaded.append(weakref.ref(block))
+        loaded.extend(map(weakref.ref, block.modules()))
+        blocks.append(len(loaded))
         return block
 
     original = stage._dense
     monkeypatch.setattr(stage, "_dense", load)
     tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
-    assert len(loaded) == 2
+    assert len(blocks) == 2
 
 
 def test_block_finetuning_lowers_the_held_out_error(tmp_path: Path) -> None:
@@ -244,7 +278,7 @@ def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> No
     tune(TuneJob(job.model, out, QUICK), lines.append)
     assert any("already complete" in line for line in lines)
     tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8"), restart=True), silent)
-    assert str(Checkpoint.open(out).scheme) == "1x8g8"
+    assert Checkpoint.open(out).scheme_names == "1x8g8+4x8g8"
 
 
 def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
@@ -258,11 +292,11 @@ def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
     new = replace(old, recipe=replace(QUICK, training=training), restart=True)
     with pytest.raises(Stopped):
         tune(new, stopping("block 2/"))
-    assert str(Checkpoint.open(out).scheme) == "1x8g8"
+    assert Checkpoint.open(out).scheme_names == "1x8g8+4x8g8"
     Checkpoint.open(out).verify()
     with pytest.raises(Stopped):
         tune(replace(new, restart=False), stopping("PV step 1/"))
-    assert str(Checkpoint.open(out).scheme) == "2x8g8"
+    assert Checkpoint.open(out).scheme_names == "2x8g8+4x8g8"
     Checkpoint.open(out).verify()
 
 
@@ -355,13 +389,15 @@ def test_a_run_folder_with_the_recipe_in_its_old_spelling_goes_on(
     tmp_path: Path, training: TrainSettings | None
 ) -> None:
     dense_folder(tmp_path / "dense", "llama")
-    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, training=training))
+    old = replace(QUICK, training=training, embeddings="keep")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", old)
     with pytest.raises(Stopped):
         tune(job, stopping("block 1/"))
     file = tmp_path / "out" / RUN_FOLDER / "fingerprint.json"
     fingerprint = json.loads(file.read_text())
     recipe = fingerprint["recipe"]
     loop = recipe.pop("training")
+    del recipe["embeddings"]
     recipe["pv"] = None if loop is None else {**loop, "pv": recipe.pop("pv")}
     file.write_text(json.dumps(fingerprint))
     other = replace(job, recipe=replace(job.recipe, training=TrainSettings(windows=5)))
@@ -601,37 +637,23 @@ def test_text_sampled_from_the_model_is_repeatable_and_follows_it() -> None:
 
 def test_a_quantised_model_has_no_dense_linear_in_its_blocks(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "phi3")
-    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
+    recipe = replace(QUICK, embeddings="keep")
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), silent)
     model = pvrt.load(tmp_path / "out")
-    assert len(quantized_linears(model)) == 4 * model.config.num_hidden_layers
-
-
-FULL_DISK = """
-import resource, signal, sys; sys.path[:0] = {paths!r}
-from pathlib import Path
-from pvrt.errors import RunError
-from tests.tune.test_pipeline import QUICK
-from pvrt_tune.pipeline import tune
-from pvrt_tune.settings import TuneJob
-from pvrt_tune.settings.files import as_yaml
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-def fill(line):
-    if line.startswith("block 1/"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    tune(TuneJob({model!r}, Path({out!r}), QUICK), fill)
-except RunError as error:
-    print("refused:", error)
-"""
+    assert len(quantized_layers(model)) == 4 * model.config.num_hidden_layers
 
 
 def test_a_disk_that_fills_up_keeps_finished_blocks_only(tmp_path: Path) -> None:
-    """The kernel refuses to write past a size limit, as it does on a full disk."""
     dense_folder(tmp_path / "dense", "llama")
     out = tmp_path / "out"
-    script = FULL_DISK.format(paths=sys.path, model=str(tmp_path / "dense"), out=str(out))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "refused: cannot save block-00001" in run.stdout, run.stderr
+    with ExitStack() as disk:
+
+        def fill(line: str) -> None:
+            if line.startswith("block 1/"):
+                disk.enter_context(full_disk(20_000))
+
+        with pytest.raises(RunError, match="cannot save block-00001"):
+            tune(TuneJob(str(tmp_path / "dense"), out, QUICK), fill)
     pieces = {file.name for file in (out / ".run" / "pieces").iterdir()}
     assert pieces == {"calibration.safetensors", "block-00000.safetensors"}
     assert not (out / "config.json").exists()

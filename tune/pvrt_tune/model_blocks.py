@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvrt.errors import SourceError
+from pvrt.errors import RunError, SourceError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
+from pvrt_tune.shapes import BlockShape
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,61 @@ def record_inputs(
     return arguments
 
 
+class _HeadReached(Exception):
+    """Ends a pass at the output head, with what entered it."""
+
+
+class _Outputs(_Recorder):
+    """Stands in for the last block: returns what it is told to."""
+
+    value: Tensor
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self.value
+
+
+def head_inputs(
+    model: Any, blocks: BlockList, tokens: Tensor, hidden: Activations
+) -> Iterator[Tensor]:
+    """What enters the output head for tokens [samples, length], batch by batch: [n, width].
+
+    `hidden` are the last block's outputs. The blocks and the output head of `model` are not run and
+    may be on the meta device. Raises RunError for a model that does not call its head.
+    """
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _HeadReached(args[0])
+
+    embeddings = model.get_input_embeddings()
+    modules = model.get_submodule(blocks.name)
+    originals = list(modules)
+    outputs = _Outputs(originals[-1])
+    hooks = [
+        embeddings.register_forward_hook(lambda m, args, out: out.float()),
+        model.get_output_embeddings().register_forward_pre_hook(stop),
+    ]
+    try:
+        for index, block in enumerate([*map(_Recorder, originals[:-1]), outputs]):
+            modules[index] = block
+        batch = len(hidden[0])
+        for part, outputs.value in zip(torch.split(tokens, batch), hidden, strict=True):
+            try:
+                with torch.inference_mode():
+                    model(input_ids=part.to(embeddings.weight.device), use_cache=False)
+            except _HeadReached as reached:
+                yield reached.args[0].flatten(0, -2)
+            else:
+                raise RunError(
+                    f"{type(model).__name__} does not call its output head as a module; "
+                    "--keep-embeddings leaves it in 16 bits"
+                )
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for index, block in enumerate(originals):
+            modules[index] = block
+
+
 def _detached(value: Any, copies: dict[int, Tensor]) -> Any:
     """A copy of all tensors outside inference mode, so that training may use them.
 
@@ -194,9 +250,7 @@ def observe(
                 output = run_block(block, hidden, arguments)
             if outputs is not None:
                 outputs[number] = output
-            _accumulate(moments, seen)
-            for name, x in seen.items():
-                counts[name] = counts.get(name, 0) + x.numel() // x.shape[-1]
+            _accumulate(moments, counts, seen)
     for name, experts in block.named_modules():
         if isinstance(experts, ExpertList):
             for projection in experts.names:
@@ -208,6 +262,14 @@ def observe(
             moment /= counts[name]
             done.add(id(moment))
     return moments
+
+
+def observe_bytes(shape: BlockShape, tokens: int, width: int) -> int:
+    """Peak of `observe` for batches of `tokens` tokens, with the block in float32."""
+    # Hidden states that come in, the residual, and what the batch before left; inputs of all
+    # linears, which hooks keep; the outputs of the widest siblings.
+    states = 4 * tokens * (3 * width + shape.read + shape.widest)
+    return 4 * shape.parameters + shape.moments + int(states)
 
 
 def _fill_up(moments: dict[str, Tensor], counts: dict[str, int], fellows: list[str]) -> None:
@@ -247,11 +309,14 @@ def _linear_inputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _accumulate(moments: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
-    """Add x^T x of one batch; inputs that are the same tensor are multiplied once."""
+def _accumulate(
+    moments: dict[str, Tensor], counts: dict[str, int], seen: dict[str, Tensor]
+) -> None:
+    """Add x^T x and the tokens of one batch; inputs that are the same are multiplied once."""
     # By input: the first layer that read it, whose moment the others share.
     first: dict[int, str] = {}
     for name, x in seen.items():
+        counts[name] = counts.get(name, 0) + x.numel() // x.shape[-1]
         if id(x) in first:
             moments.setdefault(name, moments[first[id(x)]])
             continue

@@ -8,8 +8,9 @@ import torch
 
 import pvrt
 from pvrt.errors import RunError
-from pvrt.format.aqlm import CONFIG_FILE, Checkpoint
+from pvrt.format.aqlm import Checkpoint
 from pvrt.format.atomic import write_synced
+from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import parallel
 from pvrt_tune.calibrate.stage import calibrate

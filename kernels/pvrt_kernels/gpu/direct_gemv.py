@@ -1,6 +1,6 @@
 """Products with 1 to 4 tokens by decoding every group: 16-bit codes, and the deterministic choice.
 
-y[n] = scale[n] * sum over groups j, books m of <codebook[m][code[n, j, m]], x group j>.
+y[n] = scale[n] * sum over groups j, codebooks m of <codebook[m][code[n, j, m]], x group j>.
 A thread takes one row and reads its codes 16 bytes at a time; every code fetches a codeword of
 GROUP values, which neighbouring threads do at random places. With 16-bit codes that table is 1 MiB
 and lives in the L2 cache, whose 32-byte sectors limit the kernel (the loads bypass L1, which would
@@ -58,7 +58,7 @@ def direct_gemv(
     x_ptr,
     words_ptr,
     rest_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     bias_ptr,
     y_ptr,
@@ -71,7 +71,7 @@ def direct_gemv(
     end1,
     split,
     TOKENS: tl.constexpr,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -93,8 +93,8 @@ def direct_gemv(
     at = words_ptr + n.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
     stride = rows.to(tl.int64) * 2
     first = tl.program_id(1)
-    count = tl.cdiv(groups * BOOKS, 2 * CODES)
-    table = books_ptr + part * ((BOOKS + REST) * SIZE * GROUP) + e
+    count = tl.cdiv(groups * CODEBOOKS, 2 * CODES)
+    table = codebooks_ptr + part * ((CODEBOOKS + REST) * SIZE * GROUP) + e
     words = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
     )
@@ -110,17 +110,17 @@ def direct_gemv(
         for i in tl.static_range(2 * CODES):
             f = b * (2 * CODES) + i
             code = (halves[i // CODES] >> (i % CODES * BITS)).to(tl.int32) & (SIZE - 1)
-            entry = (f % BOOKS) * SIZE + code
+            entry = (f % CODEBOOKS) * SIZE + code
             sums = add_products(
-                sums, table, entry, x_ptr, f // BOOKS, groups, tokens, TOKENS, SIZE, GROUP
+                sums, table, entry, x_ptr, f // CODEBOOKS, groups, tokens, TOKENS, SIZE, GROUP
             )
         if REST > 0:
-            rest = load_rest(rest_ptr, b, n, end, rows, BOOKS, REST)
-            rest_words = tl.split(rest) if REST * 2 == BOOKS else (tl.reshape(rest, (ROWS,)),)
-            for i in tl.static_range(2 * CODES * REST // BOOKS):
-                f = b * (2 * CODES * REST // BOOKS) + i
+            rest = load_rest(rest_ptr, b, n, end, rows, CODEBOOKS, REST)
+            rest_words = tl.split(rest) if REST * 2 == CODEBOOKS else (tl.reshape(rest, (ROWS,)),)
+            for i in tl.static_range(2 * CODES * REST // CODEBOOKS):
+                f = b * (2 * CODES * REST // CODEBOOKS) + i
                 code = (rest_words[i // (CODES // 2)] >> (i % (CODES // 2) * BITS)) & (SIZE - 1)
-                entry = (BOOKS + f % REST) * SIZE + code
+                entry = (CODEBOOKS + f % REST) * SIZE + code
                 sums = add_products(
                     sums, table, entry, x_ptr, f // REST, groups, tokens, TOKENS, SIZE, GROUP
                 )

@@ -1,8 +1,7 @@
 """The packed kernels of NVIDIA GPUs: pack at load, then pick and launch Triton kernels.
 
-Up to 4 tokens go to table lookups or direct
-decoding, up to the crossover of the card's table to tiles on tensor cores, more to a decoded
-scratch and cuBLAS (`choose.py`).
+Up to 4 tokens go to table lookups or direct decoding, up to the crossover of the card's table to
+tiles on tensor cores, more to a decoded scratch and cuBLAS (`choose.py`).
 
 Programs that share rows add up in a workspace of the device, which is zero between launches. So
 the products of one device must run in one order: on one stream, or on streams that wait for each
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from pvrt_kernels.dispatch import PackedKernel, Problem, registry
 from pvrt_kernels.gpu import choose
-from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
-from pvrt_kernels.gpu.layout import pack_codes, rest_bytes, split_books, unpack_codes
+from pvrt_kernels.gpu.choose import Gpu, LaunchConfig, Shape
+from pvrt_kernels.gpu.layout import pack_codes, rest_bytes, split_codebooks, unpack_codes
 from pvrt_kernels.gpu.shared import shared
 
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
-DECODE = Plan("decode", rows=128, warps=4)
+DECODE = LaunchConfig("decode", rows=128, warps=4)
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
 _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
 
@@ -72,7 +71,7 @@ def pack(codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list
     sums = min(codes.shape[0] * choose.MOST_TOKENS, choose.MOST_SUMS)
     shared.workspace(codes.device, sums, codes.shape[0])
     tables = codebooks.reshape(parts, -1, size, g).contiguous()
-    main, rest = split_books(count)
+    main, rest = split_codebooks(count)
     blocks = pack_codes(codes[:, :, :main], size)
     smaller = blocks.new_empty(*blocks.shape[:2], 0)
     if rest:
@@ -83,7 +82,7 @@ def pack(codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list
 def unpack(packed: GpuBlocks, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `dispatch.PackedKernel`."""
     _, count, size, g = packed.codebooks.shape
-    main, rest = split_books(count)
+    main, rest = split_codebooks(count)
     codes = unpack_codes(packed.codes, in_features // g, main, size)
     if rest:
         more = unpack_codes(packed.rest, in_features // g, rest, size)
@@ -97,18 +96,18 @@ def linear(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) 
     flat = x.reshape(-1, in_features)
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], rows)
-    plan = plan_for(flat, packed)
-    if len(sizes) > 3 and plan.kernel != "dense":
+    config = config_for(flat, packed)
+    if len(sizes) > 3 and config.kernel != "dense":
         return _by_partition(x, packed, bias, sizes)
-    if plan.kernel == "dense":
+    if config.kernel == "dense":
         y = multiply_decoded(flat, packed, bias, sizes)
     else:
-        y = launch(plan, flat, packed, bias, sizes)
+        y = launch(config, flat, packed, bias, sizes)
     return y.reshape(*x.shape[:-1], rows)
 
 
-def plan_for(flat: Tensor, packed: GpuBlocks) -> Plan:
-    """The plan for flat [tokens, in_features] on its device."""
+def config_for(flat: Tensor, packed: GpuBlocks) -> LaunchConfig:
+    """The launch config for flat [tokens, in_features] on its device."""
     _, count, size, g = packed.codebooks.shape
     deterministic = torch.are_deterministic_algorithms_enabled()
     gpu = _gpu(flat.device)
@@ -120,32 +119,32 @@ def plan_for(flat: Tensor, packed: GpuBlocks) -> Plan:
 
 
 def launch(
-    plan: Plan, flat: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]
+    config: LaunchConfig, flat: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]
 ) -> Tensor:
-    """Run a plan (any but dense): flat [tokens, in_features] -> [tokens, rows]."""
-    blocks, books, scales, smaller = packed
+    """Run a launch config (any but dense): flat [tokens, in_features] -> [tokens, rows]."""
+    blocks, codebooks, scales, smaller = packed
     tokens, in_features = flat.shape
-    rows, (parts, count, size, g) = blocks.shape[1], books.shape
-    main, rest = split_books(count)
+    rows, (parts, count, size, g) = blocks.shape[1], codebooks.shape
+    main, rest = split_codebooks(count)
     flat = _aligned(flat)
-    if books.dtype != flat.dtype:  # tensor cores take one type
-        books = books.to(flat.dtype)
+    if codebooks.dtype != flat.dtype:  # tensor cores take one type
+        codebooks = codebooks.to(flat.dtype)
     y = flat.new_empty(tokens, rows)
     ends = [0]
     for part in sizes:
         ends.append(ends[-1] + part)
-    tiles = sum(-(-(end - start) // plan.rows) for start, end in pairwise(ends))
-    sums, arrived = shared.workspace(flat.device, tokens * rows if plan.split > 1 else 1, tiles)
-    if plan.kernel == "direct":
-        sums = flat.new_empty(plan.split * tokens * rows, dtype=torch.float32)
-    grid = (tiles, plan.split, -(-tokens // plan.tokens))
+    tiles = sum(-(-(end - start) // config.rows) for start, end in pairwise(ends))
+    sums, arrived = shared.workspace(flat.device, tokens * rows if config.split > 1 else 1, tiles)
+    if config.kernel == "direct":
+        sums = flat.new_empty(config.split * tokens * rows, dtype=torch.float32)
+    grid = (tiles, config.split, -(-tokens // config.tokens))
     end1 = ends[2] if len(ends) > 2 else rows
     with _on(flat.device):
-        _kernel(plan.kernel)[grid](
+        _kernel(config.kernel)[grid](
             flat,
-            blocks.view(_WORDS.get(plan.kernel, torch.int32)),
+            blocks.view(_WORDS.get(config.kernel, torch.int32)),
             (smaller if rest else blocks).view(torch.int32),
-            books,
+            codebooks,
             scales,
             scales if bias is None else bias,
             y,
@@ -156,29 +155,29 @@ def launch(
             tokens,
             ends[1],
             end1,
-            plan.split,
-            TOKENS=plan.tokens,
-            BOOKS=main,
+            config.split,
+            TOKENS=config.tokens,
+            CODEBOOKS=main,
             REST=rest,
             SIZE=size,
             GROUP=g,
             PARTS=1 if parts == 1 else 3,  # two are three of which the last is empty
             HAS_BIAS=bias is not None,
-            ROWS=plan.rows,
-            **compile_options(plan),
+            ROWS=config.rows,
+            **compile_options(config),
         )
     return y
 
 
-def compile_options(plan: Plan) -> dict[str, Any]:
+def compile_options(config: LaunchConfig) -> dict[str, Any]:
     """What Triton is told beside the arguments.
 
     One stage: pipelining would stage codewords in shared memory. Fused multiply-add: Triton 3.10
     no longer assumes it. A limit of registers: without one, ptxas may spill a few bytes to come
     down to 128 (seen with tiles and with direct decoding).
     """
-    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if plan.kernel in ("tile", "direct"):
+    options = {"num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if config.kernel in ("tile", "direct"):
         options["maxnreg"] = 255
     return options
 
@@ -196,9 +195,15 @@ def warm_up(
     """Compile and run what any number of tokens can need; layers that share kernels do it once."""
     for tokens in WARM_TOKENS:
         x = torch.zeros(tokens, in_features, dtype=dtype, device=packed.codes.device)
-        plan = plan_for(x, packed)
+        config = config_for(x, packed)
         if shared.is_new(
-            x.device, plan.kernel, plan.tokens, plan.rows, packed.codebooks.shape, dtype, has_bias
+            x.device,
+            config.kernel,
+            config.tokens,
+            config.rows,
+            packed.codebooks.shape,
+            dtype,
+            has_bias,
         ):
             bias = x.new_zeros(packed.codes.shape[1]) if has_bias else None
             linear(x, packed, bias, sizes)
@@ -208,14 +213,14 @@ def warm_up(
 
 def _by_partition(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) -> Tensor:
     """More partitions than a kernel takes as arguments: one launch for each."""
-    blocks, books, scales, smaller = packed
+    blocks, codebooks, scales, smaller = packed
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
     outputs = []
     for part, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         rows = slice(start, start + size)
         one = GpuBlocks(
             blocks[:, rows].contiguous(),
-            books[part : part + 1],
+            codebooks[part : part + 1],
             scales[rows],
             smaller[:, rows].contiguous(),
         )
@@ -256,9 +261,9 @@ def _decode(
     """Decode rows start..., or those of some numbers, into weight [some rows, in_features]."""
     from pvrt_kernels.gpu.tile_gemm import decode_rows
 
-    blocks, books, scales, smaller = packed
-    _, count, size, g = books.shape
-    main, rest = split_books(count)
+    blocks, codebooks, scales, smaller = packed
+    _, count, size, g = codebooks.shape
+    main, rest = split_codebooks(count)
     end, first = start + weight.shape[0], 0
     with _on(weight.device):
         for part, length in enumerate(sizes):
@@ -272,7 +277,7 @@ def _decode(
             decode_rows[(-(-results.shape[0] // DECODE.rows), blocks.shape[0])](
                 blocks.view(torch.int32),
                 (smaller if rest else blocks).view(torch.int32),
-                books[part],
+                codebooks[part],
                 scales,
                 scales if numbers is None else numbers,
                 results,
@@ -281,7 +286,7 @@ def _decode(
                 begin,
                 stop,
                 results.shape[0],
-                BOOKS=main,
+                CODEBOOKS=main,
                 REST=rest,
                 SIZE=size,
                 GROUP=g,
@@ -308,11 +313,15 @@ def _gpu(device: torch.device) -> Gpu:
 
 
 @lru_cache(maxsize=4096)
-def _choose(gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool) -> Plan:
-    plan = choose.choose(gpu, shape, tokens, dtype, deterministic)
-    if plan.kernel == "lut_gluon" and (split_books(shape.num_codebooks)[1] or not gluon_gathers()):
-        return Plan("lut", plan.tokens, plan.rows, plan.warps, plan.split)
-    return plan
+def _choose(
+    gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool
+) -> LaunchConfig:
+    config = choose.choose(gpu, shape, tokens, dtype, deterministic)
+    if config.kernel == "lut_gluon" and (
+        split_codebooks(shape.num_codebooks)[1] or not gluon_gathers()
+    ):
+        return LaunchConfig("lut", config.tokens, config.rows, config.warps, config.split)
+    return config
 
 
 def gluon_gathers() -> bool:
@@ -323,7 +332,7 @@ def gluon_gathers() -> bool:
 
 
 def _kernel(name: str) -> Any:
-    """The Triton function of a plan; imported here because a CPU installation has no Triton."""
+    """A Triton function by name; imported here because a CPU installation has no Triton."""
     if name == "lut":
         from pvrt_kernels.gpu.lut_gemv import lut_gemv
 

@@ -8,7 +8,7 @@ group f // M, codebook f % M. All GPU kernels read this one layout; it is as lar
 checkpoint's (the last block is filled up with zeros) and turns back into it exactly.
 
 Blocks hold whole groups because M is a power of two. Of 3, 5 and 6 codebooks the first 2 or 4 make
-such blocks, and the rest smaller ones of 4 or 8 bytes for the same groups (`split_books`).
+such blocks, and the rest smaller ones of 4 or 8 bytes for the same groups (`split_codebooks`).
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 BLOCK_BYTES = 16
 
 
-def split_books(num_codebooks: int) -> tuple[int, int]:
+def split_codebooks(num_codebooks: int) -> tuple[int, int]:
     """How many codebooks are in the blocks of 16 bytes, and how many in smaller ones."""
     main = 1 << (num_codebooks.bit_length() - 1)
     return main, num_codebooks - main
@@ -25,18 +25,18 @@ def split_books(num_codebooks: int) -> tuple[int, int]:
 
 def rest_bytes(num_codebooks: int) -> int:
     """Bytes of a smaller block: of as many groups as one of 16 bytes has."""
-    main, rest = split_books(num_codebooks)
+    main, rest = split_codebooks(num_codebooks)
     return BLOCK_BYTES * rest // main
 
 
 def code_bytes(codebook_size: int) -> int:
-    """Bytes of one stored code: 1 for codebooks of up to 256 entries, else 2."""
+    """Bytes of one stored code: 1 for codebooks of up to 256 codewords, else 2."""
     return 1 if codebook_size <= 256 else 2
 
 
 def block_count(groups: int, num_codebooks: int, codebook_size: int) -> int:
     """Blocks of 16 bytes in a row."""
-    main, _ = split_books(num_codebooks)
+    main, _ = split_codebooks(num_codebooks)
     return -(-groups * main * code_bytes(codebook_size) // BLOCK_BYTES)
 
 

@@ -31,14 +31,14 @@ def row_tile(tile, rows, end0, end1, PARTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_rest(rest_ptr, block, n, end, rows, BOOKS: tl.constexpr, REST: tl.constexpr):
-    """Words of rows n < end in a small block, [n, 4 REST / BOOKS] int32; 0 if there are none.
+def load_rest(rest_ptr, block, n, end, rows, CODEBOOKS: tl.constexpr, REST: tl.constexpr):
+    """Words of rows n < end in a small block, [n, 4 REST / CODEBOOKS] int32; 0 if there are none.
 
-    The small blocks are [blocks, rows, 4 REST / BOOKS] int32 (`layout.py`).
+    The small blocks are [blocks, rows, 4 REST / CODEBOOKS] int32 (`layout.py`).
     """
     words = 0
     if REST > 0:
-        WORDS: tl.constexpr = 4 * REST // BOOKS
+        WORDS: tl.constexpr = 4 * REST // CODEBOOKS
         at = rest_ptr + (block * rows.to(tl.int64) + n)[:, None] * WORDS
         words = tl.load(at + tl.arange(0, WORDS)[None, :], mask=(n < end)[:, None], other=0)
     return words

@@ -29,23 +29,23 @@ def add_codewords(
     w,
     words,
     table,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """w [ROWS, groups, GROUP] plus the codewords of words [ROWS, any], BOOKS of them per group."""
+    """w [ROWS, groups, GROUP] plus the codewords of words [ROWS, any], CODEBOOKS per group."""
     if SIZE > 256:
         codes = tl.join(words & 0xFFFF, (words >> 16) & 0xFFFF)
-        GROUPS: tl.constexpr = 2 * words.shape[1] // BOOKS
+        GROUPS: tl.constexpr = 2 * words.shape[1] // CODEBOOKS
     else:
         even = tl.join(words & 255, (words >> 16) & 255)
         odd = tl.join((words >> 8) & 255, (words >> 24) & 255)
         codes = tl.join(even, odd)
-        GROUPS: tl.constexpr = 4 * words.shape[1] // BOOKS
-    if BOOKS == 1:
+        GROUPS: tl.constexpr = 4 * words.shape[1] // CODEBOOKS
+    if CODEBOOKS == 1:
         w += codewords(tl.reshape(codes, (ROWS, GROUPS)), table, SIZE, GROUP)
-    elif BOOKS == 2:
+    elif CODEBOOKS == 2:
         codes0, codes1 = tl.split(tl.reshape(codes, (ROWS, GROUPS, 2)))
         w += codewords(codes0, table, SIZE, GROUP)
         w += codewords(codes1 + SIZE, table, SIZE, GROUP)
@@ -65,22 +65,22 @@ def decode_block(
     words,
     rest,
     table,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """words [ROWS, 4] and rest [ROWS, 4 REST / BOOKS] int32, one block of codes -> weights.
+    """words [ROWS, 4] and rest [ROWS, 4 REST / CODEBOOKS] int32, one block of codes -> weights.
 
-    A block holds 16 / BOOKS groups of 8-bit codes or 8 / BOOKS of 16-bit codes; the weights are
-    [ROWS, columns] float32, not yet scaled.
+    A block holds 16 / CODEBOOKS groups of 8-bit codes or 8 / CODEBOOKS of 16-bit codes; the
+    weights are [ROWS, columns] float32, not yet scaled.
     """
-    GROUPS: tl.constexpr = (16 if SIZE <= 256 else 8) // BOOKS
+    GROUPS: tl.constexpr = (16 if SIZE <= 256 else 8) // CODEBOOKS
     w = tl.zeros((ROWS, GROUPS, GROUP), dtype=tl.float32)
-    w = add_codewords(w, words, table, BOOKS, SIZE, GROUP, ROWS)
+    w = add_codewords(w, words, table, CODEBOOKS, SIZE, GROUP, ROWS)
     if REST > 0:
-        w = add_codewords(w, rest, table + BOOKS * SIZE * GROUP, REST, SIZE, GROUP, ROWS)
+        w = add_codewords(w, rest, table + CODEBOOKS * SIZE * GROUP, REST, SIZE, GROUP, ROWS)
     return tl.reshape(w, (ROWS, GROUPS * GROUP))
 
 
@@ -89,7 +89,7 @@ def tile_gemm(
     x_ptr,
     words_ptr,
     rest_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     bias_ptr,
     y_ptr,
@@ -102,7 +102,7 @@ def tile_gemm(
     end1,
     split,
     TOKENS: tl.constexpr,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -117,7 +117,7 @@ def tile_gemm(
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
     CODES: tl.constexpr = 16 if SIZE <= 256 else 8
-    GROUPS: tl.constexpr = CODES // BOOKS
+    GROUPS: tl.constexpr = CODES // CODEBOOKS
     DEPTH: tl.constexpr = GROUPS * GROUP
     n = row + tl.arange(0, ROWS)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -126,7 +126,7 @@ def tile_gemm(
     stride = rows.to(tl.int64) * 4
     count = tl.cdiv(groups, GROUPS)
     first = tl.program_id(1)
-    table = books_ptr + part * ((BOOKS + REST) * SIZE * GROUP)
+    table = codebooks_ptr + part * ((CODEBOOKS + REST) * SIZE * GROUP)
     x_at = x_ptr + (m * groups)[:, None] * GROUP + k[None, :]
     words = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
@@ -141,8 +141,8 @@ def tile_gemm(
         )
         inside = (m < tokens)[:, None] & (b * GROUPS + k // GROUP < groups)[None, :]
         x = tl.load(x_at + b * DEPTH, mask=inside, other=0.0)
-        rest = load_rest(rest_ptr, b, n, end, rows, BOOKS, REST)
-        w = decode_block(words, rest, table, BOOKS, REST, SIZE, GROUP, ROWS).to(x.dtype)
+        rest = load_rest(rest_ptr, b, n, end, rows, CODEBOOKS, REST)
+        w = decode_block(words, rest, table, CODEBOOKS, REST, SIZE, GROUP, ROWS).to(x.dtype)
         sums = tl.dot(w, tl.trans(x), sums)
         words = ahead
     scale = tl.load(scales_ptr + n, mask=n < end, other=0.0).to(tl.float32)
@@ -169,7 +169,7 @@ def tile_gemm(
 def decode_rows(
     words_ptr,
     rest_ptr,
-    book_ptr,
+    codebook_ptr,
     scales_ptr,
     numbers_ptr,
     weight_ptr,
@@ -178,7 +178,7 @@ def decode_rows(
     first_row,
     end_row,
     count,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     REST: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -187,19 +187,19 @@ def decode_rows(
 ):
     """Grid (tiles of `count` results, blocks): decode rows first_row..end_row of one partition.
 
-    words [blocks, rows, 4] int32 and rest as in `load_rest`, book [BOOKS + REST, SIZE, GROUP],
-    scales [rows] -> weight [count, groups * GROUP]; sums and scaling in float32, rounded once.
-    BY_NUMBER, result i is row numbers[i] (int64), and is left as it is if that is another's.
+    words [blocks, rows, 4] int32 and rest as in `load_rest`, codebook [CODEBOOKS + REST, SIZE,
+    GROUP], scales [rows] -> weight [count, groups * GROUP]; sums and scaling in float32, rounded
+    once. BY_NUMBER, result i is row numbers[i] (int64), and is left as it is if that is another's.
     """
-    DEPTH: tl.constexpr = (16 if SIZE <= 256 else 8) // BOOKS * GROUP
+    DEPTH: tl.constexpr = (16 if SIZE <= 256 else 8) // CODEBOOKS * GROUP
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.load(numbers_ptr + i, mask=i < count, other=-1) if BY_NUMBER else first_row + i
     taken = (i < count) & (n >= first_row) & (n < end_row)
     b = tl.program_id(1)
     at = words_ptr + (b * rows.to(tl.int64) + n)[:, None] * 4 + tl.arange(0, 4)[None, :]
     words = tl.load(at, mask=taken[:, None], other=0, eviction_policy="evict_first")
-    rest = load_rest(rest_ptr, b, n, tl.where(taken, rows, 0), rows, BOOKS, REST)
-    w = decode_block(words, rest, book_ptr, BOOKS, REST, SIZE, GROUP, ROWS)
+    rest = load_rest(rest_ptr, b, n, tl.where(taken, rows, 0), rows, CODEBOOKS, REST)
+    w = decode_block(words, rest, codebook_ptr, CODEBOOKS, REST, SIZE, GROUP, ROWS)
     w *= tl.load(scales_ptr + n, mask=taken, other=0.0).to(tl.float32)[:, None]
     k = tl.arange(0, DEPTH)
     inside = taken[:, None] & (b * (DEPTH // GROUP) + k // GROUP < groups)[None, :]

@@ -9,7 +9,7 @@ import torch
 
 import pvrt
 from pvrt.errors import ServeError
-from pvrt.modules.aqlm_linear import pack_model
+from pvrt.modules.whole_model import pack_model
 from pvrt_server.backend import Decision
 from pvrt_server.engine.cpu_model import CpuModel
 from pvrt_server.engine.models import LanguageModel, TransformersModel, weight_bytes
@@ -37,7 +37,7 @@ def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision)
     _log.info(
         "loaded %s: %s, %s on %s, %.0f MB, context %d tokens, cache %d tokens of %.0f KB",
         opened.path,
-        opened.scheme or "dense",
+        opened.stored.scheme_names,
         str(model.dtype).removeprefix("torch."),
         model.device.type,
         weight_bytes(model.model) / 1e6,
@@ -73,7 +73,7 @@ def _load_model(
     if decoded:
         _log.warning(
             "no %s kernel for %s: the weights are decoded once and take %.0f MB in place of %.0f",
-            opened.scheme,
+            opened.stored.scheme_names,
             decision.machine.device,
             weight_bytes(model) / 1e6,
             opened.stored.file_bytes() / 1e6,

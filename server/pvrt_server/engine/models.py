@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from pvrt.modules.aqlm_linear import quantized_linears
+from pvrt.modules.whole_model import quantized_layers
 
 
 class State(Protocol):
@@ -51,7 +51,7 @@ class LanguageModel(Protocol):
 
 def weight_bytes(model: Any) -> int:
     """What the weights of a model take, tied and packed ones counted once."""
-    packed = {id(m.packed): m.packed for m in quantized_linears(model).values() if m.packed}
+    packed = {id(m.packed): m.packed for m in quantized_layers(model).values() if m.packed}
     tensors = [tensor for layers in packed.values() for tensor in layers.weight.tensors]
     return sum(tensor.nbytes for tensor in [*model.parameters(), *tensors])
 

@@ -55,8 +55,8 @@ def model_card(opened: OpenedModel) -> dict[str, Any]:
         "layers": text.get("num_hidden_layers"),
         "chat": opened.chat_template is not None,
     }
-    if opened.scheme is not None:
-        card["scheme"] = str(opened.scheme)
+    if stored.layers:
+        card["scheme"] = stored.scheme_names
         card["bits_per_weight"] = stored.linear_bits_per_weight()
         card["file_bytes"] = stored.file_bytes()
     return card | _origin(opened.path / "pvrt.json")

@@ -13,7 +13,7 @@ import torch
 from pvrt_kernels import has_fast_kernel
 from pvrt_kernels.dispatch import Problem
 from pvrt_kernels.gpu import choose, launch
-from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
+from pvrt_kernels.gpu.choose import Gpu, LaunchConfig, Shape
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
 SQUARE = Shape(2, 256, 8, 4096, 4096)
@@ -63,10 +63,9 @@ def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_usable", lambda: True)
     assert launch.supports(problem())
     assert launch.supports(problem(num_codebooks=1, codebook_size=65536, in_group_size=16))
-    for books, group in product(
-        range(1, 7), (4, 8, 16)
-    ):  # heads of 4 to 6 bits and layers of 1 to 4
-        assert has_fast_kernel("cuda", books, 8, group), (books, group)
+    # Heads of 4 to 6 bits and layers of 1 to 4.
+    for codebooks, group in product(range(1, 7), (4, 8, 16)):
+        assert has_fast_kernel("cuda", codebooks, 8, group), (codebooks, group)
     refused: list[dict[str, object]] = [
         {"device_type": "cpu"},
         {"num_codebooks": 7},
@@ -91,32 +90,32 @@ def test_shipped_tables_are_sound_and_say_where_they_come_from(file: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 3090", ADA.name, "a card of next year"])
-def test_every_batch_has_a_plan_that_fills_the_card(name: str) -> None:
+def test_every_batch_has_a_config_that_fills_the_card(name: str) -> None:
     card = Gpu(name, (8, 9), 128)
     for out, inputs in ((1024, 4096), (4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192)):
         for scheme in ((2, 256, 8), (1, 65536, 8), (1, 65536, 16), (1, 256, 4), (4, 256, 16)):
             shape = Shape(*scheme, out, inputs)
             for tokens in (1, 2, 4, 8, 16, 64):
-                plan = choose.choose(card, shape, tokens, torch.float16, False)
-                assert plan.kernel != "dense"
-                programs = -(-out // plan.rows) * plan.split
-                assert programs >= min(128, -(-out // plan.rows) * min(shape.blocks, 64)) * 0.7
-                assert plan.split <= shape.blocks
-                assert plan.tokens >= min(tokens, 64)
+                config = choose.choose(card, shape, tokens, torch.float16, False)
+                assert config.kernel != "dense"
+                programs = -(-out // config.rows) * config.split
+                assert programs >= min(128, -(-out // config.rows) * min(shape.blocks, 64)) * 0.7
+                assert config.split <= shape.blocks
+                assert config.tokens >= min(tokens, 64)
 
 
 @pytest.mark.parametrize("scheme", [(2, 256, 4), (3, 256, 4), (5, 256, 8)])
 @pytest.mark.parametrize("head", [(49152, 576), (128256, 4096), (262144, 8192)])
-def test_heads_get_a_plan_whose_grid_and_sums_are_within_limits(
+def test_heads_get_a_config_whose_grid_and_sums_are_within_limits(
     head: tuple[int, int], scheme: tuple[int, int, int]
 ) -> None:
     shape = Shape(*scheme, *head)
     for tokens in (1, 2, 4, 8, 16, 32, 64, 128):
-        plan = choose.choose(ADA, shape, tokens, torch.float16, False)
-        tiles = -(-shape.out_features // plan.rows)
-        assert tiles * plan.split >= ADA.sms / 2  # fills the card
-        assert tiles < 2**31 and plan.split < 2**16  # limits of a grid
-        if plan.split > 1:
+        config = choose.choose(ADA, shape, tokens, torch.float16, False)
+        tiles = -(-shape.out_features // config.rows)
+        assert tiles * config.split >= ADA.sms / 2  # fills the card
+        assert tiles < 2**31 and config.split < 2**16  # limits of a grid
+        if config.split > 1:
             assert tokens * shape.out_features <= choose.MOST_SUMS
     assert shape.blocks < 2**16  # the second axis of decode_rows
 
@@ -148,7 +147,9 @@ def test_a_users_table_comes_first_and_rules_can_be_for_one_layer(cache: Path) -
     rule = {"scheme": "2x8g8", "layer": [4096, 4096], "max_tokens": 1, "kernel": "direct"}
     rule |= {"rows": 128, "warps": 4, "split": 8}
     own.write_text(json.dumps({"version": choose.VERSION, "rules": [rule]}))
-    assert choose.choose(ADA, SQUARE, 1, torch.float16, False) == Plan("direct", 1, 128, 4, 8)
+    assert choose.choose(ADA, SQUARE, 1, torch.float16, False) == LaunchConfig(
+        "direct", 1, 128, 4, 8
+    )
     assert choose.choose(ADA, SQUARE, 2, torch.float16, False).kernel == "lut"
     other = Shape(2, 256, 8, 11008, 4096)
     assert choose.choose(ADA, other, 1, torch.float16, False).kernel == "lut"

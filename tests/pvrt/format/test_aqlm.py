@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pvrt.errors import CheckpointError
-from pvrt.format.aqlm import (
-    Checkpoint,
-    WriteOptions,
-    quantization_config,
-    skipped_modules,
-    write_checkpoint,
-)
+from pvrt.format.aqlm import Checkpoint
+from pvrt.format.config_block import quantization_config, skipped_modules
 from pvrt.format.scheme import Scheme
+from pvrt.format.write import WriteOptions, write_checkpoint
+from tests.fixtures.full_disk import full_disk
 from tests.fixtures.toy import random_layer, write_toy
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -53,7 +48,7 @@ def test_what_is_written_is_read(tmp_path: Path, architecture: str, scheme: str)
     write_toy(tmp_path, architecture, scheme, dtype=torch.bfloat16)
     checkpoint = Checkpoint.open(tmp_path)
     checkpoint.verify()
-    assert str(checkpoint.scheme) == scheme
+    assert checkpoint.scheme_names == scheme
     assert checkpoint.layers[LAYER].has_bias is (architecture == "qwen2")
     assert ("lm_head.weight" in checkpoint.tensors) is (architecture != "llama-tied")
     layer = checkpoint.read_layer(LAYER)
@@ -102,9 +97,8 @@ def test_bits_count_codebooks_scales_and_dense_tensors(tmp_path: Path) -> None:
 
 
 def test_the_skip_list_has_both_spellings_and_anchors_prefixes() -> None:
-    block = quantization_config(
-        Scheme.parse("2x8g8"), ["lm_head", "a.mlp.gate"], ["a.mlp.gate_proj", "a.q_proj"]
-    )
+    linears = dict.fromkeys(["a.mlp.gate_proj", "a.q_proj"], Scheme.parse("2x8g8"))
+    block = quantization_config(linears, ["lm_head", "a.mlp.gate"])
     assert block["linear_weights_not_to_quantize"] == [
         "lm_head",
         "lm_head.weight",
@@ -114,13 +108,61 @@ def test_the_skip_list_has_both_spellings_and_anchors_prefixes() -> None:
     assert skipped_modules(block) == ["lm_head", "a.mlp.gate"]
 
 
+MIXED = {"q_proj": "4x8g8", "down_proj": "3x8g16", "layers.1.mlp.up_proj": "1x8g8"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_layers_of_several_schemes_are_read(tmp_path: Path, architecture: str) -> None:
+    """The four numbers of the published block then stop every reader that knows no other."""
+    write_toy(tmp_path, architecture, embeddings="2x8g4", schemes=MIXED)
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.verify()
+    schemes = {name: str(layer.scheme) for name, layer in checkpoint.layers.items()}
+    ends = {"model.embed_tokens"} | ({"lm_head"} if architecture == "llama" else set())
+    assert {name for name, scheme in schemes.items() if scheme == "2x8g4"} == ends
+    assert schemes["model.layers.0.self_attn.q_proj"] == "4x8g8"
+    assert schemes["model.layers.0.mlp.up_proj"] == "2x8g8"
+    assert schemes["model.layers.1.mlp.up_proj"] == "1x8g8"
+    assert set(checkpoint.scheme_names.split("+")) == set(schemes.values())
+    block = checkpoint.config["quantization_config"]
+    assert not any(isinstance(block[key], int) for key in block)
+    from transformers.utils.quantization_config import AqlmConfig
+
+    with pytest.raises(TypeError, match="must be an int"):
+        AqlmConfig.from_dict(block)
+
+
+BROKEN_SCHEMES: dict[str, tuple[Any, str]] = {
+    "none": (None, "schemes must map"),
+    "a list": (["2x8g8"], "schemes must map"),
+    "no scheme": ({"two bits": ["model.embed_tokens"]}, "'two bits' is not a scheme"),
+    "impossible": ({"2x99g8": ["model.embed_tokens"]}, "nbits_per_codebook must be"),
+    "no names": ({"2x8g4": "model.embed_tokens"}, "2x8g4 must have a list"),
+    "twice": ({"2x8g4": ["a", "a"]}, "names a twice"),
+    "unknown": ({"2x8g4": ["a"]}, "has a scheme for a, whose codes are missing"),
+    "too few": ({"2x8g4": ["model.embed_tokens"]}, "has no scheme for model.layers.0"),
+    "another shape": ({"4x8g4": ["model.embed_tokens"]}, "scheme 4x8g4 needs"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SCHEMES)
+def test_broken_lists_of_schemes_are_refused(tmp_path: Path, case: str) -> None:
+    write_toy(tmp_path, "llama-tied", embeddings="2x8g4")
+    schemes, sentence = BROKEN_SCHEMES[case]
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["schemes"] = schemes
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=sentence):
+        Checkpoint.open(tmp_path)
+
+
 def test_transformers_5_reads_our_skip_list_as_we_mean_it() -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     quantised = ["model.layers.1.mlp.gate_proj", "model.layers.10.mlp.gate_proj"]
-    block = quantization_config(
-        Scheme.parse("2x8g8"), ["lm_head", "model.layers.1.mlp.gate"], quantised
-    )
+    linears = dict.fromkeys(quantised, Scheme.parse("2x8g8"))
+    block = quantization_config(linears, ["lm_head", "model.layers.1.mlp.gate"])
     patterns = block["linear_weights_not_to_quantize"]
     assert all(should_convert_module(name, patterns) for name in quantised)
     assert not should_convert_module("lm_head", patterns)
@@ -234,34 +276,18 @@ def test_a_tensor_that_the_index_misplaces_is_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-FULL_DISK = """
-import resource, sys, torch
-sys.path[:0] = {paths!r}
-from pvrt.format.aqlm import write_checkpoint
-from pvrt.errors import CheckpointError
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-try:
-    write_checkpoint({path!r}, {{"a": 1}}, [("w", torch.zeros(1_000_000))])
-except CheckpointError as error:
-    print("refused:", error)
-"""
-
-
 def test_a_full_disk_leaves_the_old_checkpoint_untouched(folder: Path) -> None:
-    """The kernel refuses to write past a size limit, as it does on a full disk."""
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    script = FULL_DISK.format(paths=sys.path, path=str(folder))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "refused: cannot write the checkpoint" in run.stdout, run.stderr
+    refused = pytest.raises(CheckpointError, match="cannot write the checkpoint")
+    with refused, full_disk(200_000):
+        write_checkpoint(folder, {"a": 1}, [("w", torch.zeros(1_000_000))])
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_fewer_shards_replace_more(tmp_path: Path) -> None:
     write_toy(tmp_path, options=WriteOptions(max_shard_bytes=100_000))
     write_toy(tmp_path, scheme="1x8g8")
-    assert str(Checkpoint.open(tmp_path).scheme) == "1x8g8"
+    assert Checkpoint.open(tmp_path).scheme_names == "1x8g8"
     assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import pvrt
 from pvrt.errors import CheckpointError
-from pvrt.modules.aqlm_linear import AQLMLinear, quantized_linears
+from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead
+from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.whole_model import pack_model, quantized_layers
 from tests.fixtures.published import LAYOUTS, write_published
 from tests.fixtures.toy import ARCHITECTURES, write_toy
 
@@ -35,7 +37,7 @@ def test_logits_equal_those_of_the_dense_model(
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert quantized_linears(model)
+    assert quantized_layers(model)
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
 
 
@@ -44,6 +46,56 @@ def test_every_scheme_loads(tmp_path: Path, scheme: str) -> None:
     dense = write_toy(tmp_path, "llama", scheme)
     model = pvrt.load(tmp_path)
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+MIXED = {"q_proj": "4x8g8", "down_proj": "3x8g16", "layers.1.mlp.up_proj": "1x8g8"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_embeddings_and_layers_of_several_schemes_load(tmp_path: Path, architecture: str) -> None:
+    """Unmodified transformers; tied heads stay tied; what is saved is what was loaded."""
+    from transformers import AutoModelForCausalLM
+
+    dense = write_toy(tmp_path / "a", architecture, embeddings="2x8g4", schemes=MIXED)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert isinstance(model.get_input_embeddings(), AQLMEmbedding)
+    tied = dense.config.tie_word_embeddings
+    assert isinstance(model.get_output_embeddings(), TiedHead if tied else AQLMLinear)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(PROMPT, **options), dense.generate(PROMPT, **options))
+    model.tie_weights()
+    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    again = pvrt.load(tmp_path / "b")
+    pack_model(again, torch.float32)
+    torch.testing.assert_close(logits(again), logits(dense), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma3_text"])
+def test_embeddings_in_codes_decode_once(tmp_path: Path, architecture: str) -> None:
+    dense = write_toy(tmp_path / "a", architecture, embeddings="2x8g4")
+    model = pvrt.load(tmp_path / "a", dense=True)
+    assert not quantized_layers(model)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    assert (head.weight is embedding.weight) == dense.config.tie_word_embeddings
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path / "b")
+    torch.testing.assert_close(
+        logits(pvrt.load(tmp_path / "b")), logits(dense), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_codes_of_a_tied_head_are_refused(tmp_path: Path) -> None:
+    """Two weights where config.json says that there is one."""
+    write_toy(tmp_path, "llama", embeddings="2x8g4")
+    edit(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match=r"codes of lm_head.weight, which config.json ties"):
+        pvrt.load(tmp_path)
 
 
 def test_the_published_layout_keeps_its_lm_head(tmp_path: Path) -> None:
@@ -97,7 +149,7 @@ def test_importing_after_transformers_works_too(tmp_path: Path) -> None:
 def test_dense_loading_leaves_an_ordinary_model(tmp_path: Path) -> None:
     dense = write_toy(tmp_path, "qwen2")
     model = pvrt.load(tmp_path, dense=True)
-    assert not quantized_linears(model)
+    assert not quantized_layers(model)
     assert not hasattr(model.config, "quantization_config")
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path / "dense")
@@ -169,5 +221,5 @@ def test_codes_out_of_range_are_refused_while_loading(tmp_path: Path) -> None:
 def test_a_linear_refuses_groups_that_do_not_divide() -> None:
     from pvrt.format.scheme import Scheme
 
-    with pytest.raises(ValueError, match="does not divide a linear layer of 8 x 12"):
+    with pytest.raises(ValueError, match="does not divide a weight of 8 x 12"):
         AQLMLinear(12, 8, Scheme.parse("2x8g8"))

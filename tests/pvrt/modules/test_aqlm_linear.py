@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.format.scheme import Scheme
-from pvrt.modules import aqlm_linear
-from pvrt.modules.aqlm_linear import AQLMLinear, pack, pack_model
+from pvrt.modules import aqlm_layer
+from pvrt.modules.aqlm_layer import pack
+from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.whole_model import pack_model
 from pvrt_kernels import reference
 from pvrt_kernels.dispatch import PackedKernel, registry
 from pvrt_kernels.packed import aqlm_packed_linear
@@ -106,12 +108,12 @@ def test_casting_a_packed_layer_packs_it_anew() -> None:
 def test_layers_pack_themselves_where_they_arrive_unless_they_train(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(aqlm_linear, "packs_on_arrival", lambda device: device.type == "cpu")
+    monkeypatch.setattr(aqlm_layer, "packs_on_arrival", lambda device: device.type == "cpu")
     layer, trained = layer_of(16), layer_of(16)
     trained.codebooks.requires_grad_(True)
     assert layer.to("cpu").packed is not None
     assert trained.to("cpu").packed is None
-    assert not aqlm_linear.AQLMLinear(32, 16, SCHEME).requires_grad_(False).to("meta").packed
+    assert not AQLMLinear(32, 16, SCHEME).requires_grad_(False).to("meta").packed
 
 
 def test_siblings_share_one_weight_also_when_they_were_packed_alone() -> None:
@@ -147,7 +149,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         rows.append(len(x))
         return aqlm_packed_linear(x, *arguments)
 
-    monkeypatch.setattr(aqlm_linear, "aqlm_packed_linear", product)
+    monkeypatch.setattr(aqlm_layer, "aqlm_packed_linear", product)
     return rows
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import pvrt
 from pvrt.errors import ServeError
-from pvrt.modules.aqlm_linear import pack_model, quantized_linears
+from pvrt.modules.whole_model import pack_model, quantized_layers
 from pvrt_kernels.cpu import library, rounding
 from pvrt_kernels.cpu.decoder_program import Rounded
 from pvrt_server.backend import runs_in_c
@@ -51,6 +51,13 @@ def tolerance(model: Any) -> float:
     return (4 * layers + 1) * rounding.relative_error()
 
 
+def assert_same_largest(row: Tensor, target: Tensor, relative_error: float) -> None:
+    """What a step with argmax_only promises."""
+    near = relative_error * float(target.norm())  # no element is farther off than the whole row
+    assert float(row.max()) == pytest.approx(float(target.max()), abs=near)
+    assert float(target.max() - target[row.argmax()]) <= near  # a tie, if it is another token
+
+
 CASES = [
     ("llama", "2x8g8", torch.float32),
     ("llama-tied", "1x16g8", torch.float16),
@@ -58,6 +65,20 @@ CASES = [
     ("qwen2", "2x8g8", torch.float32),
     ("qwen3", "4x8g8", torch.float32),
 ]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("embeddings", ["2x8g4", "5x8g8", "1x16g8"])
+def test_embeddings_in_codes(isa: str, tmp_path: Path, architecture: str, embeddings: str) -> None:
+    """Rows and logits come from one packed weight, where the head is tied to the embedding."""
+    schemes = {"q_proj": "4x8g8", "down_proj": "3x8g16"}
+    write_toy(tmp_path, architecture, embeddings=embeddings, schemes=schemes)
+    model = loaded(tmp_path)
+    dense = TransformersModel(pvrt.load(tmp_path, dense=True, dtype=torch.float32))
+    expected = logits_after(dense, 8)
+    assert relative(logits_after(CpuModel(model), 8), expected) < tolerance(model)
+    for row, target in zip(logits_after(CpuModel(model), 8, True), expected, strict=True):
+        assert_same_largest(row, target, tolerance(model))
 
 
 @pytest.mark.parametrize(("architecture", "scheme", "dtype"), CASES)
@@ -99,10 +120,7 @@ def test_sequences_of_one_step_do_not_meet(
             states.append(state)
         found = model.step(states, list(range(rows)), argmax_only)
     for row, target in zip(found, expected, strict=True):
-        # No element is farther off than the whole row.
-        near = tolerance(model.model) * float(target.norm())
-        assert float(row.max()) == pytest.approx(float(target.max()), abs=near)
-        assert float(target.max() - target[row.argmax()]) <= near  # a tie, if it is another token
+        assert_same_largest(row, target, tolerance(model.model))
         if not argmax_only:
             assert relative(row, target) < tolerance(model.model)
     assert [state.length for state in states] == [n + 1 for n in lengths]
@@ -182,6 +200,7 @@ def test_the_engine_takes_it_and_dense_weights_keep_sixteen_bits(tmp_path: Path)
     with Engine.load(tmp_path) as engine:
         model = engine._runtime.model
         assert isinstance(model, CpuModel)
+        assert isinstance(model._head, Tensor)
         assert model._head.dtype == torch.bfloat16
         assert model._head is model._embedding
     with Engine.load(tmp_path, ServeOptions(dtype="bfloat16")) as engine:
@@ -253,7 +272,7 @@ def test_packed_models_save_the_checkpoint_they_came_from(tmp_path: Path) -> Non
     write_toy(tmp_path, "llama")
     before = pvrt.load(tmp_path, dtype=torch.float32).state_dict()
     model = loaded(tmp_path)
-    assert all(layer.packed is not None for layer in quantized_linears(model).values())
+    assert all(layer.packed is not None for layer in quantized_layers(model).values())
     after = model.state_dict()
     assert after.keys() == before.keys()
     for name, tensor in before.items():

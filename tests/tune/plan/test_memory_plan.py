@@ -1,28 +1,23 @@
 """Plans: what is predicted is what a run needs and gives; what does not fit is one sentence."""
 
-import gc
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
-from pvrt.format.scheme import Scheme
-from pvrt_tune.data.source_model import Source, load_skeleton
-from pvrt_tune.fit.additive import fit_layer
+from pvrt_tune.data.source_model import load_skeleton
 from pvrt_tune.machine import Machine
-from pvrt_tune.model_blocks import linears
 from pvrt_tune.pipeline import tune
-from pvrt_tune.plan.memory_plan import Phase, Plan, Request, fit_bytes, plan_run
+from pvrt_tune.plan.memory_plan import Phase, Plan, Request, plan_run
 from pvrt_tune.plan.report import misfits
+from pvrt_tune.plan.skeleton import model_shape
 from pvrt_tune.plan.speed import GPU_OF_A100_CLASS
 from pvrt_tune.settings import (
     EFFORTS,
@@ -32,7 +27,6 @@ from pvrt_tune.settings import (
     TrainSettings,
     TuneJob,
 )
-from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -79,8 +73,11 @@ def test_8b_fits_a_24_gb_card_and_24_gb_of_host_memory(tmp_path: Path, effort: s
     assert plan.phases[0].name == "sampling"
     assert plan.parameters == 8_030_261_248
     assert plan.result.bits_per_weight_linears == pytest.approx(2.005, abs=0.001)
+    tables = 2 * 128256 * 4096 * 4.005 / 8
+    assert plan.result.file_bytes == pytest.approx(tables + 6.98e9 * 2.005 / 8, rel=0.01)
+    kept = plan_of(folder, machine, recipe=replace(recipe, embeddings="keep"), device="cuda")
     dense = 2 * (2 * 128256 * 4096 + 65 * 4096)
-    assert plan.result.file_bytes == pytest.approx(dense + 6.98e9 * 2.005 / 8, rel=0.01)
+    assert kept.result.file_bytes == pytest.approx(dense + 6.98e9 * 2.005 / 8, rel=0.01)
 
 
 def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: Path) -> None:
@@ -98,8 +95,9 @@ def test_pv_tuning_of_8b_fits_an_80_gb_card_and_says_what_would_help(tmp_path: P
     plan = plan_of(folder, machine, recipe=saving, device="cuda")
     assert misfits(plan, machine) == []
     pv = next(phase for phase in plan.phases if phase.name == "PV-Tuning")
-    # 6.25 bytes for every quantised weight, the original model, and embeddings twice.
-    known = 6.25 * 6.98e9 + 2 * 8.03e9 + 2 * 1.05e9
+    # 6.25 bytes for every quantised weight, the original model, embeddings twice, and the head in
+    # codes, decoded in float32 with a gradient.
+    known = 6.25 * 6.98e9 + 2 * 8.03e9 + 2 * 1.05e9 + 8 * 0.53e9
     assert known < pv.device_bytes < 1.1 * known
 
 
@@ -130,13 +128,17 @@ def test_the_command_reads_config_json_alone(tmp_path: Path) -> None:
     report = json.loads(shown.output)
     assert report["serving"]["cache_bytes_first_token"] == 131072
     assert report["peak"]["device_bytes"] < 24e9
-    phases = ["sampling", "block pass", "layer fit", "block fine-tune", "write"]
+    phases = ["sampling", "block pass", "layer fit", "block fine-tune", "embedding fit", "write"]
     assert [phase["name"] for phase in report["phases"]] == phases
     text = CliRunner().invoke(app, [*command, "--data", "my.jsonl"]).output
     assert "sampling" not in text and "2.005 bits per weight" in text and "fits" in text
 
 
-def test_a_plan_that_does_not_fit_names_all_problems_and_ends_with_1(tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_names_all_problems_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Machine.here("cpu", tmp_path)  # what is free must not change between two plans
+    monkeypatch.setattr(Machine, "here", lambda device, out: here)
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     command = ["plan", str(folder), "--device-memory", "12", "--host-memory", "64"]
     shown = CliRunner().invoke(app, command)
@@ -175,13 +177,13 @@ def test_plan_makes_the_recipe_that_tune_would(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
-    for name in ("llama", "llama-tied", "qwen2", "gemma3_text"):
+    for name in ("llama", "llama-tied", "qwen2"):
         toy_model(name).to(torch.bfloat16).save_pretrained(folder / name)
         toy_tokenizer().save_pretrained(folder / name)
     return folder
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
 def test_the_predicted_size_is_the_written_one(tmp_path: Path, dense: Path, name: str) -> None:
     plan = plan_of(dense / name, recipe=QUICK)
     checkpoint = tune(TuneJob(str(dense / name), tmp_path / "out", QUICK), lambda line: None)
@@ -189,37 +191,6 @@ def test_the_predicted_size_is_the_written_one(tmp_path: Path, dense: Path, name
     assert 0 <= checkpoint.file_bytes() - plan.result.file_bytes < header
     written = checkpoint.linear_bits_per_weight()
     assert plan.result.bits_per_weight_linears == pytest.approx(written)
-
-
-@pytest.mark.parametrize("shape", [(256, 1024), (512, 512), (1024, 256)])
-def test_memory_of_a_layer_fit_is_as_counted(shape: tuple[int, int]) -> None:
-    out, inputs = shape
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out, inputs, generator=generator)
-    x = torch.randn(2 * inputs, inputs, generator=generator)
-    moment = x.T @ x / len(x)
-    with LiveTensors() as live:
-        scheme = Scheme.parse("2x4g8")
-        fit_layer(weight, moment, scheme, QUICK.fit, generator).result(torch.bfloat16)
-    assert fit_bytes(*shape) == pytest.approx(live.peak, rel=0.15)
-
-
-def test_only_one_block_is_in_memory(
-    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alive: list[weakref.ref[nn.Module]] = []
-    load = Source.load
-
-    def watched(self: Source, name: str, device: str, dtype: torch.dtype) -> nn.Module:
-        gc.collect()
-        assert not any(block() is not None for block in alive)
-        block = load(self, name, device, dtype)
-        alive.append(weakref.ref(next(module for _, module in linears(block))))
-        return block
-
-    monkeypatch.setattr(Source, "load", watched)
-    tune(TuneJob(str(dense / "gemma3_text"), tmp_path / "out", QUICK), lambda line: None)
-    assert len(alive) == 6
 
 
 def test_where_hidden_states_are_kept_changes_no_byte(tmp_path: Path, dense: Path) -> None:
@@ -316,14 +287,26 @@ def test_larger_layers_and_more_rounds_take_longer() -> None:
 
 
 def test_the_last_of_sibling_layers_reads_an_input_of_its_own() -> None:
-    from pvrt_tune.plan.memory_plan import block_shape
-
-    model = load_block("llama")
-    shape = block_shape(model, QUICK)
+    (block, *_) = model_shape(toy_model("llama"), QUICK).blocks
     # q, k, v | o | gate, up | down, all of width 128 in the toy
-    assert sorted(shape.inputs) == [128] * 4
+    assert sorted(block.inputs) == [128] * 4
 
 
-def load_block(name: str) -> nn.Module:
-    block: nn.Module = toy_model(name).model.layers[0]
-    return block
+def test_experts_have_moments_of_their_own(tmp_path: Path) -> None:
+    toy_model("mixtral").save_pretrained(tmp_path)
+    (block, *_) = model_shape(load_skeleton(str(tmp_path)), QUICK).blocks
+    # q, k, v | o | and in each of four experts gate | up | down, which are filled up one by one
+    assert sorted(block.inputs) == [128] * (2 + 4 * 3)
+
+
+def test_plan_says_what_tune_says_at_its_start(dense: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("samples: 4\nlength: 32\nfit: {rounds: 1, kmeans_iterations: 2}\n")
+    options = ["--config", str(file), "--no-pv", "--scheme", "w2g64", "--device", "cpu"]
+    out = ["--out", str(tmp_path / "out")]
+    said = []
+    for command in ("plan", "tune"):
+        shown = CliRunner().invoke(app, [command, str(dense / "llama"), *options, *out])
+        assert shown.exit_code == 0, shown.output
+        said.append([line for line in shown.output.splitlines() if line.startswith("plan: ")])
+    assert len(said[0]) == 1 and said[0] == said[1]

@@ -39,13 +39,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import cached_file, logging
 
 from pvrt.errors import CheckpointError, SourceError
-from pvrt.format.aqlm import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    WEIGHTS_FILE,
-    read_config,
-    weight_files,
-)
+from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
+from pvrt.format.config_block import CONFIG_FILE
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
@@ -128,10 +123,14 @@ class Source:
         """Names of all stored tensors outside one submodule; a tied tensor counts once."""
         return [name for name in self._keys if not name.startswith(f"{prefix}.")]
 
+    def inside(self, name: str) -> list[str]:
+        """Names of all stored tensors of one submodule."""
+        return [key for key in self._keys if key.startswith(f"{name}.")]
+
     def load(self, name: str, device: str, dtype: torch.dtype) -> nn.Module:
         """A copy of one submodule with weights of its own, free to be changed."""
         module: nn.Module = deepcopy(self.model.get_submodule(name))
-        inside = [key for key in self._keys if key.startswith(f"{name}.")]
+        inside = self.inside(name)
         tensors = self.read(inside, device)
         own = {}
         for key in inside:  # a tensor of the source may be a view of its file

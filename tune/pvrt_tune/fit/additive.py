@@ -24,7 +24,14 @@ from torch.nn import functional as F
 
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
-from pvrt_tune.fit.code_search import Cells, ScoreRows, halve, in_metric, lowest
+from pvrt_tune.fit.code_search import (
+    Cells,
+    ScoreRows,
+    halve,
+    in_metric,
+    lowest,
+    search_bytes,
+)
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.objective import Objective, column_blocks
 from pvrt_tune.settings import FitSettings
@@ -43,6 +50,23 @@ def cells_of(scheme: Scheme) -> int:
     """Into how many cells the codebooks of a scheme are cut for searching; 1: not cut."""
     small = scheme.codebook_size <= EXHAUSTIVE
     return 1 if small else 1 << (scheme.nbits_per_codebook // 2)
+
+
+def _starts(scheme: Scheme) -> list[slice]:
+    """The inputs of a group that each codebook's first codewords are about; zero elsewhere.
+
+    All of them up to 3 bits per weight, one codebook after the other. With more, the first ones
+    share the inputs out among themselves, 4 bits for each, and the others follow: on normal weights
+    4x8g8 then ends 1.0 dB better, 2x8g4 0.4, 5x8g8 0.8, 6x8g8 0.6 (3x8g8 0.7 worse).
+    """
+    g, count = scheme.in_group_size, scheme.num_codebooks
+    width = max(1, scheme.nbits_per_codebook // 4)
+    if g % width or count * width < g or scheme.codebook_size > EXHAUSTIVE:
+        return [slice(0, g)] * count
+    parts = [slice(first, first + width) for first in range(0, g, width)]
+    left = count - len(parts)
+    wide = g // left if left and g % left == 0 else g
+    return parts + [slice(i * wide % g, i * wide % g + wide) for i in range(left)]
 
 
 def codewords_scored(scheme: Scheme, settings: FitSettings) -> int:
@@ -144,9 +168,13 @@ class AdditiveFit:
         schedule = Schedule(
             settings.kmeans_iterations, settings.kmeans_momentum, self.cells, settings.probes
         )
-        for m in range(len(self.codebooks)):
-            self.codebooks[m], flat_codes[:, m] = kmeans(
-                points, weights, self.size, schedule, self.generator
+        for m, inside in enumerate(_starts(self.scheme)):
+            self.codebooks[m][:, inside], flat_codes[:, m] = kmeans(
+                points[:, inside].contiguous(),
+                weights[:, inside].contiguous(),
+                self.size,
+                schedule,
+                self.generator,
             )
             points = points - self.codebooks[m][flat_codes[:, m]]
 
@@ -357,3 +385,37 @@ def fit_layer(
     fit.fit_codebooks()
     fit.fit_scales()
     return fit
+
+
+def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, device: str) -> int:
+    """Peak of one layer's fit [out, in] on a device, beyond its weight and moment in float32."""
+    out, in_features = shape
+    weight, moment = 4 * out * in_features, 4 * in_features**2
+    books, g = scheme.num_codebooks, scheme.in_group_size
+    groups, cells = out * in_features // g, cells_of(scheme)
+    # Joint choices of a group before the best are kept: what continues a beam, and the present one.
+    beam = 0 if books == 1 else settings.beam * (1 if books == 2 else _CONTINUATIONS)
+
+    def search(queries: int, width: int) -> int:
+        sizes = queries, width, scheme.codebook_size, cells
+        return search_bytes(sizes, settings.probes, device)
+
+    # Codes (int64), codebooks, scales, and orders of inputs.
+    kept = 8 * groups * books + 4 * books * scheme.codebook_size * g + 8 * (out + 2 * in_features)
+    peaks = (
+        5 * moment + weight,  # ordered, damped, identity, and two factors; points of k-means
+        # From here on with the factor that carries errors. k-means: points, weights and their
+        # product become features of twice their length; then their search.
+        moment + 5 * weight,
+        moment + 4 * weight + 8 * groups + search(groups, 2 * g),
+        # Conjugate gradients: a product with H, and a matrix that sums groups by codeword (its
+        # order, and ones) for every codebook.
+        moment + 3 * weight + 20 * groups + 12 * groups * books,
+        # A sweep: E H, changes and a product of these; values of all choices, codeword by codeword,
+        # their sum, and what the search of the next codebook takes.
+        moment
+        + 3 * weight
+        + 4 * out * (beam + 1) * g * (2 * books + 1)
+        + search(out * max(1, min(beam, settings.beam)), g),
+    )
+    return kept + max(peaks)

@@ -1,0 +1,75 @@
+"""What is done to all quantised layers of a model at once."""
+
+import torch
+from torch import nn
+
+from pvrt.modules.aqlm_embedding import TiedHead
+from pvrt.modules.aqlm_layer import AQLMLayer, pack
+from pvrt.modules.aqlm_linear import AQLMLinear
+
+# Layers that transformers' decoders call one after the other with the same input.
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, AQLMLayer]:
+    """All layers in codes of a model by module name: linear ones and embeddings."""
+    return {name: mod for name, mod in model.named_modules() if isinstance(mod, AQLMLayer)}
+
+
+def pack_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Pack every AQLMLinear whose device has a packed kernel; q, k and v in one, gate and up too.
+
+    Layers without such a kernel stay as they are, and those that were packed alone are packed
+    anew. dtype as in `pack`.
+    """
+    for parent in list(model.modules()):
+        for names in _SIBLINGS:
+            group = [getattr(parent, name, None) for name in names]
+            layers = [layer for layer in group if isinstance(layer, AQLMLinear)]
+            if len(layers) < len(names) or _packed_together(layers):
+                continue
+            for layer in layers:
+                layer.unpack()
+            if _alike(layers):
+                pack(layers, dtype)
+    for single in quantized_layers(model).values():
+        if single.packed is None and single.multiplies:
+            pack([single], dtype)
+
+
+def _packed_together(layers: list[AQLMLinear]) -> bool:
+    return layers[0].packed is not None and len({id(layer.packed) for layer in layers}) == 1
+
+
+def _alike(layers: list[AQLMLinear]) -> bool:
+    """Whether layers can share one packed weight."""
+    return (
+        len(
+            {
+                (
+                    layer.in_features,
+                    layer.scheme,
+                    layer.bias is None,
+                    layer.in_scales,  # of its own, if any
+                    layer.codebooks.dtype,
+                    layer.scales.dtype,
+                    layer.packed is None,
+                )
+                for layer in layers
+            }
+        )
+        == 1
+    )
+
+
+def decode_once(model: nn.Module) -> None:
+    """Replace every layer in codes of a model by the dense one that it stands for, in place."""
+    dense = {}
+    for name, layer in quantized_layers(model).items():
+        dense[layer] = layer.to_dense()
+        model.set_submodule(name, dense[layer])
+    for name, head in list(model.named_modules()):
+        if isinstance(head, TiedHead):
+            embedding = dense[head.embedding]
+            assert isinstance(embedding, nn.Embedding)
+            model.set_submodule(name, head.to_dense(embedding))
