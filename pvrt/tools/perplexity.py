@@ -53,10 +53,10 @@ def read_text(path: Path) -> str:
 def windows(text: str, tokenizer: Any, context: int, limit: int | None = None) -> Tensor:
     """Non-overlapping windows [n, context] of a text's tokens, the last partial one dropped.
 
-    A tokenizer that begins sequences with a special token begins every window with it.
+    A tokenizer that begins sequences with special tokens begins every window with them.
     Raises DataError when the text has less than one window.
     """
-    start = tokenizer("", verbose=False)["input_ids"]
+    start = beginning(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     fresh = context - len(start)
     count = len(ids) // fresh
@@ -68,6 +68,14 @@ def windows(text: str, tokenizer: Any, context: int, limit: int | None = None) -
     count = min(count, limit or count)
     body = torch.tensor(ids[: count * fresh]).view(count, fresh)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), body], 1)
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text, without those that it puts after."""
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    places = range(len(whole) - len(plain) + 1)
+    return whole[: next(n for n in places if whole[n : n + len(plain)] == plain)]
 
 
 def perplexity(
