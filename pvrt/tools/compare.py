@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,11 @@ class Side:
     scheme: str | None = None
     curves: Curves | None = None
     speed: Callable[[], float | None] = lambda: None
+
+    @property
+    def short(self) -> str:
+        """The last part of a path or hub id."""
+        return Path(self.name).name or self.name
 
 
 @dataclass(frozen=True)
@@ -184,13 +190,13 @@ def compare(
         model = side.load(dtype)
         return record(model, probe.tokens, asked, probe.new_tokens, progress(what))
 
-    reference = recorded(original, torch.float32, True, f"{original.name} in float32")
-    low = recorded(original, torch.bfloat16, False, f"{original.name} in bfloat16")
+    reference = recorded(original, torch.float32, True, f"{original.short} in float32")
+    low = recorded(original, torch.bfloat16, False, f"{original.short} in bfloat16")
     floor = diverge(reference, low)
     del low
     rows, columns = [], []
     for side in models:
-        recording = recorded(side, None, True, side.name)
+        recording = recorded(side, None, True, side.short)
         check_vocabulary(reference.head, recording.head)
         figures = diverge(reference, recording)
         columns.append(_answers(original.tokenizer, reference, recording))
