@@ -187,8 +187,9 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         question = f"Question {number}:"
         with torch.inference_mode():
             ids = torch.tensor([tokenizer(question)["input_ids"]])
-            letters = model(ids).logits[0, -1, 65:91].log_softmax(-1)
-        best, worst = (chr(65 + int(each)) for each in (letters.argmax(), letters.argmin()))
+            logits = model(ids).logits[0, -1]
+        letters = sorted("ABCDEFGH", key=lambda letter: logits[tokenizer(letter)["input_ids"][0]])
+        worst, best = letters[0], letters[-1]
         rows.append({"question": question, "choices": [worst, best]})
     for name, answer in (("right", 1), ("wrong", 0)):
         data = tmp_path / f"{name}.jsonl"
