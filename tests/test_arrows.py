@@ -31,6 +31,7 @@ ARROWS = {
         settings, data, model_blocks, machine, parallel <- run, fit
         run, fit <- calibrate
         run <- write_checkpoint
+        data <- model_card <- pipeline
         store, parallel <- shards <- pv
         calibrate, write_checkpoint <- pv <- plan <- pipeline <- __init__
     """,

@@ -19,6 +19,7 @@ from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import find_blocks
+from pvrt_tune.model_card import discard
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.plan.report import misfits, summary
 from pvrt_tune.progress import Clock, Report
@@ -116,6 +117,7 @@ def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
 
 def _write(run: Run) -> None:
     """The checkpoint as it stands: the best state of PV-Tuning, or calibration's."""
+    discard(run.settings.out)
     write(run, *tuned_tensors(run.store))
 
 
