@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from pvrt.format.aqlm import MANIFEST_FILE, is_aqlm
+from pvrt.format.aqlm import MANIFEST_FILE
+from pvrt.format.config_block import is_aqlm
 from pvrt.format.folder import StoredModel
 from pvrt.tools.compare import Comparison
 from pvrt_tune.data.provenance import Provenance

@@ -31,6 +31,7 @@ from pvrt_tune.fit.code_search import (
     in_metric,
     lowest,
     search_bytes,
+    weighted,
 )
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.objective import Objective, column_blocks
