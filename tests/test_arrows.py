@@ -32,7 +32,8 @@ ARROWS = {
         run, fit <- calibrate
         run <- write_checkpoint
         store, parallel <- shards <- pv
-        calibrate, write_checkpoint <- pv <- plan <- pipeline <- __init__
+        run, fit, randomness <- allocate
+        calibrate, write_checkpoint <- pv, allocate <- plan <- pipeline <- __init__
     """,
     "pvrt_server": """
         errors, options, templates <- opened <- capacity <- backend <- engine <- api

@@ -50,6 +50,17 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+class _Feeder(_Recorder):
+    """Stands in for the last block: gives hidden states that were computed before."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
+        super().__init__(block)
+        self.hidden = hidden
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self.hidden
+
+
 class _LastBlockReached(Exception):
     """Ends a recording pass before the output head is computed."""
 
@@ -141,6 +152,25 @@ def record_inputs(
         for index, block in enumerate(originals):
             modules[index] = block
     return arguments
+
+
+def run_head(model: Any, blocks: BlockList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of what the last block gave for tokens [batch, length].
+
+    The blocks of `model` are not run and may be on the meta device.
+    """
+    modules = model.get_submodule(blocks.name)
+    originals = list(modules)
+    try:
+        for index, block in enumerate(originals):
+            modules[index] = _Recorder(block)
+        modules[-1] = _Feeder(originals[-1], hidden)
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=tokens.to(hidden.device), use_cache=False).logits
+    finally:
+        for index, block in enumerate(originals):
+            modules[index] = block
+    return logits
 
 
 def _detached(value: Any, copies: dict[int, Tensor]) -> Any:

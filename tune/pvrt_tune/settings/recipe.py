@@ -138,9 +138,22 @@ def _tunable(scheme: str) -> str:
 
 
 @settings
+class AllocationSettings:
+    """How bits are shared out where a recipe says how many the file has.
+
+    windows, length: of calibration's text, the part that KL is measured on.
+    """
+
+    windows: Count = 4
+    length: Annotated[int, Field(strict=True, ge=8)] = 128
+
+
+@settings
 class Recipe:
     """Everything that decides the result besides model and text. Stored with the run.
 
+    bits: per weight, of the whole file; schemes are then chosen layer by layer, and `scheme` says
+    nothing. None: all layers have `scheme`.
     targets: what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
     outputs of the quantised blocks before it. "original": the original model's own activations
     after that block, so that a block also fixes what earlier ones broke (a second set of hidden
@@ -148,6 +161,8 @@ class Recipe:
     """
 
     scheme: Annotated[str, AfterValidator(_tunable)] = "2x8g8"
+    bits: Annotated[float, Field(strict=True, ge=1, le=8)] | None = None
+    allocation: AllocationSettings = Field(default_factory=AllocationSettings)
     samples: Count = 64
     length: Annotated[int, Field(strict=True, ge=8)] = 512
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
@@ -176,10 +191,14 @@ class Recipe:
         return slice(first, first + self.samples)
 
     def record(self) -> dict[str, Any]:
-        """What decides the result, by name: without PV-Tuning, the settings of its steps do not."""
+        """What decides the result, by name: the settings of PV-Tuning's steps and of sharing bits
+        out do not where neither is done.
+        """
         values = asdict(self)
         if self.training is None:
             del values["pv"]
+        if self.bits is None:  # as runs were before there was a choice
+            del values["bits"], values["allocation"]
         return values
 
 
