@@ -13,7 +13,7 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = (
-    *("products.c", "decoder_program.c", "pv_step.c"),
+    *("products.c", "rows.c", "decoder_program.c", "pv_step.c"),
     *("portable.c", "avx2.c", "avx512.c"),
 )
 HEADERS = ("cpu.h", "attention.h", "pv_step.h")

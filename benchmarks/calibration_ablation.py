@@ -50,19 +50,22 @@ class AdamFit(AdditiveFit):
 
     def fit_codebooks(self) -> None:
         """Adam on both; the published rate of 1e-4 belongs to rows of norm 1, ours have RMS 1."""
-        books = self.codebooks.clone().requires_grad_(True)
+        codebooks = self.codebooks.clone().requires_grad_(True)
         scales = self.scales.clone().requires_grad_(True)
         width = self.weight.shape[1] ** 0.5
-        groups = [{"params": [books], "lr": 1e-4 * width}, {"params": [scales], "lr": 1e-4 / width}]
+        groups = [
+            {"params": [codebooks], "lr": 1e-4 * width},
+            {"params": [scales], "lr": 1e-4 / width},
+        ]
         optimizer = torch.optim.Adam(groups, betas=(0.0, 0.95), amsgrad=True)
         for _ in range(self.STEPS):
-            value = self.unscaled(books)
+            value = self.unscaled(codebooks)
             error = self.weight - scales * value
             loss = ((error @ self.moment) * error).sum() / len(error)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        self.codebooks, self.scales = books.detach(), scales.detach()
+        self.codebooks, self.scales = codebooks.detach(), scales.detach()
 
     def fit_scales(self) -> None:
         """Part of `fit_codebooks` here."""

@@ -33,6 +33,9 @@ from pvrt_tune.fit.grid import fit_grid
 from pvrt_tune.fit.objective import Objective
 from pvrt_tune.settings import EFFORTS
 
+sys.path.insert(0, str(machine.ROOT))
+from tests.fixtures.plain_grid import plain_grid
+
 LAYERS = (
     "model.layers.10.self_attn.q_proj",
     "model.layers.0.self_attn.v_proj",
@@ -103,7 +106,7 @@ def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
             fit = fit_grid(weight, moment, scheme, EFFORTS["standard"].fit).result(torch.float16)
             seconds = time.process_time() - started
             rounded, gptq = (
-                objective.relative_error(plain_grid(weight, moment, scheme, feedback))
+                objective.relative_error(plain_grid(weight, moment, scheme, feedback=feedback))
                 for feedback in (False, True)
             )
             yield {
@@ -115,29 +118,6 @@ def grids(cases: dict[str, Problem]) -> Iterator[dict[str, Any]]:
                 "gptq_relative_error": gptq,
                 "ratio_to_gptq": fit.relative_error / gptq,
             }
-
-
-def plain_grid(weight: Tensor, moment: Tensor, scheme: GridScheme, feedback: bool) -> Tensor:
-    """A textbook grid: ranges from the least to the greatest weight when a group begins, rounding,
-    and on request GPTQ's error feedback (damping 1 %, natural order)."""
-    rest, result = weight.clone(), torch.zeros_like(weight)
-    upper = Objective(weight, moment).feedback(0.01)
-    for i in range(weight.shape[1]):
-        if i % scheme.group_size == 0:
-            group = rest[:, i : i + scheme.group_size]
-            low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
-            if scheme.symmetric:
-                high = torch.maximum(-low, high)
-                low = -high
-            scale = ((high - low) / scheme.levels).clamp_min(1e-8)
-            middle = torch.full_like(scale, (scheme.levels + 1) // 2)
-            zero = middle if scheme.symmetric else (-low / scale).round()
-        code = (rest[:, i] / scale + zero).round().clamp(0, scheme.levels)
-        result[:, i] = scale * (code - zero)
-        if feedback:
-            error = (rest[:, i] - result[:, i]) / upper[i, i]
-            rest[:, i + 1 :].addr_(error, upper[i, i + 1 :], alpha=-1)
-    return result
 
 
 PARTS = {"efforts": efforts, "grids": grids}

@@ -65,16 +65,16 @@ def ours(scheme: str, out: int, inputs: int, x: Any) -> dict[str, Kernel]:
     limits = torch.iinfo(form.code_dtype)
     shape = form.codes_shape(out, inputs)
     codes = torch.randint(limits.min, limits.max + 1, shape, dtype=form.code_dtype)
-    books = torch.randn(form.codebooks_shape).half()
+    codebooks = torch.randn(form.codebooks_shape).half()
     scales = torch.rand(form.scales_shape(out)).half()
-    exact = reference.dequantize(codes, books[None].float(), scales.float(), [out]).double()
+    exact = reference.dequantize(codes, codebooks[None].float(), scales.float(), [out]).double()
     expected = x.double() @ exact.T
 
     def error(y: Any) -> float:
         return float((y.double() - expected).norm() / expected.norm())
 
     number = copies(codes.nbytes)
-    packs = [aqlm_pack(codes, books, scales, torch.float32) for _ in range(number)]
+    packs = [aqlm_pack(codes, codebooks, scales, torch.float32) for _ in range(number)]
     pack = in_turn(packs)
     kernels: dict[str, Kernel] = {}
     kernels[f"pvrt {scheme}"] = (
@@ -84,25 +84,25 @@ def ours(scheme: str, out: int, inputs: int, x: Any) -> dict[str, Kernel]:
     if scheme == "2x8g8":
         plain = in_turn([codes.clone() for _ in range(number)])
         kernels["pvrt 2x8g8, checkpoint layout"] = (
-            lambda: aqlm_linear(x, plain(), books, scales),
-            error(aqlm_linear(x, codes, books, scales)),
+            lambda: aqlm_linear(x, plain(), codebooks, scales),
+            error(aqlm_linear(x, codes, codebooks, scales)),
         )
         if importlib.util.find_spec("aqlm") and importlib.util.find_spec("numba"):
-            kernels["aqlm numba 2x8g8"] = aqlm_numba(codes, books, scales, x, error, number)
+            kernels["aqlm numba 2x8g8"] = aqlm_numba(codes, codebooks, scales, x, error, number)
     return kernels
 
 
 def aqlm_numba(
-    codes: Any, books: Any, scales: Any, x: Any, error: Callable[[Any], float], number: int
+    codes: Any, codebooks: Any, scales: Any, x: Any, error: Callable[[Any], float], number: int
 ) -> Kernel:
     """The public package's CPU kernel: codes by input group. Its worst error of 20 calls counts."""
     from aqlm.inference_kernels.numba_kernel import numba_gemm_lut
 
     turned = in_turn([codes.transpose(0, 1).contiguous() for _ in range(number)])
-    wide_books, wide_scales = books.float(), scales.float()
+    wide_codebooks, wide_scales = codebooks.float(), scales.float()
 
     def call() -> Any:
-        return numba_gemm_lut(x, turned(), wide_books, wide_scales, None)
+        return numba_gemm_lut(x, turned(), wide_codebooks, wide_scales, None)
 
     return call, max(error(call()) for _ in range(20))
 
@@ -196,11 +196,11 @@ def llama(out: int, inputs: int, x: Any, folder: Path, threads: int) -> dict[str
         turn = in_turn([rows.clone() for _ in range(copies(rows.nbytes))])
         dot = ctypes.cast(getattr(cpu, f"ggml_vec_dot_{name}_{of_x}"), void)
         quantise_x = ctypes.cast(getattr(cpu, f"quantize_row_{of_x}"), void)
-        room, y = torch.empty(inputs * 2, dtype=torch.uint8), torch.empty(out)
+        scratch, y = torch.empty(inputs * 2, dtype=torch.uint8), torch.empty(out)
 
         def call(dot: Any = dot, q: Any = quantise_x, turn: Any = turn, r: Any = row_bytes,
-                 room: Any = room, y: Any = y) -> None:  # fmt: skip
-            loop(dot, q, x.data_ptr(), room.data_ptr(), inputs, out, r, turn().data_ptr(),
+                 scratch: Any = scratch, y: Any = y) -> None:  # fmt: skip
+            loop(dot, q, x.data_ptr(), scratch.data_ptr(), inputs, out, r, turn().data_ptr(),
                  y.data_ptr(), team, threads)  # fmt: skip
 
         call()

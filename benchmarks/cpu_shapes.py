@@ -81,8 +81,10 @@ def _random(scheme: Scheme, out: int, inputs: int) -> QuantizedLayer:
     codes = torch.randint(
         limits.min, limits.max + 1, scheme.codes_shape(out, inputs), dtype=scheme.code_dtype
     )
-    books = torch.randn(scheme.codebooks_shape).half() / scheme.num_codebooks**0.5
-    return QuantizedLayer(codes, books, torch.full(scheme.scales_shape(out), inputs**-0.5).half())
+    codebooks = torch.randn(scheme.codebooks_shape).half() / scheme.num_codebooks**0.5
+    return QuantizedLayer(
+        codes, codebooks, torch.full(scheme.scales_shape(out), inputs**-0.5).half()
+    )
 
 
 def write_aqlm(folder: Path, shape: str, scheme: str) -> Path:

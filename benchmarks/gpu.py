@@ -35,12 +35,11 @@ from torch import Tensor
 
 from pvrt.format.scheme import Scheme
 from pvrt.tools import bench_kernels
-from pvrt.tools.bench_kernels import Clock, blocks_of, time_plan, weight_copies
+from pvrt.tools.bench_kernels import Clock, blocks_of, time_config, weight_copies
 from pvrt_kernels import reference
 from pvrt_kernels.gpu import choose, launch
-from pvrt_kernels.gpu.choose import DENSE, Plan, Shape
+from pvrt_kernels.gpu.choose import DENSE, LaunchConfig, Shape
 from pvrt_kernels.packed import PackedWeight, aqlm_packed_linear
-from pvrt_tune.settings import FitSettings, PVSettings
 
 TWO_BIT = (2, 256, 8)
 SCHEMES = ("2x8g8", "1x16g8", "1x16g16", "1x8g8", "1x8g4", "4x8g8")
@@ -111,8 +110,8 @@ def correctness(bench: Bench) -> list[Row]:
                 for count in tokens:
                     x = bench.x(count, features, dtype)
                     errors = poisoned(bench, partial(aqlm_packed_linear, x, layer), x, exact)
-                    plan = launch.plan_for(x, blocks_of(layer))
-                    rows.append(verdict(scheme, dtype, [out, features], count, plan, errors))
+                    config = launch.config_for(x, blocks_of(layer))
+                    rows.append(verdict(scheme, dtype, [out, features], count, config, errors))
     rows += other_kernels(bench)
     bad = [row for row in rows if not row["passed"]]
     if bad:
@@ -121,7 +120,7 @@ def correctness(bench: Bench) -> list[Row]:
 
 
 def other_kernels(bench: Bench) -> list[Row]:
-    """Plans that no table chooses by itself: candidates of the tuner, deterministic ones."""
+    """What no table chooses by itself: candidates of the autotuner, deterministic configs."""
     rows: list[Row] = []
     shape = Shape(*TWO_BIT, *bench.some((4096 + 40, 4096), (70, 96)))
     layer, exact = checked_layer(
@@ -130,13 +129,13 @@ def other_kernels(bench: Bench) -> list[Row]:
     card = choose.describe_gpu(bench.device)
     for tokens in bench.some((1, 2, 4, 8, 64), (1, 8)):
         x = bench.x(tokens, shape.in_features)
-        for plan in bench_kernels.candidates(card, shape, tokens):
-            if plan == DENSE or (bench.dry and plan.kernel == "lut_gluon"):
+        for config in bench_kernels.candidates(card, shape, tokens):
+            if config == DENSE or (bench.dry and config.kernel == "lut_gluon"):
                 continue
-            call = partial(launch.launch, plan, x, blocks_of(layer), None, layer.partition_sizes)
+            call = partial(launch.launch, config, x, blocks_of(layer), None, layer.partition_sizes)
             errors = poisoned(bench, call, x, exact)
             sizes = [shape.out_features, shape.in_features]
-            rows.append(verdict("2x8g8", torch.float16, sizes, tokens, plan, errors))
+            rows.append(verdict("2x8g8", torch.float16, sizes, tokens, config, errors))
     return rows
 
 
@@ -148,12 +147,12 @@ def checked_layer(
     sizes = [out - out // 3, out // 3] if scheme == "2x8g8" else [out]
     shape = form.codes_shape(out, features)
     codes = torch.randint(0, form.codebook_size, shape, device=bench.device).to(form.code_dtype)
-    books = torch.randn(len(sizes), *form.codebooks_shape, device=bench.device).to(dtype)
+    codebooks = torch.randn(len(sizes), *form.codebooks_shape, device=bench.device).to(dtype)
     scales = (torch.rand(out, 1, 1, 1, device=bench.device) + 0.5).to(dtype)
     kernel = launch.kernel_for(form.num_codebooks)
-    tensors = kernel.pack(codes, books, scales, sizes)
+    tensors = kernel.pack(codes, codebooks, scales, sizes)
     packed = PackedWeight(kernel.name, tensors, sizes, features)
-    return packed, reference.dequantize(codes, books.double(), scales.double(), sizes)
+    return packed, reference.dequantize(codes, codebooks.double(), scales.double(), sizes)
 
 
 def poisoned(bench: Bench, call: Callable[[], Tensor], x: Tensor, exact: Tensor) -> list[float]:
@@ -168,7 +167,12 @@ def poisoned(bench: Bench, call: Callable[[], Tensor], x: Tensor, exact: Tensor)
 
 
 def verdict(
-    scheme: str, dtype: torch.dtype, layer: list[int], tokens: int, plan: Plan, errors: list[float]
+    scheme: str,
+    dtype: torch.dtype,
+    layer: list[int],
+    tokens: int,
+    config: LaunchConfig,
+    errors: list[float],
 ) -> Row:
     """The record of one check. Rounding of a weight and of a sum bounds the error."""
     allowed = 2 * torch.finfo(dtype).eps
@@ -178,7 +182,7 @@ def verdict(
         "dtype": str(dtype).removeprefix("torch."),
         "layer": layer,
         "tokens": tokens,
-        "plan": vars(plan),
+        "config": vars(config),
         "error": worst,
         "spread": spread,
         "passed": worst < allowed and spread < 0.1 * allowed,
@@ -197,10 +201,10 @@ def gemv(bench: Bench) -> list[Row]:
             if bench.late("gemv"):
                 return rows
             x = bench.x(tokens, shape.in_features)
-            plan = launch.plan_for(x, blocks_of(copies[0]))
-            seconds = time_plan(bench.clock, plan, x, copies)
+            config = launch.config_for(x, blocks_of(copies[0]))
+            seconds = time_config(bench.clock, config, x, copies)
             dense = bench_kernels.time_dense(bench.clock, x, shape)
-            row = rate(bench, shape, vars(plan), seconds)
+            row = rate(bench, shape, vars(config), seconds)
             row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
             for name, kernel in peers.items():
                 row[f"over_{name}"] = time_peer(bench, kernel, x, copies) / seconds
@@ -214,9 +218,9 @@ def aqlm_kernels() -> dict[str, Callable[..., Tensor]]:
     try:
         package = "aqlm.inference_kernels"
         select = importlib.import_module(f"{package}.kernel_selector").get_forward_pass_kernel
-        books = torch.empty(2, 256, 1, 8, device="cuda")
+        codebooks = torch.empty(2, 256, 1, 8, device="cuda")
         found["aqlm_triton"] = importlib.import_module(f"{package}.triton_kernel").triton_matmul
-        found["aqlm_cuda"] = select(books, optimize_for_training=False)
+        found["aqlm_cuda"] = select(codebooks, optimize_for_training=False)
     except Exception as error:  # a missing package, compiler or header is a result too
         print(f"aqlm: {type(error).__name__}: {str(error).splitlines()[0]}")
     return found
@@ -226,8 +230,10 @@ def time_peer(
     bench: Bench, kernel: Callable[..., Tensor], x: Tensor, copies: list[PackedWeight]
 ) -> float:
     """Seconds of the aqlm package's product with the same weights."""
-    unpacked = [weight.unpack() for weight in copies]
-    calls = [partial(kernel, x, codes, books[0], scales, None) for codes, books, scales in unpacked]
+    calls = []
+    for weight in copies:
+        codes, codebooks, scales = weight.unpack()
+        calls.append(partial(kernel, x, codes, codebooks[0], scales, None))
     return bench.clock.time(calls)
 
 
@@ -248,14 +254,14 @@ def design(bench: Bench) -> list[Row]:
         copies = weight_copies(weight, 2 if bench.dry else 64)
         x = bench.x(1, shape.in_features)
         tried = bench_kernels.candidates(card, shape, 1)
-        half = choose.fit(Plan("lut", 0, 1024, 16, 0), card, shape, 2)  # float16 tables
-        for plan in [*tried, half]:
-            if bench.dry and (plan.kernel == "lut_gluon" or plan.rows > 512):
+        half = choose.fit(LaunchConfig("lut", 0, 1024, 16, 0), card, shape, 2)  # float16 tables
+        for config in [*tried, half]:
+            if bench.dry and (config.kernel == "lut_gluon" or config.rows > 512):
                 continue
             if bench.late("design"):
                 return rows
-            seconds = time_plan(bench.clock, plan, x, copies)
-            rows.append(rate(bench, shape, vars(plan), seconds))
+            seconds = time_config(bench.clock, config, x, copies)
+            rows.append(rate(bench, shape, vars(config), seconds))
         exact = launch.multiply_decoded(x, blocks_of(weight), None, weight.partition_sizes).double()
         for name, calls in gpu_variants.variants(card, x, copies):
             if bench.late("design"):
@@ -267,12 +273,12 @@ def design(bench: Bench) -> list[Row]:
     return rows
 
 
-def rate(bench: Bench, shape: Shape, plan: Row, seconds: float) -> Row:
+def rate(bench: Bench, shape: Shape, config: Row, seconds: float) -> Row:
     """The record of a design's time."""
     read = shape.blocks * 16 * shape.out_features
     return {
         "layer": [shape.out_features, shape.in_features],
-        "plan": plan,
+        "config": config,
         "microseconds": seconds * 1e6,
         "code_bytes_per_second": read / seconds,
         "of_copy_bandwidth": read / seconds / bench.copy_rate,
@@ -293,9 +299,9 @@ def crossover(bench: Bench) -> list[Row]:
                     return rows
                 x = bench.x(tokens, shape.in_features)
                 dense = bench_kernels.time_dense(bench.clock, x, shape)
-                for plan in bench_kernels.candidates(card, shape, tokens):
-                    seconds = time_plan(bench.clock, plan, x, copies)
-                    row = rate(bench, shape, vars(plan), seconds)
+                for config in bench_kernels.candidates(card, shape, tokens):
+                    seconds = time_config(bench.clock, config, x, copies)
+                    row = rate(bench, shape, vars(config), seconds)
                     row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
                     rows.append({"scheme": shape.scheme, **row})
     return rows
@@ -332,6 +338,7 @@ def tuning(bench: Bench) -> Row:
     from pvrt_tune.fit.additive import fit_layer
     from pvrt_tune.pv.optimizer import PVOptimizer
     from pvrt_tune.pv.representation import AdditiveRepresentation
+    from pvrt_tune.settings import FitSettings, PVSettings
 
     scheme = Scheme.parse("2x8g8")
     found: Row = {}
@@ -403,7 +410,8 @@ def small_case() -> None:
         error = float((aqlm_packed_linear(x, layer).double() - x.double() @ exact.T).abs().max())
         print(scheme, tokens, error)
         if (scheme, tokens) == ("2x8g8", 1) and launch.gluon_gathers():
-            launch.launch(Plan("lut_gluon", 1, 1024, 8, 2), x, blocks_of(layer), None, [1400, 700])
+            config = LaunchConfig("lut_gluon", 1, 1024, 8, 2)
+            launch.launch(config, x, blocks_of(layer), None, [1400, 700])
 
 
 SECTIONS: dict[str, Callable[[Bench], Any]] = {

@@ -35,7 +35,7 @@ def store_one(total, n, rows, scales_ptr, y_ptr, partial_ptr, arrived_ptr, split
 def table_in_l1(
     x_ptr,
     words_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     y_ptr,
     partial_ptr,
@@ -44,7 +44,7 @@ def table_in_l1(
     rows,
     groups,
     split,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -52,14 +52,14 @@ def table_in_l1(
 ):
     """As `lut_gemv` with one token and partition; a table covers BLOCKS blocks of 16 bytes.
 
-    scratch [programs, BLOCKS * 4096] fp32; BOOKS in (1, 2, 4).
+    scratch [programs, BLOCKS * 4096] fp32; CODEBOOKS in (1, 2, 4).
     """
-    GROUPS: tl.constexpr = 16 // BOOKS
+    GROUPS: tl.constexpr = 16 // CODEBOOKS
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, GROUP)
-    v = tl.arange(0, BOOKS * 256)
-    books = tl.load(
-        books_ptr + (v // 256 * SIZE + v % 256)[:, None] * GROUP + e[None, :],
+    v = tl.arange(0, CODEBOOKS * 256)
+    codebooks = tl.load(
+        codebooks_ptr + (v // 256 * SIZE + v % 256)[:, None] * GROUP + e[None, :],
         mask=(v % 256 < SIZE)[:, None],
         other=0.0,
     )
@@ -68,12 +68,12 @@ def table_in_l1(
     word = tl.arange(0, 4)[None, :]
     at = words_ptr + n.to(tl.int64)[:, None] * 4 + word
     stride = rows.to(tl.int64) * 4
-    count = tl.cdiv(groups * BOOKS, 16)
+    count = tl.cdiv(groups * CODEBOOKS, 16)
     total = tl.zeros((ROWS,), dtype=tl.float32)
     for b in range(tl.program_id(1) * BLOCKS, count, split * BLOCKS):
         tl.debug_barrier()  # all have read the table before
         for k in tl.static_range(BLOCKS):
-            sums = table_for_one(books, x_ptr, (b + k) * GROUPS, groups, GROUPS, GROUP, GROUP)
+            sums = table_for_one(codebooks, x_ptr, (b + k) * GROUPS, groups, GROUPS, GROUP, GROUP)
             tl.store(table + k * 4096 + tl.arange(0, 4096), sums)
         tl.debug_barrier()
         for k in tl.static_range(BLOCKS):
@@ -96,7 +96,7 @@ def table_in_l1(
 def replicated(
     x_ptr,
     words_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     y_ptr,
     partial_ptr,
@@ -104,18 +104,18 @@ def replicated(
     rows,
     groups,
     split,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COPIES: tl.constexpr,
 ):
-    """books [COPIES, BOOKS, SIZE, GROUP]: row n decodes from copy n % COPIES; one partition."""
+    """codebooks [COPIES, CODEBOOKS, SIZE, GROUP]; row n decodes from n % COPIES; one partition."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, GROUP)[None, :]
-    copy = (n % COPIES)[:, None] * (BOOKS * SIZE * GROUP)
+    copy = (n % COPIES)[:, None] * (CODEBOOKS * SIZE * GROUP)
     at = words_ptr + n.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    count = tl.cdiv(groups * BOOKS, 16)
+    count = tl.cdiv(groups * CODEBOOKS, 16)
     sums = tl.zeros((ROWS, GROUP), dtype=tl.float32)
     for b in range(tl.program_id(1), count, split):
         words = tl.load(
@@ -127,9 +127,9 @@ def replicated(
         halves = tl.split(words)
         for i in tl.static_range(16):
             code = (halves[i // 8] >> (i % 8 * 8)).to(tl.int32) & (SIZE - 1)
-            group = (b * 16 + i) // BOOKS + tl.zeros((1, GROUP), dtype=tl.int32)
-            entry = copy + ((i % BOOKS) * SIZE + code)[:, None] * GROUP + e
-            w = tl.load(books_ptr + entry, eviction_policy="evict_last")
+            group = (b * 16 + i) // CODEBOOKS + tl.zeros((1, GROUP), dtype=tl.int32)
+            entry = copy + ((i % CODEBOOKS) * SIZE + code)[:, None] * GROUP + e
+            w = tl.load(codebooks_ptr + entry, eviction_policy="evict_last")
             x = tl.load(x_ptr + group * GROUP + e, mask=group < groups, other=0.0)
             sums += w.to(tl.float32) * x.to(tl.float32)
     store_one(tl.sum(sums, axis=1), n, rows, scales_ptr, y_ptr, partial_ptr, arrived_ptr, split)
@@ -145,8 +145,8 @@ def variants(
             yield name, [partial(_in_l1, card, x, w, rows, warps, blocks) for w in weights]
     for copies in (1, 4, 8):
         name = {"kernel": "replicated", "copies": copies, "rows": 128, "warps": 4}
-        books = [blocks_of(w).codebooks.repeat(copies, 1, 1, 1) for w in weights]
-        calls = zip(weights, books, strict=True)
+        codebooks = [blocks_of(w).codebooks.repeat(copies, 1, 1, 1) for w in weights]
+        calls = zip(weights, codebooks, strict=True)
         yield name, [partial(_replicated, card, x, w, b, copies) for w, b in calls]
 
 
@@ -166,16 +166,18 @@ def _in_l1(
                    (scratch,), {"BLOCKS": blocks})  # fmt: skip
 
 
-def _replicated(card: Gpu, x: Tensor, weight: PackedWeight, books: Tensor, copies: int) -> Tensor:
+def _replicated(
+    card: Gpu, x: Tensor, weight: PackedWeight, codebooks: Tensor, copies: int
+) -> Tensor:
     grid = _split(card, weight, 128, 4, 1)
-    return _launch(replicated, x, weight, books, grid, 128, 4, (), {"COPIES": copies})
+    return _launch(replicated, x, weight, codebooks, grid, 128, 4, (), {"COPIES": copies})
 
 
 def _launch(
     kernel: Any,
     x: Tensor,
     weight: PackedWeight,
-    books: Tensor,
+    codebooks: Tensor,
     grid: tuple[int, int],
     rows: int,
     warps: int,
@@ -183,14 +185,14 @@ def _launch(
     constants: dict[str, int],
 ) -> Tensor:
     blocks, _, scales = blocks_of(weight)
-    _, count, size, group = books.shape
+    _, count, size, group = codebooks.shape
     out = blocks.shape[1]
     y = x.new_empty(1, out)
     sums, arrived = shared.workspace(x.device, out, grid[0])
     words = blocks.view(torch.int64 if kernel is replicated else torch.int32)
     kernel[grid](
-        x, words, books, scales, y, sums, arrived, *more, out, x.shape[1] // group, grid[1],
-        BOOKS=count, SIZE=size, GROUP=group, ROWS=rows, **constants,
+        x, words, codebooks, scales, y, sums, arrived, *more, out, x.shape[1] // group, grid[1],
+        CODEBOOKS=count, SIZE=size, GROUP=group, ROWS=rows, **constants,
         num_warps=warps, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return y

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,12 @@ RECIPES = {
 }
 #: Functions of a stage: module, name, phase of the plan.
 STAGES = (
-    ("pipeline", "_sampled", "sampling"),
-    ("pipeline", "calibrate", "block pass"),
-    ("stage", "quantize_linear", "layer fit"),
-    ("stage", "finetune_block", "block fine-tune"),
-    ("pipeline", "pv_tune", "PV-Tuning"),
-    ("pipeline", "write", "write"),
+    ("pvrt_tune.pipeline", "_sampled", "sampling"),
+    ("pvrt_tune.pipeline", "calibrate", "block pass"),
+    ("pvrt_tune.calibrate.stage", "quantize_linear", "layer fit"),
+    ("pvrt_tune.calibrate.stage", "finetune_block", "block fine-tune"),
+    ("pvrt_tune.pipeline", "pv_tune", "PV-Tuning"),
+    ("pvrt_tune.pipeline", "write", "write"),
 )
 
 
@@ -97,14 +98,13 @@ def stop_early(line: str) -> None:
 def measured(model: str, recipe: Recipe, text: str | None) -> dict[str, Any]:
     """Tune a model in this process; peaks, times and the plan by phase."""
     from pvrt_tune import pipeline
-    from pvrt_tune.calibrate import stage
     from pvrt_tune.plan.memory_plan import Plan
     from pvrt_tune.plan.on_machine import plan_job
 
-    modules = {"pipeline": pipeline, "stage": stage}
     sampler = Sampler()
-    for module, name, phase in STAGES:
-        setattr(modules[module], name, sampler.around(getattr(modules[module], name), phase))
+    for place, name, phase in STAGES:
+        module = import_module(place)
+        setattr(module, name, sampler.around(getattr(module, name), phase))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         job = TuneJob(model, out, recipe, text)

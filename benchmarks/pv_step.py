@@ -21,12 +21,24 @@ import torch
 from pv_strategies import FOLDER, SUBJECTS, Bench, say
 
 from pvrt_tune.data.source_model import load_source
+from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import compute_dtype
-from pvrt_tune.pv.loss import Teacher
+from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher
 from pvrt_tune.pv.stage import calibrated
 from pvrt_tune.pv.trainer import Student, Trainer
 
 MODEL = "smollm2-135m"
+
+
+def all_in_memory(original: Any, text: CalibrationData) -> Teacher:
+    """What the original model says, kept by no run folder.
+
+    Documents that share a window see each other, as PV-Tuning has it by default.
+    """
+    packed = replace(text, positions=None)
+    return Teacher(
+        original, packed, TEACHER_CHUNK, lambda number: None, lambda number, states: None
+    )
 
 
 def steps(bench: Bench, teacher: Teacher, batch: int, repeats: int) -> list[dict[str, float]]:
@@ -36,9 +48,9 @@ def steps(bench: Bench, teacher: Teacher, batch: int, repeats: int) -> list[dict
     settings = replace(recipe.training, batch=batch, microbatch=min(batch, 4))
     compute = compute_dtype(settings.compute, bench.job.device)
     student = Student.of(calibrated(bench.calibrated), compute)
-    trainer = Trainer(student, teacher, bench.data, replace(recipe, training=settings))
+    trainer = Trainer(student, teacher, teacher.data, replace(recipe, training=settings))
     first = settings.held_out
-    teacher.hidden(list(range(first, first + (repeats + 2) * batch)))
+    teacher.prepare(range(first, first + (repeats + 2) * batch))
     return [trainer.train_step() for _ in range(repeats + 2)][2:]
 
 
@@ -54,7 +66,7 @@ def main() -> None:
     bench = Bench(MODEL, subject, source, subject.schemes[0], options.folder)
     length = bench.data.tokens.shape[1]
     original = source.dense(torch.float32)
-    teacher = Teacher(original, bench.data, 16, lambda number: None, lambda number, states: None)
+    teacher = all_in_memory(original, bench.data)
     rows: list[dict[str, Any]] = []
     for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)

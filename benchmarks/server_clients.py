@@ -1,16 +1,9 @@
-"""What a client library gets from a running server, feature by feature, as JSON lines.
-
-    python benchmarks/server_clients.py openai http://127.0.0.1:8000 NAME KEY
-
-Runs in any interpreter that has the library (litellm pins an older openai than ours) and imports
-nothing of pvrt. `server_conformance.py` calls it for every client and engine.
-"""
+"""What a client library gets from a running server, feature by feature."""
 
 import asyncio
 import importlib.metadata
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -382,19 +375,14 @@ CLIENTS: dict[str, tuple[Callable[[Where], Iterator[Feature]], str]] = {
 }
 
 
-def main(name: str, url: str, model: str, key: str) -> None:
-    """Run one client's features and print a JSON line for each."""
+def rows(name: str, where: Where) -> Iterator[dict[str, Any]]:
+    """One client's features: client with its version, feature, whether it passes, and what not."""
     features, package = CLIENTS[name]
     client = f"{name} {importlib.metadata.version(package)}"
-    for feature, check in features(Where(url, model, key)):
-        problem = None
+    for feature, check in features(where):
+        row: dict[str, Any] = {"client": client, "feature": feature, "pass": True}
         try:
             check()
         except Exception as error:  # whatever a wrong answer leads to
-            problem = f"{type(error).__name__}: {error}"[:300]
-        row = {"client": client, "feature": feature, "problem": problem}
-        print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+            row |= {"pass": False, "problem": f"{type(error).__name__}: {error}"[:300]}
+        yield row

@@ -1,17 +1,12 @@
 """Features x engines x clients of `pvrt serve` -> benchmarks/results/server_conformance.json.
 
-    python benchmarks/server_conformance.py CHECKPOINT [--clients PYTHON] [--engines local vllm]
+    python benchmarks/server_conformance.py CHECKPOINT [--engines local vllm]
         [--only "openai async"]
 
-Rows of engines and clients that are not asked for stay as they are. PYTHON is an interpreter with
-langchain-openai, litellm and mcp (they want an older openai than pvrt's tests have); without it
-their rows are left out.
+Rows of engines and clients that are not asked for stay as they are.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +14,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import results
+import server_clients
 import serving
+from server_features import Where
 from tables import renew
 
 KEY = "conformance"
-OURS = ("openai", "openai async")
-THEIRS = ("langchain", "litellm")
 #: Without eager execution vLLM compiles for minutes on a CPU.
 FLAGS: dict[str, list[str]] = {
     "local": [],
@@ -54,8 +49,8 @@ def with_tools(checkpoint: Path) -> Iterator[Path]:
     if template.is_file() and "tools" in template.read_text(encoding="utf-8"):
         yield checkpoint
         return
-    with TemporaryDirectory() as room:
-        folder = Path(room) / checkpoint.name
+    with TemporaryDirectory() as links:
+        folder = Path(links) / checkpoint.name
         folder.mkdir()
         for file in checkpoint.iterdir():
             if file.is_file() and file.name != template.name:
@@ -76,26 +71,15 @@ def served(
         yield server
 
 
-def rows(
-    checkpoint: Path, engine: str, names: Sequence[str], clients: str | None
-) -> Iterator[dict[str, Any]]:
+def rows(checkpoint: Path, engine: str, clients: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row per client and feature on one engine."""
-    script = Path(__file__).with_name("server_clients.py")
     with (
         with_tools(checkpoint) as folder,
         served(folder, engine, "--served-model-name", "model", "--log-level", "warning") as server,
     ):
-        for name in names:
-            python = str(clients) if name in THEIRS else sys.executable
-            command = [python, str(script), name, server.url, "model", KEY]
-            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            for line in run.stdout.splitlines():
-                if not line.startswith('{"client"'):
-                    continue  # libraries print too
-                row = json.loads(line)
-                problem = row.pop("problem")
-                said = {} if problem is None else {"problem": problem}
-                yield {"engine": engine, **row, "pass": problem is None, **said}
+        for client in clients:
+            for row in server_clients.rows(client, Where(server.url, "model", KEY)):
+                yield {"engine": engine, **row}
 
 
 def client_of(row: dict[str, Any]) -> str:
@@ -107,19 +91,17 @@ def main() -> None:
     """Measure, store, renew the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--clients", help="an interpreter with langchain-openai and litellm")
     parser.add_argument("--engines", nargs="+", default=["local", "vllm"], choices=FLAGS)
-    parser.add_argument("--only", nargs="+", choices=(*OURS, *THEIRS), help="these clients alone")
+    order = list(server_clients.CLIENTS)
+    parser.add_argument("--only", nargs="+", default=order, choices=order, help="these clients")
     arguments = parser.parse_args()
-    names = arguments.only or (*OURS, *(THEIRS if arguments.clients else ()))
-    replaced = names if arguments.only else (*OURS, *THEIRS)
     stored = [
         row
         for row in results.load("server_conformance")
-        if row["engine"] not in arguments.engines or client_of(row) not in replaced
+        if row["engine"] not in arguments.engines or client_of(row) not in arguments.only
     ]
     for engine in arguments.engines:
-        for row in rows(arguments.checkpoint, engine, names, arguments.clients):
+        for row in rows(arguments.checkpoint, engine, arguments.only):
             stored.append(row)
             mark = "ok  " if row["pass"] else "FAIL"
             print(
@@ -127,7 +109,6 @@ def main() -> None:
                 f"{row.get('problem', '')}",
                 flush=True,
             )
-    order = (*OURS, *THEIRS)
     stored.sort(key=lambda row: (list(FLAGS).index(row["engine"]), order.index(client_of(row))))
     results.store("server_conformance", stored)
     renew()

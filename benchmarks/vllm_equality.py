@@ -3,11 +3,12 @@
     python benchmarks/vllm_equality.py matrix [--minutes 4] [--only WORD] [--note TEXT]
     python benchmarks/vllm_equality.py features [--minutes 4] [--only WORD]
 
-`matrix` is layouts x schemes x types x ranks: results/vllm_matrix.json. `features` is what vLLM
-does around a model (LoRA, speculation, caching, expert parallelism): results/vllm_features.json,
-with vLLM's own counters, which show that a feature was at work. A run measures what the file lacks
-for the installed vLLM, row by row, and can be stopped at any time. --note says how that vLLM was
-put together, where no package of it runs here.
+`matrix` is layouts x schemes x types x ranks: results/vllm_matrix.json. The ranks are of tensor
+parallelism; vLLM's CPU platform does not generate with pipeline stages (docs/vllm.md). `features`
+is what vLLM does around a model (LoRA, speculation, caching, expert parallelism):
+results/vllm_features.json, with vLLM's own counters, which show that a feature was at work. A run
+measures what the file lacks for the installed vLLM, row by row, and can be stopped at any time.
+--note says how that vLLM was put together, where no package of it runs here.
 
 Checkpoints are random and of toy size, in exactly the published layouts (tests/fixtures). The judge
 is the dense model in transformers, in float32: each token that vLLM chose is compared with the
@@ -18,7 +19,6 @@ and 0.25 in 16 bits (a random token lacks about 3).
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -65,18 +65,12 @@ class Case:
     scheme: str = "2x8g8"
     dtype: str = "float32"
     tensor_parallel: int = 1
-    pipeline_parallel: int = 1
     compiled: bool = False
     feature: str = ""
     engine: dict[str, Any] = field(default_factory=dict)
     long: bool = False
     adapter: tuple[str, ...] = ()
     write: Callable[[Path, str], Any] | None = None
-
-    @property
-    def ranks(self) -> tuple[int, int]:
-        """Tensor-parallel and pipeline-parallel size."""
-        return self.tensor_parallel, self.pipeline_parallel
 
     @property
     def key(self) -> dict[str, Any]:
@@ -86,7 +80,6 @@ class Case:
             kind: dict[str, Any] = {"feature": self.feature}
         else:
             kind = {"scheme": self.scheme, "dtype": self.dtype}
-            kind["pipeline_parallel"] = self.pipeline_parallel
         return {**place, **kind, "compiled": self.compiled, "vllm": HERE}
 
     def prepare(self, folder: Path) -> tuple[Job, Any]:
@@ -98,7 +91,6 @@ class Case:
         engine = {
             "dtype": self.dtype,
             "tensor_parallel_size": self.tensor_parallel,
-            "pipeline_parallel_size": self.pipeline_parallel,
             "enforce_eager": not self.compiled,
             **self.engine,
         }
@@ -136,7 +128,6 @@ def matrix() -> list[Case]:
         *(replace(case, dtype="float16") for case in every if case.layout != "gemma-2"),
         *(replace(case, dtype="bfloat16") for case in two),
         *(replace(case, scheme="1x16g8") for case in two),
-        *(replace(case, pipeline_parallel=2) for case in every),
         *(replace(case, dtype="bfloat16") for case in compiled),
         *(replace(case, tensor_parallel=2) for case in compiled if case.layout in whole),
     ]
@@ -192,7 +183,8 @@ def shortfall(model: Any, prompt: list[int], answer: list[int]) -> float:
 
 def next_batch(missing: list[Case]) -> list[Case]:
     """Cases of the same ranks, which one process of vLLM runs one after the other."""
-    alike = [case for case in missing if case.ranks == missing[0].ranks][:BATCH]
+    ranks = missing[0].tensor_parallel
+    alike = [case for case in missing if case.tensor_parallel == ranks][:BATCH]
     # vLLM starts no other engine where numba was loaded for n-grams (docs/vllm.md).
     last = next((n for n, case in enumerate(alike) if "n-gram" in case.feature), len(alike))
     return alike[: last + 1]
@@ -202,7 +194,7 @@ def measure(cases: list[Case], folder: Path, name: str, note: dict[str, str]) ->
     """Run cases of the same ranks in one process and store a row for each."""
     prepared = [case.prepare(folder / str(number)) for number, case in enumerate(cases)]
     jobs = [job for job, _ in prepared]
-    answers = each_result(jobs, PROMPTS, max_tokens=MAX_TOKENS, ranks=math.prod(cases[0].ranks))
+    answers = each_result(jobs, PROMPTS, max_tokens=MAX_TOKENS, ranks=cases[0].tensor_parallel)
     for case, (job, judge), answer in zip(cases, prepared, answers, strict=True):
         row: dict[str, Any] = {**case.key, "equal": False, **note}
         if "tokens" in answer:

@@ -28,9 +28,9 @@ def packed(
     """The grouped product with random experts."""
     shape = scheme.codes_shape(out_features, in_features)
     codes = torch.randint(0, scheme.codebook_size, (EXPERTS, *shape)).to(scheme.code_dtype)
-    books = torch.randn(EXPERTS, len(sizes), *scheme.codebooks_shape).to(torch.bfloat16)
+    codebooks = torch.randn(EXPERTS, len(sizes), *scheme.codebooks_shape).to(torch.bfloat16)
     scales = torch.rand(EXPERTS, *scheme.scales_shape(out_features)).to(torch.bfloat16)
-    weight = aqlm_pack_group(codes, books, scales, torch.bfloat16, sizes)
+    weight = aqlm_pack_group(codes, codebooks, scales, torch.bfloat16, sizes)
     return lambda x, index: aqlm_grouped_linear(x, index, weight)
 
 

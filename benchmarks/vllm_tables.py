@@ -19,7 +19,7 @@ PUBLISHED = {
     "qwen2-moe": "none known",
     "command-r": "c4ai-command-r-v01, -plus: 1x16g8",
 }
-_ONE_RANK = {"tensor_parallel": 1, "pipeline_parallel": 1, "compiled": False}
+_ONE_RANK = {"tensor_parallel": 1, "compiled": False}
 COLUMNS: dict[str, Row] = {
     **{dtype: {"dtype": dtype, **_ONE_RANK} for dtype in ("float32", "bfloat16", "float16")},
     "TP 2": {"tensor_parallel": 2},

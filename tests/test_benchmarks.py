@@ -2,15 +2,22 @@
 
 import ast
 import importlib
+import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
+from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.settings import Recipe, TrainSettings
 from tests.fixtures import imports as graph
+from tests.tune.test_pipeline import QUICK, dense_folder
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -178,6 +185,10 @@ def test_a_file_that_is_too_long_and_a_limit_that_is_not_needed_are_named(
     assert "pvrt/gone.py is gone: take it out of LONGER" in said
 
 
+def test_no_source_file_is_longer_than_it_may_be(structure: ModuleType) -> None:
+    assert list(structure.too_long()) == []
+
+
 def test_parameters_are_what_a_caller_hands_over(structure: ModuleType) -> None:
     (node,) = ast.parse("def f(self, a, /, b, *c, d=1, **e): pass").body
     assert structure.parameters(node) == 5
@@ -190,3 +201,61 @@ def test_rooms_of_a_circle_share_a_floor(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(graph, "rooms", lambda name: {"top", "left", "right", "ground"})
     monkeypatch.setattr(graph, "arrows", lambda name: {arrow: {"module"} for arrow in drawn})
     assert graph.floors("house") == 3
+
+
+@pytest.fixture
+def toy_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A calibrated toy model, as pv_strategies.py hands its benches on."""
+    from pvrt_tune.data.source_model import load_source
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    strategies = importlib.import_module("pv_strategies")
+    dense_folder(tmp_path / "dense", "llama-tied")
+    training = TrainSettings(windows=8, steps=9, batch=2, microbatch=2, held_out=2)
+
+    def text(source: Any, recipe: Recipe, folder: Path) -> CalibrationData:
+        tokens = torch.randint(0, 256, (12, recipe.length))
+        return CalibrationData(tokens, "toy", torch.arange(recipe.length).repeat(12, 1) % 20)
+
+    subject = strategies.Subject(
+        source=lambda: tmp_path / "dense",
+        schemes=("2x4g8",),
+        recipe=replace(QUICK, training=training),
+        data=text,
+        texts=dict,
+        window=32,
+        evaluated=1,
+    )
+    source = load_source(str(subject.source()))
+    return strategies.Bench("toy", subject, source, subject.schemes[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_timed_pv_steps_find_the_original_models_states_ready(
+    toy_bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And learn from what `pvrt tune` learns from: by default positions do not begin again."""
+    pv_step = importlib.import_module("pv_step")
+    teacher = pv_step.all_in_memory(toy_bench.source.dense(torch.float32), toy_bench.data)
+    step, ready = pv_step.Trainer.train_step, []
+
+    def watched(trainer: Any) -> Any:
+        ready.append(set(teacher.chunks))
+        return step(trainer)
+
+    monkeypatch.setattr(pv_step.Trainer, "train_step", watched)
+    (figures,) = pv_step.steps(toy_bench, teacher, batch=2, repeats=1)
+    assert ready == 3 * [{0}]
+    assert teacher.data.positions is None and toy_bench.data.positions is not None
+    assert figures["seconds"] > figures["v_seconds"] > 0
+
+
+def test_the_stages_that_plan_times_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are wrapped by name, and compared by the phase that the plan knows them as."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    stages = importlib.import_module("plan").STAGES
+    for module, name, _ in stages:
+        assert callable(getattr(importlib.import_module(module), name)), f"{module}.{name}"
+    source = (graph.PACKAGES["pvrt_tune"] / "plan" / "memory_plan.py").read_text(encoding="utf-8")
+    planned = re.findall(r'self\.phase\(\s*"([^"]+)"', source)
+    assert [phase for _, _, phase in stages] == planned

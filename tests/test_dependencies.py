@@ -12,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.fixtures.imports import ROOT, parsed
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 PRODUCT = ("pvrt", "kernels/pvrt_kernels", "tune/pvrt_tune", "server/pvrt_server")
@@ -93,11 +94,6 @@ GROUPED = set().union(*(declared(lines) for lines in PROJECT["dependency-groups"
 def sources(*folders: str) -> list[Path]:
     """Python files below folders of the repository."""
     return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
-
-
-def parsed(file: Path) -> ast.Module:
-    """A file's syntax tree."""
-    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("folder", PRODUCT)

@@ -78,12 +78,6 @@ def test_the_wheel_installs_our_four_names_only() -> None:
     assert names == set(PACKAGES)
 
 
-def test_no_module_is_long() -> None:
-    for root in PACKAGES.values():
-        for file in root.rglob("*.py"):
-            assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, file
-
-
 def test_readme_tables_come_from_the_result_files() -> None:
     run("benchmarks/tables.py", "--check")
 

@@ -60,6 +60,8 @@ class PackedKernel(Generic[Layout]):
     `dequantize(packed, partition_sizes, in_features)` decodes to the codebooks' dtype (None: by
     way of `unpack`). `warm_up(packed, partition_sizes, in_features, dtype, has_bias)` compiles what
     any number of tokens of this dtype can need, so that no call does.
+    `rows(packed, numbers, partition_sizes, in_features, dtype)` decodes the rows of int64 numbers
+    [n] to [n, in_features] (None: by way of `dequantize`, which decodes all).
     """
 
     name: str
@@ -70,6 +72,7 @@ class PackedKernel(Generic[Layout]):
     linear: Callable[[Tensor, Layout, Tensor | None, list[int]], Tensor]
     dequantize: Callable[[Layout, list[int], int], Tensor] | None = None
     warm_up: Callable[[Layout, list[int], int, torch.dtype, bool], None] | None = None
+    rows: Callable[[Layout, Tensor, list[int], int, torch.dtype], Tensor] | None = None
 
 
 FEW_TOKENS = 64

@@ -13,6 +13,7 @@ from torch import Tensor
 from pvrt_kernels import reference
 from pvrt_kernels.cpu import products, pv_step
 from pvrt_kernels.dispatch import Problem, registry
+from pvrt_kernels.packed import check_rows
 
 
 @torch.library.custom_op("pvrt::aqlm_dequantize", mutates_args=())
@@ -214,6 +215,27 @@ def aqlm_linear(
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {in_features}")
     y: Tensor = _linear_op(x, codes, codebooks, scales, bias, sizes)
     return y
+
+
+def aqlm_embedding(ids: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor) -> Tensor:
+    """Rows `ids` of the weight that codes, codebooks and scales make (see `aqlm_dequantize`).
+
+    ids [...] integers -> [..., in] in the dtype of `codebooks`. Only these rows are decoded, and
+    gradients reach codebooks and scales. Raises ValueError when the shapes contradict each other,
+    IndexError for a row that is not there (on a GPU torch's index_select asserts).
+    """
+    sets, sizes = _partitioned(codes, codebooks, None)
+    _check(codes, sets, scales, sizes)
+    flat, out_group = ids.reshape(-1).long(), codebooks.shape[2]
+    if not torch.compiler.is_compiling():
+        check_rows(flat, sizes[0])
+    at = flat // out_group
+    rows = aqlm_dequantize(codes.index_select(0, at), codebooks, scales.index_select(0, at))
+    if out_group > 1:
+        rows = rows.view(len(at), out_group, rows.shape[-1])[
+            torch.arange(len(at)), flat % out_group
+        ]
+    return rows.reshape(*ids.shape, rows.shape[-1])
 
 
 def _partitioned(

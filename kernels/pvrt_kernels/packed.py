@@ -1,8 +1,9 @@
 """Weights in a kernel's own layout: packed once at load, multiplied by `pvrt::aqlm_packed_linear`.
 
 Training and checkpoints keep codes, codebooks and scales; a model that only runs calls `aqlm_pack`
-for each layer and drops them. The op is functional and makes fresh outputs; its gradient is that
-of x alone (codebooks and scales train in the checkpoint's layout).
+for each layer and drops them. `pvrt::aqlm_packed_rows` decodes single rows of the same layout, so
+that an embedding and the lm_head tied to it are kept once. The ops are functional and make fresh
+outputs; their gradient is that of x alone (codebooks and scales train in the checkpoint's layout).
 """
 
 from dataclasses import dataclass
@@ -87,6 +88,26 @@ def aqlm_packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = No
     return y
 
 
+def aqlm_packed_rows(weight: PackedWeight, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight by their numbers, as an embedding reads them: decoded, rounded once.
+
+    rows [...] integers -> [..., in] of a floating dtype. Raises IndexError for a row that is not
+    there, and on a GPU, which cannot raise without waiting, returns NaN for it. The first call of a
+    scheme and dtype compiles on a GPU: make one before a CUDA graph is captured.
+    """
+    y: Tensor = torch.ops.pvrt.aqlm_packed_rows(
+        rows, list(weight.tensors), weight.partition_sizes, weight.in_features, dtype, weight.kernel
+    )
+    return y
+
+
+def check_rows(rows: Tensor, count: int) -> None:
+    """Raise IndexError if a number on the CPU is not one of `count` rows."""
+    if rows.device.type == "cpu" and not bool(((rows >= 0) & (rows < count)).all()):
+        wrong = next(row for row in rows.flatten().tolist() if not 0 <= row < count)
+        raise IndexError(f"there is no row {wrong}: the weight has rows 0 to {count - 1}")
+
+
 def _linear(
     x: Tensor, packed: list[Tensor], bias: Tensor | None, partition_sizes: list[int], kernel: str
 ) -> Tensor:
@@ -118,6 +139,36 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, [None] * len(ctx.packed), grad_bias, None, None
 
 
+def _rows(
+    rows: Tensor,
+    packed: list[Tensor],
+    partition_sizes: list[int],
+    in_features: int,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    check_rows(rows, sum(partition_sizes))
+    chosen, flat = registry.packed(kernel), rows.reshape(-1).long()
+    tensors = chosen.layout(*packed)
+    if chosen.rows is None:
+        weight = PackedWeight(kernel, tensors, partition_sizes, in_features).dequantize()
+        y = weight.index_select(0, flat).to(dtype)
+    else:
+        y = chosen.rows(tensors, flat, partition_sizes, in_features, dtype)
+    return y.reshape(*rows.shape, in_features)
+
+
+def _rows_fake(
+    rows: Tensor,
+    packed: list[Tensor],
+    partition_sizes: list[int],
+    in_features: int,
+    dtype: torch.dtype,
+    kernel: str,
+) -> Tensor:
+    return rows.new_empty(*rows.shape, in_features, dtype=dtype)
+
+
 # Library.define and impl instead of custom_op: the latter's Python costs more than a small layer.
 _library: Any = torch.library.Library("pvrt", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
@@ -129,3 +180,9 @@ torch.library.register_fake("pvrt::aqlm_packed_linear", _linear_fake, lib=_libra
 torch.library.register_autograd(
     "pvrt::aqlm_packed_linear", _linear_backward, setup_context=_linear_setup, lib=_library
 )
+_library.define(
+    "aqlm_packed_rows(Tensor rows, Tensor[] packed, SymInt[] partition_sizes, SymInt in_features, "
+    "ScalarType dtype, str kernel) -> Tensor"
+)
+_library.impl("aqlm_packed_rows", _rows, "CompositeExplicitAutograd")
+torch.library.register_fake("pvrt::aqlm_packed_rows", _rows_fake, lib=_library)

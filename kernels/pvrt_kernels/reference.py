@@ -1,7 +1,7 @@
 """The definition of AQLM decoding in plain torch. Every kernel is tested against this file.
 
-Notation (arXiv 2401.06118, section 3): M codebooks of 2^B entries; every entry is a block of
-out_group x g weights; a weight block is the sum of one entry per codebook, times its row's scale.
+Notation (arXiv 2401.06118, section 3): M codebooks of 2^B codewords; every codeword is a block of
+out_group x g weights; a block of weights is the sum of one of each codebook, times its row's scale.
 
 A fused layer (q, k and v in one call) stacks the rows of several source layers. Each source layer
 keeps its own codebooks, so `codebooks` has a leading partition dimension P and `partition_sizes`
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 def entry_indices(codes: Tensor, codebook_size: int) -> Tensor:
     """Codes as stored (two's-complement wrap of an unsigned index) -> int64 indices, same shape.
 
-    A stored value v means v mod 2^B: int8 -1 is entry 255 of a 256-entry codebook.
+    A stored value v means v mod 2^B: int8 -1 is codeword 255 of a codebook of 256.
     """
     return codes.to(torch.int64) & (codebook_size - 1)
 
@@ -32,17 +32,17 @@ def code_rows(partition_sizes: list[int], out_group: int) -> list[slice]:
 
 
 def decode_unscaled(codes: Tensor, codebooks: Tensor) -> Tensor:
-    """Sum of codebook entries of one partition, before scaling.
+    """Sum of the codewords of one partition, before scaling.
 
     codes [out/out_group, in/g, M] integer; codebooks [M, 2^B, out_group, g].
     Returns [out/out_group, in/g, out_group * g] in float32.
     """
     num_codebooks, size, out_group, g = codebooks.shape
     index = entry_indices(codes, size)
-    entries = codebooks.float().reshape(num_codebooks, size, out_group * g)
-    total = F.embedding(index[..., 0], entries[0])
+    codewords = codebooks.float().reshape(num_codebooks, size, out_group * g)
+    total = F.embedding(index[..., 0], codewords[0])
     for m in range(1, num_codebooks):
-        total += F.embedding(index[..., m], entries[m])
+        total += F.embedding(index[..., m], codewords[m])
     return total
 
 

@@ -14,6 +14,7 @@ from pvrt.cli.recipe import (
     Data,
     Effort,
     EffortOption,
+    KeepEmbeddings,
     Length,
     Limit,
     Model,
@@ -36,6 +37,7 @@ def plan(
     pv: PV = True,
     samples: Samples = None,
     length: Length = None,
+    keep_embeddings: KeepEmbeddings = False,
     device: Annotated[
         str, typer.Option(help="As for tune; a GPU may be planned for where there is none.")
     ] = "auto",
@@ -57,7 +59,9 @@ def plan(
     from pvrt_tune.settings import TuneJob
     from pvrt_tune.settings.options import Changes, build
 
-    changes = Changes(scheme, samples, length, pv=pv)
+    changes = Changes(
+        scheme, samples, length, pv=pv, embeddings="keep" if keep_embeddings else None
+    )
     recipe, seconds = build(effort.value, config, changes, limit, notice)
     job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds)
     report, problems = plan_here(job, host_memory=host_memory, device_memory=device_memory)

@@ -60,6 +60,12 @@ PV = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(help="Calibration windows (from --effort).")]
 Length = Annotated[int | None, typer.Option(help="Tokens per window (from --effort).")]
+KeepEmbeddings = Annotated[
+    bool,
+    typer.Option(
+        "--keep-embeddings", help="Leave embeddings and output head in 16 bits, not in codes."
+    ),
+]
 ActivationsOption = Annotated[
     Activations,
     typer.Option(

@@ -22,7 +22,8 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     engine: Annotated[
-        EngineChoice, typer.Option(help="auto is vLLM where it is installed.")
+        EngineChoice,
+        typer.Option(help="auto is vLLM where it is installed and can run the folder."),
     ] = EngineChoice.auto,
     dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = Dtype.auto,
     max_model_len: Annotated[

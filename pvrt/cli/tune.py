@@ -14,6 +14,7 @@ from pvrt.cli.recipe import (
     Data,
     Effort,
     EffortOption,
+    KeepEmbeddings,
     Length,
     Limit,
     Model,
@@ -35,6 +36,7 @@ def tune(
     pv: PV = True,
     samples: Samples = None,
     length: Length = None,
+    keep_embeddings: KeepEmbeddings = False,
     seed: Annotated[
         int | None, typer.Option(help="Seed of everything random. [default: 0]")
     ] = None,
@@ -64,7 +66,7 @@ def tune(
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
-    changes = Changes(scheme, samples, length, seed, pv)
+    changes = Changes(scheme, samples, length, seed, pv, "keep" if keep_embeddings else None)
     notice = say if parallel.speaks() else lambda line: None
     recipe, seconds = build(effort.value, config, changes, limit, notice)
     job = TuneJob(

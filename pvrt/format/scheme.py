@@ -50,7 +50,7 @@ class Scheme:
 
     @property
     def codebook_size(self) -> int:
-        """Entries per codebook, 2^B."""
+        """Codewords per codebook, 2^B."""
         return 1 << self.nbits_per_codebook
 
     @property
@@ -95,10 +95,10 @@ class Scheme:
         Codes count B bits each, as the paper does (AQLM eq. 10 with its factor M); a scheme with
         B other than 8 or 16 takes more on disk.
         """
-        rows, groups, books = self.codes_shape(out_features, in_features)
-        codes = rows * groups * books * self.nbits_per_codebook
-        entries = books * self.codebook_size * self.out_group_size * self.in_group_size
-        return codes + (entries + rows) * float_bits
+        rows, groups, codebooks = self.codes_shape(out_features, in_features)
+        codes = rows * groups * codebooks * self.nbits_per_codebook
+        floats = codebooks * self.codebook_size * self.out_group_size * self.in_group_size
+        return codes + (floats + rows) * float_bits
 
     def bits_per_weight(self, out_features: int, in_features: int, float_bits: int = 16) -> float:
         """True bits per weight of one layer, codebooks and scales included."""

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from pvrt.format.scheme import Scheme
 from pvrt.modules.aqlm_layer import AQLMLayer
-from pvrt_kernels import aqlm_dequantize
+from pvrt_kernels import aqlm_embedding
+from pvrt_kernels.packed import aqlm_packed_rows
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -40,21 +41,15 @@ class AQLMEmbedding(AQLMLayer):
             raise ValueError(f"scheme {scheme} spans output rows, which an embedding cannot")
         super().__init__(width, vocabulary, scheme, dtype=dtype, device=device)
         self.scale = scale
-        self.multiplies = False  # unless a head is tied to it
-
-    @property
-    def weight(self) -> Tensor:
-        """The whole table, decoded anew: for code that asks an embedding for its dtype or width."""
-        return self.dequantize()
+        self.multiplies = False  # `TiedHead` does
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [...] -> [..., width] in the dtype of the codebooks."""
-        ids = tokens.reshape(-1)
-        codes, codebooks, scales = self.stored()
-        rows = aqlm_dequantize(codes[ids], codebooks, scales[ids])
-        if self.scale != 1:
-            rows = rows * torch.tensor(self.scale, dtype=rows.dtype)
-        return rows.view(*tokens.shape, -1)
+        if self.packed is None:
+            rows = aqlm_embedding(tokens, self.codes, self.codebooks, self.scales)
+        else:
+            rows = aqlm_packed_rows(self.packed.weight, tokens, self.packed.dtype)
+        return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
     def to_dense(self) -> nn.Embedding:
         """An ordinary embedding with the decoded weight, on the same device."""
@@ -74,6 +69,7 @@ class TiedHead(nn.Module):
         super().__init__()
         # Not a submodule: a weight has one name in a checkpoint.
         object.__setattr__(self, "embedding", embedding)
+        embedding.multiplies = True
         self.in_features, self.out_features = embedding.in_features, embedding.out_features
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)

@@ -71,12 +71,13 @@ def _clearing(*containers: dict[int, Tensor] | list[Tensor]) -> Callable[[object
 class PackedLayers:
     """One packed weight for layers that take the same input, and who of them is which.
 
+    dtype is that of their activations.
+
     The first layer called with an input computes them all; the others take their part of that.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
+    def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.weight, self.bias, self.dtype = weight, bias, dtype
         self._shared: _Shared | None = None
 
     def forward(self, index: int, x: Tensor) -> Tensor:
@@ -160,6 +161,11 @@ class AQLMLayer(nn.Module):
         """The weight [out, in] in the dtype of the codebooks; differentiable unless packed."""
         return aqlm_dequantize(*self.stored())
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, decoded anew: for code that asks a layer for its dtype, say."""
+        return self.dequantize()
+
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] times the weight, plus the bias: [..., out]."""
         if self.packed is not None:
@@ -231,7 +237,7 @@ def pack(layers: Sequence[AQLMLayer], dtype: torch.dtype) -> PackedLayers | None
     bias = None
     if first.bias is not None:
         bias = torch.cat([layer.bias.detach() for layer in layers if layer.bias is not None])
-    packed = PackedLayers(weight, bias)
+    packed = PackedLayers(weight, bias, dtype)
     for index, layer in enumerate(layers):
         for name in PARTS:
             setattr(layer, name, None)

@@ -22,7 +22,7 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.format.atomic import as_json, try_writing, write_synced
 from pvrt.format.scheme import Scheme
 from pvrt_kernels.gpu import choose, launch
-from pvrt_kernels.gpu.choose import DENSE, Gpu, Plan, Shape
+from pvrt_kernels.gpu.choose import DENSE, Gpu, LaunchConfig, Shape
 from pvrt_kernels.packed import PackedWeight
 
 COLD_BYTES = 256 << 20  # more than any L2 cache holds
@@ -38,7 +38,7 @@ _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 class Timing:
     """Seconds of one product, and of the same with a dense weight in cuBLAS."""
 
-    plan: Plan
+    config: LaunchConfig
     seconds: float
     dense_seconds: float
 
@@ -92,11 +92,11 @@ def random_packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> Pac
     codes = torch.randint(
         0, shape.size, scheme.codes_shape(shape.out_features, shape.in_features), device=device
     )
-    books = torch.randn(1, *scheme.codebooks_shape, dtype=dtype, device=device)
+    codebooks = torch.randn(1, *scheme.codebooks_shape, dtype=dtype, device=device)
     scales = torch.full((shape.out_features,), shape.in_features**-0.5, dtype=dtype, device=device)
     sizes = [shape.out_features]
     kernel = launch.kernel_for(shape.num_codebooks)
-    tensors = kernel.pack(codes.to(scheme.code_dtype), books, scales, sizes)
+    tensors = kernel.pack(codes.to(scheme.code_dtype), codebooks, scales, sizes)
     return PackedWeight(kernel.name, tensors, sizes, shape.in_features)
 
 
@@ -116,14 +116,16 @@ def blocks_of(weight: PackedWeight) -> launch.GpuBlocks:
     return weight.tensors
 
 
-def time_plan(clock: Clock, plan: Plan, x: Tensor, copies: Iterable[PackedWeight]) -> float:
-    """Seconds of x times the weight under a plan."""
+def time_config(
+    clock: Clock, config: LaunchConfig, x: Tensor, copies: Iterable[PackedWeight]
+) -> float:
+    """Seconds of x times the weight with a launch config."""
 
     def call(weight: PackedWeight) -> Callable[[], Tensor]:
         tensors, sizes = blocks_of(weight), weight.partition_sizes
-        if plan.kernel == "dense":
+        if config.kernel == "dense":
             return lambda: launch.multiply_decoded(x, tensors, None, sizes)
-        return lambda: launch.launch(plan, x, tensors, None, sizes)
+        return lambda: launch.launch(config, x, tensors, None, sizes)
 
     return clock.time([call(weight) for weight in copies])
 
@@ -137,25 +139,27 @@ def time_dense(clock: Clock, x: Tensor, shape: Shape) -> float:
     return clock.time([lambda w=w: F.linear(x, w) for w in copies])  # type: ignore[misc]
 
 
-def candidates(card: Gpu, shape: Shape, tokens: int) -> list[Plan]:
-    """At most about a dozen plans worth measuring, all of which compile without spills."""
+def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
+    """At most about a dozen launch configs worth measuring, all of which compile without spills."""
     found = []
     if tokens <= 4 and shape.width == "8bit" and shape.num_codebooks in (1, 2, 4):
         tiles = ((512, 4), (1024, 8), (512, 8), (2048, 16)) if tokens == 1 else ()
         for rows, warps in (*tiles, (1024, 16)):
-            found.append(choose.fit(Plan("lut", 0, rows, warps, 0), card, shape, tokens))
+            found.append(choose.fit(LaunchConfig("lut", 0, rows, warps, 0), card, shape, tokens))
         if tokens == 1 and launch.gluon_gathers():
             for rows in (1024, 2048):
-                found.append(choose.fit(Plan("lut_gluon", 0, rows, 8, 0), card, shape, tokens))
+                found.append(
+                    choose.fit(LaunchConfig("lut_gluon", 0, rows, 8, 0), card, shape, tokens)
+                )
         base = found[0] if tokens > 1 else found[1]
         for split in {max(1, base.split // 2), min(shape.blocks, base.split * 2)} - {base.split}:
             found.append(replace(base, split=split))
     if tokens <= 4:
-        found.append(choose.fit(Plan("direct", 0, 128, 4, 0), card, shape, tokens))
+        found.append(choose.fit(LaunchConfig("direct", 0, 128, 4, 0), card, shape, tokens))
     if tokens <= 16:
-        found.append(choose.fit(Plan("tile", 0, 128, 4, 0), card, shape, tokens))
+        found.append(choose.fit(LaunchConfig("tile", 0, 128, 4, 0), card, shape, tokens))
     if tokens > 4:
-        found.append(choose.fit(Plan("tile", 0, 128, 8, 0), card, shape, tokens))
+        found.append(choose.fit(LaunchConfig("tile", 0, 128, 8, 0), card, shape, tokens))
         found.append(DENSE)
     return list(dict.fromkeys(found))
 
@@ -163,14 +167,14 @@ def candidates(card: Gpu, shape: Shape, tokens: int) -> list[Plan]:
 def measure_layer(
     shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, tune: bool
 ) -> list[Timing]:
-    """Times of a layer: of its plan, or of all candidates, fastest first."""
+    """Times of a layer: of its launch config, or of all candidates, fastest first."""
     clock, card = Clock(device), choose.describe_gpu(device)
     chosen = choose.choose(card, shape, tokens, dtype, False)
     copies = weight_copies(random_packed(shape, dtype, device))
     x = torch.randn(tokens, shape.in_features, dtype=dtype, device=device)
     dense = time_dense(clock, x, shape)
     tried = list(dict.fromkeys([chosen, *candidates(card, shape, tokens)])) if tune else [chosen]
-    timings = [Timing(plan, time_plan(clock, plan, x, copies), dense) for plan in tried]
+    timings = [Timing(config, time_config(clock, config, x, copies), dense) for config in tried]
     return sorted(timings, key=lambda timing: timing.seconds)
 
 
@@ -208,18 +212,18 @@ def common_layers(scheme: str) -> list[Shape]:
     return [Shape(*_numbers(form), out, inputs) for out, inputs in COMMON_LAYERS]
 
 
-def rules_of(best: dict[tuple[Shape, int], Plan]) -> list[dict[str, Any]]:
-    """Rules of a table: for every layer and measured number of tokens the fastest plan."""
+def rules_of(best: dict[tuple[Shape, int], LaunchConfig]) -> list[dict[str, Any]]:
+    """Rules of a table: for every layer and measured number of tokens the fastest launch config."""
     rules = []
     for shape, tokens in sorted(best, key=lambda key: (str(key[0]), key[1])):
-        plan = best[shape, tokens]
+        config = best[shape, tokens]
         rule: dict[str, Any] = {
             "scheme": shape.scheme,
             "layer": [shape.out_features, shape.in_features],
         }
-        rule |= {"max_tokens": tokens, "kernel": plan.kernel}
-        if plan != DENSE:
-            rule |= {"rows": plan.rows, "warps": plan.warps, "split": plan.split}
+        rule |= {"max_tokens": tokens, "kernel": config.kernel}
+        if config != DENSE:
+            rule |= {"rows": config.rows, "warps": config.warps, "split": config.split}
         rules.append(rule)
     return rules
 
@@ -240,12 +244,12 @@ def run(path: Path | None, scheme: str, tune: bool, say: Callable[[str], None]) 
     say(f"{card.name}: copies at {bandwidth / 1e9:.0f} GB/s")
     say(f"{'layer':>14} tokens  {'kernel':36} {'us':>8} {'GB/s':>6} of copy over dense")
     records: list[dict[str, Any]] = []
-    best: dict[tuple[Shape, int], Plan] = {}
+    best: dict[tuple[Shape, int], LaunchConfig] = {}
     started = time.monotonic()
     for shape in layers:
         for tokens in TOKENS:
             fastest = measure_layer(shape, tokens, torch.float16, device, tune)[0]
-            best[shape, tokens] = fastest.plan
+            best[shape, tokens] = fastest.config
             records.append({**asdict(shape), "tokens": tokens, **asdict(fastest)})
             left = len(layers) * len(TOKENS) - len(records)
             eta = (time.monotonic() - started) / len(records) * left
@@ -256,11 +260,11 @@ def run(path: Path | None, scheme: str, tune: bool, say: Callable[[str], None]) 
 
 
 def _line(shape: Shape, tokens: int, timing: Timing, bandwidth: float) -> str:
-    plan = timing.plan
-    tile = f" rows{plan.rows} warps{plan.warps} split{plan.split}" if plan != DENSE else ""
+    config = timing.config
+    tile = f" rows{config.rows} warps{config.warps} split{config.split}" if config != DENSE else ""
     rate = shape.blocks * 16 * shape.out_features / timing.seconds
     return (
-        f"{shape.out_features:>6} x {shape.in_features:<5} {tokens:>6}  {plan.kernel + tile:36} "
+        f"{shape.out_features:>6} x {shape.in_features:<5} {tokens:>6}  {config.kernel + tile:36} "
         f"{timing.seconds * 1e6:8.1f} {rate / 1e9:6.0f} {rate / bandwidth:7.0%} "
         f"{timing.dense_seconds / timing.seconds:9.2f}x"
     )
@@ -275,7 +279,7 @@ def check_table(card: Gpu) -> None:
         raise RunError(f"cannot write the card's table to {folder} ({error})") from error
 
 
-def store(card: Gpu, best: dict[tuple[Shape, int], Plan]) -> Path:
+def store(card: Gpu, best: dict[tuple[Shape, int], LaunchConfig]) -> Path:
     """Write the user's table for a card; what it says of other layers is kept."""
     file = choose.user_table(card.name)
     file.parent.mkdir(parents=True, exist_ok=True)

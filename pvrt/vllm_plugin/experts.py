@@ -217,10 +217,10 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
 
     def _pack(self, layer: Any, stack: str, sizes: list[int]) -> tuple[str, list[int], list[str]]:
         """Put the kernel's layout in place of the checkpoint's; kernel, sizes and new names."""
-        codes, books, scales = (getattr(layer, f"{stack}_{part}").data for part in PARTS)
-        weight = aqlm_pack_group(codes, books, scales, layer.params_dtype, sizes)
+        codes, codebooks, scales = (getattr(layer, f"{stack}_{part}").data for part in PARTS)
+        weight = aqlm_pack_group(codes, codebooks, scales, layer.params_dtype, sizes)
         if weight.decoded:
-            stored = codes, books, scales
+            stored = codes, codebooks, scales
             self.context.notice.give(self.context.scheme, layer.layer_name, weight.tensors, stored)
         for part in PARTS:
             delattr(layer, f"{stack}_{part}")

@@ -187,11 +187,11 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         codes = torch.zeros(
             scheme.codes_shape(total, input_size_per_partition), dtype=scheme.code_dtype
         )
-        books = torch.zeros(len(sizes), *scheme.codebooks_shape, dtype=params_dtype)
+        codebooks = torch.zeros(len(sizes), *scheme.codebooks_shape, dtype=params_dtype)
         scales = torch.full(scheme.scales_shape(total), torch.nan, dtype=params_dtype)
         parameters = {
             "codes": PackedvLLMParameter(input_dim=1, **packing, data=codes, weight_loader=loader),
-            "codebooks": BasevLLMParameter(data=books, weight_loader=loader),
+            "codebooks": BasevLLMParameter(data=codebooks, weight_loader=loader),
             "scales": PackedColumnParameter(**packing, data=scales, weight_loader=loader),
         }
         for part, parameter in parameters.items():

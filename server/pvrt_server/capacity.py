@@ -137,8 +137,8 @@ def weight_bytes(
             for part in model.PARTS:
                 tensors.pop(f"{layer.name}.{part}", None)
     elif on_cpu:  # the kernels keep codebooks in two layouts
-        books = [info for name, info in tensors.items() if name.endswith(".codebooks")]
-        total += sum(_loaded_bytes(info, itemsize) for info in books)
+        codebooks = [info for name, info in tensors.items() if name.endswith(".codebooks")]
+        total += sum(_loaded_bytes(info, itemsize) for info in codebooks)
     return total + sum(_loaded_bytes(info, itemsize) for info in tensors.values())
 
 

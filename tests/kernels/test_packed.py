@@ -10,7 +10,7 @@ from torch import Tensor
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear, reference
 from pvrt_kernels.dispatch import PackedKernel, registry
-from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear, aqlm_packed_rows
 from tests.fixtures.toy import random_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for cpu")
@@ -68,6 +68,15 @@ def test_a_packed_weight_multiplies_and_unpacks_like_its_source() -> None:
     assert torch.equal(scales, tensors[2])
 
 
+def test_rows_come_by_their_numbers_from_any_layout() -> None:
+    weight, tensors = packed()
+    rows = torch.tensor([[15, 0], [3, 15]], dtype=torch.int32)
+    found = aqlm_packed_rows(weight, rows, torch.float16)
+    assert torch.equal(found, aqlm_dequantize(*tensors)[rows.long()].half())
+    with pytest.raises(IndexError, match="there is no row 16: the weight has rows 0 to 15"):
+        aqlm_packed_rows(weight, torch.tensor([16, 40]), torch.float32)
+
+
 def test_gradients_reach_x_and_bias() -> None:
     weight, tensors = packed()
     grads = []
@@ -80,11 +89,14 @@ def test_gradients_reach_x_and_bias() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_opcheck_accepts_the_packed_op() -> None:
+def test_opcheck_accepts_the_packed_ops() -> None:
     weight, _ = packed()
     x, bias = torch.randn(4, 32, requires_grad=True), torch.randn(16, requires_grad=True)
     op = torch.ops.pvrt.aqlm_packed_linear.default
     torch.library.opcheck(op, (x, list(weight.tensors), bias, [16], "transposed"))
+    rows = torch.tensor([[1], [15]])
+    op = torch.ops.pvrt.aqlm_packed_rows.default
+    torch.library.opcheck(op, (rows, list(weight.tensors), [16], 32, torch.float16, "transposed"))
 
 
 def test_the_packed_op_survives_torch_compile_with_changing_batch() -> None:
@@ -97,6 +109,18 @@ def test_the_packed_op_survives_torch_compile_with_changing_batch() -> None:
     for batch in (1, 3, 7):
         x = torch.randn(batch, 32)
         torch.testing.assert_close(run(x), aqlm_linear(x, *tensors) + 1)
+
+
+def test_rows_survive_torch_compile_with_changing_batch() -> None:
+    weight, tensors = packed()
+
+    @torch.compile(backend="aot_eager", dynamic=True, fullgraph=True)
+    def run(rows: Tensor) -> Tensor:
+        return aqlm_packed_rows(weight, rows, torch.float32) + 1
+
+    for batch in (1, 3, 7):
+        rows = torch.randint(0, 16, (batch,))
+        torch.testing.assert_close(run(rows), aqlm_dequantize(*tensors)[rows] + 1)
 
 
 def test_nothing_is_packed_where_no_kernel_wants_it() -> None:

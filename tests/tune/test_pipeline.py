@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
@@ -77,14 +78,43 @@ def test_every_architecture_is_tuned_by_discovery(tmp_path: Path, architecture: 
     checkpoint = tune(TuneJob(str(tmp_path / "dense"), out, recipe), silent)
     checkpoint.verify()
     blocks = [name for name, m in dense.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert set(checkpoint.layers) == {name for name in blocks if ".layers." in name}
-    assert ("lm_head.weight" in checkpoint.tensors) is not dense.config.tie_word_embeddings
+    tied = dense.config.tie_word_embeddings
+    ends = {"model.embed_tokens"} if tied else {"model.embed_tokens", "lm_head"}
+    assert set(checkpoint.layers) == {name for name in blocks if ".layers." in name} | ends
     model = pvrt.load(out, dense=True)
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         original, tuned = dense(tokens).logits, model(tokens).logits
     agreement = torch.nn.functional.cosine_similarity(original, tuned, dim=-1).mean()
-    assert agreement > 0.9  # unrelated models agree to about 0
+    assert agreement > 0.7  # unrelated models agree to about 0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_embeddings_stay_in_16_bits_if_asked(tmp_path: Path, architecture: str) -> None:
+    """The layout is then the published one."""
+    dense = dense_folder(tmp_path / "dense", architecture)
+    recipe = replace(QUICK, embeddings="keep")
+    checkpoint = tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), silent)
+    assert all(".layers." in name for name in checkpoint.layers)
+    assert "model.embed_tokens.weight" in checkpoint.tensors
+    assert ("lm_head.weight" in checkpoint.tensors) is not dense.config.tie_word_embeddings
+    assert checkpoint.config["quantization_config"]["num_codebooks"] == 2
+
+
+def test_tuning_moves_the_codebooks_of_embeddings(tmp_path: Path) -> None:
+    """And scales; codes stay what calibration left."""
+    dense_folder(tmp_path / "dense", "llama-tied")
+    recipe = replace(QUICK, training=TrainSettings(windows=4, steps=2, batch=2, held_out=1))
+    calibrated: dict[str, torch.Tensor] = {}
+
+    def report(line: str) -> None:
+        if "can be served from here on" in line:
+            calibrated.update(load_file(tmp_path / "out" / "model.safetensors"))
+
+    tuned = tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), report)
+    parts = [name for name in tuned.tensors if "embed_tokens" in name]
+    same = {name for name in parts if torch.equal(calibrated[name], tuned.read(name))}
+    assert same == {"model.embed_tokens.codes"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -244,7 +274,7 @@ def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> No
     tune(TuneJob(job.model, out, QUICK), lines.append)
     assert any("already complete" in line for line in lines)
     tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8"), restart=True), silent)
-    assert Checkpoint.open(out).scheme_names == "1x8g8"
+    assert Checkpoint.open(out).scheme_names == "1x8g8+2x8g4"
 
 
 def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
@@ -258,11 +288,11 @@ def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
     new = replace(old, recipe=replace(QUICK, training=training), restart=True)
     with pytest.raises(Stopped):
         tune(new, stopping("block 2/"))
-    assert Checkpoint.open(out).scheme_names == "1x8g8"
+    assert Checkpoint.open(out).scheme_names == "1x8g8+2x8g4"
     Checkpoint.open(out).verify()
     with pytest.raises(Stopped):
         tune(replace(new, restart=False), stopping("PV step 1/"))
-    assert Checkpoint.open(out).scheme_names == "2x8g8"
+    assert Checkpoint.open(out).scheme_names == "2x8g8+2x8g4"
     Checkpoint.open(out).verify()
 
 
@@ -601,7 +631,8 @@ def test_text_sampled_from_the_model_is_repeatable_and_follows_it() -> None:
 
 def test_a_quantised_model_has_no_dense_linear_in_its_blocks(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "phi3")
-    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK), silent)
+    recipe = replace(QUICK, embeddings="keep")
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), silent)
     model = pvrt.load(tmp_path / "out")
     assert len(quantized_layers(model)) == 4 * model.config.num_hidden_layers
 

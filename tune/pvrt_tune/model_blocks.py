@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvrt.errors import SourceError
+from pvrt.errors import RunError, SourceError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
@@ -48,17 +48,6 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         self.calls.append((hidden_states, kwargs))
         return hidden_states
-
-
-class _Feeder(_Recorder):
-    """Stands in for the last block: gives hidden states that were computed before."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
-        super().__init__(block)
-        self.hidden = hidden
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return self.hidden
 
 
 class _LastBlockReached(Exception):
@@ -154,23 +143,79 @@ def record_inputs(
     return arguments
 
 
-def run_head(model: Any, blocks: BlockList, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Logits [batch, length, vocabulary] of what the last block gave for tokens [batch, length].
+class _HeadReached(Exception):
+    """Ends a pass at the output head, with what entered it."""
 
-    The blocks of `model` are not run and may be on the meta device.
-    """
+
+class _Outputs(_Recorder):
+    """Stands in for the last block: returns what it is told to."""
+
+    value: Tensor
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self.value
+
+
+@contextmanager
+def _outputs(model: Any, blocks: BlockList) -> Iterator[_Outputs]:
+    """What stands for the blocks of a model, to be told the last one's outputs before a pass."""
     modules = model.get_submodule(blocks.name)
     originals = list(modules)
+    outputs = _Outputs(originals[-1])
     try:
-        for index, block in enumerate(originals):
-            modules[index] = _Recorder(block)
-        modules[-1] = _Feeder(originals[-1], hidden)
-        with torch.no_grad():
-            logits: Tensor = model(input_ids=tokens.to(hidden.device), use_cache=False).logits
+        for index, block in enumerate([*map(_Recorder, originals[:-1]), outputs]):
+            modules[index] = block
+        yield outputs
     finally:
         for index, block in enumerate(originals):
             modules[index] = block
+
+
+def run_head(model: Any, blocks: BlockList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of the last block's outputs for tokens [batch, length].
+
+    The blocks of `model` are not run and may be on the meta device.
+    """
+    with _outputs(model, blocks) as outputs, torch.no_grad():
+        outputs.value = hidden
+        logits: Tensor = model(input_ids=tokens.to(hidden.device), use_cache=False).logits
     return logits
+
+
+def head_inputs(
+    model: Any, blocks: BlockList, tokens: Tensor, hidden: Activations
+) -> Iterator[Tensor]:
+    """What enters the output head for tokens [samples, length], batch by batch: [n, width].
+
+    `hidden` are the last block's outputs. The blocks and the output head of `model` are not run and
+    may be on the meta device. Raises RunError for a model that does not call its head.
+    """
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        raise _HeadReached(args[0])
+
+    embeddings = model.get_input_embeddings()
+    hooks = [
+        embeddings.register_forward_hook(lambda m, args, out: out.float()),
+        model.get_output_embeddings().register_forward_pre_hook(stop),
+    ]
+    try:
+        with _outputs(model, blocks) as outputs:
+            batch = len(hidden[0])
+            for part, outputs.value in zip(torch.split(tokens, batch), hidden, strict=True):
+                try:
+                    with torch.inference_mode():
+                        model(input_ids=part.to(embeddings.weight.device), use_cache=False)
+                except _HeadReached as reached:
+                    yield reached.args[0].flatten(0, -2)
+                else:
+                    raise RunError(
+                        f"{type(model).__name__} does not call its output head as a module; "
+                        "--keep-embeddings leaves it in 16 bits"
+                    )
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _detached(value: Any, copies: dict[int, Tensor]) -> Any:

@@ -53,9 +53,17 @@ class Run:
                 )
             yield self.blocks.prefix(index), piece
 
+    def ends(self) -> Piece | None:
+        """Embedding and output head in codes; None where they stay dense."""
+        return self.store.load(ENDS)
+
     def block_reports(self) -> list[dict[str, Any]]:
         """What was reported of all blocks in order; all must be calibrated."""
         return [self.store.noted(block_piece(index)) for index in range(len(self.blocks.blocks))]
+
+
+#: Name of embedding and output head in codes among the pieces of a run.
+ENDS = "ends"
 
 
 def block_piece(index: int) -> str:

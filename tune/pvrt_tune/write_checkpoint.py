@@ -12,7 +12,7 @@ import pvrt
 from pvrt.format.atomic import as_json
 from pvrt.format.config_block import quantization_config
 from pvrt.format.grid import GridLayer, grid_config
-from pvrt.format.scheme import GridScheme
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.format.write import WriteOptions, write_checkpoint
 from pvrt_tune.run import Run
 
@@ -30,14 +30,23 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
         for index, report in enumerate(reports)
         for name in report["errors"]
     }
-    dense = [name for name in map(source.published, _products(model)) if name not in quantised]
+    ends = run.ends()
+    tables = {} if ends is None else {n: Scheme.parse(v["scheme"]) for n, v in ends.report.items()}
+    in_codes = {id(model.get_submodule(name).weight) for name in tables}
+    dense = [
+        name for name in map(source.published, _products(model, in_codes)) if name not in quantised
+    ]
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
     config["architectures"] = [type(model).__name__]
     if isinstance(scheme, GridScheme):
         config["quantization_config"] = grid_config(scheme, dense)
     else:
-        config["quantization_config"] = quantization_config(dict.fromkeys(quantised, scheme), dense)
+        config["quantization_config"] = quantization_config(
+            dict.fromkeys(quantised, scheme),
+            dense,
+            {source.published(name): form for name, form in tables.items()},
+        )
     manifest = {
         "pvrt": pvrt.__version__,
         "torch": torch.__version__,
@@ -47,6 +56,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
         "data": {"origin": data.origin, "sha256": data.digest},
         "recipe": run.recipe.record(),
         "blocks": reports,
+        **({} if ends is None else {"ends": ends.report}),
         **({"pv": dict(tuning)} if tuning else {}),
     }
     files = _tokenizer_files(source.tokenizer)
@@ -60,26 +70,31 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     )
 
 
-def _products(model: nn.Module) -> Iterator[str]:
+def _products(model: nn.Module, in_codes: set[int]) -> Iterator[str]:
     """Names of all modules that multiply with a weight: linear layers, and routers as well, which
-    are linear layers to other readers.
+    are linear layers to other readers. Not those whose weight, by identity, is in codes.
     """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if getattr(weight, "ndim", 0) == 2 and not isinstance(module, nn.Embedding):
+        if getattr(weight, "ndim", 0) != 2 or id(weight) in in_codes:
+            continue
+        if not isinstance(module, nn.Embedding):
             yield name
 
 
 def _tensors(run: Run, tuned: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the checkpoint as files name them, one in memory at a time; tied ones once."""
-    source = run.source
+    source, ends = run.source, run.ends()
 
     def newest(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         newer = tuned[name].to(tensor.dtype) if name in tuned else tensor
         return source.published(name), newer
 
     for name in source.outside(run.blocks.name):
-        yield newest(name, source.read([name])[name])
+        if ends is None or name.rpartition(".")[0] not in ends.report:
+            yield newest(name, source.read([name])[name])
+    for name, tensor in () if ends is None else ends.tensors.items():
+        yield newest(name, tensor)
     for prefix, piece in run.finished_blocks():
         for name, tensor in piece.tensors.items():
             yield newest(f"{prefix}{name}", tensor)

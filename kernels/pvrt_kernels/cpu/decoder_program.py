@@ -16,7 +16,12 @@ from torch import Tensor
 from pvrt_kernels.cpu import library, products
 from pvrt_kernels.packed import PackedWeight
 
-_KINDS = {"embed": 0, "tiled": 1, "plain": 2, "dense": 3, "attend": 4, "gate": 5, "screen": 6}
+_KINDS = {
+    name: kind
+    for kind, name in enumerate(
+        ("embed", "tiled", "plain", "dense", "attend", "gate", "screen", "decode")
+    )
+}
 _ROUNDED_AT_ONCE = 4096  # rows
 MOST_ROWS = 64  # of one run, as in decoder_program.c
 _ATTEND_ROWS = 4  # query heads that attend together, as in cpu.h
@@ -67,6 +72,7 @@ class Program:
         self._tails: list[Operation] = []
         self._room = torch.empty(0)
         self._rows = 1
+        self._vocabulary = 0  # 0: nothing is embedded, and tokens mean nothing
         self._longest = 0
         self.bytes_read = 0  # of weights, in one run with argmax_only
 
@@ -80,11 +86,24 @@ class Program:
         self._operations.append(Operation(kind=_KINDS[kind], **values))
         self._arrays = []
 
-    def embed(self, weight: Tensor, y: Tensor, scale: float = 1.0) -> None:
-        """y = scale * row `token` of weight [vocabulary, n] (fp32, fp16 or bf16)."""
+    def embed(self, weight: PackedWeight | Tensor, y: Tensor, scale: float = 1.0) -> None:
+        """y = scale * row `token` of weight [vocabulary, n], dense (any of three types) or packed.
+
+        The rows of y lie side by side.
+        """
+        assert y.is_contiguous()
         self._rows = y.shape[0]
-        fields = {"out": y.shape[1], "stride": y.stride(0), "dtype": library.TYPES[weight.dtype]}
-        self._add("embed", weight=weight, y=y, scale=scale, **fields)
+        fields: dict[str, Any] = {"out": y.shape[1], "stride": y.stride(0), "y": y, "scale": scale}
+        if isinstance(weight, Tensor):
+            self._vocabulary = weight.shape[0]
+            self._add("embed", weight=weight, dtype=library.TYPES[weight.dtype], **fields)
+            return
+        packed = weight.tensors
+        assert isinstance(packed, products.CpuTiles | products.CpuWords), weight.kernel
+        self._vocabulary = packed.fp32_scales.shape[0]
+        view = products.plain_view(packed, weight.in_features)
+        self._kept += [weight, view]
+        self._add("decode", weight=ctypes.addressof(view), **fields)
 
     def linear(
         self,
@@ -164,21 +183,31 @@ class Program:
         self._add("gate", x=x, y=y, out=y.shape[1])
 
     def logits(
-        self, x: Tensor, y: Tensor, weight: Tensor, norm: Tensor, epsilon: float, scores: "Rounded"
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: PackedWeight | Tensor,
+        norm: Tensor,
+        epsilon: float,
+        scores: "Rounded | None" = None,
     ) -> None:
         """y [rows, vocabulary] = weight norm(x), always last; or, if asked, what has its argmax.
 
-        Then weights are first multiplied in int8 (a half of the memory to read), and again exactly
-        where rounding leaves a chance that they give the largest logit.
+        With `scores`, which a dense weight may have, weights are then first multiplied in int8 (a
+        half of the memory to read), and again exactly where rounding leaves a chance that they give
+        the largest logit. A packed weight is read at its own width in any case.
         """
         self.linear(x, y, weight, norm=norm, epsilon=epsilon)
         exact = self._operations.pop()
-        self._kept.append(scores)
-        self.bytes_read += scores.rows.nbytes + scores.bounds.nbytes - weight.nbytes
-        copy = Operation.from_buffer_copy(exact)
-        copy.kind = _KINDS["screen"]
-        copy.bytes, copy.bounds = scores.rows.data_ptr(), scores.bounds.data_ptr()
-        self._tails = [exact, copy]
+        self._tails = [exact, exact]
+        if scores is not None:
+            assert isinstance(weight, Tensor)
+            self._kept.append(scores)
+            self.bytes_read += scores.rows.nbytes + scores.bounds.nbytes - weight.nbytes
+            screen = Operation.from_buffer_copy(exact)
+            screen.kind = _KINDS["screen"]
+            screen.bytes, screen.bounds = scores.rows.data_ptr(), scores.bounds.data_ptr()
+            self._tails = [exact, screen]
 
     def rotate(self, cosine: Tensor, sine: Tensor) -> None:
         """Rotate queries and keys of all attentions by these angles [positions, rotary], fp32.
@@ -196,8 +225,15 @@ class Program:
         """Run everything for the next token of each sequence; results are in the first rows of y.
 
         With argmax_only the logits are right in their largest one, and no other reaches it.
+        Raises IndexError for a token that the embedding does not have.
         """
         threads, rows = torch.get_num_threads(), len(steps)
+        for step in steps:
+            if self._vocabulary and not 0 <= step.token < self._vocabulary:
+                raise IndexError(
+                    f"there is no token {step.token}: the vocabulary has 0 to "
+                    f"{self._vocabulary - 1}"
+                )
         assert 0 < rows <= min(self._rows, MOST_ROWS)
         if not self._arrays:
             count = len(self._operations) + 1

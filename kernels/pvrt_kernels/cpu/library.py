@@ -76,7 +76,7 @@ def library() -> Any:
     lib.pvrt_table_rounding.restype = ctypes.c_double
     lib.pvrt_tiled_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
     lib.pvrt_plain_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
-    lib.pvrt_decode_rows.argtypes = [_VOID, _LONG, _LONG, _VOID, _LONG]
+    lib.pvrt_decode_rows.argtypes = [_VOID, _VOID, _LONG, _LONG, _VOID, _LONG]
     lib.pvrt_tile_codes.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_dense_linear.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]

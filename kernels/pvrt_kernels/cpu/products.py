@@ -87,7 +87,7 @@ def _by_panels(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) ->
     y = x.new_empty(x.shape[0], out)
     for first in range(0, out, step):
         count = min(step, out - first)
-        lib.pvrt_decode_rows(ctypes.byref(weight), first, count, panel.data_ptr(), threads)
+        lib.pvrt_decode_rows(ctypes.byref(weight), None, first, count, panel.data_ptr(), threads)
         part = None if bias is None else bias[first : first + count].to(x.dtype)
         y[:, first : first + count] = F.linear(x, panel[:count].to(x.dtype), part)
     return y
@@ -269,6 +269,17 @@ def _packed_dequantize(
     return weight.to(packed.codebooks.dtype)
 
 
+def _packed_rows(
+    packed: CpuTiles | CpuWords,
+    numbers: Tensor,
+    partition_sizes: list[int],
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight, count = plain_view(packed, in_features), numbers.shape[0]
+    return _decoded(weight, count, in_features, numbers.contiguous()).to(dtype)
+
+
 def can_decode(codes: Tensor, codebooks: Tensor) -> bool:
     """Whether `dequantize` takes codes [out, in/g, M] and codebooks [P, M, K, 1, g]."""
     return (
@@ -290,13 +301,15 @@ def dequantize(
     return _decoded(weight, len(codes), in_features).to(codebooks.dtype)
 
 
-def _decoded(weight: PlainWeight, out: int, in_features: int) -> Tensor:
-    """All rows in fp32."""
-    rows = torch.empty(out, in_features)
+def _decoded(
+    weight: PlainWeight, count: int, in_features: int, rows: Tensor | None = None
+) -> Tensor:
+    """The first `count` rows in fp32, or those of int64 numbers [count]; all must be there."""
+    y = torch.empty(count, in_features)
     library.library().pvrt_decode_rows(
-        ctypes.byref(weight), 0, out, rows.data_ptr(), torch.get_num_threads()
+        ctypes.byref(weight), _pointer(rows), 0, count, y.data_ptr(), torch.get_num_threads()
     )
-    return rows
+    return y
 
 
 @functools.cache
@@ -336,6 +349,7 @@ _PACKED = (
         _unpack_tiles,
         _tiles_linear,
         _packed_dequantize,
+        rows=_packed_rows,
     ),
     PackedKernel(
         "cpu-words",
@@ -345,6 +359,7 @@ _PACKED = (
         _unpack_words,
         _words_linear,
         _packed_dequantize,
+        rows=_packed_rows,
     ),
 )
 

@@ -40,7 +40,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Shape:
-    """A weight [out_features, in_features] of M codebooks: `size` entries of `group` weights."""
+    """A weight [out_features, in_features] of M codebooks: `size` codewords of `group` weights."""
 
     num_codebooks: int
     size: int
@@ -65,7 +65,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchConfig:
     """A kernel and its launch: tokens and rows per program, warps, programs per tile of rows."""
 
     kernel: str
@@ -75,7 +75,7 @@ class Plan:
     split: int = 1
 
 
-DENSE = Plan("dense")
+DENSE = LaunchConfig("dense")
 _SLOTS = 16  # warps that are taken to run on an SM at a time
 
 
@@ -88,20 +88,24 @@ def describe_gpu(device: torch.device) -> Gpu:
     return Gpu(properties.name, capability, properties.multi_processor_count)
 
 
-def choose(gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool) -> Plan:
-    """The plan for a number of tokens; the same arguments always give the same plan."""
+def choose(
+    gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool
+) -> LaunchConfig:
+    """The launch config for a number of tokens; the same arguments always give the same one."""
     if gpu.capability < (8, 0):  # no tensor cores that Triton can use
         return DENSE
     if deterministic or dtype == torch.float32:  # others add in any order, or have float16 inputs
         if tokens > 4:
             return DENSE
-        return fit(Plan("direct", 0, 128, 4, 0), gpu, shape, tokens)
+        return fit(LaunchConfig("direct", 0, 128, 4, 0), gpu, shape, tokens)
     for rule in rules(gpu.name):
         if matches(rule, shape, tokens):
             if rule["kernel"] == "dense":
                 return DENSE
-            plan = Plan(rule["kernel"], 0, rule["rows"], rule["warps"], rule.get("split", 0))
-            return fit(plan, gpu, shape, tokens)
+            config = LaunchConfig(
+                rule["kernel"], 0, rule["rows"], rule["warps"], rule.get("split", 0)
+            )
+            return fit(config, gpu, shape, tokens)
     return DENSE
 
 
@@ -115,30 +119,30 @@ def matches(rule: dict[str, Any], shape: Shape, tokens: int) -> bool:
     )
 
 
-def fit(plan: Plan, gpu: Gpu, shape: Shape, tokens: int) -> Plan:
+def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConfig:
     """Fill in tokens per program (from the batch) and, where it is 0, split (from the SMs)."""
-    largest = 64 if plan.kernel == "tile" else 4
-    least = 8 if plan.kernel == "tile" else 1
+    largest = 64 if config.kernel == "tile" else 4
+    least = 8 if config.kernel == "tile" else 1
     per_program = min(max(1 << (tokens - 1).bit_length(), least), largest)
     if tokens > per_program:
-        return replace(plan, tokens=per_program, split=1)
-    if plan.split == 0:
-        if -(-shape.out_features // plan.rows) * shape.blocks < gpu.sms:
-            plan = halved(plan, per_program)
-        tiles = -(-shape.out_features // plan.rows)
-        split = best_split(tiles, shape.blocks, gpu.sms * max(1, _SLOTS // plan.warps))
-        plan = replace(plan, split=split)
-    return replace(plan, tokens=per_program, split=min(plan.split, shape.blocks))
+        return replace(config, tokens=per_program, split=1)
+    if config.split == 0:
+        if -(-shape.out_features // config.rows) * shape.blocks < gpu.sms:
+            config = halved(config, per_program)
+        tiles = -(-shape.out_features // config.rows)
+        split = best_split(tiles, shape.blocks, gpu.sms * max(1, _SLOTS // config.warps))
+        config = replace(config, split=split)
+    return replace(config, tokens=per_program, split=min(config.split, shape.blocks))
 
 
-def halved(plan: Plan, tokens: int) -> Plan:
-    """A smaller tile, for a layer too small to fill the card; the plan itself where there is none.
+def halved(config: LaunchConfig, tokens: int) -> LaunchConfig:
+    """A smaller tile, for a layer too small to fill the card; `config` itself where there is none.
 
     (Lookups for 2 or 4 tokens would lack registers with fewer warps.)
     """
-    if plan.warps <= 4 or (plan.kernel != "tile" and tokens > 1):
-        return plan
-    return replace(plan, rows=plan.rows // 2, warps=plan.warps // 2)
+    if config.warps <= 4 or (config.kernel != "tile" and tokens > 1):
+        return config
+    return replace(config, rows=config.rows // 2, warps=config.warps // 2)
 
 
 def best_split(tiles: int, blocks: int, slots: int) -> int:
@@ -184,7 +188,7 @@ def read_table(path: Path) -> dict[str, Any] | None:
             if rule["kernel"] not in KERNELS:
                 raise ValueError(f"unknown kernel {rule['kernel']!r}")
             if rule["kernel"] != "dense":
-                Plan(rule["kernel"], 0, int(rule["rows"]), int(rule["warps"]))
+                LaunchConfig(rule["kernel"], 0, int(rule["rows"]), int(rule["warps"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not a table of kernels ({error}); delete it or measure it anew with "

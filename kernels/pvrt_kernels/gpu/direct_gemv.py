@@ -1,6 +1,6 @@
 """Products with 1 to 4 tokens by decoding every group: 16-bit codes, and the deterministic choice.
 
-y[n] = scale[n] * sum over groups j, books m of <codebook[m][code[n, j, m]], x group j>.
+y[n] = scale[n] * sum over groups j, codebooks m of <codebook[m][code[n, j, m]], x group j>.
 A thread takes one row and reads its codes 16 bytes at a time; every code fetches a codeword of
 GROUP values, which neighbouring threads do at random places. With 16-bit codes that table is 1 MiB
 and lives in the L2 cache, whose 32-byte sectors limit the kernel (the loads bypass L1, which would
@@ -19,7 +19,7 @@ from pvrt_kernels.gpu.split_k import finish, row_tile
 def direct_gemv(
     x_ptr,
     words_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     bias_ptr,
     y_ptr,
@@ -32,7 +32,7 @@ def direct_gemv(
     end1,
     split,
     TOKENS: tl.constexpr,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -41,8 +41,8 @@ def direct_gemv(
 ):
     """Grid (row tiles, split); program (i, s) sums blocks s, s + split, ... of ROWS rows.
 
-    As `lut_gemv`, but words is [blocks, rows, 2] int64, BOOKS is any number, SIZE up to 65536 and
-    GROUP a power of two; partial is [split, tokens, rows].
+    As `lut_gemv`, but words is [blocks, rows, 2] int64, CODEBOOKS is any number, SIZE up to 65536
+    and GROUP a power of two; partial is [split, tokens, rows].
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
     BITS: tl.constexpr = 8 if SIZE <= 256 else 16
@@ -53,8 +53,8 @@ def direct_gemv(
     at = words_ptr + n.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
     stride = rows.to(tl.int64) * 2
     first = tl.program_id(1)
-    count = tl.cdiv(groups * BOOKS, 2 * CODES)
-    table = books_ptr + part * (BOOKS * SIZE * GROUP) + e
+    count = tl.cdiv(groups * CODEBOOKS, 2 * CODES)
+    table = codebooks_ptr + part * (CODEBOOKS * SIZE * GROUP) + e
     words = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
     )
@@ -70,8 +70,8 @@ def direct_gemv(
         for i in tl.static_range(2 * CODES):
             f = b * (2 * CODES) + i
             code = (halves[i // CODES] >> (i % CODES * BITS)).to(tl.int32) & (SIZE - 1)
-            entry = ((f % BOOKS) * SIZE + code)[:, None] * GROUP
-            group = f // BOOKS + tl.zeros((1, WIDTH), dtype=tl.int32)
+            entry = ((f % CODEBOOKS) * SIZE + code)[:, None] * GROUP
+            group = f // CODEBOOKS + tl.zeros((1, WIDTH), dtype=tl.int32)
             for part_of_group in tl.static_range(GROUP // WIDTH):
                 here = part_of_group * WIDTH
                 if SIZE <= 256:

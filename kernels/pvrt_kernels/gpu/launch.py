@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from pvrt_kernels.dispatch import PackedKernel, Problem, registry
 from pvrt_kernels.gpu import choose
-from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
+from pvrt_kernels.gpu.choose import Gpu, LaunchConfig, Shape
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
 from pvrt_kernels.gpu.shared import shared
 
 SCRATCH_BYTES = 64 << 20  # of decoded weights at a time
-DECODE = Plan("decode", rows=128, warps=4)
+DECODE = LaunchConfig("decode", rows=128, warps=4)
 WARM_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)  # every kernel that any number of tokens can choose
 _WORDS = {"direct": torch.int64}  # as what a kernel reads its 16-byte blocks; others as int32
 
@@ -101,18 +101,18 @@ def linear(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) 
     flat = x.reshape(-1, in_features)
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], rows)
-    plan = plan_for(flat, packed)
-    if len(sizes) > 3 and plan.kernel != "dense":
+    config = config_for(flat, packed)
+    if len(sizes) > 3 and config.kernel != "dense":
         return _by_partition(x, packed, bias, sizes)
-    if plan.kernel == "dense":
+    if config.kernel == "dense":
         y = multiply_decoded(flat, packed, bias, sizes)
     else:
-        y = launch(plan, flat, packed, bias, sizes)
+        y = launch(config, flat, packed, bias, sizes)
     return y.reshape(*x.shape[:-1], rows)
 
 
-def plan_for(flat: Tensor, packed: GpuBlocks) -> Plan:
-    """The plan for flat [tokens, in_features] on its device."""
+def config_for(flat: Tensor, packed: GpuBlocks) -> LaunchConfig:
+    """The launch config for flat [tokens, in_features] on its device."""
     _, count, size, g = packed.codebooks.shape
     deterministic = torch.are_deterministic_algorithms_enabled()
     gpu = _gpu(flat.device)
@@ -124,30 +124,30 @@ def plan_for(flat: Tensor, packed: GpuBlocks) -> Plan:
 
 
 def launch(
-    plan: Plan, flat: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]
+    config: LaunchConfig, flat: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]
 ) -> Tensor:
-    """Run a plan (any but dense): flat [tokens, in_features] -> [tokens, rows]."""
-    blocks, books, scales = packed
+    """Run a launch config (any but dense): flat [tokens, in_features] -> [tokens, rows]."""
+    blocks, codebooks, scales = packed
     tokens, in_features = flat.shape
-    rows, (parts, count, size, g) = blocks.shape[1], books.shape
+    rows, (parts, count, size, g) = blocks.shape[1], codebooks.shape
     flat = _aligned(flat)
-    if books.dtype != flat.dtype:  # tensor cores take one type
-        books = books.to(flat.dtype)
+    if codebooks.dtype != flat.dtype:  # tensor cores take one type
+        codebooks = codebooks.to(flat.dtype)
     y = flat.new_empty(tokens, rows)
     ends = [0]
     for part in sizes:
         ends.append(ends[-1] + part)
-    tiles = sum(-(-(end - start) // plan.rows) for start, end in pairwise(ends))
-    sums, arrived = shared.workspace(flat.device, tokens * rows if plan.split > 1 else 1, tiles)
-    if plan.kernel == "direct":
-        sums = flat.new_empty(plan.split * tokens * rows, dtype=torch.float32)
-    grid = (tiles, plan.split, -(-tokens // plan.tokens))
+    tiles = sum(-(-(end - start) // config.rows) for start, end in pairwise(ends))
+    sums, arrived = shared.workspace(flat.device, tokens * rows if config.split > 1 else 1, tiles)
+    if config.kernel == "direct":
+        sums = flat.new_empty(config.split * tokens * rows, dtype=torch.float32)
+    grid = (tiles, config.split, -(-tokens // config.tokens))
     end1 = ends[2] if len(ends) > 2 else rows
     with _on(flat.device):
-        _kernel(plan.kernel)[grid](
+        _kernel(config.kernel)[grid](
             flat,
-            blocks.view(_WORDS.get(plan.kernel, torch.int32)),
-            books,
+            blocks.view(_WORDS.get(config.kernel, torch.int32)),
+            codebooks,
             scales,
             scales if bias is None else bias,
             y,
@@ -158,28 +158,28 @@ def launch(
             tokens,
             ends[1],
             end1,
-            plan.split,
-            TOKENS=plan.tokens,
-            BOOKS=count,
+            config.split,
+            TOKENS=config.tokens,
+            CODEBOOKS=count,
             SIZE=size,
             GROUP=g,
             PARTS=1 if parts == 1 else 3,  # two are three of which the last is empty
             HAS_BIAS=bias is not None,
-            ROWS=plan.rows,
-            **compile_options(plan),
+            ROWS=config.rows,
+            **compile_options(config),
         )
     return y
 
 
-def compile_options(plan: Plan) -> dict[str, Any]:
+def compile_options(config: LaunchConfig) -> dict[str, Any]:
     """What Triton is told beside the arguments.
 
     One stage: pipelining would stage codewords in shared memory. Fused multiply-add: Triton 3.10
     no longer assumes it. A limit of registers: without one, ptxas may spill a few bytes to come
     down to 128 (seen with tiles and with direct decoding).
     """
-    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if plan.kernel in ("tile", "direct"):
+    options = {"num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": True}
+    if config.kernel in ("tile", "direct"):
         options["maxnreg"] = 255
     return options
 
@@ -197,9 +197,15 @@ def warm_up(
     """Compile and run what any number of tokens can need; layers that share kernels do it once."""
     for tokens in WARM_TOKENS:
         x = torch.zeros(tokens, in_features, dtype=dtype, device=packed.codes.device)
-        plan = plan_for(x, packed)
+        config = config_for(x, packed)
         if shared.is_new(
-            x.device, plan.kernel, plan.tokens, plan.rows, packed.codebooks.shape, dtype, has_bias
+            x.device,
+            config.kernel,
+            config.tokens,
+            config.rows,
+            packed.codebooks.shape,
+            dtype,
+            has_bias,
         ):
             bias = x.new_zeros(packed.codes.shape[1]) if has_bias else None
             linear(x, packed, bias, sizes)
@@ -209,12 +215,12 @@ def warm_up(
 
 def _by_partition(x: Tensor, packed: GpuBlocks, bias: Tensor | None, sizes: list[int]) -> Tensor:
     """More partitions than a kernel takes as arguments: one launch for each."""
-    blocks, books, scales = packed
+    blocks, codebooks, scales = packed
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
     outputs = []
     for part, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         rows = slice(start, start + size)
-        one = GpuBlocks(blocks[:, rows].contiguous(), books[part : part + 1], scales[rows])
+        one = GpuBlocks(blocks[:, rows].contiguous(), codebooks[part : part + 1], scales[rows])
         outputs.append(linear(x, one, None if bias is None else bias[rows], [size]))
     return torch.cat(outputs, dim=-1)
 
@@ -240,8 +246,8 @@ def _decode(packed: GpuBlocks, sizes: list[int], start: int, weight: Tensor) -> 
     """Decode rows start... of a layer into weight [some rows, in_features]."""
     from pvrt_kernels.gpu.tile_gemm import decode_rows
 
-    blocks, books, scales = packed
-    _, count, size, g = books.shape
+    blocks, codebooks, scales = packed
+    _, count, size, g = codebooks.shape
     end, first = start + weight.shape[0], 0
     with _on(weight.device):
         for part, length in enumerate(sizes):
@@ -251,14 +257,14 @@ def _decode(packed: GpuBlocks, sizes: list[int], start: int, weight: Tensor) -> 
                 continue
             decode_rows[(-(-(stop - begin) // DECODE.rows), blocks.shape[0])](
                 blocks.view(torch.int32),
-                books[part],
+                codebooks[part],
                 scales,
                 weight[begin - start :],
                 blocks.shape[1],
                 weight.shape[1] // g,
                 begin,
                 stop,
-                BOOKS=count,
+                CODEBOOKS=count,
                 SIZE=size,
                 GROUP=g,
                 ROWS=DECODE.rows,
@@ -283,11 +289,13 @@ def _gpu(device: torch.device) -> Gpu:
 
 
 @lru_cache(maxsize=4096)
-def _choose(gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool) -> Plan:
-    plan = choose.choose(gpu, shape, tokens, dtype, deterministic)
-    if plan.kernel == "lut_gluon" and not gluon_gathers():
-        return Plan("lut", plan.tokens, plan.rows, plan.warps, plan.split)
-    return plan
+def _choose(
+    gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool
+) -> LaunchConfig:
+    config = choose.choose(gpu, shape, tokens, dtype, deterministic)
+    if config.kernel == "lut_gluon" and not gluon_gathers():
+        return LaunchConfig("lut", config.tokens, config.rows, config.warps, config.split)
+    return config
 
 
 def gluon_gathers() -> bool:
@@ -298,7 +306,7 @@ def gluon_gathers() -> bool:
 
 
 def _kernel(name: str) -> Any:
-    """The Triton function of a plan; imported here because a CPU installation has no Triton."""
+    """A Triton function by name; imported here because a CPU installation has no Triton."""
     if name == "lut":
         from pvrt_kernels.gpu.lut_gemv import lut_gemv
 

@@ -15,7 +15,7 @@ BLOCK_BYTES = 16
 
 
 def code_bytes(codebook_size: int) -> int:
-    """Bytes of one stored code: 1 for codebooks of up to 256 entries, else 2."""
+    """Bytes of one stored code: 1 for codebooks of up to 256 codewords, else 2."""
     return 1 if codebook_size <= 256 else 2
 
 

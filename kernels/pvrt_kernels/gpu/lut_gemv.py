@@ -36,7 +36,7 @@ def pack_half(values):
 
 @triton.jit
 def table_for_one(
-    books,
+    codebooks,
     x_ptr,
     first,
     groups,
@@ -44,7 +44,7 @@ def table_for_one(
     GROUP: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Products of books [V, DEPTH] with groups first ... of x, as a flat [GROUPS * V]."""
+    """Products of codebooks [V, DEPTH] with groups first ... of x, as a flat [GROUPS * V]."""
     e = tl.arange(0, DEPTH)
     columns = ()
     for j in tl.static_range(GROUPS):
@@ -52,7 +52,7 @@ def table_for_one(
         x = tl.load(
             x_ptr + group * GROUP + e, mask=group < groups, other=0.0, eviction_policy="evict_last"
         )
-        entry = tl.sum(books.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+        entry = tl.sum(codebooks.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
         columns = columns + (entry,)  # noqa: RUF005 (Triton has no *columns)
     # Joined by the highest bit of j first, the new axes are those of j in order.
     HALVINGS: tl.constexpr = 2 if GROUPS == 4 else (3 if GROUPS == 8 else 4)
@@ -62,15 +62,15 @@ def table_for_one(
             pair = tl.join(columns[j], columns[j + (GROUPS >> (step + 1))])
             joined = joined + (pair,)  # noqa: RUF005
         columns = joined
-    table = tl.reshape(columns[0], (books.shape[0], GROUPS))
-    return tl.reshape(tl.trans(table), (GROUPS * books.shape[0],))
+    table = tl.reshape(columns[0], (codebooks.shape[0], GROUPS))
+    return tl.reshape(tl.trans(table), (GROUPS * codebooks.shape[0],))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def lut_gemv(
     x_ptr,
     words_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     bias_ptr,
     y_ptr,
@@ -83,7 +83,7 @@ def lut_gemv(
     end1,
     split,
     TOKENS: tl.constexpr,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -93,27 +93,27 @@ def lut_gemv(
     """Grid (row tiles, split); program (i, s) sums blocks s, s + split, ... of ROWS rows.
 
     x [tokens, groups * GROUP] with tokens <= TOKENS in (1, 2, 4); words [blocks, rows, 4] int32, 16
-    bytes per row and block; books [PARTS, BOOKS, SIZE, GROUP], BOOKS in (1, 2, 4), SIZE <= 256;
-    scales and bias [rows]; y [tokens, rows]; partial and arrived as in `finish`.
+    bytes per row and block; codebooks [PARTS, CODEBOOKS, SIZE, GROUP], CODEBOOKS in (1, 2, 4), SIZE
+    <= 256; scales and bias [rows]; y [tokens, rows]; partial and arrived as in `finish`.
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
-    GROUPS: tl.constexpr = 16 // BOOKS  # groups in a block
+    GROUPS: tl.constexpr = 16 // CODEBOOKS  # groups in a block
     # The least that tl.dot takes are 8 columns and a depth of 16.
     COLUMNS: tl.constexpr = GROUPS if GROUPS > 8 else 8
     DEPTH: tl.constexpr = GROUP if (GROUP > 16 or TOKENS == 1) else 16
     n = row + tl.arange(0, ROWS)
     e = tl.arange(0, DEPTH)
-    v = tl.arange(0, BOOKS * 256)
-    books = tl.load(
-        books_ptr
-        + part * (BOOKS * SIZE * GROUP)
+    v = tl.arange(0, CODEBOOKS * 256)
+    codebooks = tl.load(
+        codebooks_ptr
+        + part * (CODEBOOKS * SIZE * GROUP)
         + (v // 256 * SIZE + v % 256)[:, None] * GROUP
         + e[None, :],
         mask=(v % 256 < SIZE)[:, None] & (e < GROUP)[None, :],
         other=0.0,
     )
     if TOKENS > 1:
-        norm = tl.max(tl.sum(tl.abs(books.to(tl.float32)), axis=1), axis=0)
+        norm = tl.max(tl.sum(tl.abs(codebooks.to(tl.float32)), axis=1), axis=0)
     group = tl.arange(0, COLUMNS)
     inside = (e < GROUP)[:, None] & (group < GROUPS)[None, :]
     word = tl.arange(0, 4)[None, :]
@@ -121,7 +121,7 @@ def lut_gemv(
     at = words_ptr + n.to(tl.int64)[:, None] * 4 + word
     stride = rows.to(tl.int64) * 4
     first = tl.program_id(1)
-    count = tl.cdiv(groups * BOOKS, 16)
+    count = tl.cdiv(groups * CODEBOOKS, 16)
     codes = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
     )
@@ -138,7 +138,7 @@ def lut_gemv(
         index = tl.reshape(tl.join(even, odd), (ROWS * 16,))
         added = ()
         if TOKENS == 1:
-            table = table_for_one(books, x_ptr, b * GROUPS, groups, GROUPS, GROUP, DEPTH)
+            table = table_for_one(codebooks, x_ptr, b * GROUPS, groups, GROUPS, GROUP, DEPTH)
             found = tl.reshape(tl.gather(table, index, 0), (ROWS, 16))
             added = (sums[0] + tl.sum(found, axis=1),)
         else:
@@ -160,9 +160,9 @@ def lut_gemv(
                 )
                 bound0 = tl.max(tl.max(tl.abs(x0.to(tl.float32)), axis=1), axis=0) * norm + 1e-30
                 bound1 = tl.max(tl.max(tl.abs(x1.to(tl.float32)), axis=1), axis=0) * norm + 1e-30
-                both = pack_half(tl.dot(books, x0) * (1 / bound0))
-                both |= pack_half(tl.dot(books, x1) * (1 / bound1)) << 16
-                table = tl.reshape(tl.trans(both), (COLUMNS * BOOKS * 256,))
+                both = pack_half(tl.dot(codebooks, x0) * (1 / bound0))
+                both |= pack_half(tl.dot(codebooks, x1) * (1 / bound1)) << 16
+                table = tl.reshape(tl.trans(both), (COLUMNS * CODEBOOKS * 256,))
                 found = tl.reshape(tl.gather(table, index, 0), (ROWS, 16))
                 sum0 = tl.sum(unpack_half(found, 0), axis=1)
                 sum1 = tl.sum(unpack_half(found, 16), axis=1)

@@ -18,7 +18,7 @@ from pvrt_kernels.gpu.split_k import row_tile
 def lut_gluon(
     x_ptr,
     words_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     bias_ptr,
     y_ptr,
@@ -31,7 +31,7 @@ def lut_gluon(
     end1,
     split,
     TOKENS: tl.constexpr,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -41,16 +41,18 @@ def lut_gluon(
     """As `lut_gemv` with TOKENS = 1; ROWS a multiple of 4 rows per thread."""
     WARPS: gl.constexpr = gl.num_warps()
     PER_THREAD: gl.constexpr = ROWS // (WARPS * 32)
-    GROUPS: gl.constexpr = 16 // BOOKS
+    GROUPS: gl.constexpr = 16 // CODEBOOKS
     part, row, end = row_tile(gl.program_id(0), rows, end0, end1, PARTS, ROWS)
     # A thread holds whole codewords, and the table entries that come of them.
     entries: gl.constexpr = gl.BlockedLayout([1, GROUP], [32, 1], [WARPS, 1], [1, 0])
-    v = gl.arange(0, BOOKS * 256, layout=gl.SliceLayout(1, entries))
+    v = gl.arange(0, CODEBOOKS * 256, layout=gl.SliceLayout(1, entries))
     e = gl.arange(0, GROUP, layout=gl.SliceLayout(0, entries))
     at = (v // 256 * SIZE + v % 256)[:, None] * GROUP + e[None, :]
-    books_at = books_ptr + part * (BOOKS * SIZE * GROUP) + at
-    books = gl.load(books_at, mask=(v % 256 < SIZE)[:, None] & (e < GROUP)[None, :], other=0.0)
-    books = books.to(gl.float32)
+    codebooks_at = codebooks_ptr + part * (CODEBOOKS * SIZE * GROUP) + at
+    codebooks = gl.load(
+        codebooks_at, mask=(v % 256 < SIZE)[:, None] & (e < GROUP)[None, :], other=0.0
+    )
+    codebooks = codebooks.to(gl.float32)
     table = gl.allocate_shared_memory(
         gl.float32, [16 * 256], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     )
@@ -61,7 +63,7 @@ def lut_gluon(
     offset = i % 4 * 1024
     n = row + gl.arange(0, WARPS * 32, layout=gl.SliceLayout(1, pairs))
     first = gl.program_id(1)
-    count = gl.cdiv(groups * BOOKS, 16)
+    count = gl.cdiv(groups * CODEBOOKS, 16)
     stride = rows.to(gl.int64) * 4
     sums = (gl.zeros([WARPS * 32], gl.float32, layout=gl.SliceLayout(1, pairs)),) * PER_THREAD
     for b in range(first, count, split):
@@ -76,8 +78,8 @@ def lut_gluon(
         for j in gl.static_range(GROUPS):
             group = b * GROUPS + j
             x = gl.load(x_ptr + group * GROUP + e, mask=group + e * 0 < groups, other=0.0)
-            entry = gl.sum(books * x.to(gl.float32)[None, :], axis=1)
-            table.slice(j * BOOKS * 256, BOOKS * 256).store(entry)
+            entry = gl.sum(codebooks * x.to(gl.float32)[None, :], axis=1)
+            table.slice(j * CODEBOOKS * 256, CODEBOOKS * 256).store(entry)
         gl.barrier()
         added = ()
         for r in gl.static_range(PER_THREAD):

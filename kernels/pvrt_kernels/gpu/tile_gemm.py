@@ -28,14 +28,14 @@ def codewords(codes, table, SIZE: tl.constexpr, GROUP: tl.constexpr):
 def decode_block(
     words,
     table,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """words [ROWS, 4] int32, one block of codes -> unscaled weights [ROWS, columns], float32.
 
-    A block holds 16 / BOOKS groups of 8-bit codes or 8 / BOOKS of 16-bit codes.
+    A block holds 16 / CODEBOOKS groups of 8-bit codes or 8 / CODEBOOKS of 16-bit codes.
     """
     if SIZE > 256:
         CODES: tl.constexpr = 8
@@ -45,10 +45,10 @@ def decode_block(
         even = tl.join(words & 255, (words >> 16) & 255)
         odd = tl.join((words >> 8) & 255, (words >> 24) & 255)
         codes = tl.join(even, odd)
-    GROUPS: tl.constexpr = CODES // BOOKS
-    if BOOKS == 1:
+    GROUPS: tl.constexpr = CODES // CODEBOOKS
+    if CODEBOOKS == 1:
         w = codewords(tl.reshape(codes, (ROWS, GROUPS)), table, SIZE, GROUP)
-    elif BOOKS == 2:
+    elif CODEBOOKS == 2:
         codes0, codes1 = tl.split(tl.reshape(codes, (ROWS, GROUPS, 2)))
         w = codewords(codes0, table, SIZE, GROUP)
         w += codewords(codes1 + SIZE, table, SIZE, GROUP)
@@ -67,7 +67,7 @@ def decode_block(
 def tile_gemm(
     x_ptr,
     words_ptr,
-    books_ptr,
+    codebooks_ptr,
     scales_ptr,
     bias_ptr,
     y_ptr,
@@ -80,7 +80,7 @@ def tile_gemm(
     end1,
     split,
     TOKENS: tl.constexpr,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -94,7 +94,7 @@ def tile_gemm(
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
     CODES: tl.constexpr = 16 if SIZE <= 256 else 8
-    GROUPS: tl.constexpr = CODES // BOOKS
+    GROUPS: tl.constexpr = CODES // CODEBOOKS
     DEPTH: tl.constexpr = GROUPS * GROUP
     n = row + tl.arange(0, ROWS)
     m = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
@@ -103,7 +103,7 @@ def tile_gemm(
     stride = rows.to(tl.int64) * 4
     count = tl.cdiv(groups, GROUPS)
     first = tl.program_id(1)
-    table = books_ptr + part * (BOOKS * SIZE * GROUP)
+    table = codebooks_ptr + part * (CODEBOOKS * SIZE * GROUP)
     x_at = x_ptr + (m * groups)[:, None] * GROUP + k[None, :]
     words = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
@@ -118,7 +118,7 @@ def tile_gemm(
         )
         inside = (m < tokens)[:, None] & (b * GROUPS + k // GROUP < groups)[None, :]
         x = tl.load(x_at + b * DEPTH, mask=inside, other=0.0)
-        w = decode_block(words, table, BOOKS, SIZE, GROUP, ROWS).to(x.dtype)
+        w = decode_block(words, table, CODEBOOKS, SIZE, GROUP, ROWS).to(x.dtype)
         sums = tl.dot(w, tl.trans(x), sums)
         words = ahead
     scale = tl.load(scales_ptr + n, mask=n < end, other=0.0).to(tl.float32)
@@ -144,31 +144,31 @@ def tile_gemm(
 @triton.jit(do_not_specialize=["rows", "groups", "first_row", "end_row"])
 def decode_rows(
     words_ptr,
-    book_ptr,
+    codebook_ptr,
     scales_ptr,
     weight_ptr,
     rows,
     groups,
     first_row,
     end_row,
-    BOOKS: tl.constexpr,
+    CODEBOOKS: tl.constexpr,
     SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Grid (tiles of rows first_row..end_row, blocks): decode those rows, of one partition.
 
-    words [blocks, rows, 4] int32, book [BOOKS, SIZE, GROUP], scales [rows] ->
+    words [blocks, rows, 4] int32, codebook [CODEBOOKS, SIZE, GROUP], scales [rows] ->
     weight [end_row - first_row, groups * GROUP]; sums and scaling in float32, rounded once.
     """
     CODES: tl.constexpr = 16 if SIZE <= 256 else 8
-    GROUPS: tl.constexpr = CODES // BOOKS
+    GROUPS: tl.constexpr = CODES // CODEBOOKS
     DEPTH: tl.constexpr = GROUPS * GROUP
     n = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1)
     at = words_ptr + (b * rows.to(tl.int64) + n)[:, None] * 4 + tl.arange(0, 4)[None, :]
     words = tl.load(at, mask=(n < end_row)[:, None], other=0, eviction_policy="evict_first")
-    w = decode_block(words, book_ptr, BOOKS, SIZE, GROUP, ROWS)
+    w = decode_block(words, codebook_ptr, CODEBOOKS, SIZE, GROUP, ROWS)
     w *= tl.load(scales_ptr + n, mask=n < end_row, other=0.0).to(tl.float32)[:, None]
     k = tl.arange(0, DEPTH)
     inside = (n < end_row)[:, None] & (b * GROUPS + k // GROUP < groups)[None, :]

@@ -23,7 +23,7 @@ from pvrt_server.api.requests import (
     GenerateRequest,
     TokenizeRequest,
 )
-from pvrt_server.api.responses import ChatForm, CompletionForm, Echo, Form, Usage
+from pvrt_server.api.responses import ChatSerializer, CompletionSerializer, Echo, Serializer, Usage
 from pvrt_server.api.streaming import Responder
 from pvrt_server.api.tool_params import offer
 from pvrt_server.api.tools import Tools
@@ -159,9 +159,9 @@ class _Api:
                 text = prompt if isinstance(prompt, str) else codec.decode(ids)
                 echo = Echo(text, tuple(ids))
             echoes += [echo] * body.choices
-        form = CompletionForm(codec, echoes, body.logprobs is not None)
+        serializer = CompletionSerializer(codec, echoes, body.logprobs is not None)
         requests = await self._requests(body, prompts, params)
-        return await self._answer(body, request, form, requests)
+        return await self._answer(body, request, serializer, requests)
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         self._check_model(body.model)
@@ -177,9 +177,9 @@ class _Api:
             tools=None if tools is None else given,
             template_kwargs=body.chat_template_kwargs,
         )
-        form = ChatForm(codec, bool(body.logprobs), tools)
+        serializer = ChatSerializer(codec, bool(body.logprobs), tools)
         requests = await self._requests(body, [ids], params, tools)
-        return await self._answer(body, request, form, requests)
+        return await self._answer(body, request, serializer, requests)
 
     async def _requests(
         self,
@@ -200,13 +200,13 @@ class _Api:
         self,
         body: GenerateRequest,
         request: Request,
-        form: Form,
+        serializer: Serializer,
         requests: Sequence[GenerationRequest],
     ) -> Response:
         once = sum(len(each.prompt_ids) for each in requests) // body.choices
         usage = Usage(once, body.choices, in_stream=body.include_usage)
         stream = bool(body.stream)
-        return await self._responder.answer(requests, form, request, usage, stream=stream)
+        return await self._responder.answer(requests, serializer, request, usage, stream=stream)
 
     def _grammar(
         self, schema: dict[str, Any] | None, tools: Tools | None

@@ -104,7 +104,7 @@ def new_header(model: str, prefix: str) -> Header:
     return Header(model, f"{prefix}-{uuid.uuid4().hex}")
 
 
-class Form(Protocol):
+class Serializer(Protocol):
     """How one endpoint writes deltas."""
 
     prefix: str
@@ -133,7 +133,7 @@ class Echo:
     token_ids: tuple[int, ...]
 
 
-class CompletionForm:
+class CompletionSerializer:
     """/v1/completions. `echoes` has one entry per choice, None where nothing is repeated."""
 
     prefix = "cmpl"
@@ -146,10 +146,10 @@ class CompletionForm:
         self._logprobs = logprobs
 
     def opening(self, index: int) -> None:
-        """See Form."""
+        """See Serializer."""
 
     def deltas(self, event: PromptEvent | TokenEvent) -> Iterable[Delta]:
-        """See Form."""
+        """See Serializer."""
         echo = self._echoes[event.index]
         if isinstance(event, PromptEvent):
             if echo is not None:
@@ -160,7 +160,7 @@ class CompletionForm:
         yield _token_delta(event, shift)
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
-        """See Form."""
+        """See Serializer."""
         return {
             "index": delta.index,
             "text": delta.text,
@@ -175,7 +175,7 @@ class CompletionForm:
         for token in tokens:
             top: dict[str, float] = {}
             if token.score is not None:
-                # Chosen last: the legacy form lists it even when it is not among the likeliest.
+                # Chosen last: this endpoint lists it even when it is not among the likeliest.
                 pairs = [*token.score.top, (token.token_id, token.score.logprob)]
                 for token_id, logprob in pairs:
                     top.setdefault(self._name(token_id), logprob)
@@ -196,7 +196,7 @@ class CompletionForm:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class ChatForm:
+class ChatSerializer:
     """/v1/chat/completions."""
 
     prefix = "chatcmpl"
@@ -211,12 +211,12 @@ class ChatForm:
         self._streams: dict[int, ToolStream] = {}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """See Form; says who speaks."""
+        """See Serializer; says who speaks."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def deltas(self, event: PromptEvent | TokenEvent) -> Iterable[Delta]:
-        """See Form."""
+        """See Serializer."""
         if not isinstance(event, TokenEvent):
             return
         delta = _token_delta(event, 0)
@@ -226,7 +226,7 @@ class ChatForm:
         yield delta
 
     def chunk(self, delta: Delta) -> dict[str, Any]:
-        """See Form."""
+        """See Serializer."""
         news: dict[str, Any] = {"content": delta.text} if delta.text else {}
         if delta.calls:
             news["tool_calls"] = _call_entries(delta.calls)
@@ -238,7 +238,7 @@ class ChatForm:
         }
 
     def choice(self, delta: Delta) -> dict[str, Any]:
-        """See Form."""
+        """See Serializer."""
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
         if delta.calls:
             message["content"] = delta.text or None

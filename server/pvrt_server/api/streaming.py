@@ -11,7 +11,7 @@ from pvrt_server.api.responses import (
     DONE,
     KEEP_ALIVE,
     Delta,
-    Form,
+    Serializer,
     Usage,
     error_body,
     merge,
@@ -39,7 +39,7 @@ class Responder:
     async def answer(
         self,
         requests: Sequence[GenerationRequest],
-        form: Form,
+        serializer: Serializer,
         request: Request,
         usage: Usage,
         *,
@@ -53,24 +53,24 @@ class Responder:
             generation = Generation(self.engine, requests, request)
         except RequestError as error:
             if error.param == "prompt":  # the engine does not know where it came from
-                error.param = form.prompt_field
+                error.param = serializer.prompt_field
             raise
         if stream:
-            chunks = self._stream(generation, form, usage)
+            chunks = self._stream(generation, serializer, usage)
             return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
         deltas: list[list[Delta]] = [[] for _ in requests]
         async for event in generation.events():
             if event is not None:
                 usage.count(event)
-                deltas[event.index] += form.deltas(event)
-        choices = [form.choice(merge(parts)) for parts in deltas]
-        header = new_header(self.name, form.prefix)
-        return JSONResponse(header.body(form.kind, choices, usage=usage.body()))
+                deltas[event.index] += serializer.deltas(event)
+        choices = [serializer.choice(merge(parts)) for parts in deltas]
+        header = new_header(self.name, serializer.prefix)
+        return JSONResponse(header.body(serializer.kind, choices, usage=usage.body()))
 
     async def _stream(
-        self, generation: Generation, form: Form, usage: Usage
+        self, generation: Generation, serializer: Serializer, usage: Usage
     ) -> AsyncIterator[bytes]:
-        header = new_header(self.name, form.prefix)
+        header = new_header(self.name, serializer.prefix)
         # Where the last chunk has usage, all carry the field, null up to the last.
         more = {"usage": None} if usage.in_stream else {}
         opened: set[int] = set()
@@ -80,13 +80,15 @@ class Responder:
                     yield KEEP_ALIVE
                     continue
                 usage.count(event)
-                for delta in form.deltas(event):
-                    opening = None if delta.index in opened else form.opening(delta.index)
+                for delta in serializer.deltas(event):
+                    opening = None if delta.index in opened else serializer.opening(delta.index)
                     opened.add(delta.index)
                     if opening is not None:
-                        yield sse(header.body(form.chunk_kind, [opening], **more))
+                        yield sse(header.body(serializer.chunk_kind, [opening], **more))
                     if not delta.empty:
-                        yield sse(header.body(form.chunk_kind, [form.chunk(delta)], **more))
+                        yield sse(
+                            header.body(serializer.chunk_kind, [serializer.chunk(delta)], **more)
+                        )
         except (GenerationError, EngineStoppedError) as error:
             # Never just close: to clients a cut stream looks like a complete answer.
             yield sse(error_body(str(error), "server_error", None, None))
@@ -94,5 +96,5 @@ class Responder:
             return
         else:
             if usage.in_stream:
-                yield sse(header.body(form.chunk_kind, [], usage=usage.body()))
+                yield sse(header.body(serializer.chunk_kind, [], usage=usage.body()))
         yield DONE

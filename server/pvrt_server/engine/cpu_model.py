@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pvrt.modules.aqlm_embedding import TiedHead
+from pvrt.modules.aqlm_layer import AQLMLayer, pack
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels.cpu import products
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS, Program, Rounded, Step
-from pvrt_kernels.packed import PackedWeight
+from pvrt_kernels.packed import PackedWeight, aqlm_packed_linear
 
 _FIRST_CAPACITY = 256
 _FEW_ROWS = 4
@@ -76,18 +78,14 @@ class CpuModel:
         attention = decoder.layers[0].self_attn
         self._kv_heads, self._dim = config.num_key_value_heads, attention.head_dim
         self._limit = config.max_position_embeddings
-        tied = model.lm_head.weight is decoder.embed_tokens.weight
-        self._embedding = _narrow(decoder.embed_tokens)
-        if tied:
-            model.lm_head.weight = decoder.embed_tokens.weight
-        self._head = self._embedding if tied else _narrow(model.lm_head)
+        self._embedding, self._head = _ends(model)
         for parent, name, linear in _linears_of(model):
             if type(linear) is nn.Linear:
                 setattr(parent, name, _DenseLinear(linear))
         for parameter in model.parameters():  # norms and biases
             if parameter.dim() == 1:
                 parameter.data = parameter.data.float()
-        self._logits = torch.empty(self._rows, self._head.shape[0])
+        self._logits = torch.empty(self._rows, config.vocab_size)
         self._program = self._build()
         self.bytes_per_token = self._program.bytes_read
         self._positions = 0  # that queries and keys can be rotated to
@@ -103,7 +101,7 @@ class CpuModel:
         self._extend(state, len(tokens))
         cache = Cache(layers=[_Layer(layer, state.length) for layer in state.cache])
         output = self.model.model(
-            inputs_embeds=self._embedding[torch.tensor([tokens])].float(),
+            inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
             past_key_values=cache,
             use_cache=True,
         )
@@ -140,8 +138,8 @@ class CpuModel:
         shape = (layers, 2, self._kv_heads, min(capacity, self._limit), self._dim)
         # Mapped, not allocated: the system gives memory to those parts only that are written, and
         # has all of it back with the tensor, where malloc would keep it for others, as written.
-        room = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.frombuffer(room, dtype=torch.float32).view(shape)
+        mapped = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(mapped, dtype=torch.float32).view(shape)
 
     def _extend(self, state: _State, tokens: int) -> None:
         end = state.length + tokens
@@ -188,7 +186,8 @@ class CpuModel:
             _linears(program, [mlp.down_proj], product, hidden, accumulate=True)
         norm = _norm(model.norm)
         assert norm is not None
-        program.logits(hidden, self._logits, self._head, norm, epsilon, Rounded(self._head))
+        scores = Rounded(self._head) if isinstance(self._head, Tensor) else None
+        program.logits(hidden, self._logits, self._head, norm, epsilon, scores)
         return program
 
 
@@ -206,13 +205,37 @@ class _DenseLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [tokens, in] in float32 times a weight [out, in] of 32 or 16 bits."""
+def _product(x: Tensor, weight: PackedWeight | Tensor) -> Tensor:
+    """x [tokens, in] in float32 times a weight [out, in], packed or of 32 or 16 bits."""
+    if isinstance(weight, PackedWeight):
+        return aqlm_packed_linear(x, weight)
     if x.shape[0] <= _FEW_ROWS:
         return products.dense_linear(x, weight)
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
     return torch.cat([F.linear(x, rows.float()) for rows in torch.split(weight, _WIDENED_ROWS)], -1)
+
+
+def _ends(model: Any) -> tuple[PackedWeight | Tensor, PackedWeight | Tensor]:
+    """The weights of embedding and output head; one and the same where they are tied."""
+    embedding, head = model.model.embed_tokens, model.lm_head
+    if isinstance(head, TiedHead):
+        return _end(embedding), _end(embedding)
+    if isinstance(embedding, AQLMLayer) or isinstance(head, AQLMLayer):
+        return _end(embedding), _end(head)
+    tied = head.weight is embedding.weight
+    weight = _narrow(embedding)
+    if tied:
+        head.weight = embedding.weight
+    return weight, weight if tied else _narrow(head)
+
+
+def _end(module: Any) -> PackedWeight | Tensor:
+    if not isinstance(module, AQLMLayer):
+        return _narrow(module)
+    packed = module.packed or pack([module], torch.float32)
+    assert packed is not None
+    return packed.weight
 
 
 def _linears_of(model: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:

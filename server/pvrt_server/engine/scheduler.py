@@ -190,7 +190,7 @@ class Scheduler:
                 job.running += 1
                 self._running.append((job, sequence))
             self._find_prefix(sequence)
-            self._prefixes.shrink(self._room())
+            self._prefixes.shrink(self._free_tokens())
             self._metrics.admitted(sequence)
 
     def _find_prefix(self, sequence: Sequence) -> None:
@@ -214,20 +214,20 @@ class Scheduler:
             for _, other in self._running
         )
 
-    def _room(self) -> int:
+    def _free_tokens(self) -> int:
         """How many more tokens the cache takes beside the sequences that run."""
         return self._runtime.cache_tokens - sum(len(s.tokens) + 1 for _, s in self._running)
 
     def _fits(self, sequence: Sequence) -> bool:
-        return not self._running or self._room() > len(sequence.tokens)
+        return not self._running or self._free_tokens() > len(sequence.tokens)
 
     def _keep_within_memory(self) -> None:
         """Forget finished sequences, then put the youngest back that does not fit."""
-        room = self._room()
-        self._prefixes.shrink(room)
-        while room < 0 and len(self._running) > 1:
+        free = self._free_tokens()
+        self._prefixes.shrink(free)
+        while free < 0 and len(self._running) > 1:
             job, sequence = self._running.pop()
-            room += len(sequence.tokens) + 1
+            free += len(sequence.tokens) + 1
             sequence.state = None
             job.running -= 1
             self._metrics.preempted()

@@ -11,7 +11,7 @@ const char *pvrt_use_isa(const char *);
 void pvrt_use_threads(parallel_fn, team_size_fn);
 void pvrt_tiled_linear(const tiled_weight *, const float *, const float *, float *, int64_t, int64_t);
 void pvrt_plain_linear(const plain_weight *, const float *, const float *, float *, int64_t, int64_t);
-void pvrt_decode_rows(const plain_weight *, int64_t, int64_t, float *, int64_t);
+void pvrt_decode_rows(const plain_weight *, const int64_t *, int64_t, int64_t, float *, int64_t);
 void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
@@ -82,8 +82,8 @@ int main(void) {
                 pvrt_dense_linear(matrix, x, four, tokens, OUT, IN, F32, 4);
                 if (memcmp(one, four, sizeof(float) * tokens * OUT)) return puts("dense"), 1;
             }
-        pvrt_decode_rows(&p, 0, OUT, dense1, 1);
-        pvrt_decode_rows(&p, 0, OUT, dense4, 4);
+        pvrt_decode_rows(&p, NULL, 0, OUT, dense1, 1);
+        pvrt_decode_rows(&p, NULL, 0, OUT, dense4, 4);
         if (memcmp(dense1, dense4, sizeof dense1)) return puts("decode"), 1;
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found1, 1);
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found4, 4);

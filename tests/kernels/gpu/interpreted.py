@@ -22,7 +22,7 @@ from pvrt.format.scheme import Scheme
 from pvrt_kernels import reference
 from pvrt_kernels.dispatch import registry
 from pvrt_kernels.gpu import choose, launch, lut_gluon
-from pvrt_kernels.gpu.choose import Plan
+from pvrt_kernels.gpu.choose import LaunchConfig
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
 from pvrt_kernels.gpu.shared import shared
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
@@ -74,14 +74,14 @@ def case(scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype = H
     torch.manual_seed(in_features)
     codes = torch.randint(0, form.codebook_size, form.codes_shape(sum(sizes), in_features))
     codes = codes.to(form.code_dtype)
-    books = torch.randn(len(sizes), *form.codebooks_shape).to(dtype)
+    codebooks = torch.randn(len(sizes), *form.codebooks_shape).to(dtype)
     scales = (torch.rand(form.scales_shape(sum(sizes))) + 0.5).to(dtype)
-    packed = aqlm_pack(codes, books, scales, dtype, sizes)
+    packed = aqlm_pack(codes, codebooks, scales, dtype, sizes)
     assert packed is not None
-    weight = reference.dequantize(codes, books.double(), scales.double(), sizes)
+    weight = reference.dequantize(codes, codebooks.double(), scales.double(), sizes)
     # `reference` sums in float32; exact enough against sixteen bits, and done again for float32
     assert isinstance(packed.tensors, launch.GpuBlocks)
-    return Case(packed, packed.tensors, weight.double(), (codes, books, scales))
+    return Case(packed, packed.tensors, weight.double(), (codes, codebooks, scales))
 
 
 def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
@@ -89,13 +89,15 @@ def error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> f
     return float((y.double() - expected).norm() / expected.norm())
 
 
-def run(plan: Plan, layer: Case, tokens: int, dtype: torch.dtype, bias: bool = False) -> None:
+def run(
+    config: LaunchConfig, layer: Case, tokens: int, dtype: torch.dtype, bias: bool = False
+) -> None:
     packed, sizes = layer.blocks, layer.packed.partition_sizes
     x = torch.randn(tokens, layer.packed.in_features).to(dtype)
     b = torch.randn(sum(sizes)).to(dtype) if bias else None
-    for _ in range(min(plan.split, 2)):  # the second finds the workspace as the first left it
-        y = launch.launch(plan, x, packed, b, sizes)
-        assert error(y, x, layer.weight, b) < TOLERANCE[dtype], (plan, tokens)
+    for _ in range(min(config.split, 2)):  # the second finds the workspace as the first left it
+        y = launch.launch(config, x, packed, b, sizes)
+        assert error(y, x, layer.weight, b) < TOLERANCE[dtype], (config, tokens)
     sums, arrived = shared.workspace(torch.device("cpu"), 1, 1)
     assert not sums.any()
     assert not arrived.any()
@@ -141,20 +143,20 @@ def test_table_lookups(scheme: str, sizes: list[int], in_features: int, dtype: t
     layer = case(scheme, sizes, in_features, dtype)
     for tokens, split in ((1, 1), (1, 2), (3, 1)):
         compiled = 1 << (tokens - 1).bit_length()
-        run(Plan("lut", compiled, 64, 4, split), layer, tokens, dtype, bias=split == 2)
+        run(LaunchConfig("lut", compiled, 64, 4, split), layer, tokens, dtype, bias=split == 2)
 
 
 def test_table_lookups_for_two_and_four_tokens() -> None:
     layer = case("2x8g8", [70], 136)
-    run(Plan("lut", 2, 64, 4, 3), layer, 2, HALF)
-    run(Plan("lut", 4, 64, 4, 1), layer, 4, HALF, bias=True)
+    run(LaunchConfig("lut", 2, 64, 4, 3), layer, 2, HALF)
+    run(LaunchConfig("lut", 4, 64, 4, 1), layer, 4, HALF, bias=True)
 
 
 def test_half_precision_tables_do_not_overflow() -> None:
     layer = case("2x8g8", [40], 64)
     x = torch.randn(2, 64).to(HALF)
     x[1] *= 3000  # products with codewords are beyond float16 before they are scaled
-    y = launch.launch(Plan("lut", 2, 64, 4, 1), x, layer.blocks, None, [40])
+    y = launch.launch(LaunchConfig("lut", 2, 64, 4, 1), x, layer.blocks, None, [40])
     for token in range(2):
         expected = x[token].double() @ layer.weight.T
         finite = expected.abs() < 60000
@@ -178,7 +180,7 @@ def test_direct_decoding(
     layer = case(scheme, sizes, in_features, dtype)
     for tokens, split in ((1, 2), (3, 1)):
         compiled = 1 << (tokens - 1).bit_length()
-        run(Plan("direct", compiled, 32, 4, split), layer, tokens, dtype, bias=tokens == 3)
+        run(LaunchConfig("direct", compiled, 32, 4, split), layer, tokens, dtype, bias=tokens == 3)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_tiles_on_tensor_cores(
 ) -> None:
     layer = case(scheme, sizes, in_features, dtype)
     for tokens, compiled, split in ((5, 8, 2), (16, 16, 1), (37, 32, 1)):
-        run(Plan("tile", compiled, 64, 4, split), layer, tokens, dtype, bias=tokens == 5)
+        run(LaunchConfig("tile", compiled, 64, 4, split), layer, tokens, dtype, bias=tokens == 5)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, torch.float32])
@@ -228,7 +230,7 @@ def test_every_batch_size_through_the_public_op(dtype: torch.dtype) -> None:
     kernels = set()
     for tokens in (1, 3, 5, 33, 65, 300):
         x = torch.randn(1, tokens, 72).to(dtype)
-        kernels.add(launch.plan_for(x[0], layer.blocks).kernel)
+        kernels.add(launch.config_for(x[0], layer.blocks).kernel)
         y = aqlm_packed_linear(x, layer.packed)
         assert y.shape == (1, tokens, 103)
         assert error(y, x, layer.weight) < TOLERANCE[dtype], tokens
@@ -249,7 +251,7 @@ def test_deterministic_mode_decodes_directly() -> None:
     x = torch.randn(2, 72).to(HALF)
     torch.use_deterministic_algorithms(True)
     try:
-        assert launch.plan_for(x, layer.blocks).kernel == "direct"
+        assert launch.config_for(x, layer.blocks).kernel == "direct"
         y = aqlm_packed_linear(x, layer.packed)
         assert torch.equal(y, aqlm_packed_linear(x, layer.packed))
     finally:
@@ -275,9 +277,9 @@ def test_warming_up_runs_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> N
     seen = []
     real = launch.launch
 
-    def note(plan: Plan, *rest: Any) -> Tensor:
-        seen.append((plan.kernel, plan.tokens))
-        return real(plan, *rest)
+    def note(config: LaunchConfig, *rest: Any) -> Tensor:
+        seen.append((config.kernel, config.tokens))
+        return real(config, *rest)
 
     monkeypatch.setattr(launch, "launch", note)
     with shared.fresh():
@@ -343,7 +345,7 @@ def test_gluon_lookups(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_kernel", lambda name: interpreted_gluon(1))
     layer = case(scheme, [70, 33], 144)
     for split in (1, 2):
-        run(Plan("lut_gluon", 1, 64, 1, split), layer, 1, HALF, bias=split == 2)
+        run(LaunchConfig("lut_gluon", 1, 64, 1, split), layer, 1, HALF, bias=split == 2)
 
 
 def test_a_model_of_transformers_runs_on_packed_layers(

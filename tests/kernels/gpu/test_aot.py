@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from pvrt_kernels.gpu import launch
-from pvrt_kernels.gpu.choose import Plan
+from pvrt_kernels.gpu.choose import LaunchConfig
 from tests.fixtures import aot
 from tests.fixtures.aot import Variant
 
 pytestmark = pytest.mark.slow
-LUT = Variant(Plan("lut", 1, 1024, 8), 2, 256, 8)
+LUT = Variant(LaunchConfig("lut", 1, 1024, 8), 2, 256, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +25,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("variant", "architecture"),
     [
         (LUT, 86),
-        (Variant(LUT.plan, 2, 256, 8, parts=3, has_bias=True, dtype="bf16"), 120),
-        (Variant(Plan("direct", 1, 128, 4), 1, 65536, 8), 89),
-        (Variant(Plan("tile", 16, 128, 4), 2, 256, 8), 80),
-        (Variant(Plan("tile", 64, 128, 8), 1, 65536, 16), 90),
-        (Variant(Plan("decode", 1, 128, 4), 2, 256, 8), 75),
+        (Variant(LUT.config, 2, 256, 8, parts=3, has_bias=True, dtype="bf16"), 120),
+        (Variant(LaunchConfig("direct", 1, 128, 4), 1, 65536, 8), 89),
+        (Variant(LaunchConfig("tile", 16, 128, 4), 2, 256, 8), 80),
+        (Variant(LaunchConfig("tile", 64, 128, 8), 1, 65536, 16), 90),
+        (Variant(LaunchConfig("decode", 1, 128, 4), 2, 256, 8), 75),
     ],
     ids=lambda value: value.name if isinstance(value, Variant) else f"sm_{value}",
 )
@@ -51,7 +51,7 @@ def test_lookups_are_single_loads_from_shared_memory_and_nothing_is_shuffled() -
 def test_the_gluon_kernel_stores_its_table_once_per_block() -> None:
     if not launch.gluon_gathers():
         pytest.skip("this Triton's Gluon cannot gather from shared memory (3.7.1 and newer can)")
-    variant = Variant(Plan("lut_gluon", 1, 2048, 8), 2, 256, 8)
+    variant = Variant(LaunchConfig("lut_gluon", 1, 2048, 8), 2, 256, 8)
     binary = aot.compile_variant(variant, 89)
     assert aot.complaints(variant, 89, binary) == []
     assert binary.count("LDS") - 16 * 8 in range(4)
@@ -60,14 +60,14 @@ def test_the_gluon_kernel_stores_its_table_once_per_block() -> None:
 
 
 def test_a_binary_that_spills_is_found_out() -> None:
-    variant = Variant(Plan("tile", 128, 128, 4), 2, 256, 8)  # twice what registers can hold
+    variant = Variant(LaunchConfig("tile", 128, 128, 4), 2, 256, 8)  # twice what registers can hold
     binary = aot.compile_variant(variant, 89)
     assert any("spilled" in complaint for complaint in aot.complaints(variant, 89, binary))
 
 
 def test_shipped_variants_cover_kernels_schemes_and_types() -> None:
     variants = aot.shipped_variants()
-    assert {variant.plan.kernel for variant in variants} >= {"lut", "direct", "tile", "decode"}
+    assert {variant.config.kernel for variant in variants} >= {"lut", "direct", "tile", "decode"}
     schemes = {"2x8g8", "1x8g8", "1x8g4", "4x8g8", "1x16g8", "1x16g16"}
     assert {variant.scheme for variant in variants} >= schemes
     assert any(variant.dtype == "bf16" for variant in variants)

@@ -11,7 +11,7 @@ import torch
 
 from pvrt_kernels.dispatch import Problem
 from pvrt_kernels.gpu import choose, launch
-from pvrt_kernels.gpu.choose import Gpu, Plan, Shape
+from pvrt_kernels.gpu.choose import Gpu, LaunchConfig, Shape
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
 SQUARE = Shape(2, 256, 8, 4096, 4096)
@@ -91,12 +91,12 @@ def test_every_batch_has_a_plan_that_fills_the_card(name: str) -> None:
         for scheme in ((2, 256, 8), (1, 65536, 8), (1, 65536, 16), (1, 256, 4), (4, 256, 16)):
             shape = Shape(*scheme, out, inputs)
             for tokens in (1, 2, 4, 8, 16, 64):
-                plan = choose.choose(card, shape, tokens, torch.float16, False)
-                assert plan.kernel != "dense"
-                programs = -(-out // plan.rows) * plan.split
-                assert programs >= min(128, -(-out // plan.rows) * min(shape.blocks, 64)) * 0.7
-                assert plan.split <= shape.blocks
-                assert plan.tokens >= min(tokens, 64)
+                config = choose.choose(card, shape, tokens, torch.float16, False)
+                assert config.kernel != "dense"
+                programs = -(-out // config.rows) * config.split
+                assert programs >= min(128, -(-out // config.rows) * min(shape.blocks, 64)) * 0.7
+                assert config.split <= shape.blocks
+                assert config.tokens >= min(tokens, 64)
 
 
 def test_kernels_change_with_the_batch() -> None:
@@ -126,7 +126,9 @@ def test_a_users_table_comes_first_and_rules_can_be_for_one_layer(cache: Path) -
     rule = {"scheme": "2x8g8", "layer": [4096, 4096], "max_tokens": 1, "kernel": "direct"}
     rule |= {"rows": 128, "warps": 4, "split": 8}
     own.write_text(json.dumps({"version": choose.VERSION, "rules": [rule]}))
-    assert choose.choose(ADA, SQUARE, 1, torch.float16, False) == Plan("direct", 1, 128, 4, 8)
+    assert choose.choose(ADA, SQUARE, 1, torch.float16, False) == LaunchConfig(
+        "direct", 1, 128, 4, 8
+    )
     assert choose.choose(ADA, SQUARE, 2, torch.float16, False).kernel == "lut"
     other = Shape(2, 256, 8, 11008, 4096)
     assert choose.choose(ADA, other, 1, torch.float16, False).kernel == "lut"

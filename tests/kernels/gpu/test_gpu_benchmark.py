@@ -22,8 +22,8 @@ def test_a_dry_run_goes_through_every_section(tmp_path: Path) -> None:
         assert result[section], section
     assert result["dry_run"] is True
     assert all(row["passed"] for row in result["correctness"])
-    assert {row["plan"]["kernel"] for row in result["design"]} >= {"table_in_l1", "replicated"}
-    kernels = {row["plan"]["kernel"] for row in result["correctness"]}
+    assert {row["config"]["kernel"] for row in result["design"]} >= {"table_in_l1", "replicated"}
+    kernels = {row["config"]["kernel"] for row in result["correctness"]}
     assert kernels >= {"lut", "direct", "tile"}
     assert "% of copy" in done.stdout
 

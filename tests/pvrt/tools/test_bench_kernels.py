@@ -12,7 +12,7 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.tools import bench_kernels
 from pvrt.tools.bench_kernels import Clock
 from pvrt_kernels.gpu import choose
-from pvrt_kernels.gpu.choose import DENSE, Gpu, Plan, Shape
+from pvrt_kernels.gpu.choose import DENSE, Gpu, LaunchConfig, Shape
 from tests.fixtures import aot
 from tests.fixtures.toy import write_toy
 
@@ -59,7 +59,7 @@ def test_candidates_are_few_and_include_the_shipped_choice(tokens: int) -> None:
         if tokens in (1, 8):
             assert choose.choose(ADA, shape, tokens, torch.float16, False) in found
         if shape.width == "16bit":
-            assert not any(plan.kernel.startswith("lut") for plan in found)
+            assert not any(config.kernel.startswith("lut") for config in found)
 
 
 def test_tuned_rules_decide_and_other_layers_stay(
@@ -68,20 +68,20 @@ def test_tuned_rules_decide_and_other_layers_stay(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     choose.rules.cache_clear()
     other = Shape(2, 256, 8, 1024, 4096)
-    fast, small = Plan("direct", 1, 128, 4, 7), Plan("lut", 1, 512, 4, 3)
+    fast, small = LaunchConfig("direct", 1, 128, 4, 7), LaunchConfig("lut", 1, 512, 4, 3)
     bench_kernels.store(ADA, {(other, 1): small})
     file = bench_kernels.store(ADA, {(SQUARE, 1): fast, (SQUARE, 16): DENSE})
     assert [path.name for path in file.parent.iterdir()] == ["nvidia-geforce-rtx-4090.json"]
 
-    def plan(shape: Shape, tokens: int) -> Plan:
+    def config(shape: Shape, tokens: int) -> LaunchConfig:
         return choose.choose(ADA, shape, tokens, torch.float16, False)
 
-    assert plan(SQUARE, 1) == fast
-    assert plan(SQUARE, 9) == DENSE
-    assert plan(other, 1) == small
+    assert config(SQUARE, 1) == fast
+    assert config(SQUARE, 9) == DENSE
+    assert config(other, 1) == small
     bench_kernels.store(ADA, {(SQUARE, 1): small})
     choose.rules.cache_clear()
-    assert plan(SQUARE, 1) == small
+    assert config(SQUARE, 1) == small
 
 
 def test_the_clock_counts_per_call() -> None:
@@ -96,10 +96,10 @@ def test_every_candidate_compiles_without_spills_where_it_is_not_shipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    shipped = {(v.plan.kernel, v.plan.tokens, v.plan.rows) for v in aot.shipped_variants()}
-    for plan in bench_kernels.candidates(ADA, SQUARE, 1):
-        if plan != DENSE and (plan.kernel, plan.tokens, plan.rows) not in shipped:
-            variant = aot.Variant(plan, 2, 256, 8, parts=3, has_bias=True)
+    shipped = {(v.config.kernel, v.config.tokens, v.config.rows) for v in aot.shipped_variants()}
+    for config in bench_kernels.candidates(ADA, SQUARE, 1):
+        if config != DENSE and (config.kernel, config.tokens, config.rows) not in shipped:
+            variant = aot.Variant(config, 2, 256, 8, parts=3, has_bias=True)
             assert not aot.complaints(variant, 89, aot.compile_variant(variant, 89)), variant.name
 
 

@@ -60,6 +60,20 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("embeddings", ["2x8g4", "5x8g8", "1x16g8"])
+def test_embeddings_in_codes(isa: str, tmp_path: Path, architecture: str, embeddings: str) -> None:
+    """Rows and logits come from one packed weight, where the head is tied to the embedding."""
+    schemes = {"q_proj": "4x8g8", "down_proj": "3x8g16"}
+    write_toy(tmp_path, architecture, embeddings=embeddings, schemes=schemes)
+    model = loaded(tmp_path)
+    dense = TransformersModel(pvrt.load(tmp_path, dense=True, dtype=torch.float32))
+    for argmax_only in (False, True):
+        expected = logits_after(dense, 8)
+        found = logits_after(CpuModel(model), 8, argmax_only)
+        assert relative(found, expected) < tolerance(model)
+
+
 @pytest.mark.parametrize(("architecture", "scheme", "dtype"), CASES)
 def test_logits_are_those_of_transformers(
     isa: str, tmp_path: Path, architecture: str, scheme: str, dtype: torch.dtype
@@ -182,6 +196,7 @@ def test_the_engine_takes_it_and_dense_weights_keep_sixteen_bits(tmp_path: Path)
     with Engine.load(tmp_path) as engine:
         model = engine._runtime.model
         assert isinstance(model, CpuModel)
+        assert isinstance(model._head, Tensor)
         assert model._head.dtype == torch.bfloat16
         assert model._head is model._embedding
     with Engine.load(tmp_path, ServeOptions(dtype="bfloat16")) as engine:

@@ -14,6 +14,7 @@ from pvrt.tools.report import describe
 from pvrt_tune.fit.grid import GridFit, GridLayerFit, GridLinear, fit_grid
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import FitSettings, TuneJob
+from tests.fixtures.plain_grid import plain_grid
 from tests.tune.fit.test_additive import problem
 from tests.tune.test_pipeline import QUICK, dense_folder, silent
 
@@ -30,31 +31,8 @@ def module(fit: GridLayerFit, scheme: GridScheme) -> GridLinear:
 
 def relative(weight: Tensor, moment: Tensor, quantised: Tensor) -> float:
     error = (weight - quantised).double()
-    energy = ((weight.double() @ moment.double()) * weight.double()).sum()
-    return float(((error @ moment.double()) * error).sum() / energy)
-
-
-def plain(weight: Tensor, moment: Tensor, scheme: GridScheme, feedback: bool) -> Tensor:
-    """The textbook: ranges from least to greatest weight, rounding, GPTQ's feedback on request."""
-    rest, result = weight.clone(), torch.zeros_like(weight)
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
-    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    for i in range(weight.shape[1]):
-        if i % scheme.group_size == 0:
-            group = rest[:, i : i + scheme.group_size]
-            low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
-            if scheme.symmetric:
-                high = torch.maximum(-low, high)
-                low = -high
-            scale = (high - low) / scheme.levels
-            middle = torch.full_like(scale, (scheme.levels + 1) // 2)
-            zero = middle if scheme.symmetric else (-low / scale).round()
-        code = (rest[:, i] / scale + zero).round().clamp(0, scheme.levels)
-        result[:, i] = scale * (code - zero)
-        if feedback:
-            error = (rest[:, i] - result[:, i]) / upper[i, i]
-            rest[:, i + 1 :] -= error[:, None] * upper[i, i + 1 :]
-    return result
+    power = ((weight.double() @ moment.double()) * weight.double()).sum()
+    return float(((error @ moment.double()) * error).sum() / power)
 
 
 @pytest.mark.parametrize("scheme", GRIDS)
@@ -76,8 +54,8 @@ def test_every_step_lowers_the_objective(scheme: str) -> None:
 def test_the_fit_beats_rounding_and_plain_gptq(scheme: str) -> None:
     (weight, moment), form = problem(out=96, in_features=128), GridScheme.parse(scheme)
     mine = fit_grid(weight, moment, form, SETTINGS).result(torch.float32).relative_error
-    gptq = relative(weight, moment, plain(weight, moment, form, feedback=True))
-    rounded = relative(weight, moment, plain(weight, moment, form, feedback=False))
+    gptq = relative(weight, moment, plain_grid(weight, moment, form, feedback=True))
+    rounded = relative(weight, moment, plain_grid(weight, moment, form, feedback=False))
     assert mine < 0.85 * gptq
     assert gptq < rounded
 

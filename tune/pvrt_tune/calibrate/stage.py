@@ -1,4 +1,5 @@
 """Calibration block by block: each is quantised on the outputs of the quantised ones before it.
+Embedding and output head come last.
 
 One block at a time is in memory. Its dense weights come from the source when its turn comes, its
 quantised ones go to the run folder, and only hidden states stay.
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from pvrt.errors import RunError
 from pvrt.modules.whole_model import decode_once
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
+from pvrt_tune.calibrate.ends import quantize_ends, schemes_of_ends, without_head
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
 from pvrt_tune.data.source_model import fill
 from pvrt_tune.fit.layer import empty_like, quantize_linear
@@ -22,7 +24,7 @@ from pvrt_tune.machine import release_memory
 from pvrt_tune.model_blocks import batch_size, linears, observe, record_inputs, run_block
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
-from pvrt_tune.run import Run, block_piece
+from pvrt_tune.run import ENDS, Run, block_piece
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Stream:
 
 
 def calibrate(run: Run) -> None:
-    """Quantise all blocks in order and leave them as pieces of the run's store."""
+    """Quantise all blocks in order, then embedding and head: all of them pieces of the store."""
     count, store = len(run.blocks.blocks), run.store
-    if all(store.report(block_piece(index)) is not None for index in range(count)):
+    pieces = [block_piece(index) for index in range(count)]
+    wanted = bool(schemes_of_ends(run.source.model, run.recipe))
+    if all(store.report(name) is not None for name in pieces + [ENDS] * wanted):
         return
     stream = _start(run)
     clock, again = Clock(count), Clock(count)
@@ -64,10 +68,12 @@ def calibrate(run: Run) -> None:
             clock.done += 1
             run.report(_block_line(index, count, block_report, clock))
         release_memory()
-        if index + 1 < count:
+        if index + 1 < count or wanted:
             decode_once(block.float())
             _advance(block, stream.hidden, stream.arguments[index])
         del block, dense  # before the next one comes
+    if wanted and store.report(ENDS) is None:
+        quantize_ends(run, stream.hidden)
 
 
 def _start(run: Run) -> Stream:
@@ -84,11 +90,7 @@ def _start(run: Run) -> Stream:
         return Activations(kept, batch, run.device)
 
     hidden, targets = states(), states()
-    head = source.model.get_output_embeddings()
-    unused = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head else set()
-    everything = source.model.state_dict(keep_vars=True)
-    names = [name for name in source.outside(blocks.name) if id(everything[name]) not in unused]
-    model = source.partial(names, run.device)
+    model = source.partial(without_head(run), run.device)
     arguments = record_inputs(model, blocks, tokens, batch, hidden)
     if run.recipe.targets == "original":
         targets.copy_(hidden)

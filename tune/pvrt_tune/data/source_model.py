@@ -123,10 +123,14 @@ class Source:
         """Names of all stored tensors outside one submodule; a tied tensor counts once."""
         return [name for name in self._keys if not name.startswith(f"{prefix}.")]
 
+    def inside(self, name: str) -> list[str]:
+        """Names of all stored tensors of one submodule."""
+        return [key for key in self._keys if key.startswith(f"{name}.")]
+
     def load(self, name: str, device: str, dtype: torch.dtype) -> nn.Module:
         """A copy of one submodule with weights of its own, free to be changed."""
         module: nn.Module = deepcopy(self.model.get_submodule(name))
-        inside = [key for key in self._keys if key.startswith(f"{name}.")]
+        inside = self.inside(name)
         tensors = self.read(inside, device)
         own = {}
         for key in inside:  # a tensor of the source may be a view of its file

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pvrt_tune import parallel
+from pvrt_tune.calibrate.ends import put_ends
 from pvrt_tune.calibrate.stage import rebuild
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import compute_dtype, release_memory
@@ -61,6 +62,9 @@ def calibrated(run: Run) -> Any:
     for index, (_, piece) in enumerate(run.finished_blocks()):
         listed[index] = rebuild(run, index, piece.tensors)
     model.tie_weights()
+    ends = run.ends()
+    if ends is not None:
+        put_ends(model, ends, run.device)
     for parameter in model.parameters():  # a tensor of the source may be a view of its file
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32, copy=True)

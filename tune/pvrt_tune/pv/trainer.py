@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvrt.modules.aqlm_layer import AQLMLayer
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
 from pvrt_tune import parallel, shards
@@ -45,16 +46,18 @@ class Student:
 
     @classmethod
     def of(cls, model: Any, compute: torch.dtype) -> "Student":
-        """Decode every quantised layer of a float32 model into a trainable weight, in place.
+        """Decode the quantised layers of all blocks of a float32 model into trainable weights, in
+        place. Embedding and output head stay as they are: their codes do not move.
 
         In a run of several ranks, decoded weights are sharded and every rank represents its rows.
         """
         kept = compute if parallel.world() == 1 else torch.float32
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
         representations = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, ExpertList):  # every weight must have a gradient, on every rank
                 module.all_compute = True
-            if not isinstance(module, AQLMLinear | GridLinear):
+            if not isinstance(module, AQLMLinear | GridLinear) or module in ends:
                 continue
             bias = module.bias is not None
             dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
@@ -83,12 +86,19 @@ class Student:
         return {name: self.model.get_parameter(f"{name}.weight") for name in self.representations}
 
     def dense(self, freeze_embeddings: bool) -> dict[str, nn.Parameter]:
-        """All other parameters that are trained, by name."""
+        """All other parameters that are trained, by name. freeze_embeddings leaves out embedding
+        and output head, except what they have of codebooks and scales.
+        """
         decoded = {id(weight) for weight in self.weights().values()}
         if freeze_embeddings:
             ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-            decoded |= {id(p) for end in ends if end is not None for p in end.parameters()}
-        return {n: p for n, p in self.model.named_parameters() if id(p) not in decoded}
+            dense = [end for end in ends if end is not None and not isinstance(end, AQLMLayer)]
+            decoded |= {id(p) for end in dense for p in end.parameters()}
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in decoded and parameter.is_floating_point()
+        }
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,6 @@ class Trainer:
                 parameter.data = parameter.data.to(student.compute)
         if settings.recompute_activations:
             _recompute_activations(model)
-        self.head = Head.of(model)
         self.optimizer = PVOptimizer(student.representations, weights, dense, recipe.pv)
         self.step, self.steps = 0, settings.steps
         self.curves: list[dict[str, float]] = []
@@ -212,7 +221,8 @@ class Trainer:
         """Mean KL over windows of `data` by number."""
         hidden = self.student.final_hidden(self.data[numbers])
         target = self.teacher.hidden(numbers).to(hidden.device).flatten(0, 1)
-        return kl_loss(hidden.flatten(0, 1), self.head, target, self.teacher.head)
+        head = Head.of(self.student.model)  # decoded anew where it is in codes
+        return kl_loss(hidden.flatten(0, 1), head, target, self.teacher.head)
 
     def _batch(self, step: int) -> list[int]:
         """Windows of a step: in order at first, in a new random order every epoch."""

@@ -19,6 +19,7 @@ class Changes:
     length: int | None = None
     seed: int | None = None
     pv: bool = True
+    embeddings: str | None = None
 
 
 def build(

@@ -88,6 +88,9 @@ class TrainSettings:
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
 
 
+#: What embeddings are put in unless a recipe says otherwise.
+EMBEDDINGS = "2x8g4"
+
 #: What a V step does; see `STRATEGIES` of the optimizer.
 StrategyName = Literal[
     "continuous",
@@ -137,6 +140,15 @@ def _tunable(scheme: str) -> str:
     return scheme
 
 
+def _for_embeddings(text: str) -> str:
+    """ "auto", "keep", or the text of a scheme of codebooks; ValueError for any other."""
+    if text in ("auto", "keep"):
+        return text
+    if isinstance(parse_scheme(text), GridScheme):
+        raise ValueError(f"{text} is a grid, in which checkpoints have no embeddings")
+    return _tunable(text)
+
+
 @settings
 class AllocationSettings:
     """How bits are shared out where a recipe says how many the file has.
@@ -153,16 +165,17 @@ class Recipe:
     """Everything that decides the result besides model and text. Stored with the run.
 
     bits: per weight, of the whole file; schemes are then chosen layer by layer, and `scheme` says
-    nothing. None: all layers have `scheme`.
-    targets: what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
-    outputs of the quantised blocks before it. "original": the original model's own activations
-    after that block, so that a block also fixes what earlier ones broke (a second set of hidden
-    states is kept for it). training: PV-Tuning after calibration, or None; pv: its steps.
+    nothing. None: all layers have `scheme`. embeddings: the scheme of embedding and output head,
+    "auto" or "keep" (in 16 bits). targets: what a block's fine-tuning aims at. "quantised": the
+    dense block's outputs on the outputs of the quantised blocks before it. "original": the original
+    model's own activations after that block, so that a block also fixes what earlier ones broke (a
+    second set of hidden states is kept for it). training: PV-Tuning after calibration, or None; pv: its steps.
     """
 
     scheme: Annotated[str, AfterValidator(_tunable)] = "2x8g8"
     bits: Annotated[float, Field(strict=True, ge=1, le=8)] | None = None
     allocation: AllocationSettings = Field(default_factory=AllocationSettings)
+    embeddings: Annotated[str, AfterValidator(_for_embeddings)] = "auto"
     samples: Count = 64
     length: Annotated[int, Field(strict=True, ge=8)] = 512
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
@@ -176,6 +189,13 @@ class Recipe:
     def parsed_scheme(self) -> Scheme | GridScheme:
         """The scheme itself; `scheme` is how people write it."""
         return parse_scheme(self.scheme)
+
+    @property
+    def embedding_scheme(self) -> Scheme | None:
+        """That of embedding and output head; None where they stay as they are."""
+        if self.embeddings == "keep" or isinstance(self.parsed_scheme, GridScheme):
+            return None
+        return Scheme.parse(EMBEDDINGS if self.embeddings == "auto" else self.embeddings)
 
     @property
     def windows(self) -> int:

@@ -48,7 +48,7 @@ typedef struct {
     const float *scales;
     const int64_t *rows;
     int64_t parts, books, group, groups, size, code_bytes, dtype;
-    int64_t tiled; /* codes are in tiles after all: for pvrt_decode_rows only */
+    int64_t tiled; /* codes are in tiles after all: for decoding only */
 } plain_weight;
 
 /* Codebooks to search, with what does not depend on the value wanted. later_m is the sum of the
@@ -164,6 +164,20 @@ void tiled_part(const job *job, int64_t index);
 void plain_part(const job *job, int64_t index);
 void dense_part(const job *job, int64_t index);
 
+/* Rows of a weight to decode and scale: rows[i], or first + i where rows is NULL. */
+typedef struct {
+    job job; /* a part is a share of them */
+    const plain_weight *weight;
+    const int64_t *rows;
+    int64_t first, count;
+    float *y; /* [count][in] */
+} decode_job;
+
+void decode_part(const job *job, int64_t index);
+
+/* Scratch that a thread keeps for its next call; never NULL. */
+float *scratch(size_t bytes);
+
 /* Do all parts of a job with up to `threads` threads. */
 void run(job *work, int64_t threads);
 
@@ -193,6 +207,22 @@ static inline int64_t in_two_streams(int64_t i, int64_t from, int64_t to) {
 }
 
 static inline int block_groups(int64_t books) { return books >= 16 ? 1 : (int)(16 / books); }
+
+static inline int64_t count_tiles(const int64_t *rows, int64_t parts) {
+    int64_t tiles = 0;
+    for (int64_t p = 0; p < parts; p++) tiles += (rows[p] + TILE - 1) / TILE;
+    return tiles;
+}
+
+/* Where tiled codes hold the code of a row in a tile, an input group and the first book; the other
+ * books follow at steps of TILE. */
+static inline size_t tiled_at(int64_t tiles, int64_t tile, int64_t row, int64_t group, int64_t groups,
+                       int64_t books) {
+    const int64_t whole = block_groups(books), start = group / whole * whole;
+    const int64_t in_block = groups - start < whole ? groups - start : whole;
+    return (size_t)(start * books * TILE * tiles +
+                    (tile * in_block + (group - start)) * books * TILE + row);
+}
 
 static inline float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;

@@ -11,7 +11,7 @@
 
 #define MOST_ROWS 64 /* sequences of one run */
 
-enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN };
+enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN, DECODE };
 
 /* x, y: fp32 [rows][in] and [rows][stride]. norm: root-mean-square norm weights that x passes first
  * (NULL: none). cosine, sine: [positions][rotary].
@@ -169,6 +169,18 @@ static void screen(program *p, const operation *o, const float *x, int64_t threa
     }
 }
 
+/* Rows of a packed weight; each thread decodes those of its sequences. */
+static void embed_packed(const program *p, const operation *o, int64_t thread, int64_t threads) {
+    int64_t tokens[MOST_ROWS];
+    for (int64_t t = 0; t < p->rows; t++) tokens[t] = p->sequences[t].token;
+    const decode_job work = {.job.parts = threads, .weight = o->weight, .rows = tokens,
+                             .count = p->rows, .y = o->y};
+    decode_part(&work.job, thread);
+    const int64_t to = share(p->rows, thread + 1, threads) * o->out;
+    for (int64_t i = share(p->rows, thread, threads) * o->out; i < to; i++)
+        o->y[i] *= (float)o->scale;
+}
+
 static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
     float *room = p->room + p->room_floats * thread;
     const int64_t from = share(o->out, thread, n), to = share(o->out, thread + 1, n);
@@ -177,6 +189,10 @@ static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
             for (int64_t i = from; i < to; i++)
                 o->y[t * o->stride + i] = (float)o->scale * load_float(
                     o->weight, p->sequences[t].token * o->out + i, o->dtype);
+        return;
+    }
+    if (o->kind == DECODE) {
+        embed_packed(p, o, thread, n);
         return;
     }
     if (o->kind == ATTEND) {

@@ -1,17 +1,13 @@
-/* Entry points for ctypes: choice of instruction set, threads, packing, linear layers.
+/* Entry points for ctypes: choice of instruction set, threads, linear layers.
  *
  * Threads are borrowed from the OpenMP runtime that torch has loaded (`pvrt_use_threads`), so that
  * there is one pool of them. Work is cut into parts over output rows (or tokens), never over
  * inputs; a part is taken by one thread and writes its own outputs, hence no races.
  */
-#define _GNU_SOURCE /* madvise */
 #include "cpu.h"
 
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 const isa *kernels = &isa_portable;
 
@@ -73,7 +69,7 @@ void run(job *work, int64_t threads) {
 
 /* Scratch that a thread keeps for its next call. NULL is never returned: out of memory ends here,
  * as a kernel has nobody to tell. */
-static float *scratch(size_t bytes) {
+float *scratch(size_t bytes) {
     static _Thread_local void *kept;
     static _Thread_local size_t size;
     if (bytes > size) {
@@ -87,29 +83,13 @@ static float *scratch(size_t bytes) {
 
 static size_t round64(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int64_t count_tiles(const int64_t *rows, int64_t parts) {
-    int64_t tiles = 0;
-    for (int64_t p = 0; p < parts; p++) tiles += (rows[p] + TILE - 1) / TILE;
-    return tiles;
-}
-
 /* A scaled sum of output row i with its bias, on top of what is there if the product accumulates. */
 static inline float finish(const product *io, float sum, int64_t i, float there) {
     if (io->bias) sum += io->bias[i];
     return io->accumulate ? there + sum : sum;
 }
 
-/* Where tiled codes hold the code of a row in a tile, an input group and the first book; the other
- * books follow at steps of TILE. */
-static size_t tiled_at(int64_t tiles, int64_t tile, int64_t row, int64_t group, int64_t groups,
-                       int64_t books) {
-    const int64_t whole = block_groups(books), start = group / whole * whole;
-    const int64_t in_block = groups - start < whole ? groups - start : whole;
-    return (size_t)(start * books * TILE * tiles +
-                    (tile * in_block + (group - start)) * books * TILE + row);
-}
-
-#define AHEAD 3 /* tiles between what is looked up and what is prefetched */
+#define AHEAD 8 /* tiles between what is looked up and what is prefetched */
 
 /* Tiles [first, last) of one token or of up to eight: visits every partition that has tiles there. */
 static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t token, int lanes) {
@@ -145,19 +125,22 @@ static void tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t
             for (int done = 0; done < groups; done += piece) {
                 const int now = groups - done < piece ? groups - done : piece;
                 const int lookups = now * (int)w->books;
-                const uint8_t *c = codes + from * bytes + done * w->books * TILE;
+                const uint8_t *c = codes + done * w->books * TILE;
                 if (lanes == 1)
                     kernels->build(books, x + (j + done) * w->group, now, (int)w->group,
                                    (int)w->books, room);
                 else
                     kernels->build8(books, x8 + (j + done) * w->group * LANES, now, (int)w->group,
                                     (int)w->books, (float *)room);
-                for (int64_t t = from; t < to; t++, c += bytes) {
-                    const uint8_t *next = t + AHEAD < to ? c + AHEAD * bytes
-                                          : follows ? c + (AHEAD + tiles - (to - from)) * bytes : c;
+                for (int64_t k = 0; k < to - from; k++) {
+                    const int64_t t = in_two_streams(k, from, to), later = k + AHEAD;
+                    const int64_t rest = later - (to - from); /* of it in the next block */
+                    const uint8_t *next =
+                        rest < 0  ? c + in_two_streams(later, from, to) * bytes
+                        : follows ? c + (tiles + in_two_streams(rest, from, to)) * bytes : c;
                     float *sums = acc + (t - first) * TILE * lanes;
-                    if (lanes == 1) kernels->lookup(c, next, room, lookups, sums);
-                    else kernels->lookup8(c, next, (const float *)room, lookups, sums);
+                    if (lanes == 1) kernels->lookup(c + t * bytes, next, room, lookups, sums);
+                    else kernels->lookup8(c + t * bytes, next, (const float *)room, lookups, sums);
                 }
             }
         }
@@ -271,90 +254,6 @@ API void pvrt_plain_linear(const plain_weight *w, const float *x, const float *b
                       .product = product_of(x, bias, y, tokens, in, out),
                       .weight = w};
     run(&work.job, threads);
-}
-
-typedef struct {
-    job job; /* a part is a share of the rows */
-    const plain_weight *weight;
-    int64_t first, count; /* rows */
-    float *y;             /* [count][in] */
-} decode_job;
-
-static void decode_part(const job *job, int64_t index) {
-    const decode_job *work = (const decode_job *)job;
-    const plain_weight *w = work->weight;
-    const size_t width = w->dtype == F32 ? 4 : 2;
-    const int64_t entries = w->books * w->size * w->group, per_row = w->groups * w->books;
-    const int convert = w->dtype != F32 && w->code_bytes == 1; /* small books are worth it */
-    const int64_t from = work->first + share(work->count, index, job->parts);
-    const int64_t to = work->first + share(work->count, index + 1, job->parts);
-    const int64_t tiles = count_tiles(w->rows, w->parts);
-    float *fp32 = scratch(sizeof(float) * entries * convert + (size_t)per_row);
-    uint8_t *gathered = (uint8_t *)(fp32 + entries * convert);
-    plain_weight local = *w;
-    if (convert) local.dtype = F32;
-    int64_t row = 0, tile = 0;
-    for (int64_t p = 0; p < w->parts; p++) {
-        const int64_t end = row + w->rows[p];
-        const char *books = (const char *)w->codebooks + p * entries * width;
-        if (convert && from < end && to > row)
-            for (int64_t i = 0; i < entries; i++) fp32[i] = load_float(books, i, w->dtype);
-        for (int64_t i = from > row ? from : row; i < (to < end ? to : end); i++) {
-            float *y = work->y + (i - work->first) * w->groups * w->group;
-            const uint8_t *bytes = (const uint8_t *)w->codes + i * per_row;
-            const uint16_t *words = (const uint16_t *)w->codes + i * per_row;
-            if (w->tiled) {
-                for (int64_t j = 0; j < w->groups; j++)
-                    for (int64_t m = 0; m < w->books; m++)
-                        gathered[j * w->books + m] = ((const uint8_t *)w->codes)[
-                            tiled_at(tiles, tile + (i - row) / TILE, (i - row) % TILE, j, w->groups,
-                                     w->books) + m * TILE];
-                bytes = gathered;
-            }
-            local.codes = w->code_bytes == 1 ? (const void *)bytes : (const void *)words;
-            kernels->decode(&local, convert ? (const void *)fp32 : books, w->scales[i], y);
-        }
-        row = end, tile += (w->rows[p] + TILE - 1) / TILE;
-    }
-}
-
-/* Rows [first, first + count) of a weight, decoded and scaled, fp32 [count, in]. */
-API void pvrt_decode_rows(const plain_weight *w, int64_t first, int64_t count, float *y,
-                          int64_t threads) {
-    decode_job work = {.job = {.part = decode_part, .parts = threads < count ? threads : count},
-                       .weight = w, .first = first, .count = count, .y = y};
-    run(&work.job, threads);
-}
-
-/* Ask for large pages where weights will be written: reading them misses fewer translations. Only a
- * hint: its failure costs time. */
-API void pvrt_huge_pages(void *memory, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 1 << 21, end = (uintptr_t)memory + (size_t)bytes;
-    const uintptr_t first = ((uintptr_t)memory + page - 1) / page * page;
-    if (end >= first + page) madvise((void *)first, (end - first) / page * page, MADV_HUGEPAGE);
-#else
-    (void)memory, (void)bytes;
-#endif
-}
-
-/* Checkpoint layout [out][groups][books] to tiles, or back; padding rows get code 0. */
-API void pvrt_tile_codes(uint8_t *plain, uint8_t *tiled, const int64_t *rows, int64_t parts,
-                     int64_t groups, int64_t books, int64_t back) {
-    const int64_t tiles = count_tiles(rows, parts);
-    int64_t tile = 0;
-    if (!back) pvrt_huge_pages(tiled, tiles * TILE * groups * books);
-    for (int64_t p = 0; p < parts; tile += (rows[p] + TILE - 1) / TILE, p++)
-        for (int64_t r = 0; r < (rows[p] + TILE - 1) / TILE * TILE; r++) {
-            for (int64_t j = 0; j < groups; j++) {
-                uint8_t *to = tiled + tiled_at(tiles, tile + r / TILE, r % TILE, j, groups, books);
-                for (int64_t m = 0; m < books; m++)
-                    if (r >= rows[p]) to[m * TILE] = 0;
-                    else if (back) plain[j * books + m] = to[m * TILE];
-                    else to[m * TILE] = plain[j * books + m];
-            }
-            if (r < rows[p]) plain += groups * books;
-        }
 }
 
 void dense_part(const job *job, int64_t index) {

@@ -1,0 +1,164 @@
+"""Embedding and output head in codes, after the blocks.
+
+The output head is fitted in the metric of what the quantised blocks send to it; an embedding that
+is no head in the plain metric, for its rows enter a sum that is normalised next. A tied table is
+both, and the head's part is what matters: rounded alone, the table of SmolLM2 costs 16 times as
+much KL as output head than as embedding. For the same reason the blocks need not see it quantised.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pvrt.errors import RunError
+from pvrt.format.scheme import Scheme
+from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead, embedding_scale
+from pvrt_tune.data.activations import Activations
+from pvrt_tune.data.source_model import fill
+from pvrt_tune.fit.layer import empty_like
+from pvrt_tune.fit.table import fit_table
+from pvrt_tune.machine import release_memory
+from pvrt_tune.model_blocks import head_inputs
+from pvrt_tune.progress import Clock
+from pvrt_tune.randomness import seeded
+from pvrt_tune.run import ENDS, Run
+from pvrt_tune.settings import Recipe
+from pvrt_tune.store import Piece
+
+
+@dataclass(frozen=True)
+class End:
+    """An embedding or output head; `multiplies` says whether logits come from it (an embedding that
+    the head is tied to does)."""
+
+    module: Any
+    multiplies: bool
+
+
+def ends(model: Any) -> dict[str, End]:
+    """Embedding and output head of a model by name, those that codes can stand for.
+
+    A head that is tied to the embedding has no name of its own here.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head_weight = f"{names[id(head)]}.weight" if isinstance(head, nn.Linear) else ""
+    tied = dict(model.all_tied_weights_keys)
+    found: dict[str, End] = {}
+    if isinstance(embedding, nn.Embedding) and embedding_scale(embedding) is not None:
+        name = names[id(embedding)]
+        users = {target for target, source in tied.items() if source == f"{name}.weight"}
+        if users <= {head_weight}:
+            found[name] = End(embedding, bool(users))
+    if head_weight and head_weight not in tied:
+        found[names[id(head)]] = End(head, True)
+    return found
+
+
+def schemes_of_ends(model: Any, recipe: Recipe) -> dict[str, Scheme]:
+    """The schemes of embedding and output head by name; of those that stay dense there is none.
+
+    "auto" leaves a table dense that codes would not make smaller, and both beside grids, whose
+    layout has no embeddings. Raises RunError for a scheme that cannot be.
+    """
+    scheme = recipe.embedding_scheme
+    if scheme is None:
+        return {}
+    found = {}
+    for name, end in ends(model).items():
+        rows, width = end.module.weight.shape
+        if scheme.divides(rows, width) and scheme.bits_per_weight(rows, width) < 16:
+            found[name] = scheme
+        elif recipe.embeddings != "auto":
+            raise RunError(
+                f"embeddings: codes of {scheme} do not make {name} of {rows} x {width} smaller; "
+                "--keep-embeddings leaves it in 16 bits"
+            )
+    return found
+
+
+def quantize_ends(run: Run, hidden: Activations) -> None:
+    """Fit embedding and output head and leave them as a piece of the run's store.
+
+    hidden: outputs of the last quantised block.
+    """
+    found, schemes = ends(run.source.model), schemes_of_ends(run.source.model, run.recipe)
+    moment = _head_moment(run, hidden)
+    tensors: dict[str, Tensor] = {}
+    report = {}
+    for name, scheme in schemes.items():
+        read = run.source.read(run.source.inside(name), run.device)
+        weight = read[f"{name}.weight"]
+        metric = moment if found[name].multiplies else torch.eye(weight.shape[1]).to(weight.device)
+        fit = fit_table(
+            weight,
+            metric,
+            scheme,
+            run.recipe.fit,
+            seeded(run.recipe.seed, name),
+            _progress(run, name),
+        )
+        tensors.update(replace(fit.layer, bias=read.get(f"{name}.bias")).named(name))
+        report[name] = {"scheme": str(scheme), "error": fit.relative_error}
+        run.report(f"{name}  {scheme}  {fit.relative_error:.4f}")
+        release_memory()
+    run.store.save(ENDS, tensors, report)
+
+
+def _head_moment(run: Run, hidden: Activations) -> Tensor:
+    """Mean of x x^T [width, width] over what enters the output head."""
+    source, blocks = run.source, run.blocks
+    model = source.partial(without_head(run), run.device)
+    tokens = run.data[run.recipe.calibration].tokens
+    total: Tensor | None = None
+    count = 0
+    for x in head_inputs(model, blocks, tokens, hidden):
+        product = x.float().T @ x.float()
+        total = product if total is None else total + product
+        count += len(x)
+    assert total is not None
+    return total / count
+
+
+def without_head(run: Run) -> list[str]:
+    """Names of all stored tensors outside of the blocks that nothing but the output head reads."""
+    model = run.source.model
+    head = model.get_output_embeddings()
+    unused = {id(tensor) for tensor in head.state_dict(keep_vars=True).values()} if head else set()
+    everything = model.state_dict(keep_vars=True)
+    outside = run.source.outside(run.blocks.name)
+    return [name for name in outside if id(everything[name]) not in unused]
+
+
+def put_ends(model: Any, piece: Piece, device: str) -> None:
+    """Put embedding and output head in codes in the place of a model's own."""
+    for name, noted in piece.report.items():
+        scheme, old = Scheme.parse(noted["scheme"]), model.get_submodule(name)
+        part = {key: piece.tensors[key] for key in piece.tensors if key.startswith(f"{name}.")}
+        dtype = part[f"{name}.codebooks"].dtype
+        if isinstance(old, nn.Embedding):
+            (rows, width), scale = old.weight.shape, embedding_scale(old)
+            assert scale is not None
+            new: nn.Module = AQLMEmbedding(rows, width, scheme, scale, dtype=dtype)
+        else:
+            new = empty_like(old, scheme, dtype)
+        tensors = {key.removeprefix(f"{name}."): t.to(device) for key, t in part.items()}
+        fill(new, tensors, device)
+        head = model.get_output_embeddings()
+        model.set_submodule(name, new)
+        if isinstance(new, AQLMEmbedding) and getattr(head, "weight", None) is old.weight:
+            model.set_output_embeddings(TiedHead(new, head.bias))
+
+
+def _progress(run: Run, name: str) -> Callable[[int, int], None]:
+    clock = Clock(1)
+
+    def progress(done: int, total: int) -> None:
+        clock.done, clock.total = done, total
+        if clock.due():
+            run.report(f"{name}: part {done}/{total}  {clock.eta()}")
+
+    return progress
