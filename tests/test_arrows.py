@@ -32,7 +32,6 @@ ARROWS = {
         run, fit <- calibrate
         run <- write_checkpoint
         store, parallel <- shards <- pv
-        run, fit, randomness <- allocate
         calibrate, write_checkpoint <- pv, allocate <- plan <- pipeline <- __init__
     """,
     "pvrt_server": """

@@ -48,7 +48,7 @@ def run_of(
 
 def file_bits(run: Run, schemes: dict[str, Scheme]) -> float:
     """Bits per weight of the file with these schemes."""
-    units = find_units(run.source.model, run.blocks, True)
+    units = find_units(run.source.model, run.blocks, run.recipe)
     budget = FileBudget.of(run.source.model, units)
     return budget.file_bits(schemes, units) / budget.weights
 
@@ -58,7 +58,7 @@ def test_schemes_of_all_layers_fill_the_budget(tmp_path: Path, architecture: str
     lines: list[str] = []
     run = run_of(tmp_path, architecture, report=lines.append)
     schemes = allocate(run)
-    units = find_units(run.source.model, run.blocks, True)
+    units = find_units(run.source.model, run.blocks, run.recipe)
     assert set(schemes) == {name for unit in units for name in unit.names}
     for unit in units:
         assert len({schemes[name] for name in unit.names}) == 1
@@ -104,7 +104,7 @@ def test_a_layer_that_matters_more_gets_more_bits(tmp_path: Path) -> None:
     patched[source._keys[f"{loud}.weight"][0]] = weights * 6
     run = replace(run, source=replace(source, _weights=patched))
     schemes = allocate(run)
-    units = {u.key: u for u in find_units(run.source.model, run.blocks, True)}
+    units = {u.key: u for u in find_units(run.source.model, run.blocks, run.recipe)}
 
     def bits(name: str) -> float:
         return units[name].bits(schemes[name], 0) / units[name].weights

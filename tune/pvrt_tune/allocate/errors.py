@@ -28,22 +28,19 @@ _LEAST = 1e-9
 
 def fitted(
     weight: Tensor,
-    moment: Tensor | None,
+    moment: Tensor,
     schemes: Iterable[Scheme],
     recipe: Recipe,
     generator: torch.Generator,
 ) -> dict[Scheme, float]:
-    """Errors of a weight [out, in] by scheme, given H [in, in] (None: the identity).
+    """Errors of a weight [out, in] by scheme, given H [in, in].
 
     Some rows are fitted, and their errors carried over to all of them by what rounding would leave:
     rows differ widely in how much of their outputs a rounding error is (`coarsest`). Fits are quick
     whatever the recipe's effort: that changes all schemes alike.
     """
-    count = -(-_TRIED_WEIGHTS // weight.shape[1])
-    rows = torch.randperm(len(weight), generator=generator)[:count]
+    rows = torch.randperm(len(weight), generator=generator)[: tried_rows(weight.shape[1])]
     some = weight[rows.to(weight.device)].float()
-    if moment is None:
-        moment = torch.eye(weight.shape[1], device=weight.device)
     damping = recipe.fit.damping
     settings = replace(EFFORTS["quick"].fit, damping=damping)
     carried = coarsest(weight, moment, damping) / coarsest(some, moment, damping)
@@ -51,6 +48,11 @@ def fitted(
         scheme: carried * fit_layer(some, moment, scheme, settings, generator).relative_error()
         for scheme in schemes
     }
+
+
+def tried_rows(in_features: int) -> int:
+    """Rows that a scheme is tried on, of a layer that has so many."""
+    return -(-_TRIED_WEIGHTS // in_features)
 
 
 def tried(units: Sequence[Unit]) -> set[str]:

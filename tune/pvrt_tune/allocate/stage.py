@@ -27,7 +27,7 @@ def allocate(run: Run) -> dict[str, Scheme]:
         return saved
     bits = run.recipe.bits
     assert bits is not None
-    units, budget = _problem(run.source.model, run.blocks, run.recipe)
+    units, budget = problem(run.source.model, run.blocks, run.recipe)
     budget.allocate(units, [_prior(unit) for unit in units], bits)  # out of reach: said now
     costs = _costs(units, measure(run, units))
     chosen = dict(zip((u.key for u in units), budget.allocate(units, costs, bits), strict=True))
@@ -53,23 +53,22 @@ def planned_schemes(model: Any, blocks: BlockList, recipe: Recipe) -> dict[str, 
     Every weight counts alike; what is measured moves bits between layers and leaves their sum.
     Raises RunError when the bits are out of reach, SourceError when no scheme divides a layer.
     """
-    units, budget = _problem(model, blocks, recipe)
+    units, budget = problem(model, blocks, recipe)
     assert recipe.bits is not None
     chosen = budget.allocate(units, [_prior(unit) for unit in units], recipe.bits)
     return {name: scheme for unit, scheme in zip(units, chosen, strict=True) for name in unit.names}
 
 
-def _problem(model: Any, blocks: BlockList, recipe: Recipe) -> tuple[list[Unit], FileBudget]:
-    units = find_units(model, blocks, True)
+def problem(model: Any, blocks: BlockList, recipe: Recipe) -> tuple[list[Unit], FileBudget]:
+    """The units of a skeleton, and what the file has besides."""
+    units = find_units(model, blocks, recipe)
     return units, FileBudget.of(model, units)
 
 
 def _prior(unit: Unit) -> dict[Scheme, float]:
     """A quarter of the error for every bit, on every weight alike."""
-    return {
-        s: unit.weights * 4.0 ** -(s.num_codebooks * s.nbits_per_codebook / s.in_group_size)
-        for s in unit.schemes
-    }
+    rates = {s: s.num_codebooks * s.nbits_per_codebook / s.in_group_size for s in unit.schemes}
+    return {scheme: unit.weights * 4.0**-rate for scheme, rate in rates.items()}
 
 
 def _costs(units: Sequence[Unit], found: Mapping[str, Measured]) -> list[dict[Scheme, float]]:

@@ -1,7 +1,7 @@
 """What gets a scheme of its own: a layer, the experts of a block that engines fuse, embeddings."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -9,7 +9,9 @@ from torch import nn
 from pvrt.errors import SourceError
 from pvrt.format.scheme import Scheme
 from pvrt.modules.experts import ExpertList
+from pvrt_tune.calibrate.ends import schemes_of_ends
 from pvrt_tune.model_blocks import BlockList, linears
+from pvrt_tune.settings import Recipe
 
 #: Of 1 to 6 bits. Those of one rate differ in how much their codebooks take: 1x8g4 and 2x8g4 are
 #: for small layers, and for inputs that no group of 8 divides.
@@ -37,7 +39,7 @@ class Unit:
     """Layers of one scheme, which are measured together.
 
     names: of its modules in the model; shapes: (out, in) of each. block: index of theirs, None for
-    the embedding and the output head. schemes: those that divide all of its layers.
+    embedding and output head. schemes: those that divide all of its layers.
     """
 
     names: tuple[str, ...]
@@ -68,7 +70,7 @@ class Unit:
     @property
     def reference(self) -> Scheme:
         """The scheme that it is fitted in whatever it gets later."""
-        return next(scheme for scheme in _REFERENCES if scheme in self.schemes)
+        return next((one for one in _REFERENCES if one in self.schemes), self.schemes[0])
 
     @property
     def weights(self) -> int:
@@ -80,29 +82,23 @@ class Unit:
         return sum(scheme.layer_bits(*shape, float_bits) for shape in self.shapes)
 
 
-def find_units(model: Any, blocks: BlockList, embeddings: bool) -> list[Unit]:
-    """All units of a skeleton: block by block, then the embedding and an untied output head, unless
-    `embeddings` says that those stay as they are.
+def find_units(model: Any, blocks: BlockList, recipe: Recipe) -> list[Unit]:
+    """All units of a skeleton: block by block, then those of embedding and output head that the
+    recipe does not keep.
 
-    Raises SourceError for a layer that no scheme divides.
+    Raises SourceError for a layer that no scheme divides, RunError for a scheme of embeddings that
+    cannot be.
     """
     found = [
         Unit.of([(f"{blocks.prefix(index)}{name}", layer) for name, layer in part], index)
         for index, block in enumerate(blocks.blocks)
         for part in _together(block)
     ]
-    if embeddings:
-        found += [Unit.of([part], None) for part in outer_layers(model)]
+    for name, scheme in schemes_of_ends(model, recipe).items():
+        unit = Unit.of([(name, model.get_submodule(name))], None)
+        fixed = recipe.embeddings != "auto"
+        found.append(replace(unit, schemes=(scheme,)) if fixed else unit)
     return found
-
-
-def outer_layers(model: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of the embedding, and of the output head unless it is tied to it."""
-    tied = set(model.all_tied_weights_keys)
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        name = next((name for name, part in model.named_modules() if part is module), None)
-        if module is not None and name is not None and f"{name}.weight" not in tied:
-            yield name, module
 
 
 def _together(block: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:

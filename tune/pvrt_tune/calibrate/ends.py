@@ -86,7 +86,7 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
     hidden: outputs of the last quantised block.
     """
     found, schemes = ends(run.source.model), schemes_of_ends(run.source.model, run.recipe)
-    moment = _head_moment(run, hidden)
+    moment = head_moment(run, hidden)
     tensors: dict[str, Tensor] = {}
     report = {}
     for name, scheme in schemes.items():
@@ -108,7 +108,7 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
     run.store.save(ENDS, tensors, report)
 
 
-def _head_moment(run: Run, hidden: Activations) -> Tensor:
+def head_moment(run: Run, hidden: Activations) -> Tensor:
     """Mean of x x^T [width, width] over what enters the output head."""
     source, blocks = run.source, run.blocks
     model = source.partial(without_head(run), run.device)

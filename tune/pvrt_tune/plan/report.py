@@ -64,7 +64,7 @@ def describe(plan: Plan, memory: int) -> dict[str, Any]:
     weights = plan.result.file_bytes
     return {
         "model": plan.request.model,
-        "scheme": plan.request.recipe.scheme,
+        "scheme": plan.request.recipe.asked,
         "device": plan.request.device,
         "parameters": plan.parameters,
         "blocks": plan.blocks,

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from pvrt.format.scheme import GridScheme, Scheme, parse_scheme
 from pvrt_tune.settings.checks import (
@@ -169,7 +169,8 @@ class Recipe:
     "auto" or "keep" (in 16 bits). targets: what a block's fine-tuning aims at. "quantised": the
     dense block's outputs on the outputs of the quantised blocks before it. "original": the original
     model's own activations after that block, so that a block also fixes what earlier ones broke (a
-    second set of hidden states is kept for it). training: PV-Tuning after calibration, or None; pv: its steps.
+    second set of hidden states is kept for it). training: PV-Tuning after calibration, or None; pv:
+    its steps.
     """
 
     scheme: Annotated[str, AfterValidator(_tunable)] = "2x8g8"
@@ -185,10 +186,26 @@ class Recipe:
     training: TrainSettings | None = None
     pv: PVSettings = Field(default_factory=PVSettings)
 
+    @field_validator("bits")
+    @classmethod
+    def _of_codebooks(cls, bits: float | None, others: ValidationInfo) -> float | None:
+        """ValueError where bits are to be shared out and a grid is asked for besides."""
+        scheme = others.data.get("scheme")
+        if bits is not None and scheme and isinstance(parse_scheme(scheme), GridScheme):
+            raise ValueError(
+                f"bits are shared out in codebooks, and {scheme} is a grid; leave one out"
+            )
+        return bits
+
     @cached_property
     def parsed_scheme(self) -> Scheme | GridScheme:
         """The scheme itself; `scheme` is how people write it."""
         return parse_scheme(self.scheme)
+
+    @property
+    def asked(self) -> str:
+        """What was asked of the layers, for people."""
+        return self.scheme if self.bits is None else f"by measured KL ({self.bits:g} bits)"
 
     @property
     def embedding_scheme(self) -> Scheme | None:
