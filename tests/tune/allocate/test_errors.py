@@ -21,7 +21,7 @@ def units() -> list[Unit]:
 
 
 def test_two_of_every_kind_are_tried() -> None:
-    assert kind(units()[1]) == "model.layers.up.w1"
+    assert kind(units()[1]) == "model.layers.up.w1 128 x 64"
     keys = tried(units())
     assert len(keys) == 4
     assert {key.split(".")[2] for key in keys} == {"2", "6"}

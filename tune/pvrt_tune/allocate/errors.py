@@ -64,8 +64,9 @@ def tried(units: Sequence[Unit]) -> set[str]:
 
 
 def kind(unit: Unit) -> str:
-    """What a unit's fellows in other blocks share with it: its name without numbers."""
-    return re.sub(r"\.\d+(?=\.|$)", "", unit.key)
+    """What a unit's fellows in other blocks share with it: its name without numbers, its shape."""
+    out, inputs = unit.shapes[0]
+    return re.sub(r"\.\d+(?=\.|$)", "", unit.key) + f" {out} x {inputs}"
 
 
 def expected(
