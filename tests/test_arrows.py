@@ -26,7 +26,7 @@ ARROWS = {
     "pvrt_tune": """
         parallel <- randomness <- calibrate
         progress <- settings, data, machine, parallel
-        data <- model_blocks
+        shapes <- data <- model_blocks
         settings <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
         run, fit <- calibrate

@@ -16,6 +16,7 @@ from pvrt.errors import RunError, SourceError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
+from pvrt_tune.shapes import BlockShape
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,7 @@ def observe(
                 output = run_block(block, hidden, arguments)
             if outputs is not None:
                 outputs[number] = output
-            _accumulate(moments, seen)
-            for name, x in seen.items():
-                counts[name] = counts.get(name, 0) + x.numel() // x.shape[-1]
+            _accumulate(moments, counts, seen)
     for name, experts in block.named_modules():
         if isinstance(experts, ExpertList):
             for projection in experts.names:
@@ -283,6 +282,14 @@ def observe(
             moment /= counts[name]
             done.add(id(moment))
     return moments
+
+
+def observe_bytes(shape: BlockShape, tokens: int, width: int) -> int:
+    """Peak of `observe` for batches of `tokens` tokens, with the block in float32."""
+    # Hidden states that come in, the residual, and what the batch before left; inputs of all
+    # linears, which hooks keep; the outputs of the widest siblings.
+    states = 4 * tokens * (3 * width + shape.read + shape.widest)
+    return 4 * shape.parameters + shape.moments + int(states)
 
 
 def _fill_up(moments: dict[str, Tensor], counts: dict[str, int], fellows: list[str]) -> None:
@@ -322,11 +329,14 @@ def _linear_inputs(block: nn.Module) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _accumulate(moments: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
-    """Add x^T x of one batch; inputs that are the same tensor are multiplied once."""
+def _accumulate(
+    moments: dict[str, Tensor], counts: dict[str, int], seen: dict[str, Tensor]
+) -> None:
+    """Add x^T x and the tokens of one batch; inputs that are the same are multiplied once."""
     # By input: the first layer that read it, whose moment the others share.
     first: dict[int, str] = {}
     for name, x in seen.items():
+        counts[name] = counts.get(name, 0) + x.numel() // x.shape[-1]
         if id(x) in first:
             moments.setdefault(name, moments[first[id(x)]])
             continue

@@ -15,6 +15,8 @@ from pvrt.format.grid import GridLayer, grid_config
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.format.write import WriteOptions, write_checkpoint
 from pvrt_tune.run import Run
+from pvrt_tune.settings import Recipe
+from pvrt_tune.shapes import ModelShape
 
 
 def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> None:
@@ -68,6 +70,20 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     write_checkpoint(
         run.settings.out, config, tensors, WriteOptions(files=files, manifest=manifest)
     )
+
+
+def peak_bytes(model: ModelShape, recipe: Recipe) -> int:
+    """Peak of `write` in host memory. Tensors that are written as files hold them are not in it."""
+    scheme, made, packing = recipe.parsed_scheme, 0, 0
+    if recipe.training is not None:  # what was trained in float32 becomes the model's own type
+        made = model.itemsize * sum(block.floats for block in model.blocks)
+        made += 0 if recipe.training.freeze_embeddings else model.itemsize * model.outside
+    if isinstance(scheme, GridScheme):
+        made += sum(4 * block.weights // (32 // scheme.bits) for block in model.blocks)
+        packing = 2 * 8 * max(block.largest for block in model.blocks)  # int64, and those shifted
+    # A shard is written at once. Shapes of layers, and what small tensors take.
+    small = 256 * sum(len(block.linears) for block in model.blocks)
+    return min(made, WriteOptions().max_shard_bytes) + packing + small
 
 
 def _products(model: nn.Module, in_codes: set[int]) -> Iterator[str]:

@@ -15,14 +15,13 @@ from typer.testing import CliRunner
 from pvrt.cli import app
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
-from pvrt.format.scheme import Scheme
 from pvrt_tune.data.source_model import Source, load_skeleton
-from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import linears
 from pvrt_tune.pipeline import tune
-from pvrt_tune.plan.memory_plan import Phase, Plan, Request, fit_bytes, plan_run
+from pvrt_tune.plan.memory_plan import Phase, Plan, Request, plan_run
 from pvrt_tune.plan.report import misfits
+from pvrt_tune.plan.skeleton import model_shape
 from pvrt_tune.plan.speed import GPU_OF_A100_CLASS
 from pvrt_tune.settings import (
     EFFORTS,
@@ -32,7 +31,6 @@ from pvrt_tune.settings import (
     TrainSettings,
     TuneJob,
 )
-from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -191,19 +189,6 @@ def test_the_predicted_size_is_the_written_one(tmp_path: Path, dense: Path, name
     assert plan.result.bits_per_weight_linears == pytest.approx(written)
 
 
-@pytest.mark.parametrize("shape", [(256, 1024), (512, 512), (1024, 256)])
-def test_memory_of_a_layer_fit_is_as_counted(shape: tuple[int, int]) -> None:
-    out, inputs = shape
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out, inputs, generator=generator)
-    x = torch.randn(2 * inputs, inputs, generator=generator)
-    moment = x.T @ x / len(x)
-    with LiveTensors() as live:
-        scheme = Scheme.parse("2x4g8")
-        fit_layer(weight, moment, scheme, QUICK.fit, generator).result(torch.bfloat16)
-    assert fit_bytes(*shape) == pytest.approx(live.peak, rel=0.15)
-
-
 def test_only_one_block_is_in_memory(
     tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,14 +301,26 @@ def test_larger_layers_and_more_rounds_take_longer() -> None:
 
 
 def test_the_last_of_sibling_layers_reads_an_input_of_its_own() -> None:
-    from pvrt_tune.plan.memory_plan import block_shape
-
-    model = load_block("llama")
-    shape = block_shape(model, QUICK)
+    (block, *_) = model_shape(toy_model("llama"), QUICK).blocks
     # q, k, v | o | gate, up | down, all of width 128 in the toy
-    assert sorted(shape.inputs) == [128] * 4
+    assert sorted(block.inputs) == [128] * 4
 
 
-def load_block(name: str) -> nn.Module:
-    block: nn.Module = toy_model(name).model.layers[0]
-    return block
+def test_experts_have_moments_of_their_own(tmp_path: Path) -> None:
+    toy_model("mixtral").save_pretrained(tmp_path)
+    (block, *_) = model_shape(load_skeleton(str(tmp_path)), QUICK).blocks
+    # q, k, v | o | and in each of four experts gate | up | down, which are filled up one by one
+    assert sorted(block.inputs) == [128] * (2 + 4 * 3)
+
+
+def test_plan_says_what_tune_says_at_its_start(dense: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("samples: 4\nlength: 32\nfit: {rounds: 1, kmeans_iterations: 2}\n")
+    options = ["--config", str(file), "--no-pv", "--scheme", "w2g64", "--device", "cpu"]
+    out = ["--out", str(tmp_path / "out")]
+    said = []
+    for command in ("plan", "tune"):
+        shown = CliRunner().invoke(app, [command, str(dense / "llama"), *options, *out])
+        assert shown.exit_code == 0, shown.output
+        said.append([line for line in shown.output.splitlines() if line.startswith("plan: ")])
+    assert len(said[0]) == 1 and said[0] == said[1]

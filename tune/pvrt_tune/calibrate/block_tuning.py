@@ -13,6 +13,7 @@ from torch import nn
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.model_blocks import run_block
 from pvrt_tune.settings import FinetuneSettings
+from pvrt_tune.shapes import BlockShape
 
 
 @dataclass(frozen=True)
@@ -82,3 +83,14 @@ def finetune_block(
             parameter.copy_(value)
             parameter.requires_grad_(False)
     return FinetuneReport(first / power, best / power)
+
+
+def peak_bytes(shape: BlockShape, tokens: int) -> int:
+    """Peak of `finetune_block` for a quantised block in float32 and batches of `tokens` tokens."""
+    # Codes; floating numbers, two moments, and the best state.
+    block = shape.codes + 4 * 4 * shape.floats
+    # Autograd keeps weights on grids, and the steps that they are made of. Of one layer: decoded
+    # weight, its gradient, and what the gradients of codebooks take.
+    weights = 2 * 4 * shape.on_grids + 6 * 4 * shape.largest
+    # Between passes there are gradients, and what Adam divides by or a new best state.
+    return int(block + max(weights + 4 * tokens * shape.kept, 2 * 4 * shape.floats))

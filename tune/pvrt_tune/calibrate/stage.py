@@ -25,6 +25,7 @@ from pvrt_tune.model_blocks import batch_size, linears, observe, record_inputs, 
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import ENDS, Run, block_piece
+from pvrt_tune.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ def _start(run: Run) -> Stream:
     if run.recipe.targets == "original":
         targets.copy_(hidden)
     return Stream(hidden, targets, arguments)
+
+
+def start_bytes(model: ModelShape, tokens: int) -> int:
+    """Peak of `_start` on a GPU, besides the two stores of hidden states; batches of `tokens`."""
+    # Embeddings; hidden states as embedded and in float32; rotary tables, which are narrower.
+    return model.itemsize * model.first + tokens * model.width * (model.itemsize + 4 + 1)
 
 
 def _dense(run: Run, index: int) -> nn.Module:

@@ -41,6 +41,11 @@ class Activations:
             mine.copy_(theirs)
 
 
+def store_bytes(shape: tuple[int, int, int]) -> int:
+    """Bytes of a store [samples, length, width], wherever it is."""
+    return 4 * prod(shape)
+
+
 def in_memory(shape: tuple[int, int, int]) -> Tensor:
     """An uninitialised store in host memory."""
     return torch.empty(shape, dtype=torch.float32)
@@ -52,7 +57,7 @@ def on_disk(shape: tuple[int, int, int], folder: Path) -> Tensor:
     Raises RunError when the disk has no room: found out now, not by a fault in mid-run.
     """
     file = folder / "activations"
-    size = 4 * prod(shape)
+    size = store_bytes(shape)
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         try:

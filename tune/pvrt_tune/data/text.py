@@ -347,6 +347,18 @@ def rows_at_once(config: Any, samples: int, length: int) -> int:
     return max(1, min(samples, (4 << 30) // size))
 
 
+def peak_bytes(config: Any, wanted: Windows, parameters: int, itemsize: int) -> int:
+    """Peak of `from_model` with the model in memory, its numbers of `itemsize` bytes."""
+    rows = rows_at_once(config, wanted.count, wanted.length)
+    cache = cache_shape(config, itemsize)
+    # Keys grow by being copied, one layer at a time; then values.
+    growing = max(size * min(wanted.length, most or wanted.length) for size, most in cache.layers)
+    # Logits, the same in float32, and their softmax.
+    scores = config.get_text_config().vocab_size * (itemsize + 2 * 4)
+    windows: int = rows * (cache.bytes_for(wanted.length) + growing // 2 + scores)
+    return itemsize * parameters + windows
+
+
 def _sample(
     model: Any, rows: int, length: int, generator: torch.Generator, shown: Callable[[int], None]
 ) -> Tensor:

@@ -24,7 +24,14 @@ from torch.nn import functional as F
 
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
-from pvrt_tune.fit.code_search import Cells, ScoreRows, halve, in_metric, lowest
+from pvrt_tune.fit.code_search import (
+    Cells,
+    ScoreRows,
+    halve,
+    in_metric,
+    lowest,
+    search_bytes,
+)
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.objective import Objective, column_blocks
 from pvrt_tune.settings import FitSettings
@@ -357,3 +364,37 @@ def fit_layer(
     fit.fit_codebooks()
     fit.fit_scales()
     return fit
+
+
+def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, device: str) -> int:
+    """Peak of one layer's fit [out, in] on a device, beyond its weight and moment in float32."""
+    out, in_features = shape
+    weight, moment = 4 * out * in_features, 4 * in_features**2
+    books, g = scheme.num_codebooks, scheme.in_group_size
+    groups, cells = out * in_features // g, cells_of(scheme)
+    # Joint choices of a group before the best are kept: what continues a beam, and the present one.
+    beam = 0 if books == 1 else settings.beam * (1 if books == 2 else _CONTINUATIONS)
+
+    def search(queries: int, width: int) -> int:
+        sizes = queries, width, scheme.codebook_size, cells
+        return search_bytes(sizes, settings.probes, device)
+
+    # Codes (int64), codebooks, scales, and orders of inputs.
+    kept = 8 * groups * books + 4 * books * scheme.codebook_size * g + 8 * (out + 2 * in_features)
+    peaks = (
+        5 * moment + weight,  # ordered, damped, identity, and two factors; points of k-means
+        # From here on with the factor that carries errors. k-means: points, weights and their
+        # product become features of twice their length; then their search.
+        moment + 5 * weight,
+        moment + 4 * weight + 8 * groups + search(groups, 2 * g),
+        # Conjugate gradients: a product with H, and a matrix that sums groups by codeword (its
+        # order, and ones) for every codebook.
+        moment + 3 * weight + 20 * groups + 12 * groups * books,
+        # A sweep: E H, changes and a product of these; values of all choices, codeword by codeword,
+        # their sum, and what the search of the next codebook takes.
+        moment
+        + 3 * weight
+        + 4 * out * (beam + 1) * g * (2 * books + 1)
+        + search(out * max(1, min(beam, settings.beam)), g),
+    )
+    return kept + max(peaks)

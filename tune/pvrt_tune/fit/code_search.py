@@ -114,6 +114,28 @@ def _inside(
     return scores[place].view(cells.shape), codeword[place].view(cells.shape)
 
 
+def search_bytes(sizes: tuple[int, int, int, int], probes: int, device: str) -> int:
+    """Peak of one search beyond its arguments, on "cpu" or a GPU.
+
+    sizes: queries, length of a feature vector, codewords, and cells that they are cut into (1: no).
+    """
+    queries, width, codewords, cells = sizes
+    tile = _CPU_TILE if device == "cpu" else _GPU_TILE
+    # Codewords, what their rows are made of, and rows and columns.
+    rows = 4 * 4 * codewords * width
+    # Scores of a tile, and the codeword found with its number in the row for every query.
+    if cells == 1:
+        return rows + 4 * min(queries * codewords, max(64 * codewords, tile)) + 20 * queries
+    part = min(queries, max(64, tile // cells))
+    pairs = part * min(probes, cells)
+    # Chunks of pairs are scored with copies of their features and of their cells' codewords.
+    size = codewords // cells
+    scored = min((pairs + _CHUNK * min(cells, pairs)) * size, tile)
+    chunks = 4 * scored * (1 + width / size + width / _CHUNK)
+    # Scores of cells; fourteen int64 of every pair, counted.
+    return int(4 * part * cells + 112 * pairs + chunks + rows) + 8 * queries
+
+
 def halve(points: Tensor, cells: int) -> Tensor:
     """Cut points [n, g] into `cells` (a power of two dividing n) groups of equal size.
 

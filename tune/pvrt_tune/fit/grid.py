@@ -268,6 +268,17 @@ class GridFit:
         )
 
 
+def peak_bytes(shape: tuple[int, int], scheme: GridScheme) -> int:
+    """Peak of one layer's fit [out, in] beyond its weight and moment in float32."""
+    out, in_features = shape
+    weight, moment = 4 * out * in_features, 4 * in_features**2
+    # Of the ranges: scales and zeros (present, tried, and bounds of both), and losses.
+    groups = 20 * weight // scheme.group_size
+    # The factors of H: ordered, damped, identity, and two factors. Later one of them is kept, with
+    # the codes, and rounding takes scales, zeros and steps of every weight.
+    return groups + max(5 * moment, moment + 6 * weight)
+
+
 def fit_grid(
     weight: Tensor, second_moment: Tensor, scheme: GridScheme, settings: FitSettings
 ) -> GridFit:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt_tune.fit import additive, grid
 from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.fit.grid import GridLinear, fit_grid
-from pvrt_tune.settings import Recipe
+from pvrt_tune.settings import FitSettings, Recipe
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,9 @@ def quantize_linear(
     scheme = recipe.parsed_scheme
     tensors: Mapping[str, Tensor | None]
     if isinstance(scheme, GridScheme):
-        grid = fit_grid(linear.weight, second_moment, scheme, recipe.fit).result(dtype)
-        tensors = {"codes": grid.codes, "scales": grid.scales, "zeros": grid.zeros}
-        error = grid.relative_error
+        rounded = fit_grid(linear.weight, second_moment, scheme, recipe.fit).result(dtype)
+        tensors = {"codes": rounded.codes, "scales": rounded.scales, "zeros": rounded.zeros}
+        error = rounded.relative_error
     else:
         fit = fit_layer(linear.weight, second_moment, scheme, recipe.fit, generator).result(dtype)
         layer, error = fit.layer, fit.relative_error
@@ -59,3 +60,12 @@ def empty_like(
     if isinstance(scheme, GridScheme):
         return GridLinear(*shape, scheme, bias, dtype=dtype)
     return AQLMLinear(*shape, scheme, bias, dtype=dtype)
+
+
+def peak_bytes(
+    shape: tuple[int, int], scheme: Scheme | GridScheme, settings: FitSettings, device: str
+) -> int:
+    """Peak of `quantize_linear` for a layer [out, in], beyond its weight and moment in float32."""
+    if isinstance(scheme, GridScheme):
+        return grid.peak_bytes(shape, scheme)
+    return additive.peak_bytes(shape, scheme, settings, device)

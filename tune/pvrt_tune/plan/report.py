@@ -63,6 +63,7 @@ def describe(plan: Plan, memory: int) -> dict[str, Any]:
     """The plan as JSON data; serving is worked out for a device with `memory` bytes."""
     weights = plan.result.file_bytes
     return {
+        "summary": summary(plan),
         "model": plan.request.model,
         "scheme": plan.request.recipe.asked,
         "device": plan.request.device,
@@ -90,6 +91,7 @@ def as_text(report: dict[str, Any]) -> str:
     """The plan for a terminal."""
     result, serving = report["result"], report["serving"]
     lines = [
+        report["summary"],
         f"{report['model']}: {report['parameters'] / 1e9:.2f} billion weights in "
         f"{report['blocks']} blocks, scheme {report['scheme']} on {report['device']}",
         f"{'phase':16}{'device':>10}{'host':>10}{'disk':>10}{'time':>9}",
@@ -114,7 +116,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def summary(plan: Plan) -> str:
-    """One line, for the start of a run."""
+    """One line, which `tune` and `pvrt plan` say first."""
     host, device = plan.peak("host_bytes").host_bytes, plan.peak("device_bytes").device_bytes
     memory = f"{gigabytes(host)} of host memory"
     if device:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from math import ceil
 
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from torch import nn
 from pvrt.format.scheme import GridScheme
 from pvrt_tune.fit.additive import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
+from pvrt_tune.pv.loss import windows_seen
 from pvrt_tune.settings import Recipe
+from pvrt_tune.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,40 @@ class Speed:
         """Time to quantise one linear layer."""
         shape = (out, in_features, recipe)
         return fit_products(*shape) / self.products + fit_search(*shape) / self.search
+
+    def sampling_seconds(self, parameters: int, itemsize: int, recipe: Recipe, rows: int) -> float:
+        """Time in which the model writes all windows, `rows` at once."""
+        read = itemsize * parameters / self.memory
+        step = max(read, 2.0 * rows * parameters / self.products)
+        return recipe.length * ceil(recipe.windows / rows) * step
+
+    def pass_seconds(self, model: ModelShape, recipe: Recipe) -> float:
+        """Time of all blocks' forward passes, and of their inputs' second moments."""
+        passes = 3 if recipe.targets == "original" else 2
+        work = sum(passes * b.active + sum(width**2 for width in b.inputs) for b in model.blocks)
+        return 2.0 * recipe.samples * recipe.length * work / self.products
+
+    def tuning_seconds(self, model: ModelShape, recipe: Recipe) -> float:
+        """Time to fine-tune all blocks."""
+        held_out = recipe.finetune.held_out
+        rounds = recipe.finetune.epochs * (3 * (1 - held_out) + held_out)
+        work = rounds * sum(block.active for block in model.blocks)
+        return 2.0 * recipe.samples * recipe.length * work / self.products
+
+    def pv_seconds(self, model: ModelShape, recipe: Recipe) -> float:
+        """Time of PV-Tuning: the original model's pass, steps, and looks at held-out text."""
+        settings = recipe.training
+        assert settings is not None
+        blocks, head = model.parameters - model.outside, model.vocabulary * model.width
+        seen = settings.steps * settings.batch
+        looks = settings.steps // settings.evaluate_every + 1
+        passes = 4 if settings.recompute_activations else 3
+        work = (
+            windows_seen(recipe) * blocks
+            + seen * (passes * blocks + 3 * head)
+            + looks * settings.held_out * (blocks + 2 * head)
+        )
+        return 2.0 * recipe.length * work / self.products
 
 
 #: For planning where there is no GPU to measure: a card of the A100's class, half of what its data

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pvrt.format.scheme import Scheme
 from pvrt_kernels.cpu import pv_step
-from pvrt_tune.fit.code_search import lowest
+from pvrt_tune.fit.code_search import lowest, search_bytes
 
 # Partial sums kept from codebook to codebook.
 _BEAM = 8
@@ -114,3 +115,13 @@ def _draw(wanted: Tensor, sums: Tensor, order: Tensor, draws: Tensor) -> Tensor:
     along = ((wanted - first) * between).sum(1)
     chance = along / between.square().sum(1).clamp_min(1e-30)
     return torch.where(draws < chance, order[:, 1], order[:, 0])
+
+
+def peak_bytes(groups: int, scheme: Scheme, device: str) -> int:
+    """Peak of `new_codes` for so many groups, beyond its arguments; in C it is next to nothing."""
+    size, g = scheme.codebook_size, scheme.in_group_size
+    if device == "cpu" and size <= 256:
+        return 0
+    at_once = min(groups, _AT_ONCE) * (1 if scheme.num_codebooks == 1 else _BEAM)
+    # What is left of values, codewords, and their differences, for two candidates each.
+    return search_bytes((at_once, g, size, 1), 0, device) + 4 * 2 * 3 * g * at_once

@@ -17,11 +17,15 @@ from torch.nn import functional as F
 from pvrt.errors import RunError
 from pvrt_tune import parallel
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.settings import Recipe
+from pvrt_tune.shapes import ModelShape
 from pvrt_tune.store import unseen
 
 CHUNK_BYTES = 64 << 20
 #: Windows whose states of the original model are computed and kept together.
 TEACHER_CHUNK = 16
+#: Windows of these that the original model computes at once.
+_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,16 @@ def kl_loss(hidden: Tensor, head: Head, target: Tensor, target_head: Head) -> Te
     return loss
 
 
+def kl_bytes(model: ModelShape, tokens: int, itemsize: int) -> int:
+    """Peak of `kl_loss` for hidden states [tokens, width] of `itemsize` bytes a number, without
+    the gradient of the head's weight.
+    """
+    rows = min(tokens, max(1, CHUNK_BYTES // (4 * model.vocabulary)))
+    # Of a chunk, in float32: both models' log-probabilities and logits of one, chances, and these
+    # times differences. Of all tokens: targets, and the gradient of the hidden states.
+    return 5 * 4 * rows * model.vocabulary + 2 * itemsize * tokens * model.width
+
+
 class Teacher:
     """Final hidden states of the original model, computed once per window of `data` and kept.
 
@@ -239,7 +253,31 @@ class Teacher:
         device = next(self.model.parameters()).device
         parts = []
         with torch.no_grad():
-            for first in range(0, len(data), 4):
-                states = final_hidden(self.model, *on_device(data[first : first + 4], device))
+            for first in range(0, len(data), _TOGETHER):
+                part = data[first : first + _TOGETHER]
+                states = final_hidden(self.model, *on_device(part, device))
                 parts.append(states.to(torch.bfloat16).cpu())
         return torch.cat(parts)
+
+
+def teacher_bytes(model: ModelShape, length: int, itemsize: int) -> int:
+    """Peak of a teacher at work on the device, the original model with it; windows of `length`."""
+    # Hidden states that come in, as normed, the residual, and the last windows'; the outputs of the
+    # widest sibling layers, and what is made of them.
+    states = 4 * model.width + 1.5 * max(block.widest for block in model.blocks)
+    return itemsize * (model.parameters + int(_TOGETHER * length * states))
+
+
+def windows_seen(recipe: Recipe) -> int:
+    """Windows whose states a run computes: all, or those that its steps ask for."""
+    settings = recipe.training
+    assert settings is not None
+    asked = settings.steps * settings.batch + settings.held_out
+    return recipe.windows if settings.teacher_first else min(recipe.windows, asked)
+
+
+def states_bytes(model: ModelShape, recipe: Recipe) -> tuple[int, int]:
+    """Host memory of the chunk that a teacher computes, and bytes of all states that it keeps."""
+    windows, one = windows_seen(recipe), 2 * recipe.length * model.width
+    # A chunk's parts are joined; other chunks are mapped from their files.
+    return 2 * one * min(TEACHER_CHUNK, windows), one * windows

@@ -21,12 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pvrt.format.scheme import Scheme
 from pvrt_tune import parallel
 from pvrt_tune.parallel import Rows
+from pvrt_tune.pv import code_search
 from pvrt_tune.pv.latent import Latent
 from pvrt_tune.pv.representation import Representation
 from pvrt_tune.randomness import branch
-from pvrt_tune.settings import PVSettings, StrategyName
+from pvrt_tune.settings import PVSettings, Recipe, StrategyName
+from pvrt_tune.shapes import ModelShape
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,34 @@ class PVOptimizer:
         layer = name.rpartition(".")[0]
         height = None if name in self.replicated else self.weights[layer].shape[0]
         return Rows(tensor.detach(), height)
+
+
+def state_bytes(model: ModelShape, settings: PVSettings, trained: int) -> int:
+    """What a step needs and a resumed run, with `trained` continuous numbers."""
+    strategy, weights = STRATEGIES[settings.strategy], sum(block.weights for block in model.blocks)
+    latent = (2 if settings.low_memory else 4) * strategy.accumulates
+    moment = (0 if settings.low_memory else 4) * strategy.moves_codes
+    bounds = 2 * sum(block.groups for block in model.blocks)
+    # Continuous numbers have two moments of Adam.
+    codes = sum(block.codes for block in model.blocks)
+    return (latent + moment) * weights + bounds + codes + 3 * 4 * trained
+
+
+def step_bytes(model: ModelShape, recipe: Recipe, device: str) -> int:
+    """Peak of one step on "cpu" or a GPU, beyond gradients and state: that of the largest layer."""
+    strategy, settings = STRATEGIES[recipe.pv.strategy], recipe.pv
+    largest, scheme = max(block.largest for block in model.blocks), recipe.parsed_scheme
+    group_size = scheme.in_group_size if isinstance(scheme, Scheme) else 1
+    share = min(1, settings.fraction * settings.gain_pool) if strategy.subspace else 1
+    share *= strategy.moves_codes
+    searched = int(share * largest / group_size)
+    # In float32: gradient, decoded weight and target; then direction and a difference, or what
+    # rounds at random; or else the values that groups want and find, and their search.
+    step = 4 * (2 + settings.low_memory) * largest
+    search = 4 * 4 * searched * group_size
+    if isinstance(scheme, Scheme):
+        search += code_search.peak_bytes(searched, scheme, device)
+    return 4 * 3 * largest + max(step, search) + 4 * 4 * largest // group_size
 
 
 def _local(tensor: Tensor) -> Tensor:

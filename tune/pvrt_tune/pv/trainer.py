@@ -16,11 +16,12 @@ from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.progress import Report
-from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_loss, on_device
-from pvrt_tune.pv.optimizer import PVOptimizer
+from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_bytes, kl_loss, on_device
+from pvrt_tune.pv.optimizer import PVOptimizer, state_bytes, step_bytes
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.randomness import seeded
-from pvrt_tune.settings import Recipe
+from pvrt_tune.settings import Recipe, TrainSettings
+from pvrt_tune.shapes import ModelShape
 from pvrt_tune.store import Store
 
 #: Pieces of a run, numbered by step: the best student so far, and the state to go on from.
@@ -284,6 +285,35 @@ class Trainer:
         self.steps = int(saved["steps"])
         self.curves = list(saved["curves"])
         self.optimizer.resume(self.step, lambda tensors: shards.fill(store, name, tensors))
+
+
+def trained_numbers(model: ModelShape, settings: TrainSettings) -> int:
+    """Continuous numbers that training moves."""
+    outside = 0 if settings.freeze_embeddings else model.outside
+    return sum(block.floats for block in model.blocks) + outside
+
+
+def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) -> int:
+    """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number."""
+    settings, tokens = recipe.training, recipe.length
+    assert settings is not None
+    tokens *= settings.microbatch
+    trained = trained_numbers(model, settings)
+    head = 4 * model.vocabulary * model.width
+    # Decoded weights with gradients; what is frozen in their type; the optimizer's state; and
+    # gradients of what it trains.
+    student = 2 * itemsize * sum(block.weights for block in model.blocks) + 4 * trained
+    student += itemsize * model.outside if settings.freeze_embeddings else 3 * head
+    student += state_bytes(model, recipe.pv, trained)
+    # What blocks leave for the backward pass, then the loss; or else the step.
+    kept = sum(block.kept for block in model.blocks)
+    if settings.recompute_activations:
+        kept = len(model.blocks) * model.width + max(block.kept for block in model.blocks)
+    passes = itemsize * tokens * kept + kl_bytes(model, tokens, itemsize)
+    # Adam divides all at once on a GPU; large codebooks need as much while gradients reach them.
+    largest = max(block.largest for block in model.blocks)
+    divided = 4 * trained + 3 * 4 * largest
+    return student + int(max(passes, step_bytes(model, recipe, device), divided))
 
 
 def _recompute_activations(model: Any) -> None:
