@@ -31,7 +31,7 @@ def test_noise_has_a_relative_error_of_one_and_repeats() -> None:
 def test_noise_lies_where_a_fit_leaves_its_error() -> None:
     weight, moment = layer()
     settings = FitSettings(rounds=1, kmeans_iterations=6, beam=2)
-    fit = fit_layer(weight, moment, Scheme.parse("2x8g8"), settings, seeded(0, "fit"))
+    fit = fit_layer(weight, moment, Scheme.parse("1x8g8"), settings, seeded(0, "fit"))
     left = fit.residual()
     noise = shaped(weight, moment, 0.01, seeded(0, "noise"))
     plain = rows_like(weight, seeded(0, "noise"))
@@ -46,14 +46,14 @@ def test_noise_lies_where_a_fit_leaves_its_error() -> None:
 
 
 def test_what_rounding_would_leave_goes_with_what_fits_leave() -> None:
-    weight, moment = layer()
+    weight, moment = layer(512)
     white = torch.eye(len(moment))
     settings = FitSettings(rounds=0, kmeans_iterations=4, beam=1)
-    scheme = Scheme.parse("1x8g4")
+    scheme = Scheme.parse("1x8g8")
     ratios = [
         fit_layer(weight, h, scheme, settings, seeded(0, "fit")).relative_error()
         / coarsest(weight, h, 0.01)
         for h in (white, moment)
     ]
-    assert coarsest(weight, white, 0.01) / coarsest(weight, moment, 0.01) > 5
+    assert coarsest(weight, white, 0.01) / coarsest(weight, moment, 0.01) > 2
     assert 0.4 < ratios[0] / ratios[1] < 2.5

@@ -25,6 +25,13 @@ class Needs:
     bits_layers: float
 
 
+def stand_in(bits: float) -> str:
+    """The scheme that stages which only need its size are planned with: of no fewer bits, and with
+    groups that divide whatever is shared out.
+    """
+    return next((text for least, text in ((2, "1x8g4"), (4, "2x8g4")) if bits <= least), "3x8g4")
+
+
 def needs(model: Any, recipe: Recipe, fit_seconds: Callable[[int, int, Recipe], float]) -> Needs:
     """Needs of a recipe with `bits`; fit_seconds: of a layer [out, in] by a recipe's scheme.
 

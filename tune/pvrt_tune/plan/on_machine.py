@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from pvrt.device import default_device, is_here
-from pvrt_tune.allocate.needs import needs
+from pvrt_tune.allocate.needs import needs, stand_in
 from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import check_divisible, find_blocks
@@ -56,19 +56,21 @@ def plan_here(
 
 
 def _plan(request: Request, machine: Machine) -> Plan:
-    model = load_skeleton(request.model)
-    if request.recipe.bits is None:
-        check_divisible(find_blocks(model), request.recipe.parsed_scheme)
+    model, bits = load_skeleton(request.model), request.recipe.bits
+    if bits is not None:
+        recipe = replace(request.recipe, scheme=stand_in(bits))
+        request = replace(request, recipe=recipe)
+    check_divisible(find_blocks(model), request.recipe.parsed_scheme)
     here = is_here(request.device)
     rates = speed.measure(request.device) if here else speed.GPU_OF_A100_CLASS
     plan = plan_run(model, request, rates, machine)
-    return plan if request.recipe.bits is None else _shared_out(plan, model, rates)
+    return plan if bits is None else _shared_out(plan, model, rates)
 
 
 def _shared_out(plan: Plan, model: Any, rates: speed.Speed) -> Plan:
     """The plan of a recipe with bits: measuring comes first, and the file has these bits.
 
-    The stages after it are planned as if all layers had the recipe's scheme.
+    The other stages are planned as if all layers had one scheme.
     """
     needed = needs(model, plan.request.recipe, rates.fit_seconds)
     first = next(phase for phase in plan.phases if phase.name == "block pass")
