@@ -132,22 +132,20 @@ def tensors(bench: Bench, found: dict[str, dict[str, float]]) -> Iterator[dict[s
         plain = rows_like(weight, seeded(0, f"{key} noise"))
         plain /= Objective(weight, moment).relative_error(weight - plain) ** 0.5
         decoded, error = bench.fit(unit, UNIFORM)
-        row = {
+        kl_noise = bench.kl(bench.few, few, {key: weight + level * noise})
+        power = Objective(weight, moment).power
+        yield {
             "layer": key,
             "relative_error": error,
             "expected_relative_error": errors[UNIFORM],
-            "output_power": Objective(weight, moment).power,
+            "output_power": power,
             "kl": bench.kl(bench.one, one, {key: decoded}),
             "kl_same_text": bench.kl(bench.few, few, {key: decoded}),
-            "kl_shaped_noise": bench.kl(bench.few, few, {key: weight + level * noise}),
+            "kl_shaped_noise": kl_noise,
             "kl_plain_noise": bench.kl(bench.few, few, {key: weight + level * plain}),
         }
-        found[key] = {
-            "kl": row["kl_shaped_noise"],
-            "power": row["output_power"],
-            **{str(scheme): value for scheme, value in errors.items()},
-        }
-        yield row
+        named = {str(scheme): value for scheme, value in errors.items()}
+        found[key] = {"kl": kl_noise, "power": power, **named}
 
 
 def allocations(bench: Bench, found: dict[str, dict[str, float]]) -> Iterator[dict[str, Any]]:

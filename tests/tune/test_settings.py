@@ -95,7 +95,7 @@ def test_of_the_settings_of_steps_only_those_taken_are_recorded() -> None:
         ("pv: {pv: {fractoin: 1}}", "pv has no setting fractoin; did you mean fraction"),
         ("{training: {}, pv: {steps: 1}}", "pv has no setting steps; it knows strategy"),
         ("pv: 3", "pv takes settings of its own"),
-        ("{3: 4}", "there is no setting 3; it knows scheme, samples"),
+        ("{3: 4}", "there is no setting 3; it knows scheme, bits"),
         ("training: {3: 4}", "training has no setting 3; it knows windows"),
         ("training: {1: {2: 3}}", "training has no setting 1; it knows windows"),
     ],

@@ -1,8 +1,9 @@
 """Bits of the whole file shared out over toy models of real architectures."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def file_bits(run: Run, schemes: dict[str, Scheme]) -> float:
     return budget.file_bits(schemes, units) / budget.weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
 def test_schemes_of_all_layers_fill_the_budget(tmp_path: Path, architecture: str) -> None:
     lines: list[str] = []
@@ -72,16 +74,17 @@ class Stopped(Exception):
     """A run ends here as it would by a kill."""
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on_where_it_stopped(tmp_path: Path) -> None:
     recipe = replace(RECIPE, samples=1)  # room for one block in a sweep
     whole = allocate(run_of(tmp_path / "whole", "llama", recipe))
     cut = run_of(tmp_path / "cut", "llama", recipe)
     save = cut.store.save
 
-    def until_second(name: str, *rest: object) -> None:
+    def until_second(name: str, tensors: Mapping[str, torch.Tensor], report: Any) -> None:
         if name != "sensitivity-00000":
             raise Stopped
-        save(name, *rest)  # type: ignore[arg-type]
+        save(name, tensors, report)
 
     cut.store.save = until_second  # type: ignore[method-assign]
     with pytest.raises(Stopped):
@@ -95,6 +98,7 @@ def test_a_killed_measurement_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert again.store.noted(piece) == first.noted(piece)
 
 
+@pytest.mark.slow
 def test_a_layer_that_matters_more_gets_more_bits(tmp_path: Path) -> None:
     run = run_of(tmp_path, "llama")
     loud = "model.layers.1.mlp.down_proj"
