@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import socket
 import subprocess
@@ -85,7 +86,8 @@ def test_the_closing_line_is_this_pytest_s_own(machines: ModuleType, tmp_path: P
     file = tmp_path / "test_two.py"
     file.write_text("def test_a(): pass\ndef test_b(): assert False\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # seconds of imports
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     found = machines.closing_line(done.stdout)
     assert (found["tests_passed"], found["tests_failed"]) == (1, 1), done.stdout
 

@@ -120,8 +120,7 @@ def test_dequantize_gradients_equal_those_of_the_linear_op() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x16g8"])
+@pytest.mark.parametrize(("scheme", "bias"), [("2x8g8", True), ("1x16g8", False)])
 def test_opcheck_accepts_both_ops(scheme: str, bias: bool) -> None:
     layer = random_layer(Scheme.parse(scheme), 16, 32)
     books = layer.codebooks.unsqueeze(0).requires_grad_(True)

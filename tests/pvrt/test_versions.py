@@ -80,27 +80,28 @@ def test_pip_is_told_the_same_ranges() -> None:
         assert ranges[tested.package] == Requirement(tested.requirement).specifier
 
 
+def pretend_installed(folder: Path, package: str, version: str) -> None:
+    """What importlib.metadata finds first where the folder comes first."""
+    info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
 @pytest.mark.parametrize("version", ["0.16.0", "0.18.0", "0.20.0"])
 def test_grids_are_not_read_by_a_package_that_lays_them_out_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
     """They expect other shapes, and at 3 bits 0.18 decodes other values."""
     write_toy_grid(tmp_path / "grid", "llama", "w3g64s")
-    info = tmp_path / f"compressed_tensors-{version}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: compressed-tensors\nVersion: {version}\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))  # the first one found is the one installed
+    pretend_installed(tmp_path, "compressed-tensors", version)
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(CheckpointError, match=f"found {version}; try pip install"):
         pvrt.load(tmp_path / "grid")
 
 
 def test_an_old_transformers_ends_in_one_sentence(tmp_path: Path) -> None:
     """Its modules lack what ours import, so the range has to be asked first."""
-    info = tmp_path / "transformers-4.57.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
+    pretend_installed(tmp_path, "transformers", "4.57.0")
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import pvrt\n"
@@ -118,9 +119,7 @@ def test_an_old_transformers_stops_our_models_and_no_other(tmp_path: Path) -> No
     """A process may have imported pvrt for another model's sake: vLLM imports every plugin."""
     toy_model("llama").save_pretrained(tmp_path / "dense")
     write_toy(tmp_path / "codes")
-    info = tmp_path / "transformers-4.57.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 4.57.0\n")
+    pretend_installed(tmp_path, "transformers", "4.57.0")
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import pvrt\n"

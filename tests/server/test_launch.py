@@ -25,15 +25,6 @@ from pvrt_server.vllm.process import vllm_command, vllm_environment
 from tests.fixtures.toy import write_toy
 from tests.server.running import PATIENCE, wait_until
 
-# Serves a folder given as sys.argv[1], by what stands in the braces.
-RUN = """
-import sys
-from pathlib import Path
-from pvrt_server.launch import serve
-from pvrt_server.options import ServeOptions
-sys.exit(serve(Path(sys.argv[1]), ServeOptions({options})))
-"""
-
 # Serves; before a sequence of 30 tokens gets the next one, a statement runs.
 RUN_WITH = """
 import sys

@@ -1,7 +1,5 @@
 """`--check` passes on a good server and fails, by name, on a bad one."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +10,17 @@ from pvrt_server.api.app import create_app
 from pvrt_server.engine.engine import Engine
 from pvrt_server.options import ServeOptions
 from pvrt_server.self_test import Target, report, run_checks
+from tests.fixtures.command_line import run
 from tests.server import running
-from tests.server.running import PATIENCE, Server
-from tests.server.test_launch import RUN
+from tests.server.running import Server
 
 
 def test_the_embedded_engine_passes_every_check_on_the_command_line(toy: Path) -> None:
-    code = RUN.format(options="engine='local', port=0, api_key='k', check=True")
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(toy)], capture_output=True, text=True, timeout=5 * PATIENCE
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "FAIL" not in run.stdout
-    assert "nothing else without the key" in run.stdout
-    assert "KV cache" in run.stdout  # what fits is said first
+    done = run("serve", str(toy), "--engine", "local", "--port", "0", "--api-key", "k", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAIL" not in done.stdout
+    assert "nothing else without the key" in done.stdout
+    assert "KV cache" in done.stdout  # what fits is said first
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import pvrt
 from pvrt.errors import SourceError
+from pvrt.format.aqlm import Checkpoint
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
@@ -37,6 +38,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", params=["mixtral", "qwen2_moe"])
+def mixture(request: pytest.FixtureRequest, folders: Path) -> tuple[str, Path]:
+    """A mixture's name, and the folder of what it was tuned to."""
+    out = folders / f"{request.param}-tuned"
+    tune(TuneJob(str(folders / request.param), out, QUICK), lambda line: None)
+    return request.param, out
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_apart_compute_what_fused_ones_do(folders: Path, name: str) -> None:
     fused = AutoModelForCausalLM.from_pretrained(folders / name)
@@ -47,9 +56,9 @@ def test_experts_apart_compute_what_fused_ones_do(folders: Path, name: str) -> N
         torch.testing.assert_close(apart(tokens).logits, fused(tokens).logits)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_experts_are_written_as_published(tmp_path: Path, folders: Path, name: str) -> None:
-    checkpoint = tune(TuneJob(str(folders / name), tmp_path / "out", QUICK), lambda line: None)
+def test_experts_are_written_as_published(folders: Path, mixture: tuple[str, Path]) -> None:
+    name, out = mixture
+    checkpoint = Checkpoint.open(out)
     checkpoint.verify()
     published = set(stored_names(folders / name))
     inside = "block_sparse_moe.experts.3.w1" if name == "mixtral" else "mlp.experts.3.gate_proj"
@@ -64,14 +73,13 @@ def test_experts_are_written_as_published(tmp_path: Path, folders: Path, name: s
         assert "model.layers.0.mlp.shared_expert.gate_proj" in checkpoint.layers
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
 def test_a_quantised_mixture_loads_and_follows_its_original(
-    tmp_path: Path, folders: Path, name: str
+    folders: Path, mixture: tuple[str, Path]
 ) -> None:
+    name, out = mixture
     dense = AutoModelForCausalLM.from_pretrained(folders / name)
-    tune(TuneJob(str(folders / name), tmp_path / "out", QUICK), lambda line: None)
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
-    model = pvrt.load(tmp_path / "out")
+    model = pvrt.load(out)
     expert = model.model.layers[0].mlp.experts.get_submodule("1")
     assert all(isinstance(module, AQLMLinear) for module in expert.values())
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.parallel import Group, Rows, joined, top_share
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.store import Store
+from tests.fixtures.ranks import COUNTS, RANKS, SIZES, is_read, tensors
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
 
@@ -70,7 +71,7 @@ import torch
 from pvrt.errors import RunError
 from pvrt_tune import parallel, shards
 from pvrt_tune.store import Store
-from tests.tune.test_parallel import COUNTS, SIZES, gathered, is_read, raised, tensors
+from tests.fixtures.ranks import COUNTS, SIZES, gathered, is_read, raised, tensors
 signal.signal(signal.SIGINT, signal.default_int_handler)
 folder = Path({folder!r})
 
@@ -111,45 +112,6 @@ with parallel.joined("cpu", print) as group:
     found["first interrupted"] = raised(lambda: group.first(interrupt))
     (folder / f"{{parallel.rank()}}.json").write_text(json.dumps(found))
 """
-RANKS = 3
-COUNTS, SIZES = range(1, 11), range(1, 5)
-
-
-def raised(work: Any) -> str:
-    """What work raises, as text."""
-    try:
-        work()
-    except (Exception, KeyboardInterrupt) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
-def tensors(seed: int) -> dict[str, Rows]:
-    """Tensors that ranks share: cut ones, of which the last rank has fewer rows or none, and one
-    that every rank has whole.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    cut = {
-        "student/a.codes": torch.randint(-99, 99, (7, 3), generator=generator).short(),
-        "optimizer/a/latent": torch.randn(4, 2, generator=generator).bfloat16(),
-        "student/norm": torch.randn(3, generator=generator),
-    }
-    whole = {"student/a.codebooks": Rows(torch.randn(2, 5, generator=generator), None)}
-    rows = {name: Rows(t[parallel.rows_of(len(t))].clone(), len(t)) for name, t in cut.items()}
-    return rows | whole
-
-
-def is_read(state: Store, name: str, expected: dict[str, Rows]) -> bool:
-    """Whether a piece fills this rank's rows with what is expected."""
-    blank = {n: rows._replace(local=torch.zeros_like(rows.local)) for n, rows in expected.items()}
-    shards.fill(state, name, blank)
-    return all(torch.equal(blank[n].local, rows.local) for n, rows in expected.items())
-
-
-def gathered() -> list[list[float]]:
-    """What this rank gets of the rows of all."""
-    wholes = [parallel.gather(rows) for rows in tensors(4).values()]
-    return [whole.flatten().tolist() for whole in wholes if whole is not None]
 
 
 @pytest.fixture(scope="module")

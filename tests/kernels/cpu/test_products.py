@@ -20,6 +20,7 @@ from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 from tests.fixtures.instruction_sets import SOURCES, compiled, natively, relative, using
 from tests.fixtures.toy import random_layer
+from tests.fixtures.turning import turning
 
 HERE = Path(__file__).parent
 SCHEMES = ["2x8g8", "1x8g8", "1x8g4", "4x8g8", "2x8g16", "1x7g8", "17x8g8", "1x16g8", "1x12g16"]
@@ -124,8 +125,15 @@ def share_of_bound(data: Callable[[QuantizedLayer, Tensor], None], scheme: str) 
     return float(((both.double() - expected).abs() / rounding.product_bound(x, *given)).max())
 
 
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x7g4", "17x8g8"])
-@pytest.mark.parametrize("data", [ordinary, outlier, cancelling, far_books])
+@pytest.mark.parametrize(
+    ("data", "scheme", "isa"),
+    turning(
+        [ordinary, outlier, cancelling, far_books],
+        ["2x8g8", "1x7g4", "17x8g8"],
+        cpu.INSTRUCTION_SETS,
+    ),
+    indirect=["isa"],
+)
 def test_no_output_is_farther_off_than_the_stated_bound(
     isa: str, data: Callable[[QuantizedLayer, Tensor], None], scheme: str
 ) -> None:
@@ -255,8 +263,11 @@ def test_dense_products_of_sixteen_bit_weights_are_summed_in_fp32(
         assert bool(((y - x.double() @ weight.double().T).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("dim", [12, 64, 88])
-@pytest.mark.parametrize("share", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("share", "dim", "isa"),
+    turning([1, 2, 3, 4, 7], [12, 64, 88], cpu.INSTRUCTION_SETS),
+    indirect=["isa"],
+)
 def test_attention_of_heads_that_share_keys_is_that_of_float64(
     isa: str, share: int, dim: int
 ) -> None:
@@ -277,8 +288,15 @@ def test_attention_of_heads_that_share_keys_is_that_of_float64(
         assert relative(y[0], (scores.softmax(-1) @ values).flatten()) < rounding.FP32_RELATIVE
 
 
-@pytest.mark.parametrize("scheme", ["2x8g8", "3x7g4", "1x16g8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "isa"),
+    turning(
+        ["2x8g8", "3x7g4", "1x16g8"],
+        [torch.float32, torch.float16, torch.bfloat16],
+        cpu.INSTRUCTION_SETS,
+    ),
+    indirect=["isa"],
+)
 def test_decoding_is_the_reference_to_the_bit(isa: str, scheme: str, dtype: torch.dtype) -> None:
     sizes = [64, 40, 130]
     layer = fused(scheme, sizes, 48, dtype)

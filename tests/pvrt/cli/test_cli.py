@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, exit codes, one sentence on stderr."""
+"""The command line as a user meets it: exit codes, one sentence on stderr, JSON on stdout."""
 
 import json
 import subprocess
@@ -16,12 +16,9 @@ from pvrt.cli.recipe import Activations, Effort
 from pvrt.lock import Comparison, compare
 from pvrt.tools import doctor
 from pvrt.tools.doctor import Finding, examine
+from pvrt_kernels.cpu import library
+from tests.fixtures.command_line import run
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy
-
-
-def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "pvrt", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +28,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_version_is_printed() -> None:
-    assert run("--version").stdout.strip() == f"pvrt {pvrt.__version__}"
+def test_a_process_prints_the_version_or_one_sentence_and_ends_by_its_exit_code() -> None:
+    """The other tests call what `python -m pvrt` calls."""
+    for arguments, ended in (
+        (("--version",), (0, f"pvrt {pvrt.__version__}\n", "")),
+        (("tune", "a", "-o", "x", "--samples", "many"), (2, "", "Invalid value for '--samples'")),
+        (("serve", "a", "--port", "70000"), (2, "", "pvrt: --port is 70000; it must be at most")),
+    ):
+        command = [sys.executable, "-m", "pvrt", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == ended[:2], (arguments, done.stderr)
+        assert ended[2] in done.stderr and "Traceback" not in done.stderr, arguments
 
 
 def test_help_names_every_command() -> None:
@@ -92,6 +98,7 @@ def test_an_instruction_set_that_is_not_there_is_refused_before_anything_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PVRT_CPU_ISA", "avx512")
+    monkeypatch.setattr(library, "library", library.library.__wrapped__)  # as if not yet loaded
     for command in (["inspect", "nowhere"], ["doctor"]):
         done = run(*command)
         assert done.returncode == 2
@@ -217,17 +224,15 @@ def test_doctor_sees_a_filter_that_leaves_the_plugin_out(monkeypatch: pytest.Mon
     )
 
 
-def test_doctor_sees_a_folder_that_shadows_the_kernels_package(tmp_path: Path) -> None:
+def test_doctor_sees_a_folder_that_shadows_the_kernels_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert next(f for f in examine() if f.name == "kernels").level == "ok"
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")
-    script = (
-        "from pvrt.tools.doctor import examine\n"
-        "print([finding.level for finding in examine() if finding.name == 'kernels'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.strip() == "['problem']", done.stderr
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert next(f for f in examine() if f.name == "kernels").level == "problem"
 
 
 def test_perplexity_of_a_uniform_model_is_its_vocabulary() -> None:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.format.config_block import quantization_config, skipped_modules
 from pvrt.format.scheme import Scheme
 from pvrt.format.write import WriteOptions, write_checkpoint
+from tests.fixtures.full_disk import full_disk
 from tests.fixtures.toy import random_layer, write_toy
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -277,27 +276,11 @@ def test_a_tensor_that_the_index_misplaces_is_named(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path)
 
 
-FULL_DISK = """
-import resource, sys, torch
-sys.path[:0] = {paths!r}
-from pvrt.format.write import write_checkpoint
-from pvrt.errors import CheckpointError
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-try:
-    write_checkpoint({path!r}, {{"a": 1}}, [("w", torch.zeros(1_000_000))])
-except CheckpointError as error:
-    print("refused:", error)
-"""
-
-
 def test_a_full_disk_leaves_the_old_checkpoint_untouched(folder: Path) -> None:
-    """The kernel refuses to write past a size limit, as it does on a full disk."""
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    script = FULL_DISK.format(paths=sys.path, path=str(folder))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "refused: cannot write the checkpoint" in run.stdout, run.stderr
+    refused = pytest.raises(CheckpointError, match="cannot write the checkpoint")
+    with refused, full_disk(200_000):
+        write_checkpoint(folder, {"a": 1}, [("w", torch.zeros(1_000_000))])
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 

@@ -1,7 +1,5 @@
 """`pvrt bench kernels`, as far as it goes without a GPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from pvrt.tools.bench_kernels import Clock
 from pvrt_kernels.gpu import choose
 from pvrt_kernels.gpu.choose import DENSE, Gpu, LaunchConfig, Shape
 from tests.fixtures import aot
+from tests.fixtures.command_line import run
 from tests.fixtures.toy import write_toy
 
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128)
@@ -23,8 +22,7 @@ SQUARE = Shape(2, 256, 8, 4096, 4096)
 def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one here")
-    command = [sys.executable, "-m", "pvrt", "bench", "kernels", "--tune"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("bench", "kernels", "--tune")
     assert done.returncode == 2
     assert done.stderr == (
         "pvrt: pvrt bench kernels measures an NVIDIA GPU, and torch finds none here\n"
@@ -32,8 +30,7 @@ def test_a_machine_without_a_gpu_is_told_so(tmp_path: Path) -> None:
 
 
 def test_options_may_still_come_before_the_folder() -> None:
-    command = [sys.executable, "-m", "pvrt", "bench", "--new-tokens", "4", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run("bench", "--new-tokens", "4", "nowhere")
     assert (done.returncode, "nowhere is not a folder" in done.stderr) == (2, True)
 
 

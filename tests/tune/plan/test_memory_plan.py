@@ -1,23 +1,19 @@
 """Plans: what is predicted is what a run needs and gives; what does not fit is one sentence."""
 
-import gc
 import json
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
-from pvrt_tune.data.source_model import Source, load_skeleton
+from pvrt_tune.data.source_model import load_skeleton
 from pvrt_tune.machine import Machine
-from pvrt_tune.model_blocks import linears
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.memory_plan import Phase, Plan, Request, plan_run
 from pvrt_tune.plan.report import misfits
@@ -134,7 +130,11 @@ def test_the_command_reads_config_json_alone(tmp_path: Path) -> None:
     assert "sampling" not in text and "2.005 bits per weight" in text and "fits" in text
 
 
-def test_a_plan_that_does_not_fit_names_all_problems_and_ends_with_1(tmp_path: Path) -> None:
+def test_a_plan_that_does_not_fit_names_all_problems_and_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Machine.here("cpu", tmp_path)  # what is free must not change between two plans
+    monkeypatch.setattr(Machine, "here", lambda device, out: here)
     folder = config_only(tmp_path / "8b", LLAMA_8B)
     command = ["plan", str(folder), "--device-memory", "12", "--host-memory", "64"]
     shown = CliRunner().invoke(app, command)
@@ -173,13 +173,13 @@ def test_plan_makes_the_recipe_that_tune_would(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
-    for name in ("llama", "llama-tied", "qwen2", "gemma3_text"):
+    for name in ("llama", "llama-tied", "qwen2"):
         toy_model(name).to(torch.bfloat16).save_pretrained(folder / name)
         toy_tokenizer().save_pretrained(folder / name)
     return folder
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2"])
 def test_the_predicted_size_is_the_written_one(tmp_path: Path, dense: Path, name: str) -> None:
     plan = plan_of(dense / name, recipe=QUICK)
     checkpoint = tune(TuneJob(str(dense / name), tmp_path / "out", QUICK), lambda line: None)
@@ -187,24 +187,6 @@ def test_the_predicted_size_is_the_written_one(tmp_path: Path, dense: Path, name
     assert 0 <= checkpoint.file_bytes() - plan.result.file_bytes < header
     written = checkpoint.linear_bits_per_weight()
     assert plan.result.bits_per_weight_linears == pytest.approx(written)
-
-
-def test_only_one_block_is_in_memory(
-    tmp_path: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alive: list[weakref.ref[nn.Module]] = []
-    load = Source.load
-
-    def watched(self: Source, name: str, device: str, dtype: torch.dtype) -> nn.Module:
-        gc.collect()
-        assert not any(block() is not None for block in alive)
-        block = load(self, name, device, dtype)
-        alive.append(weakref.ref(next(module for _, module in linears(block))))
-        return block
-
-    monkeypatch.setattr(Source, "load", watched)
-    tune(TuneJob(str(dense / "gemma3_text"), tmp_path / "out", QUICK), lambda line: None)
-    assert len(alive) == 6
 
 
 def test_where_hidden_states_are_kept_changes_no_byte(tmp_path: Path, dense: Path) -> None:
