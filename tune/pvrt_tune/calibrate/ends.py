@@ -89,7 +89,8 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
     moment = head_moment(run, hidden)
     tensors: dict[str, Tensor] = {}
     report = {}
-    for name, scheme in schemes.items():
+    for name, default in schemes.items():
+        scheme = run.schemes.get(name, default)
         read = run.source.read(run.source.inside(name), run.device)
         weight = read[f"{name}.weight"]
         metric = moment if found[name].multiplies else torch.eye(weight.shape[1]).to(weight.device)
