@@ -67,3 +67,11 @@ def test_a_model_of_many_layers_is_solved_and_fills_its_budget() -> None:
 def test_too_small_a_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="fewest"):
         choose([[Option(10, 1.0)], [Option(5, 1.0), Option(4, 2.0)]], 13)
+
+
+def test_items_that_are_all_alike_are_no_harder() -> None:
+    sizes = [100, 150, 200, 300, 401, 402, 600]
+    items = [[Option(size, 4.0 ** (-size / 100)) for size in sizes] for _ in range(200)]
+    chosen = choose(items, 200 * 230 + 70)
+    bits = sum(options[index].bits for options, index in zip(items, chosen, strict=True))
+    assert 200 * 230 - 50 < bits <= 200 * 230 + 70

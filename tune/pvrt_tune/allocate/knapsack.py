@@ -77,31 +77,50 @@ def _spread(options: Sequence[Option]) -> float:
 
 
 def _best_price(items: Sequence[Sequence[Option]], budget: int) -> tuple[float, float]:
-    """A price per bit near that of the best bound, and the cost of a choice that fits."""
+    """A price per bit near that of the best bound, and the cost of a good choice that fits."""
     low, high = 0.0, 1.0
     for _ in range(_PRICE_STEPS):
-        if _at_price(items, high)[0] <= budget:
+        if _bits(_at_price(items, high)) <= budget:
             break
         high *= 2
-    known = min(_at_price(items, high)[1], _cost_of_fewest(items))
     for _ in range(_PRICE_STEPS):
         middle = (low + high) / 2
-        bits, cost = _at_price(items, middle)
-        if bits <= budget:
-            high, known = middle, min(known, cost)
+        if _bits(_at_price(items, middle)) <= budget:
+            high = middle
         else:
             low = middle
-    return high, known
+    chosen = _at_price(items, high)
+    if _bits(chosen) > budget:  # no price is high enough where more bits cost nothing less
+        chosen = [min(options) for options in items]
+    return high, sum(option.cost for option in _filled(items, chosen, budget))
 
 
-def _at_price(items: Sequence[Sequence[Option]], price: float) -> tuple[int, float]:
-    """Bits and cost when every item takes what is best for itself."""
-    chosen = [min(options, key=lambda o: (o.cost + price * o.bits, o.bits)) for options in items]
-    return sum(option.bits for option in chosen), sum(option.cost for option in chosen)
+def _at_price(items: Sequence[Sequence[Option]], price: float) -> list[Option]:
+    """What every item takes when it does what is best for itself."""
+    return [min(options, key=lambda o: (o.cost + price * o.bits, o.bits)) for options in items]
 
 
-def _cost_of_fewest(items: Sequence[Sequence[Option]]) -> float:
-    return sum(min(options, key=lambda o: (o.bits, o.cost)).cost for options in items)
+def _bits(chosen: Sequence[Option]) -> int:
+    return sum(option.bits for option in chosen)
+
+
+def _filled(items: Sequence[Sequence[Option]], chosen: list[Option], budget: int) -> list[Option]:
+    """A choice that fits with what is left spent where it saves most per bit: alike items all
+    change at one price, and only some of them may fit.
+    """
+    left = budget - _bits(chosen)
+    while True:
+        best, at = 0.0, None
+        for index, (options, now) in enumerate(zip(items, chosen, strict=True)):
+            for option in options:
+                more, saved = option.bits - now.bits, now.cost - option.cost
+                if saved > 0 and more <= left and saved / max(more, 1) > best:
+                    best, at = saved / max(more, 1), (index, option)
+        if at is None:
+            return chosen
+        index, option = at
+        left -= option.bits - chosen[index].bits
+        chosen = [*chosen[:index], option, *chosen[index + 1 :]]
 
 
 def _extended(state: _State, options: Sequence[Option], budget: int) -> _State:
