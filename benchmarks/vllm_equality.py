@@ -34,8 +34,7 @@ import vllm
 
 sys.path.insert(0, str(machine.ROOT))
 from tests.fixtures.published import LAYOUTS, write_published
-from tests.fixtures.toy import write_toy
-from tests.fixtures.vllm_extras import quantise_ends, write_adapter
+from tests.fixtures.vllm_extras import write_adapter
 from tests.fixtures.vllm_generate import Job, each_result
 
 PROMPTS = [[256, 10, 20, 30], list(range(256, 40, -7)), [256, 99]]
@@ -45,6 +44,7 @@ TIES = {"float32": 1e-3, "float16": 0.25, "bfloat16": 0.25}
 BATCH = 12  # jobs of one process
 HERE = vllm.__version__.partition("+")[0]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+DRAFT = ("llama-3.1", "1x16g8")
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": 3,
@@ -94,9 +94,12 @@ class Case:
             "enforce_eager": not self.compiled,
             **self.engine,
         }
-        if self.feature == "draft model":
+        if "draft model" in self.feature:
             draft = folder / "draft"
-            write_published(draft, "llama-3.1", "1x16g8")
+            if self.write is not None:
+                self.write(draft, DRAFT[0])
+            else:
+                write_published(draft, *DRAFT)
             engine["speculative_config"] = {
                 "method": "draft_model",
                 "model": str(draft),
@@ -133,11 +136,14 @@ def matrix() -> list[Case]:
     ]
 
 
-def ends(path: Path, layout: str) -> Any:
-    """Embeddings and lm_head in codes."""
-    model = write_toy(path, layout)
-    quantise_ends(path, model, "2x8g8")
-    return model
+def mixed(path: Path, layout: str) -> Any:
+    """A scheme for each kind of layer, embeddings and lm_head in codes."""
+    schemes = {"q_proj": "3x8g8", "v_proj": "4x8g8", "down_proj": "1x16g8", "qkv_proj": "2x8g4"}
+    schemes |= {"up_proj": "2x8g4", "gate_up_proj": "3x8g8"}
+    if layout in ("mixtral", "qwen2-moe"):  # vLLM wants one scheme for gate and up of experts
+        schemes |= {"up_proj": "2x8g8", ".w2": "3x8g8"}
+    schemes |= {"embed_tokens": "2x8g4", "lm_head": "3x8g4"}
+    return write_published(path, layout, "2x8g8", schemes=schemes)
 
 
 def short(path: Path, layout: str) -> Any:
@@ -155,7 +161,7 @@ def features() -> list[Case]:
     guessed = Case(feature="n-gram speculation", engine={"speculative_config": NGRAM}, long=True)
     mlp = ("gate_proj", "up_proj", "down_proj")
     adapted = Case(feature="LoRA", engine=lora, adapter=(*ATTENTION, *mlp))
-    in_codes = Case("llama", feature="lm_head and embeddings in codes", write=ends)
+    in_codes = Case("llama-2", feature="mixed schemes, embeddings in codes", write=mixed)
     listed = Case("llama-3.2", feature="short skip list", write=short)
     parallel = Case("mixtral", tensor_parallel=2, feature="expert parallel")
     parallel = replace(parallel, engine={"enable_expert_parallel": True})
@@ -166,8 +172,11 @@ def features() -> list[Case]:
         *(parallel, replace(parallel, layout="qwen2-moe")),
         *(replace(case, layout="mixtral") for case in (cached, chunked, guessed, listed)),
         Case("mixtral", feature="LoRA on attention", engine=attention, adapter=ATTENTION),
-        replace(in_codes, layout="llama-tied"),
+        *(replace(in_codes, layout=layout) for layout in LAYOUTS if layout != "llama-2"),
+        Case(feature="mixed schemes, draft model", write=mixed),
+        replace(adapted, feature="mixed schemes, LoRA", write=mixed),
         Case(feature="modelling code of transformers", engine=transformers),
+        Case(feature="mixed schemes, code of transformers", engine=transformers, write=mixed),
         *(replace(case, tensor_parallel=2) for case in (adapted, in_codes, guessed)),
         *(replace(case, compiled=True) for case in (guessed, adapted, in_codes)),
     ]

@@ -6,10 +6,12 @@ Per quantised linear layer NAME (arXiv 2401.06118 and its published checkpoints)
     NAME.codebooks  [M, 2^B, out_group, g]      the model's floating type
     NAME.scales     [out/out_group, 1, 1, 1]    the model's floating type
     NAME.bias       [out]                       only where the layer has one
+    NAME.in_scales  [in]                        only in checkpoints of several schemes, see below
 
-An embedding in codes has the same tensors, out being its vocabulary; no published checkpoint has
-one. Everything else is a plain tensor; config.json says the schemes (config_block.py). `pvrt.json`
-is ours and optional.
+An embedding in codes has the same tensors, out being its vocabulary. It and an output head may have
+in_scales, which multiply the columns of what the codes decode to. No published checkpoint has
+either. Everything else is a plain tensor; config.json says the schemes (config_block.py).
+`pvrt.json` is ours and optional.
 Checkpoints are data: safetensors only, and everything read is checked before it is used.
 """
 
@@ -45,6 +47,7 @@ class QuantizedLayer:
     codebooks: Tensor
     scales: Tensor
     bias: Tensor | None = None
+    in_scales: Tensor | None = None
 
     def named(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """(tensor name, tensor) pairs as they are stored."""
@@ -53,13 +56,15 @@ class QuantizedLayer:
         yield f"{name}.scales", self.scales
         if self.bias is not None:
             yield f"{name}.bias", self.bias
+        if self.in_scales is not None:
+            yield f"{name}.in_scales", self.in_scales
 
 
 @dataclass(frozen=True)
 class Checkpoint(StoredModel):
     """An opened, header-checked AQLM checkpoint. Tensors are read (and checked) one at a time."""
 
-    PARTS = ("codes", "codebooks", "scales")
+    PARTS = ("codes", "codebooks", "scales", "in_scales")
 
     @classmethod
     def open(cls, path: str | Path, config: dict[str, Any] | None = None) -> "Checkpoint":
@@ -93,6 +98,7 @@ class Checkpoint(StoredModel):
             self.read(f"{name}.codebooks"),
             self.read(f"{name}.scales"),
             self.read(f"{name}.bias") if self.layers[name].has_bias else None,
+            self.read(f"{name}.in_scales") if self.layers[name].has_in_scales else None,
         )
 
 
@@ -203,6 +209,9 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | 
     has_bias = f"{name}.bias" in tensors
     if has_bias:
         shapes["bias"] = (out_features,)
+    has_in_scales = f"{name}.in_scales" in tensors
+    if has_in_scales:
+        shapes["in_scales"] = (in_features,)
     for part, shape in shapes.items():
         info = tensors[f"{name}.{part}"]
         if info.dtype not in _FLOATS:
@@ -212,7 +221,7 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | 
                 f"{info.file}: {name}.{part} has shape {list(info.shape)}, scheme {scheme} and "
                 f"{name}.codes need {list(shape)}"
             )
-    return LayerInfo(name, out_features, in_features, has_bias, scheme)
+    return LayerInfo(name, out_features, in_features, has_bias, scheme, has_in_scales)
 
 
 def check_codes(codes: Tensor, scheme: Scheme, where: str) -> Tensor:

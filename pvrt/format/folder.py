@@ -36,7 +36,7 @@ class TensorInfo:
 class LayerInfo:
     """A quantised linear layer or embedding (its vocabulary are the out_features).
 
-    has_bias: whether NAME.bias exists.
+    has_bias, has_in_scales: whether NAME.bias and NAME.in_scales exist.
     """
 
     name: str
@@ -44,6 +44,12 @@ class LayerInfo:
     in_features: int
     has_bias: bool
     scheme: Scheme | GridScheme
+    has_in_scales: bool = False
+
+    @property
+    def in_block(self) -> bool:
+        """Whether it is one of many: such names have a number, those of embedding and head none."""
+        return any(part.isdigit() for part in self.name.split("."))
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class StoredModel:
     def layer_bits(self, layer: LayerInfo) -> int:
         """Bits of one quantised layer, without its bias."""
         float_bits = self.tensors[f"{layer.name}.{self.PARTS[1]}"].float_bits
-        return layer.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
+        bits = layer.scheme.layer_bits(layer.out_features, layer.in_features, float_bits)
+        return bits + layer.has_in_scales * layer.in_features * float_bits
 
     def verify(self) -> None:
         """Read every tensor once. Raises CheckpointError at the first that is not sound."""
@@ -100,9 +107,13 @@ class StoredModel:
             self.read(name)
 
     def linear_bits_per_weight(self) -> float:
-        """Bits per weight over the quantised layers, all that decoding needs included."""
-        bits = sum(self.layer_bits(layer) for layer in self.layers.values())
-        return bits / self._quantised_weights()
+        """Bits per weight over the quantised linears of all blocks, all that decoding needs
+        included; over all quantised layers where none is in a block.
+        """
+        layers = [layer for layer in self.layers.values() if layer.in_block]
+        layers = layers or list(self.layers.values())
+        weights = sum(layer.out_features * layer.in_features for layer in layers)
+        return sum(map(self.layer_bits, layers)) / weights
 
     def file_bits_per_weight(self) -> float:
         """Bits of all weight files over all weights of the original model, head included."""

@@ -108,8 +108,8 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
                 parameter.data = parameter.data.to(self._dtypes[name])
         for name, module in quantized_layers(model).items():
             check_codes(module.codes, module.scheme, f"{name}.codes")
-            for part in (module.codebooks, module.scales):
-                if not bool(torch.isfinite(part).all()):
+            for part in (module.codebooks, module.scales, module.in_scales):
+                if part is not None and not bool(torch.isfinite(part).all()):
                     raise CheckpointError(f"{name} holds codebooks or scales that are not finite")
         if packs_on_arrival(model.device):  # as layers do that arrive by .to(device)
             pack_model(model, model.dtype)
@@ -168,14 +168,15 @@ def _in_codes(
             f"describes {wanted[0]} x {wanted[1]}"
         )
     if isinstance(dense, nn.Linear):
-        return AQLMLinear(dense.in_features, dense.out_features, scheme, layer.has_bias)
+        shape = dense.in_features, dense.out_features
+        return AQLMLinear(*shape, scheme, layer.has_bias, layer.has_in_scales)
     scale = embedding_scale(dense)
     if scale is None or scheme.out_group_size != 1:
         raise CheckpointError(
             f"{file}: {name} is a {type(dense).__name__}, which pvrt cannot look up in "
             f"codes of {scheme}"
         )
-    return AQLMEmbedding(*wanted, scheme, scale)
+    return AQLMEmbedding(*wanted, scheme, scale, layer.has_in_scales)
 
 
 def _tie_heads(model: "PreTrainedModel") -> None:

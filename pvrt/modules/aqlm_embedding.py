@@ -33,13 +33,14 @@ class AQLMEmbedding(AQLMLayer):
         width: int,
         scheme: Scheme,
         scale: float = 1.0,
+        in_scales: bool = False,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         if scheme.out_group_size != 1:
             raise ValueError(f"scheme {scheme} spans output rows, which an embedding cannot")
-        super().__init__(width, vocabulary, scheme, dtype=dtype, device=device)
+        super().__init__(width, vocabulary, scheme, in_scales=in_scales, dtype=dtype, device=device)
         self.scale = scale
         self.multiplies = False  # `TiedHead` does
 
@@ -49,6 +50,8 @@ class AQLMEmbedding(AQLMLayer):
             rows = aqlm_embedding(tokens, self.codes, self.codebooks, self.scales)
         else:
             rows = aqlm_packed_rows(self.packed.weight, tokens, self.packed.dtype)
+        if self.in_scales is not None:
+            rows = rows * self.in_scales.to(rows.dtype)
         return rows if self.scale == 1 else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
     def to_dense(self) -> nn.Embedding:

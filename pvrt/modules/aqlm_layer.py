@@ -109,7 +109,8 @@ class AQLMLayer(nn.Module):
     others.
 
     Parameters in checkpoint layout: codes [out/out_group, in/g, M] (int8 or int16, never trained),
-    codebooks [M, 2^B, out_group, g], scales [out/out_group, 1, 1, 1], bias [out] or None.
+    codebooks [M, 2^B, out_group, g], scales [out/out_group, 1, 1, 1], bias [out] or None, in_scales
+    [in] or None, which multiply the weight's columns. The first three are the codes' own weight.
     Raises ValueError when the scheme's groups do not divide the weight.
     """
 
@@ -122,6 +123,7 @@ class AQLMLayer(nn.Module):
         out_features: int,
         scheme: Scheme,
         bias: bool = False,
+        in_scales: bool = False,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -147,6 +149,11 @@ class AQLMLayer(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
+        self.in_scales: nn.Parameter | None
+        if in_scales:
+            self.in_scales = nn.Parameter(torch.ones(in_features, dtype=dtype, device=device))
+        else:
+            self.register_parameter("in_scales", None)
         # Set by `pack`; the three parameters are gone then.
         self.packed: PackedLayers | None = None
         self._index = 0
@@ -159,7 +166,8 @@ class AQLMLayer(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the codebooks; differentiable unless packed."""
-        return aqlm_dequantize(*self.stored())
+        weight = aqlm_dequantize(*self.stored())
+        return weight if self.in_scales is None else weight * self.in_scales
 
     @property
     def weight(self) -> Tensor:
@@ -168,6 +176,8 @@ class AQLMLayer(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., in] times the weight, plus the bias: [..., out]."""
+        if self.in_scales is not None:
+            x = x * self.in_scales.to(x.dtype)
         if self.packed is not None:
             return self.packed.forward(self._index, x)
         return aqlm_linear(x, self.codes, self.codebooks, self.scales, self.bias)

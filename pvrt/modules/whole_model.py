@@ -50,6 +50,7 @@ def _alike(layers: list[AQLMLinear]) -> bool:
                     layer.in_features,
                     layer.scheme,
                     layer.bias is None,
+                    layer.in_scales,  # of its own, if any
                     layer.codebooks.dtype,
                     layer.scales.dtype,
                     layer.packed is None,

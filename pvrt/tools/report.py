@@ -1,6 +1,6 @@
 """What `pvrt inspect` says about a checkpoint, as data and as text."""
 
-from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from pvrt.format.aqlm import Checkpoint
@@ -16,12 +16,19 @@ def describe(checkpoint: Checkpoint | GridCheckpoint) -> dict[str, Any]:
         "architecture": (checkpoint.config.get("architectures") or ["unknown"])[0],
         "scheme": checkpoint.scheme_names,
         "quantized_layers": len(checkpoint.layers),
+        "layers": {
+            name: {
+                "scheme": str(layer.scheme),
+                "weights": layer.out_features * layer.in_features,
+                "bits": checkpoint.layer_bits(layer),
+            }
+            for name, layer in checkpoint.layers.items()
+        },
         "bits_per_weight_linears": checkpoint.linear_bits_per_weight(),
         "bits_per_weight_file": checkpoint.file_bits_per_weight(),
         "file_bytes": total,
         "dense_bytes": sum(dense.values()),
         "dense_tensors": dense,
-        "layers": bits_by_layer(checkpoint),
     }
 
 
@@ -31,15 +38,13 @@ def as_text(report: dict[str, Any], shown: int = 8) -> str:
     share = report["dense_bytes"] / report["file_bytes"]
     lines = [
         f"{report['path']}  ({report['architecture']})",
-        f"scheme            {report['scheme']}, {report['quantized_layers']} quantised layers",
+        *_schemes(report["layers"]),
         f"bits per weight   {report['bits_per_weight_linears']:.3f} in the quantised linears, "
         "all that decoding needs included",
         f"                  {report['bits_per_weight_file']:.3f} over the whole file",
         f"size              {_megabytes(report['file_bytes'])}, of which "
         f"{_megabytes(report['dense_bytes'])} ({share:.0%}) are not quantised:",
     ]
-    if len({layer["scheme"] for layer in report["layers"].values()}) > 1:
-        lines[2:2] = _by_kind(report["layers"])
     for name, size in list(dense.items())[:shown]:
         lines.append(f"  {_megabytes(size):>12}  {name}")
     if len(dense) > shown:
@@ -48,30 +53,13 @@ def as_text(report: dict[str, Any], shown: int = 8) -> str:
     return "\n".join(lines)
 
 
-def bits_by_layer(checkpoint: Checkpoint | GridCheckpoint) -> dict[str, dict[str, Any]]:
-    """Scheme, weights and true bits per weight of every quantised layer, by name."""
-    found = {}
-    for name, layer in checkpoint.layers.items():
-        weights = layer.out_features * layer.in_features
-        bits = checkpoint.layer_bits(layer) / weights
-        found[name] = {"scheme": str(layer.scheme), "weights": weights, "bits_per_weight": bits}
-    return found
-
-
-def _by_kind(layers: dict[str, dict[str, Any]]) -> list[str]:
-    """A line for every kind of layer: its mean bits, and how many have which scheme."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for name, layer in layers.items():
-        parts = [part for part in name.split(".") if not part.isdigit()]
-        kinds.setdefault(".".join(parts[-2:]), []).append(layer)
-    lines = []
-    for kind, members in kinds.items():
-        weights = sum(layer["weights"] for layer in members)
-        bits = sum(layer["bits_per_weight"] * layer["weights"] for layer in members) / weights
-        counts = Counter(layer["scheme"] for layer in members)
-        shown = ", ".join(f"{count} x {scheme}" for scheme, count in sorted(counts.items()))
-        lines.append(f"  {bits:>9.3f} bits  {kind}: {shown}")
-    return lines
+def _schemes(layers: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A line per scheme, and which layers have it where they are few."""
+    for scheme in dict.fromkeys(layer["scheme"] for layer in layers.values()):
+        those = {name: layer for name, layer in layers.items() if layer["scheme"] == scheme}
+        weights, bits = (sum(layer[key] for layer in those.values()) for key in ("weights", "bits"))
+        which = ", ".join(those) if len(those) <= 2 else f"{len(those)} quantised layers"
+        yield f"scheme            {scheme}, {bits / weights:.3f} bits per weight: {which}"
 
 
 def _megabytes(size: int) -> str:

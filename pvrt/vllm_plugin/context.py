@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pvrt.format.scheme import Scheme
+from pvrt.vllm_plugin.layers import Layers
 
 _logger = logging.getLogger("vllm.pvrt")  # printed by the handlers of vLLM's logger
 
@@ -25,7 +26,7 @@ class DecodingNotice:
             return
         self._given = True
         _logger.warning(
-            "no CPU kernel for %s: decoding all weights once, to %s. %s takes %d bytes "
+            "no CPU kernel for %s: decoding all such weights once, to %s. %s takes %d bytes "
             "instead of %d.",
             scheme,
             weights[0].dtype,
@@ -37,12 +38,12 @@ class DecodingNotice:
 
 @dataclass(frozen=True)
 class Context:
-    """One model: its scheme and which layers vLLM fuses.
+    """One model: what its checkpoint says of each layer, and which layers vLLM fuses.
 
     `fused` has the names of the source layers of a fused layer ("qkv_proj": "q_proj", ...), as the
     model itself declares them. `notice` is one object for all layers.
     """
 
-    scheme: Scheme
+    layers: Layers
     fused: Mapping[str, Sequence[str]]
     notice: DecodingNotice

@@ -20,6 +20,7 @@ from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context
+from pvrt.vllm_plugin.layers import Layers, same_scheme
 from pvrt.vllm_plugin.versions import load_experts_with
 from pvrt.vllm_plugin.weights import (
     PARTS,
@@ -46,11 +47,12 @@ _STACKS = ("w13", "w2")
 class _Load:
     """What the experts of one block expect from the checkpoint, and what has come so far.
 
-    `projections` are the names of w1 (gate), w2 (down) and w3 (up) in files; `width` is that
-    between them before the split over ranks. `done` counts experts by their number in files.
+    `schemes` are those of w13 and w2. `projections` are the names of w1 (gate), w2 (down) and w3
+    (up) in files; `width` is that between them before the split over ranks. `done` counts experts
+    by their number in files.
     """
 
-    scheme: Scheme
+    schemes: dict[str, Scheme]
     prefix: str
     projections: dict[str, str]
     hidden: int
@@ -59,10 +61,14 @@ class _Load:
     ranks: int
     done: set[tuple[int, str, str]] = field(default_factory=set)
 
+    def scheme(self, shard: str) -> Scheme:
+        """The scheme of w1, w2 or w3."""
+        return self.schemes["w2" if shard == "w2" else "w13"]
+
     def shape(self, shard: str, part: str) -> tuple[int, ...]:
         """Shape in the checkpoint."""
         down = (self.hidden, self.width)
-        return part_shape(self.scheme, part, *(down if shard == "w2" else down[::-1]))
+        return part_shape(self.scheme(shard), part, *(down if shard == "w2" else down[::-1]))
 
     def share(self, shard: str, part: str, tensor: Tensor) -> Tensor:
         """This rank's part of a tensor."""
@@ -88,7 +94,7 @@ def _load(
     part = param.aqlm_part
     name = f"{load.prefix}.{expert_id}.{load.projections[shard_id]}"
     shape = load.shape(shard_id, part)
-    tensor = checked(load.scheme, name, part, loaded_weight, shape)
+    tensor = checked(load.scheme(shard_id), name, part, loaded_weight, shape)
     local = layer._map_global_expert_id_to_local_expert_id(expert_id)
     if local >= 0:  # not on another rank of expert parallelism
         target = param.data[local]
@@ -129,20 +135,37 @@ def _check(layer: Any, load: _Load, width: int) -> None:
             f"{', '.join(_ACTIVATIONS)}, and not with {layer.activation.value}; keep the experts "
             "dense (linear_weights_not_to_quantize)"
         )
-    whole = (load.width, load.hidden), (load.hidden, load.width)
-    if not all(load.scheme.divides(*shape) for shape in whole):
-        raise CheckpointError(
-            f"{load.prefix}: groups of {load.scheme} do not divide its experts of {load.width} x "
-            f"{load.hidden}; if they are dense, {CONFIG_FILE} must list them in "
-            "linear_weights_not_to_quantize"
+    for stack, scheme in load.schemes.items():
+        whole, own = (load.width, load.hidden), (width, load.hidden)
+        if stack == "w2":
+            whole, own = whole[::-1], own[::-1]
+        if not scheme.divides(*whole):
+            raise CheckpointError(
+                f"{load.prefix}: groups of {scheme} do not divide its experts of {load.width} x "
+                f"{load.hidden}; if they are dense, {CONFIG_FILE} must list them in "
+                "linear_weights_not_to_quantize"
+            )
+        if not scheme.divides(*own):
+            raise ServeError(
+                f"{load.prefix}: groups of {scheme} do not divide the {width} of {load.width} "
+                "inner features that tensor parallelism leaves to each rank; try a smaller "
+                "--tensor-parallel-size, or --enable-expert-parallel"
+            )
+
+
+def _schemes(
+    layers: Layers, prefix: str, projections: dict[str, str], experts: int
+) -> dict[str, Scheme]:
+    """The schemes of w13 and w2. Raises ServeError where one of them has several."""
+    stacks = {"w13": ("w1", "w3"), "w2": ("w2",)}
+    return {
+        stack: same_scheme(
+            [f"{prefix}.{n}.{projections[shard]}" for n in range(experts) for shard in shards],
+            layers,
+            f"{prefix}: all experts' {' and '.join(str(projections[shard]) for shard in shards)}",
         )
-    own = (width, load.hidden), (load.hidden, width)
-    if not all(load.scheme.divides(*shape) for shape in own):
-        raise ServeError(
-            f"{load.prefix}: groups of {load.scheme} do not divide the {width} of {load.width} "
-            "inner features that tensor parallelism leaves to each rank; try a smaller "
-            "--tensor-parallel-size, or --enable-expert-parallel"
-        )
+        for stack, shards in stacks.items()
+    }
 
 
 class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is not typed
@@ -166,13 +189,15 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         w13_codes [E, 2 width/out_group, hidden/g, M], w13_codebooks [E, 2, M, 2^B, out_group, g],
         w13_scales [E, 2 width/out_group, 1, 1, 1]; w2 likewise with one codebook set.
         """
-        scheme, width = self.context.scheme, intermediate_size_per_partition
+        width, layers = intermediate_size_per_partition, self.context.layers
         names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
+        projections = dict(zip(("w1", "w2", "w3"), names, strict=True))
+        prefix = layers.local(layer.layer_name)
         parallel = layer.moe_config.moe_parallel_config
         layer.aqlm_load = load = _Load(
-            scheme,
-            layer.layer_name,
-            dict(zip(("w1", "w2", "w3"), names, strict=True)),
+            _schemes(layers, prefix, projections, layer.global_num_experts),
+            prefix,
+            projections,
             hidden_size,
             width * parallel.tp_size,
             parallel.tp_rank,
@@ -183,6 +208,7 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         loader = MethodType(_load, layer)
         shapes = {"w13": (2 * width, hidden_size), "w2": (hidden_size, width)}
         for stack, shape in shapes.items():
+            scheme = load.schemes[stack]
             for part in PARTS:
                 sets = ((2,) if stack == "w13" else (1,)) if part == "codebooks" else ()
                 size = num_experts, *sets, *part_shape(scheme, part, *shape)
@@ -195,6 +221,7 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         """Check that everything was loaded, then pack it for the device's kernel."""
         if not hasattr(layer, "w13_codes"):
             return  # packed already
+        self.context.layers.require_used()
         load: _Load = layer.aqlm_load
         local = layer._map_global_expert_id_to_local_expert_id
         missing = [
@@ -221,7 +248,8 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         weight = aqlm_pack_group(codes, codebooks, scales, layer.params_dtype, sizes)
         if weight.decoded:
             stored = codes, codebooks, scales
-            self.context.notice.give(self.context.scheme, layer.layer_name, weight.tensors, stored)
+            scheme = layer.aqlm_load.schemes[stack]
+            self.context.notice.give(scheme, layer.layer_name, weight.tensors, stored)
         for part in PARTS:
             delattr(layer, f"{stack}_{part}")
         return weight.kernel, sizes, register_packed(layer, f"{stack}_packed", weight.tensors)

@@ -1,37 +1,36 @@
 """AQLM weights in vLLM's linear layers.
 
 vLLM fuses layers (q, k and v; gate and up) and splits them over ranks; every source layer keeps its
-own codebooks, complete on every rank.
+own codebooks, complete on every rank. Neighbouring source layers of one scheme are one weight; a
+layer of several schemes has several, and its outputs are theirs side by side.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.nn import functional as F
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.config_block import CONFIG_FILE
+from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context
+from pvrt.vllm_plugin.product import Product
 from pvrt.vllm_plugin.weights import (
     PARTS,
     checked,
-    decode_without_kernel,
     dense_in_quantised,
     let_lora_find,
     part_shape,
-    register_packed,
+    register_part,
     require_finite,
     require_loaded,
 )
-from pvrt_kernels import aqlm_linear
-from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
 
 _QKV = {"q": 0, "k": 1, "v": 2}
 
@@ -40,91 +39,153 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 ShardId = str | int | tuple[int, ...] | None
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A source layer: its name and scheme, and output features in the checkpoint and of a rank."""
+
+    name: str
+    scheme: Scheme
+    stored: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring sources of one scheme, numbers `first` and on.
+
+    Their weight's parameters are named "codes", "codebooks" and "scales"; those of a second run
+    end with "_1" and so on.
+    """
+
+    scheme: Scheme
+    first: int
+    sizes: list[int]
+    suffix: str
+
+
+def _runs(sources: Sequence[_Source]) -> list[_Run]:
+    runs: list[_Run] = []
+    first = 0
+    for scheme, group in groupby(sources, lambda source: source.scheme):
+        sizes = [source.rows for source in group]
+        runs.append(_Run(scheme, first, sizes, f"_{len(runs)}" if runs else ""))
+        first += len(sizes)
+    return runs
+
+
 @dataclass
 class _Load:
     """What a layer expects from the checkpoint, and what has come so far.
 
-    `rows` are output features of every source layer and `in_features` its inputs, both as stored,
-    before any split over ranks. `loader` is vLLM's, and splits codes and scales.
+    `stored_in` are its inputs as stored, `in_features` those of a rank. `done` has, per part, the
+    numbers of the sources that came.
     """
 
-    context: Context
     prefix: str
-    rows: list[int]
+    sources: list[_Source]
+    runs: list[_Run]
+    stored_in: int
     in_features: int
-    loader: Callable[..., None]
     done: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
 
-    def sources(self, shard: ShardId) -> list[int]:
+    def numbers(self, shard: ShardId) -> list[int]:
         """Numbers of the source layers that a tensor holds."""
         if shard is None:
-            return list(range(len(self.rows)))
+            return list(range(len(self.sources)))
         if isinstance(shard, tuple):
             return list(shard)
         return [_QKV[shard] if isinstance(shard, str) else shard]
 
-    def name(self, sources: list[int]) -> str:
+    def name(self, numbers: list[int]) -> str:
         """Name of one source layer in the checkpoint, or of the whole layer."""
-        parent, _, last = self.prefix.rpartition(".")
-        names = self.context.fused.get(last, [])
-        if len(sources) != 1 or len(names) != len(self.rows):
-            return self.prefix
-        return f"{parent}.{names[sources[0]]}".removeprefix(".")
+        return self.sources[numbers[0]].name if len(numbers) == 1 else self.prefix
 
-    def shape(self, part: str, sources: list[int]) -> tuple[int, ...]:
-        """Shape in the checkpoint."""
-        rows = sum(self.rows[source] for source in sources)
-        return part_shape(self.context.scheme, part, rows, self.in_features)
+    def run(self, numbers: list[int]) -> _Run:
+        """The run of source layers. Raises CheckpointError if they belong to several."""
+        runs = [
+            run
+            for run in self.runs
+            if any(run.first <= n < run.first + len(run.sizes) for n in numbers)
+        ]
+        if len(runs) > 1:
+            raise CheckpointError(
+                f"the checkpoint stores {self.prefix} as one layer, to parts of which {CONFIG_FILE}"
+                " gives different schemes"
+            )
+        return runs[0]
+
+    def copy(self, target: Tensor, part: str, stored: Tensor, numbers: list[int], at: Any) -> None:
+        """Copy a rank's share of codes or scales; `at` is the layer, which knows its rank."""
+        run, start = self.run(numbers), 0
+        group = run.scheme.out_group_size
+        for number in numbers:
+            source = self.sources[number]
+            height, rows = source.stored // group, source.rows // group
+            share = stored[start : start + height]
+            start += height
+            # Where there are more ranks than k and v heads, several ranks hold the same head.
+            place = at.tp_rank * (height // rows) // at.tp_size
+            share = share[place * rows : (place + 1) * rows]
+            if part == "codes":
+                width = self.in_features // run.scheme.in_group_size
+                place = at.tp_rank * (share.shape[1] // width) // at.tp_size
+                share = share[:, place * width : (place + 1) * width]
+            first = sum(run.sizes[: number - run.first]) // group
+            target[first : first + rows].copy_(share)
 
 
 def _load(layer: Any, param: Any, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
     """Check and copy one tensor of a quantised layer: the weight_loader of all its parameters.
 
-    Bound to its layer as a method, not held in a closure: vLLM keeps the loaders of all parameters
-    in a global table for reloading and cuts only bound methods loose, so that a model can be freed.
+    vLLM looks parameters up by the names in the checkpoint, and so finds the first run's. Bound to
+    its layer as a method, not held in a closure: vLLM keeps the loaders of all parameters in a
+    global table for reloading and cuts only bound methods loose, so that a model can be freed.
     """
     load: _Load = layer.aqlm_load
-    sources = load.sources(loaded_shard_id)
-    name = load.name(sources)
+    numbers = load.numbers(loaded_shard_id)
+    name = load.name(numbers)
     if param is layer:  # vLLM's fused layers pass themselves for a name that they do not have
         raise dense_in_quantised(name)
     part = getattr(param, "aqlm_part", "bias")  # a bias is vLLM's own parameter
-    shape = load.shape(part, sources)
-    loaded_weight = checked(load.context.scheme, name, part, loaded_weight, shape)
-    shard = () if loaded_shard_id is None else (loaded_shard_id,)
-    if part == "codebooks":
-        for source in sources:
-            param.data[source].copy_(loaded_weight)
-    elif part == "bias":
-        type(layer).weight_loader(layer, param, loaded_weight, *shard)
+    rows = sum(load.sources[number].stored for number in numbers)
+    run = load.runs[0] if part == "bias" else load.run(numbers)
+    shape = part_shape(run.scheme, part, rows, load.stored_in)
+    stored = checked(run.scheme, name, part, loaded_weight, shape)
+    if part == "bias":
+        shard = () if loaded_shard_id is None else (loaded_shard_id,)
+        type(layer).weight_loader(layer, param, stored, *shard)
     else:
-        load.loader(param, loaded_weight, *shard)
-    load.done[part].update(sources)
+        target = getattr(layer, f"{part}{run.suffix}").data
+        if part == "codebooks":
+            for number in numbers:
+                target[number - run.first].copy_(stored)
+        else:
+            load.copy(target, part, stored, numbers, layer)
+    load.done[part].update(numbers)
 
 
 def _stored_rows(layer: Any, partition_sizes: list[int], ranks: int) -> list[int]:
     """Output features of every source layer in the checkpoint, before the split over ranks."""
-    # Where there are more ranks than k and v heads, several ranks hold the same head.
     copies = getattr(layer, "num_kv_head_replicas", 1)
     return [
         rows * ranks // (copies if number else 1) for number, rows in enumerate(partition_sizes)
     ]
 
 
-def _check_groups(load: _Load, partition_sizes: list[int], in_features: int) -> None:
-    scheme = load.context.scheme
-    for rows, stored in zip(partition_sizes, load.rows, strict=True):
-        if not scheme.divides(stored, load.in_features):
+def _check_groups(load: _Load) -> None:
+    for source in load.sources:
+        scheme, stored = source.scheme, (source.stored, load.stored_in)
+        if not scheme.divides(*stored):
             raise CheckpointError(
-                f"{load.prefix}: groups of {scheme} do not divide its {stored} x "
-                f"{load.in_features} weights; if it is dense, {CONFIG_FILE} must list it in "
+                f"{load.prefix}: groups of {scheme} do not divide its {stored[0]} x {stored[1]} "
+                f"weights; if it is dense, {CONFIG_FILE} must list it in "
                 "linear_weights_not_to_quantize"
             )
-        if not scheme.divides(rows, in_features):
+        if not scheme.divides(source.rows, load.in_features):
             raise ServeError(
-                f"{load.prefix}: groups of {scheme} do not divide the {rows} x {in_features} "
-                f"weights that tensor parallelism leaves to each rank of {stored} x "
-                f"{load.in_features}; try a smaller --tensor-parallel-size"
+                f"{load.prefix}: groups of {scheme} do not divide the {source.rows} x "
+                f"{load.in_features} weights that tensor parallelism leaves to each rank of "
+                f"{stored[0]} x {stored[1]}; try a smaller --tensor-parallel-size"
             )
 
 
@@ -133,13 +194,15 @@ def _check_loaded(layer: Any) -> None:
     load: _Load = layer.aqlm_load
     parts = [*PARTS, "bias"] if getattr(layer, "bias", None) is not None else [*PARTS]
     missing = [
-        f"{load.name([source])}.{part}"
+        f"{source.name}.{part}"
         for part in parts
-        for source in range(len(load.rows))
-        if source not in load.done[part]
+        for number, source in enumerate(load.sources)
+        if number not in load.done[part]
     ]
-    require_loaded(load.prefix, missing, any(load.done.values()), [layer.scales])
-    require_finite(layer, load.prefix, ("codebooks", "scales"))
+    scales = [getattr(layer, f"scales{run.suffix}") for run in load.runs]
+    require_loaded(load.prefix, missing, any(load.done.values()), scales)
+    floats = [f"{part}{run.suffix}" for run in load.runs for part in PARTS[1:]]
+    require_finite(layer, load.prefix, floats)
     load.done.clear()  # weights can be reloaded, and are then counted anew
 
 
@@ -159,44 +222,37 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register empty parameters. Partition sizes are features of this rank, for P partitions.
+        """Register empty parameters. Partition sizes are features of this rank.
 
-        codes [rows/out_group, in/g, M], codebooks [P, M, 2^B, out_group, g] and scales
-        [rows/out_group, 1, 1, 1]. Raises ServeError when groups do not divide a partition,
-        CheckpointError when they do not even divide the whole layer.
+        For every run of P partitions: codes [rows/out_group, in/g, M], codebooks [P, M, 2^B,
+        out_group, g] and scales [rows/out_group, 1, 1, 1]. Raises ServeError when groups do not
+        divide a partition, CheckpointError when they do not even divide the whole layer, or when
+        the checkpoint names no scheme for it.
         """
-        from vllm.model_executor.parameter import (
-            BasevLLMParameter,
-            PackedColumnParameter,
-            PackedvLLMParameter,
-        )
-
-        scheme, sizes = self.context.scheme, list(output_partition_sizes)
-        total, loader = sum(sizes), MethodType(_load, layer)
-        layer.aqlm_load = _Load(
-            self.context,
-            getattr(layer, "prefix", ""),
-            _stored_rows(layer, sizes, output_size // total),
+        sizes, loader = list(output_partition_sizes), MethodType(_load, layer)
+        layers = self.context.layers
+        named = layers.sources(layer.prefix, self.context.fused, len(sizes))
+        stored = _stored_rows(layer, sizes, output_size // sum(sizes))
+        sources = [
+            _Source(name, scheme, *rows)
+            for (name, scheme), *rows in zip(named, stored, sizes, strict=True)
+        ]
+        layer.aqlm_load = load = _Load(
+            layers.local(layer.prefix),
+            sources,
+            _runs(sources),
             input_size,
-            extra_weight_attrs["weight_loader"],
+            input_size_per_partition,
         )
-        _check_groups(layer.aqlm_load, sizes, input_size_per_partition)
-        layer.aqlm_partition_sizes = sizes
+        _check_groups(load)
         layer.weight_loader = loader  # the bias, which vLLM creates later, takes it from here
-        packing = {"output_dim": 0, "packed_dim": 0, "packed_factor": scheme.out_group_size}
-        codes = torch.zeros(
-            scheme.codes_shape(total, input_size_per_partition), dtype=scheme.code_dtype
-        )
-        codebooks = torch.zeros(len(sizes), *scheme.codebooks_shape, dtype=params_dtype)
-        scales = torch.full(scheme.scales_shape(total), torch.nan, dtype=params_dtype)
-        parameters = {
-            "codes": PackedvLLMParameter(input_dim=1, **packing, data=codes, weight_loader=loader),
-            "codebooks": BasevLLMParameter(data=codebooks, weight_loader=loader),
-            "scales": PackedColumnParameter(**packing, data=scales, weight_loader=loader),
-        }
-        for part, parameter in parameters.items():
-            parameter.aqlm_part = part
-            layer.register_parameter(part, parameter)
+        for run in load.runs:
+            for part in PARTS:
+                shape = part_shape(run.scheme, part, sum(run.sizes), input_size_per_partition)
+                if part == "codebooks":
+                    shape = len(run.sizes), *shape
+                name = f"{part}{run.suffix}"
+                register_part(layer, name, part, shape, run.scheme, params_dtype, loader)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything was loaded, then pack it for the device's kernel.
@@ -206,40 +262,21 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         """
         if not hasattr(layer, "codes"):
             return  # packed or decoded already
+        self.context.layers.require_used()
         _check_loaded(layer)
-        # Plain ones from here: vLLM's subclasses serve loading and would slow down tracing.
-        for part in PARTS:
-            setattr(layer, part, Parameter(getattr(layer, part).data, requires_grad=False))
-        layer.aqlm_packed = None
-        layer.aqlm_decoded = decode_without_kernel(
-            layer, self.context, layer.aqlm_load.prefix, layer.aqlm_partition_sizes
-        )
-        if not layer.aqlm_decoded and not self._pack(layer):
-            let_lora_find(layer, layer.codes)
-
-    def _pack(self, layer: Any) -> bool:
-        """Put the kernel's layout in place of the checkpoint's; False if no kernel has one."""
-        dtype = layer.codebooks.dtype  # vLLM's for parameters and activations
-        codes, codebooks, scales = (getattr(layer, part).data for part in PARTS)
-        packed = aqlm_pack(codes, codebooks, scales, dtype, layer.aqlm_partition_sizes)
-        if packed is None:
-            return False
-        for part in PARTS:
-            delattr(layer, part)
-        layer.aqlm_packed_names = register_packed(layer, "packed", packed.tensors)
-        layer.aqlm_packed = replace(packed, tensors=())
-        packed.warm_up(dtype, getattr(layer, "bias", None) is not None)
-        let_lora_find(layer, getattr(layer, layer.aqlm_packed_names[0]))
-        return True
+        layer.aqlm_products = []
+        for run in layer.aqlm_load.runs:
+            stored = Product.as_stored(run.sizes, run.suffix)
+            best = stored.prepared(layer, run.scheme, self.context.notice)
+            if best is not stored:
+                stored.drop(layer)
+            layer.aqlm_products.append(best)
+        let_lora_find(layer, getattr(layer, layer.aqlm_products[0].names[0]))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x, on this rank's part of the weight."""
-        # No branch on the shape of x here: torch.compile traces this once for all batch sizes.
-        if layer.aqlm_decoded:
-            return F.linear(x, layer.weight, bias)
-        if layer.aqlm_packed is not None:
-            # Looked up anew: vLLM may have moved the parameters (offloading, sleep mode).
-            tensors = tuple([getattr(layer, name) for name in layer.aqlm_packed_names])
-            return aqlm_packed_linear(x, replace(layer.aqlm_packed, tensors=tensors), bias)
-        sizes: list[int] = layer.aqlm_partition_sizes
-        return aqlm_linear(x, layer.codes, layer.codebooks, layer.scales, bias, sizes)
+        products: list[Product] = layer.aqlm_products
+        if len(products) == 1:
+            return products[0].linear(layer, x, bias)
+        y = torch.cat([product.linear(layer, x, None) for product in products], -1)
+        return y if bias is None else y + bias

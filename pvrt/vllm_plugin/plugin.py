@@ -2,8 +2,8 @@
 
 vLLM finds `register` through the entry point in pyproject.toml. This file decides how each layer
 runs: `linear.py`, `experts.py` and `embedding.py` run them, `weights.py` checks what the
-checkpoint holds, `context.py` is what they know of this configuration, `versions.py` what differs
-between vLLM's versions.
+checkpoint holds, `layers.py` is what its configuration says of each layer, `product.py` in which
+layout a weight stays, `versions.py` what differs between vLLM's versions.
 """
 
 from typing import Any, Final
@@ -11,25 +11,23 @@ from typing import Any, Final
 import torch
 import vllm
 from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
 
-from pvrt.errors import ServeError
 from pvrt.format.config_block import CONFIG_FILE, parse_quantization_config, skipped_modules
-from pvrt.format.scheme import Scheme
 from pvrt.versions import require_supported_vllm
 from pvrt.vllm_plugin.context import Context, DecodingNotice
+from pvrt.vllm_plugin.layers import Layers
 from pvrt.vllm_plugin.linear import AQLMLinearMethod
 from pvrt.vllm_plugin.versions import (
-    checkpoint_tensors,
+    building,
+    checkpoint_shapes,
+    give_embeddings,
     is_routed_experts,
-    is_skipped,
-    use_loader_v2,
 )
-
-_EMBEDDINGS = {"embed_tokens", "wte", "tok_embeddings"}
 
 
 def register() -> None:
@@ -40,23 +38,28 @@ def register() -> None:
 
 
 class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
-    """The `quantization_config` of an AQLM checkpoint: a scheme and the names of dense modules.
+    """The `quantization_config` of an AQLM checkpoint: what it says of each layer.
 
-    vLLM itself changes three things after it was made, each before it asks for a layer's method:
-    `dense` for a model that renames its modules, `packed_modules_mapping` to what the model fuses,
-    and `quantised_ends`. These are, of the layers outside of the blocks (embeddings, lm_head), the
-    last parts of the names of those that the checkpoint stores in codes; no published one does.
+    vLLM itself changes four things after it was made, each before it asks for a layer's method:
+    names in `layers` for a model that renames its modules, `packed_modules_mapping` to what the
+    model fuses, `model` to the checkpoint's folder or repository, and which embeddings are in codes
+    to what its files hold.
     """
 
-    def __init__(self, scheme: Scheme, dense: list[str]) -> None:
+    def __init__(self, layers: Layers) -> None:
         super().__init__()
-        self.scheme: Final = scheme
-        self.dense = dense
-        self.quantised_ends: set[str] = set()
+        self.layers: Final = layers
+        self.model = ""
         self._notice: Final = DecodingNotice()
+        self._drafts: Final[dict[str, QuantizationConfig | None]] = {}
 
     def __repr__(self) -> str:
-        return f"AQLMConfig({self.scheme})"
+        return f"AQLMConfig({self.layers})"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a worker process of vLLM gets, which does not call `from_config`."""
+        self.__dict__.update(state)
+        give_embeddings(_config_of_this_build)
 
     @classmethod
     def get_name(cls) -> str:
@@ -85,26 +88,22 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
         of vLLM. (Not already in `register`: an error there would stop vLLM for every other model.)
         """
         require_supported_vllm(vllm.__version__)
-        use_loader_v2(AQLMLinearMethod)
+        give_embeddings(_config_of_this_build)
         schemes = parse_quantization_config(config, CONFIG_FILE)
-        if schemes.default is None:
-            raise ServeError("vLLM cannot run layers of different schemes yet")
-        return cls(schemes.default, skipped_modules(config))
+        return cls(Layers(schemes, skipped_modules(config)))
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
         """Look in the files of a model whether they hold embeddings or lm_head in codes."""
-        names = checkpoint_tensors(model_name, revision)
-        layers = {name.removesuffix(".codes") for name in names if name.endswith(".codes")}
-        ends = {name.rpartition(".")[2] for name in layers if ".layers." not in name}
-        if ends & _EMBEDDINGS and getattr(hf_config, "tie_word_embeddings", False):
-            ends.add("lm_head")  # takes over what the embeddings hold
-        self.quantised_ends = ends
+        self.model = model_name
+        configs = (hf_config, getattr(hf_config, "text_config", None))
+        tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+        self.layers.read_ends(checkpoint_shapes(model_name, revision), tied)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow a model that renames its modules."""
-        self.dense = hf_to_vllm_mapper.apply_list(self.dense)
+        self.layers.rename(hf_to_vllm_mapper)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """How to run a layer; None leaves it to vLLM.
@@ -113,35 +112,64 @@ class AQLMConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not typed
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
+        built = building()
+        if built is not None and self._builds_another(built.model):
+            # vLLM builds some draft models with the configuration of their target.
+            own = self.of_draft(built.model)
+            if own is None:
+                return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+            own.packed_modules_mapping = self.packed_modules_mapping
+            method: QuantizeMethodBase | None = own.get_quant_method(layer, prefix)
+            return method
+        self.layers.prefix = built.prefix if built is not None else ""
+        context = Context(self.layers, self.packed_modules_mapping, self._notice)
         if isinstance(layer, LinearBase):
-            dense = self._keeps_dense(prefix)
-            return UnquantizedLinearMethod() if dense else AQLMLinearMethod(self._context())
-        if is_routed_experts(layer) and not self._keeps_dense(prefix):
+            dense = self.layers.keeps_dense(prefix, self.packed_modules_mapping)
+            return UnquantizedLinearMethod() if dense else AQLMLinearMethod(context)
+        if is_routed_experts(layer):
+            if self.layers.keeps_experts_dense(prefix, self.packed_modules_mapping):
+                return None
             from pvrt.vllm_plugin.experts import AQLMExpertsMethod
 
-            return AQLMExpertsMethod(self._context(), layer.moe_config)
-        return self._embedding_method(layer) if self.quantised_ends else None
+            return AQLMExpertsMethod(context, layer.moe_config)
+        return _embedding_method(context, layer, prefix)
 
-    def _context(self) -> Context:
-        return Context(self.scheme, self.packed_modules_mapping, self._notice)
+    def of_draft(self, model: Any) -> QuantizationConfig | None:
+        """The quantisation of another checkpoint (its vllm.config.ModelConfig); None for none."""
+        if model.model not in self._drafts:
+            self._drafts[model.model] = _read_config(model)
+        return self._drafts[model.model]
 
-    def _embedding_method(self, layer: nn.Module) -> QuantizeMethodBase | None:
-        from vllm.model_executor.layers.vocab_parallel_embedding import (
-            ParallelLMHead,
-            VocabParallelEmbedding,
-        )
+    def _builds_another(self, model: Any) -> bool:
+        return bool(self.model) and model.model != self.model
 
-        from pvrt.vllm_plugin.embedding import AQLMEmbeddingMethod
 
-        # Models do not tell embeddings their names.
-        if isinstance(layer, ParallelLMHead):
-            quantised = "lm_head" in self.quantised_ends
-        else:
-            is_embedding = isinstance(layer, VocabParallelEmbedding)
-            quantised = is_embedding and bool(self.quantised_ends & _EMBEDDINGS)
-        return AQLMEmbeddingMethod(self._context()) if quantised else None
+def _embedding_method(context: Context, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
 
-    def _keeps_dense(self, prefix: str) -> bool:
-        if any(prefix.startswith(f"{name}.") for name in self.dense):  # a whole vision tower, say
-            return True
-        return is_skipped(prefix, self.dense, self.packed_modules_mapping)
+    from pvrt.vllm_plugin.embedding import AQLMEmbeddingMethod
+
+    if not isinstance(layer, VocabParallelEmbedding):
+        return None
+    shape = layer.org_vocab_size, layer.embedding_dim
+    end = context.layers.end(prefix, isinstance(layer, ParallelLMHead), shape)
+    return None if end is None else AQLMEmbeddingMethod(context, end)
+
+
+def _read_config(model: Any) -> QuantizationConfig | None:
+    current = get_current_vllm_config_or_none()
+    return VllmConfig.get_quantization_config(model, current.load_config)
+
+
+def _config_of_this_build() -> QuantizationConfig | None:
+    """The configuration for a layer that vLLM builds now and was handed none; None if not ours."""
+    current, built = get_current_vllm_config_or_none(), building()
+    theirs = current.quant_config if current is not None else None
+    if isinstance(theirs, AQLMConfig):
+        return theirs  # which looks itself whether it is a draft model's layer
+    if built is not None and built.model.quantization == "aqlm":
+        return _read_config(built.model)
+    return None

@@ -1,29 +1,66 @@
 """Everything that differs between the versions of vLLM that pvrt serves on (`pvrt.versions`).
 
-The engines of all of them were run on a CPU (docs/vllm.md): 0.30, 0.31 and 0.32 as packaged, 0.33,
-which has no CPU package, with its Python files over the compiled operators of 0.32.
+And all that reaches into vLLM where it has no hook. The engines of all of them were run on a CPU
+(docs/vllm.md): 0.30, 0.31 and 0.32 as packaged, 0.33, which has no CPU package, with its Python
+files over the compiled operators of 0.32.
 """
 
-from collections.abc import Callable, Iterable
-from types import MethodType
-from typing import TYPE_CHECKING, Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType, MethodType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def use_loader_v2(method: type) -> None:
-    """Give layers of a linear method the loaders that know parameter classes; repeatable.
+class Building(NamedTuple):
+    """The model that vLLM is building: its vllm.config.ModelConfig, and how layer names begin."""
 
-    vLLM keeps the names of such methods in a list; nothing else selects them.
+    model: Any
+    prefix: str
+
+
+def building() -> Building | None:
+    """The model that vLLM is building now, not one inside of it; None outside of that.
+
+    vLLM keeps the configuration of a target model while it builds the draft model; what tells them
+    apart is known only to the function that builds them, on this thread's stack.
     """
-    from vllm.model_executor.layers import linear
+    found, frame = None, inspect.currentframe()
+    while isinstance(frame, FrameType):
+        if frame.f_code.co_name == "initialize_model" and "model_config" in frame.f_locals:
+            found = Building(frame.f_locals["model_config"], frame.f_locals.get("prefix") or "")
+        frame = frame.f_back
+    return found
 
-    if method.__name__ not in linear.WEIGHT_LOADER_V2_SUPPORTED:
-        linear.register_weight_loader_v2_supported_method(method)
+
+def give_embeddings(config: Callable[[], Any]) -> None:
+    """Let embeddings and heads ask for a quantisation that their model does not hand them.
+
+    86 of 131 models (0.32) build these layers without a word of it. `config()` is asked while such
+    a layer is built, and answers None for models that are not ours. Repeatable.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    original = VocabParallelEmbedding.__init__
+    if hasattr(original, "aqlm_gives"):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(*args: Any, **keywords: Any) -> None:
+        given = signature.bind(*args, **keywords)
+        if not (given.arguments.get("quant_config") or given.arguments.get("quant_method")):
+            given.arguments["quant_config"] = config()
+        original(*given.args, **given.kwargs)
+
+    init.aqlm_gives = True  # type: ignore[attr-defined]
+    VocabParallelEmbedding.__init__ = init
 
 
-def is_skipped(prefix: str, dense: list[str], fused: dict[str, list[str]]) -> bool:
+def is_skipped(prefix: str, dense: list[str], fused: Mapping[str, Sequence[str]]) -> bool:
     """Whether a list of dense modules names a layer, or all source layers of a fused one.
 
     Raises ValueError (vLLM's) where only some of them are named.
@@ -48,8 +85,18 @@ def load_experts_with(
     layer.load_weights = MethodType(load, layer)
 
 
-def checkpoint_tensors(model: str, revision: str | None) -> set[str]:
-    """Names of all tensors of a model folder or repository; empty where they cannot be read."""
+def checkpoint_shapes(model: str, revision: str | None) -> dict[str, list[int]]:
+    """Shapes of all tensors of a folder or repository by name; empty where they cannot be read."""
     from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-    return set(get_safetensors_params_metadata(model, revision=revision))
+    metadata = get_safetensors_params_metadata(model, revision=revision)
+    metadata.pop("__metadata__", None)  # of a file, among its tensors
+    return {name: list(tensor["shape"]) for name, tensor in metadata.items()}
+
+
+def holds_whole_model() -> bool:
+    """Whether this process holds layers of all blocks: not so in pipeline parallelism."""
+    from vllm.distributed import parallel_state
+
+    started = parallel_state.model_parallel_is_initialized()
+    return not started or bool(parallel_state.get_pp_group().world_size == 1)

@@ -15,8 +15,6 @@ from pvrt.errors import CheckpointError
 from pvrt.format.aqlm import check_codes
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
-from pvrt.vllm_plugin.context import Context
-from pvrt_kernels import aqlm_dequantize
 
 PARTS = ("codes", "codebooks", "scales")
 
@@ -28,6 +26,7 @@ def part_shape(scheme: Scheme, part: str, out_features: int, in_features: int) -
         "codebooks": scheme.codebooks_shape,
         "scales": scheme.scales_shape(out_features),
         "bias": (out_features,),
+        "in_scales": (in_features,),
     }
     return shapes[part]
 
@@ -41,7 +40,7 @@ def register_part(
     dtype: torch.dtype,
     loader: Callable[..., Any],
 ) -> None:
-    """Give a layer an empty parameter for one of `PARTS`; NaN shows scales that never came."""
+    """Give a layer an empty parameter for a part of it; NaN shows scales that never came."""
     dtype = scheme.code_dtype if part == "codes" else dtype
     empty = torch.full(tuple(shape), torch.nan if part == "scales" else 0, dtype=dtype)
     parameter = Parameter(empty, requires_grad=False)
@@ -105,25 +104,6 @@ def dense_in_quantised(name: str) -> CheckpointError:
         f"the checkpoint holds a dense weight for {name}, which {CONFIG_FILE} says is "
         "quantised; list it in linear_weights_not_to_quantize"
     )
-
-
-def decode_without_kernel(
-    layer: Any, context: Context, prefix: str, sizes: list[int] | None = None
-) -> bool:
-    """On a CPU that has no kernel for the scheme put a dense `weight` in place of the parts.
-
-    `sizes` are the output features per codebook set of a fused layer. Returns whether it was done.
-    """
-    device = layer.codes.device.type
-    if device != "cpu" or context.scheme.has_fast_kernel(device):
-        return False
-    codes, codebooks, scales = (getattr(layer, part).data for part in PARTS)
-    weight = aqlm_dequantize(codes, codebooks, scales, sizes)
-    for part in PARTS:
-        delattr(layer, part)
-    layer.weight = Parameter(weight, requires_grad=False)
-    context.notice.give(context.scheme, prefix, [weight], [codes, codebooks, scales])
-    return True
 
 
 def let_lora_find(layer: Any, tensor: Tensor) -> None:

@@ -88,7 +88,7 @@ def test_every_architecture_is_tuned_by_discovery(tmp_path: Path, architecture: 
     with torch.inference_mode():
         original, tuned = dense(tokens).logits, model(tokens).logits
     agreement = torch.nn.functional.cosine_similarity(original, tuned, dim=-1).mean()
-    assert agreement > 0.7  # unrelated models agree to about 0
+    assert agreement > 0.6  # unrelated models agree to about 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
@@ -278,7 +278,7 @@ def test_resume_refuses_other_calibration_text_with_a_diff(tmp_path: Path) -> No
     tune(TuneJob(job.model, out, QUICK), lines.append)
     assert any("already complete" in line for line in lines)
     tune(TuneJob(job.model, out, replace(QUICK, scheme="1x8g8"), restart=True), silent)
-    assert Checkpoint.open(out).scheme_names == "1x8g8+2x8g4"
+    assert Checkpoint.open(out).scheme_names == "1x8g8+4x8g8"
 
 
 def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
@@ -292,11 +292,11 @@ def test_a_restart_keeps_the_old_checkpoint_until_the_new_run_writes_its_first(
     new = replace(old, recipe=replace(QUICK, training=training), restart=True)
     with pytest.raises(Stopped):
         tune(new, stopping("block 2/"))
-    assert Checkpoint.open(out).scheme_names == "1x8g8+2x8g4"
+    assert Checkpoint.open(out).scheme_names == "1x8g8+4x8g8"
     Checkpoint.open(out).verify()
     with pytest.raises(Stopped):
         tune(replace(new, restart=False), stopping("PV step 1/"))
-    assert Checkpoint.open(out).scheme_names == "2x8g8+2x8g4"
+    assert Checkpoint.open(out).scheme_names == "2x8g8+4x8g8"
     Checkpoint.open(out).verify()
 
 
@@ -389,13 +389,15 @@ def test_a_run_folder_with_the_recipe_in_its_old_spelling_goes_on(
     tmp_path: Path, training: TrainSettings | None
 ) -> None:
     dense_folder(tmp_path / "dense", "llama")
-    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", replace(QUICK, training=training))
+    old = replace(QUICK, training=training, embeddings="keep")
+    job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", old)
     with pytest.raises(Stopped):
         tune(job, stopping("block 1/"))
     file = tmp_path / "out" / RUN_FOLDER / "fingerprint.json"
     fingerprint = json.loads(file.read_text())
     recipe = fingerprint["recipe"]
     loop = recipe.pop("training")
+    del recipe["embeddings"]
     recipe["pv"] = None if loop is None else {**loop, "pv": recipe.pop("pv")}
     file.write_text(json.dumps(fingerprint))
     other = replace(job, recipe=replace(job.recipe, training=TrainSettings(windows=5)))

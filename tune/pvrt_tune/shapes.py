@@ -62,7 +62,8 @@ class ModelShape:
     """What memory and time of a whole model depend on.
 
     outside: numbers outside the blocks, tied ones once; first: those of them that come before the
-    blocks. itemsize: bytes of a number of the original.
+    blocks. ends: of those, (rows, width) of embedding and output head that go into codes.
+    itemsize: bytes of a number of the original.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -71,6 +72,7 @@ class ModelShape:
     vocabulary: int
     width: int
     itemsize: int
+    ends: tuple[tuple[int, int], ...] = ()
 
     @property
     def parameters(self) -> int:

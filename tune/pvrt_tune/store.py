@@ -243,8 +243,9 @@ def open_store(
         # Runs begun before the journal knew versions have the first ones here.
         first = stored.pop("versions", None)
         recipe = stored.get("recipe")
-        if isinstance(recipe, dict) and is_old(recipe):
-            stored["recipe"] = renewed(recipe)
+        if isinstance(recipe, dict):
+            recipe = renewed(recipe) if is_old(recipe) else recipe
+            stored["recipe"] = {"embeddings": "keep", **recipe}  # what runs of version 0.1 did
         different = _differences(stored, json.loads(json.dumps(fingerprint)))
         if different:
             raise RunError(

@@ -86,10 +86,16 @@ class Program:
         self._operations.append(Operation(kind=_KINDS[kind], **values))
         self._arrays = []
 
-    def embed(self, weight: PackedWeight | Tensor, y: Tensor, scale: float = 1.0) -> None:
+    def embed(
+        self,
+        weight: PackedWeight | Tensor,
+        y: Tensor,
+        scale: float = 1.0,
+        in_scales: Tensor | None = None,
+    ) -> None:
         """y = scale * row `token` of weight [vocabulary, n], dense (any of three types) or packed.
 
-        The rows of y lie side by side.
+        The rows of y lie side by side. in_scales [n] fp32 multiply the columns of a packed weight.
         """
         assert y.is_contiguous()
         self._rows = y.shape[0]
@@ -103,7 +109,8 @@ class Program:
         self._vocabulary = packed.fp32_scales.shape[0]
         view = products.plain_view(packed, weight.in_features)
         self._kept += [weight, view]
-        self._add("decode", weight=ctypes.addressof(view), **fields)
+        columns = {} if in_scales is None else {"norm": in_scales}
+        self._add("decode", weight=ctypes.addressof(view), **columns, **fields)
 
     def linear(
         self,

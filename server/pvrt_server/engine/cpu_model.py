@@ -79,6 +79,10 @@ class CpuModel:
         self._kv_heads, self._dim = config.num_key_value_heads, attention.head_dim
         self._limit = config.max_position_embeddings
         self._embedding, self._head = _ends(model)
+        self._scales, self._head_scales = (
+            _in_scales(decoder.embed_tokens),
+            _in_scales(model.lm_head),
+        )
         for parent, name, linear in _linears_of(model):
             if type(linear) is nn.Linear:
                 setattr(parent, name, _DenseLinear(linear))
@@ -106,7 +110,8 @@ class CpuModel:
             use_cache=True,
         )
         state.length += len(tokens)
-        return _product(output.last_hidden_state[0, len(tokens) - keep :], self._head)
+        x = output.last_hidden_state[0, len(tokens) - keep :]
+        return _product(x if self._head_scales is None else x * self._head_scales, self._head)
 
     def step(
         self, states: Sequence[_State], tokens: Sequence[int], argmax_only: bool = False
@@ -163,7 +168,7 @@ class CpuModel:
         attended = torch.empty(rows, heads * dim)
         gates = torch.empty(rows, 2 * config.intermediate_size)
         product = torch.empty(rows, config.intermediate_size)
-        program.embed(self._embedding, hidden)
+        program.embed(self._embedding, hidden, in_scales=self._scales)
         for layer in model.layers:
             attention, mlp = layer.self_attn, layer.mlp
             projections = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -186,6 +191,8 @@ class CpuModel:
             _linears(program, [mlp.down_proj], product, hidden, accumulate=True)
         norm = _norm(model.norm)
         assert norm is not None
+        if self._head_scales is not None:
+            norm = norm * self._head_scales
         scores = Rounded(self._head) if isinstance(self._head, Tensor) else None
         program.logits(hidden, self._logits, self._head, norm, epsilon, scores)
         return program
@@ -228,6 +235,13 @@ def _ends(model: Any) -> tuple[PackedWeight | Tensor, PackedWeight | Tensor]:
     if tied:
         head.weight = embedding.weight
     return weight, weight if tied else _narrow(head)
+
+
+def _in_scales(module: Any) -> Tensor | None:
+    """What the columns of an embedding's or head's codes are multiplied by, float32 [width]."""
+    module = module.embedding if isinstance(module, TiedHead) else module
+    scales: Tensor | None = getattr(module, "in_scales", None)
+    return None if scales is None else scales.detach().float().contiguous()
 
 
 def _end(module: Any) -> PackedWeight | Tensor:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.fixtures.greedy import assert_greedy
 from tests.fixtures.published import write_published
-from tests.fixtures.toy import write_toy
-from tests.fixtures.vllm_extras import quantise_ends, write_adapter
+from tests.fixtures.toy import toy_tokenizer, write_toy
+from tests.fixtures.vllm_extras import write_adapter
 from tests.fixtures.vllm_generate import Job, each_result
 
 pytest.importorskip("vllm")
@@ -53,11 +53,43 @@ def blocks_of_outputs(folder: Path) -> Case:
     return Job(str(folder), packed=True), write_toy(folder, "llama", "2x8g8o4")
 
 
+MIXED = {"q_proj": "3x8g8", "v_proj": "4x8g8", "up_proj": "2x8g4", "down_proj": "1x16g8"}
+ENDS = {"embed_tokens": "2x8g4", "lm_head": "3x8g4"}
+
+
 def codes_everywhere(folder: Path) -> Case:
-    """lm_head and embeddings too, and tied."""
-    model = write_toy(folder, "llama-tied", "2x8g8")
-    quantise_ends(folder, model, "2x8g8")
-    return Job(str(folder)), model
+    """Layers of several schemes, some of them fused, and embeddings in codes that are tied."""
+    schemes = {**MIXED, "embed_tokens": "2x8g4"}
+    return Job(str(folder)), write_published(folder, "llama-3.2", "2x8g8", schemes=schemes)
+
+
+def mixed_experts(folder: Path) -> Case:
+    """vLLM's Mixtral does not tell its embedding of the checkpoint's configuration."""
+    schemes = {"v_proj": "4x8g8", ".w2": "3x8g8", **ENDS}
+    return Job(str(folder)), write_published(folder, "mixtral", "2x8g8", schemes=schemes)
+
+
+def drafted(folder: Path) -> tuple[Job, Any, Path]:
+    """A target with a draft model, which is still to be written."""
+    draft = folder.with_name(f"{folder.name}_draft")
+    guesses = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    model = write_published(folder, "llama-2", "2x8g8", schemes={**MIXED, **ENDS})
+    return Job(str(folder), engine={"speculative_config": guesses}), model, draft
+
+
+def drafted_in_codes(folder: Path) -> Case:
+    """The draft model is the same checkpoint, in a folder of its own."""
+    job, model, draft = drafted(folder)
+    shutil.copytree(folder, draft)
+    return job, model
+
+
+def drafted_dense(folder: Path) -> Case:
+    """The draft model is the same model with nothing in codes."""
+    job, model, draft = drafted(folder)
+    model.save_pretrained(draft)
+    toy_tokenizer().save_pretrained(draft)
+    return job, model
 
 
 def adapted(folder: Path) -> Case:
@@ -95,10 +127,13 @@ CASES: list[Callable[[Path], Case]] = [
     biases_decoded,
     blocks_of_outputs,
     codes_everywhere,
+    mixed_experts,
+    drafted_in_codes,
+    drafted_dense,
     adapted,
     cached_chunked_and_guessed,  # last: vLLM starts no other engine once numba is loaded
 ]
-ON_TWO_RANKS = [llama, mixtral, codes_everywhere]
+ON_TWO_RANKS = [llama, codes_everywhere, mixed_experts]
 
 
 def drop(folder: Path, name: str) -> Path:
@@ -148,6 +183,13 @@ def test_the_cache_and_the_guesses_were_used(served: dict[str, Any]) -> None:
     counters = served["cached_chunked_and_guessed"]["counters"]
     assert counters["vllm:prefix_cache_hits"] >= 64
     assert counters["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["drafted_in_codes", "drafted_dense"])
+def test_a_draft_model_that_is_the_target_guesses_right(name: str, served: dict[str, Any]) -> None:
+    counters = served[name]["counters"]
+    guessed = counters["vllm:spec_decode_num_draft_tokens"]
+    assert counters["vllm:spec_decode_num_accepted_tokens"] > 0.8 * guessed > 0
 
 
 def test_a_checkpoint_that_lacks_a_tensor_does_not_start(served: dict[str, Any]) -> None:

@@ -13,9 +13,11 @@ pytest.importorskip("vllm")
 
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.aqlm import QuantizedLayer
+from pvrt.format.config_block import LayerSchemes
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context, DecodingNotice
 from pvrt.vllm_plugin.experts import AQLMExpertsMethod
+from pvrt.vllm_plugin.layers import Layers
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import rounding
 from tests.fixtures.instruction_sets import relative
@@ -52,17 +54,22 @@ class Experts(nn.Module):
 
 
 def made(layer: Any, scheme: str = "2x8g8") -> tuple[AQLMExpertsMethod, Any]:
-    context = Context(Scheme.parse(scheme), {}, DecodingNotice())
+    return with_schemes(layer, LayerSchemes(Scheme.parse(scheme)))
+
+
+def with_schemes(layer: Any, schemes: LayerSchemes) -> tuple[AQLMExpertsMethod, Any]:
+    context = Context(Layers(schemes, []), {}, DecodingNotice())
     method = AQLMExpertsMethod(context, layer.moe_config)
     width = WIDTH // layer.moe_config.moe_parallel_config.tp_size
     method.create_weights(layer, len(layer.owned), HIDDEN, width, torch.float32)
     return method, layer
 
 
-def sources(scheme: str = "2x8g8") -> dict[str, QuantizedLayer]:
-    form = Scheme.parse(scheme)
+def sources(scheme: str = "2x8g8", down: str = "") -> dict[str, QuantizedLayer]:
+    """`down` is the scheme of w2, where it is another."""
+    forms = {name: Scheme.parse((name == "w2" and down) or scheme) for name in NAMES}
     return {
-        f"{expert}.{name}": random_layer(form, *shape, seed=10 * expert + number)
+        f"{expert}.{name}": random_layer(forms[name], *shape, seed=10 * expert + number)
         for expert in range(EXPERTS)
         for number, (name, shape) in enumerate(NAMES.items())
     }
@@ -109,6 +116,53 @@ def test_ranks_add_up_to_the_mixture(isa: str, scheme: str, ranks: int) -> None:
         method.process_weights_after_loading(layer)
         total += method.apply(layer, x, weights, ids)
     assert relative(total, mixture(given, x, ids, weights)) < tolerance()
+
+
+def named(schemes: dict[str, str], others: dict[str, str] | None = None) -> LayerSchemes:
+    """Schemes of all experts' w1, w2 and w3, and of `others` by expert and name."""
+    every = {f"{n}.{name}": scheme for n in range(EXPERTS) for name, scheme in schemes.items()}
+    every |= others or {}
+    return LayerSchemes(None, {f"{PREFIX}.{n}": Scheme.parse(text) for n, text in every.items()})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_down_projections_may_have_a_scheme_of_their_own(isa: str, ranks: int) -> None:
+    given, (x, weights, ids) = sources("2x8g8", "3x8g4"), routing()
+    schemes = named({"w1": "2x8g8", "w2": "3x8g4", "w3": "2x8g8"})
+    total = torch.zeros(x.shape[0], HIDDEN)
+    for rank in range(ranks):
+        method, layer = with_schemes(Experts(rank, ranks), schemes)
+        list(layer.load_weights(tensors(given).items()))
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, weights, ids)
+    assert relative(total, mixture(given, x, ids, weights)) < tolerance()
+
+
+@pytest.mark.parametrize(
+    ("schemes", "others", "sentence"),
+    [
+        (
+            {"w1": "2x8g8", "w2": "2x8g8", "w3": "4x8g8"},
+            {},
+            r"experts: all experts' w1 and w3 need one scheme in vLLM, not .*w1 2x8g8, .*w3 4x8g8;",
+        ),
+        (
+            {"w1": "2x8g8", "w2": "2x8g8", "w3": "2x8g8"},
+            {"2.w2": "3x8g8"},
+            r"experts: all experts' w2 need one scheme in vLLM, not .*w2 2x8g8, .*2.w2 3x8g8;",
+        ),
+    ],
+)
+def test_experts_of_unequal_schemes_are_refused_by_name(
+    schemes: dict[str, str], others: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(ServeError, match=sentence):
+        with_schemes(Experts(), named(schemes, others))
+
+
+def test_an_expert_without_a_scheme_is_refused_by_name() -> None:
+    with pytest.raises(CheckpointError, match=rf"does not say what {PREFIX}.0.w3 is: list it"):
+        with_schemes(Experts(), named({"w1": "2x8g8", "w2": "2x8g8"}))
 
 
 def test_ranks_of_expert_parallelism_add_up_too(isa: str) -> None:

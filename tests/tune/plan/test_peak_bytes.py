@@ -47,6 +47,7 @@ from tests.fixtures import simulated_device
 from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import random_model, toy_tokenizer
 
+pytestmark = pytest.mark.filterwarnings("ignore:no .* kernel for")
 CPU, DEVICE = "cpu", "device"
 LEAST = FitSettings(rounds=1, kmeans_iterations=2, cg_iterations=1)
 SIZES: dict[str, Any] = {

@@ -52,11 +52,13 @@ class FileBudget:
         """Bits of a unit's tensors in a scheme and of their entries in the header."""
         header = 0
         for name, (out, inputs) in zip(unit.names, unit.shapes, strict=True):
-            shapes = {
+            shapes: dict[str, tuple[int, ...]] = {
                 "codes": scheme.codes_shape(out, inputs),
                 "codebooks": scheme.codebooks_shape,
                 "scales": scheme.scales_shape(out),
             }
+            if unit.block is None:
+                shapes["in_scales"] = (inputs,)
             for leaf, shape in shapes.items():
                 header += _entry(f"{name}.{leaf}", shape, self.fixed_bits + 8 * self.weights)
         return unit.bits(scheme, self.float_bits) + 8 * header

@@ -19,7 +19,7 @@ from pvrt.errors import RunError
 from pvrt_tune.allocate.errors import fitted, tried
 from pvrt_tune.allocate.noise import shaped
 from pvrt_tune.allocate.units import Unit
-from pvrt_tune.calibrate.ends import ends, head_moment
+from pvrt_tune.calibrate.ends import ends, head_moment, table_metric
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
 from pvrt_tune.machine import release_memory
 from pvrt_tune.model_blocks import (
@@ -259,8 +259,7 @@ class _Measurement:
         found: dict[str, Errors] = {}
         for row, unit in enumerate(self.ends):
             weight = states.outer.get_submodule(unit.key).weight
-            multiplies = ends(self.run.source.model)[unit.key].multiplies
-            metric = moment if multiplies else torch.eye(weight.shape[1], device=weight.device)
+            metric = table_metric(ends(self.run.source.model)[unit.key], moment)
             found[unit.key] = self._errors(unit, weight, metric)
             level = found[unit.key][str(unit.reference)] ** 0.5
             kept = weight.clone()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 from pvrt.errors import SourceError
 from pvrt.format.scheme import Scheme
 from pvrt.modules.experts import ExpertList
-from pvrt_tune.calibrate.ends import schemes_of_ends
+from pvrt_tune.calibrate.ends import schemes_of_ends, table_bits
 from pvrt_tune.model_blocks import BlockList, linears
 from pvrt_tune.settings import Recipe
 
@@ -78,8 +79,9 @@ class Unit:
         return sum(out * inputs for out, inputs in self.shapes)
 
     def bits(self, scheme: Scheme, float_bits: int) -> int:
-        """Bits of all its layers in a scheme, codebooks and scales included."""
-        return sum(scheme.layer_bits(*shape, float_bits) for shape in self.shapes)
+        """Bits of all its layers in a scheme, all that decoding needs included."""
+        stored = scheme.layer_bits if self.block is not None else partial(table_bits, scheme)
+        return sum(stored(*shape, float_bits) for shape in self.shapes)
 
 
 def find_units(model: Any, blocks: BlockList, recipe: Recipe) -> list[Unit]:

@@ -8,6 +8,7 @@ much KL as output head than as embedding. For the same reason the blocks need no
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 from pvrt.errors import RunError
 from pvrt.format.scheme import Scheme
 from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead, embedding_scale
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.data.source_model import fill
-from pvrt_tune.fit.layer import empty_like
-from pvrt_tune.fit.table import fit_table
+from pvrt_tune.fit import additive
+from pvrt_tune.fit.table import ROWS, fit_table
 from pvrt_tune.machine import release_memory
 from pvrt_tune.model_blocks import head_inputs
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import ENDS, Run
-from pvrt_tune.settings import Recipe
+from pvrt_tune.settings import FitSettings, Recipe
 from pvrt_tune.store import Piece
 
 
@@ -64,20 +66,36 @@ def schemes_of_ends(model: Any, recipe: Recipe) -> dict[str, Scheme]:
     "auto" leaves a table dense that codes would not make smaller, and both beside grids, whose
     layout has no embeddings. Raises RunError for a scheme that cannot be.
     """
-    scheme = recipe.embedding_scheme
-    if scheme is None:
-        return {}
+    wanted = recipe.embedding_schemes
     found = {}
-    for name, end in ends(model).items():
+    for name, end in ends(model).items() if wanted else ():
         rows, width = end.module.weight.shape
-        if scheme.divides(rows, width) and scheme.bits_per_weight(rows, width) < 16:
-            found[name] = scheme
+        usable = [scheme for scheme in wanted if scheme.divides(rows, width)]
+        if usable and table_bits(usable[0], rows, width) < 16 * rows * width:
+            found[name] = usable[0]
         elif recipe.embeddings != "auto":
             raise RunError(
-                f"embeddings: codes of {scheme} do not make {name} of {rows} x {width} smaller; "
-                "--keep-embeddings leaves it in 16 bits"
+                f"embeddings: codes of {recipe.embeddings} do not make {name} of {rows} x {width} "
+                "smaller; --keep-embeddings leaves it in 16 bits"
             )
     return found
+
+
+def table_bits(scheme: Scheme, rows: int, width: int, float_bits: int = 16) -> int:
+    """Bits of a table in codes, all that decoding needs included."""
+    return scheme.layer_bits(rows, width, float_bits) + width * float_bits
+
+
+def peak_bytes(
+    shape: tuple[int, int], scheme: Scheme, settings: FitSettings, itemsize: int, device: str
+) -> int:
+    """Peak of `quantize_ends` for one table [rows, width] of numbers of itemsize bytes."""
+    rows, width = shape
+    some = (min(rows, ROWS), width)
+    fit = additive.peak_bytes(some, scheme, settings, device)
+    # The table itself, its codes in parts and whole, moments, and rows of it in float32.
+    codes = 2 * rows * (width // scheme.in_group_size) * scheme.num_codebooks
+    return itemsize * rows * width + codes + 3 * 4 * width**2 + 2 * 4 * prod(some) + fit
 
 
 def quantize_ends(run: Run, hidden: Activations) -> None:
@@ -93,7 +111,7 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
         scheme = run.schemes.get(name, default)
         read = run.source.read(run.source.inside(name), run.device)
         weight = read[f"{name}.weight"]
-        metric = moment if found[name].multiplies else torch.eye(weight.shape[1]).to(weight.device)
+        metric = table_metric(found[name], moment)
         fit = fit_table(
             weight,
             metric,
@@ -107,6 +125,18 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
         run.report(f"{name}  {scheme}  {fit.relative_error:.4f}")
         release_memory()
     run.store.save(ENDS, tensors, report)
+
+
+def table_metric(end: End, moment: Tensor) -> Tensor:
+    """What errors of a table cost, [width, width]: as output head, as embedding, or as both.
+
+    Both parts of a tied table then cost about the same in KL (SmolLM2 at 4 bits).
+    """
+    plain = torch.eye(len(moment), device=moment.device)
+    if not end.multiplies:
+        return plain
+    normed = moment / moment.diagonal().mean().clamp_min(1e-30)
+    return (normed + plain) / 2 if isinstance(end.module, nn.Embedding) else normed
 
 
 def head_moment(run: Run, hidden: Activations) -> Tensor:
@@ -143,9 +173,10 @@ def put_ends(model: Any, piece: Piece, device: str) -> None:
         if isinstance(old, nn.Embedding):
             (rows, width), scale = old.weight.shape, embedding_scale(old)
             assert scale is not None
-            new: nn.Module = AQLMEmbedding(rows, width, scheme, scale, dtype=dtype)
+            new: nn.Module = AQLMEmbedding(rows, width, scheme, scale, True, dtype=dtype)
         else:
-            new = empty_like(old, scheme, dtype)
+            bias = old.bias is not None
+            new = AQLMLinear(old.in_features, old.out_features, scheme, bias, True, dtype=dtype)
         tensors = {key.removeprefix(f"{name}."): t.to(device) for key, t in part.items()}
         fill(new, tensors, device)
         head = model.get_output_embeddings()

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_tune import write_checkpoint
-from pvrt_tune.calibrate import block_tuning, stage
+from pvrt_tune.calibrate import block_tuning, ends, stage
+from pvrt_tune.calibrate.ends import schemes_of_ends
 from pvrt_tune.data import text
 from pvrt_tune.data.activations import store_bytes
 from pvrt_tune.data.text import Windows
@@ -116,6 +117,7 @@ class _Planner:
         self.recipe, self.activations = request.recipe, activations
         self.cuda = request.device != "cpu"
         self.shape = shape = model_shape(model, self.recipe)
+        self.tables = schemes_of_ends(model, self.recipe).values()
         self.result = result_of(model, self.recipe, shape)
         # A GGUF file stays in host memory, dequantised.
         self.host = PROCESS_BYTES + CUDA_HOST_BYTES * self.cuda
@@ -179,6 +181,13 @@ class _Planner:
         tuning = max(block_tuning.peak_bytes(block, batch) for block in blocks)
         seconds = self.speed.tuning_seconds(model, recipe)
         yield self.phase("block fine-tune", tuning, seconds, **place)
+        if model.ends:
+            tables = list(zip(model.ends, self.tables, strict=True))
+            peak = max(
+                ends.peak_bytes(*table, recipe.fit, model.itemsize, device) for table in tables
+            )
+            seconds = sum(self.speed.table_seconds(*table, recipe) for table in tables)
+            yield self.phase("embedding fit", peak, seconds, **place)
 
     def pv(self) -> Iterator[Phase]:
         """PV-Tuning: the whole student, and the original model unless it goes first."""

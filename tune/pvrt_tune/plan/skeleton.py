@@ -10,6 +10,7 @@ from torch import nn
 
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
+from pvrt_tune.calibrate.ends import schemes_of_ends, table_bits
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.fit.layer import empty_like
 from pvrt_tune.model_blocks import find_blocks, linears
@@ -49,6 +50,9 @@ def model_shape(model: Any, recipe: Recipe) -> ModelShape:
         vocabulary=config.vocab_size,
         width=config.hidden_size,
         itemsize=model.dtype.itemsize,
+        ends=tuple(
+            model.get_submodule(name).weight.shape for name in schemes_of_ends(model, recipe)
+        ),
     )
 
 
@@ -107,6 +111,9 @@ def result_of(model: Any, recipe: Recipe, shape: ModelShape) -> Result:
             bits += scheme.layer_bits(linear.out_features, linear.in_features, 8 * shape.itemsize)
             if isinstance(module, GridLinear):
                 size += module.packed_bytes - sum(p.nbytes for p in module.parameters())
+    for rows_width, table in zip(shape.ends, schemes_of_ends(model, recipe).values(), strict=True):
+        size += table_bits(table, *rows_width, 8 * shape.itemsize) // 8
+        size -= shape.itemsize * prod(rows_width)
     weights = sum(block.weights for block in shape.blocks)
     dense = shape.itemsize * shape.parameters
     return Result(size, bits / weights, 8 * size / shape.parameters, dense)

@@ -9,9 +9,10 @@ from math import ceil
 import torch
 from torch import nn
 
-from pvrt.format.scheme import GridScheme
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_tune.fit.additive import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
+from pvrt_tune.fit.table import ROWS
 from pvrt_tune.pv.loss import windows_seen
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
@@ -32,6 +33,18 @@ class Speed:
         """Time to quantise one linear layer."""
         shape = (out, in_features, recipe)
         return fit_products(*shape) / self.products + fit_search(*shape) / self.search
+
+    def table_seconds(self, shape: tuple[int, int], scheme: Scheme, recipe: Recipe) -> float:
+        """Fitting an embedding: codebooks on some rows, codes of all."""
+        rows, width = shape
+        whole = replace(recipe, scheme=str(scheme))
+        again = replace(
+            recipe.fit, rounds=min(1, max(0, recipe.fit.rounds - 1)), kmeans_iterations=1
+        )
+        codes = replace(whole, fit=replace(again, cg_iterations=1))
+        return self.fit_seconds(min(rows, ROWS), width, whole) + self.fit_seconds(
+            rows, width, codes
+        )
 
     def sampling_seconds(self, parameters: int, itemsize: int, recipe: Recipe, rows: int) -> float:
         """Time in which the model writes all windows, `rows` at once."""

@@ -304,6 +304,8 @@ def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) ->
     # gradients of what it trains.
     student = 2 * itemsize * sum(block.weights for block in model.blocks) + 4 * trained
     student += itemsize * model.outside if settings.freeze_embeddings else 3 * head
+    # A head in codes (the last of the ends) is decoded for every pass; its gradient comes decoded.
+    student += 8 * math.prod(model.ends[-1]) if model.ends else 0
     student += state_bytes(model, recipe.pv, trained)
     # What blocks leave for the backward pass, then the loss; or else the step.
     kept = sum(block.kept for block in model.blocks)

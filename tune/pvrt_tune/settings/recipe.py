@@ -88,8 +88,8 @@ class TrainSettings:
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
 
 
-#: What embeddings are put in unless a recipe says otherwise.
-EMBEDDINGS = "2x8g4"
+#: What embeddings are put in unless a recipe says otherwise: the first whose groups divide them.
+EMBEDDINGS = ("4x8g8", "2x8g4")
 
 #: What a V step does; see `STRATEGIES` of the optimizer.
 StrategyName = Literal[
@@ -208,11 +208,12 @@ class Recipe:
         return self.scheme if self.bits is None else f"by measured KL ({self.bits:g} bits)"
 
     @property
-    def embedding_scheme(self) -> Scheme | None:
-        """That of embedding and output head; None where they stay as they are."""
+    def embedding_schemes(self) -> list[Scheme]:
+        """Those for embedding and output head, the best first; none where they stay as they are."""
         if self.embeddings == "keep" or isinstance(self.parsed_scheme, GridScheme):
-            return None
-        return Scheme.parse(EMBEDDINGS if self.embeddings == "auto" else self.embeddings)
+            return []
+        names = EMBEDDINGS if self.embeddings == "auto" else (self.embeddings,)
+        return [Scheme.parse(name) for name in names]
 
     @property
     def windows(self) -> int:

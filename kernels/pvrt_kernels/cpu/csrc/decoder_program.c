@@ -14,7 +14,7 @@
 enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN, DECODE };
 
 /* x, y: fp32 [rows][in] and [rows][stride]. norm: root-mean-square norm weights that x passes first
- * (NULL: none). cosine, sine: [positions][rotary].
+ * (NULL: none), or what DECODE multiplies columns by. cosine, sine: [positions][rotary].
  * bytes: the weight again, rounded to int8 times bounds[row][0]; bounds[row][1] and [2]: norms of
  * the row's rounding error and of the rounded row. */
 typedef struct {
@@ -176,9 +176,10 @@ static void embed_packed(const program *p, const operation *o, int64_t thread, i
     const decode_job work = {.job.parts = threads, .weight = o->weight, .rows = tokens,
                              .count = p->rows, .y = o->y};
     decode_part(&work.job, thread);
-    const int64_t to = share(p->rows, thread + 1, threads) * o->out;
-    for (int64_t i = share(p->rows, thread, threads) * o->out; i < to; i++)
-        o->y[i] *= (float)o->scale;
+    const int64_t to = share(p->rows, thread + 1, threads);
+    for (int64_t t = share(p->rows, thread, threads); t < to; t++)
+        for (int64_t i = 0; i < o->out; i++)
+            o->y[t * o->out + i] *= (float)o->scale * (o->norm ? o->norm[i] : 1);
 }
 
 static void operate(program *p, const operation *o, int64_t thread, int64_t n) {
