@@ -36,7 +36,7 @@ def planned(path: Path, *options: str) -> tuple[int, str]:
         "--out",
         str(path),
     ]
-    result = CliRunner().invoke(app, ["plan", str(path), *roomy, *options])
+    result = CliRunner().invoke(app, ["plan", str(path), "--no-pv", *roomy, *options])
     return result.exit_code, result.output + (str(result.exception) if result.exit_code else "")
 
 
