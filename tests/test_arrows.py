@@ -33,7 +33,7 @@ ARROWS = {
         run <- write_checkpoint
         data <- model_card <- pipeline
         store, parallel <- shards <- pv
-        calibrate, write_checkpoint <- pv <- plan <- pipeline <- __init__
+        calibrate, write_checkpoint <- pv, allocate <- plan <- pipeline <- __init__
     """,
     "pvrt_server": """
         errors, options, templates <- opened <- capacity <- backend <- engine <- api

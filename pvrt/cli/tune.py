@@ -13,6 +13,7 @@ from pvrt.cli.recipe import (
     PV,
     Activations,
     ActivationsOption,
+    Bits,
     Config,
     Data,
     Effort,
@@ -36,6 +37,7 @@ def tune(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoint.")],
     scheme: Scheme = None,
+    bits: Bits = None,
     data: Data = None,
     effort: EffortOption = Effort.standard,
     config: Config = None,
@@ -80,7 +82,8 @@ def tune(
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
-    changes = Changes(scheme, samples, length, seed, pv, "keep" if keep_embeddings else None)
+    embeddings = "keep" if keep_embeddings else None
+    changes = Changes(scheme, samples, length, seed, pv, embeddings, bits)
     notice = say if parallel.speaks() else lambda line: None
     recipe, seconds = build(effort.value, config, changes, limit, notice)
     job = TuneJob(

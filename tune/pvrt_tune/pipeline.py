@@ -13,6 +13,7 @@ from pvrt.format.atomic import write_synced
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import parallel
+from pvrt_tune.allocate.stage import allocate, stored_schemes
 from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
@@ -76,6 +77,9 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     data = text or _sampled(job, source, store, report)
     release_memory()  # of reading the model and its text
     run = Run(job, source, blocks, data, store, report)
+    if job.recipe.bits is not None:
+        run = replace(run, schemes=allocate(run))
+        release_memory()
     calibrate(run)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = store.calibrated and (job.out / CONFIG_FILE).exists()
@@ -95,7 +99,8 @@ def _follow(job: TuneJob, data: CalibrationData | None) -> Run:
     store = Store(job.out / RUN_FOLDER, writes=False)
     if data is None or not store.events:
         raise unseen()
-    return Run(job, source, find_blocks(source.model), data, store, _silent)
+    schemes = stored_schemes(store) or {}
+    return Run(job, source, find_blocks(source.model), data, store, _silent, schemes)
 
 
 def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
