@@ -45,7 +45,7 @@ lock:
 	$(PYTHON) -m venv $(LOCK)
 	$(LOCK)/bin/python -m pip install --quiet --upgrade uv
 	$(LOCK)/bin/uv pip compile pyproject.toml --quiet --universal --upgrade --python-version 3.11 \
-	  --extra gguf --extra data --extra grids --extra gpu --group engine --group bench \
+	  --extra gguf --extra data --extra grids --extra eval --extra gpu --group engine --group bench \
 	  --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
 
 # No constraints; and --upgrade past the upper bounds of pyproject.toml, which is what is tried. pip

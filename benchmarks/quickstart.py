@@ -113,7 +113,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         name: {"original": perplexity(model, *how)} for name, how in texts.items()
     }
-    pvrt("tune", model, "-o", str(out), "--effort", "quick", "--restart")
+    pvrt("tune", model, "-o", str(out), "--effort", "quick", "--restart", "--no-report")
     for name, how in texts.items():
         figures[name]["tuned"] = perplexity(str(out), *how)
     bits = json.loads(pvrt("inspect", str(out), "--json", capture=True))

@@ -31,8 +31,9 @@ ARROWS = {
         settings, data, model_blocks, machine, parallel <- run, fit
         run, fit <- calibrate
         run <- write_checkpoint
+        data <- model_card <- pipeline
         store, parallel <- shards <- pv
-        calibrate, write_checkpoint <- pv <- plan <- pipeline <- __init__
+        calibrate, write_checkpoint <- pv, allocate <- plan <- pipeline <- __init__
     """,
     "pvrt_server": """
         errors, options, templates <- opened <- capacity <- backend <- engine <- api

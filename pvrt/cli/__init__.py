@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pvrt
-from pvrt.cli import bench, doctor, inspect, plan, serve, tune
+from pvrt.cli import bench, compare, doctor, inspect, plan, serve, tune
 from pvrt.cli import eval as evaluation
 from pvrt.cli.shared import EXIT_INTERRUPTED, EXIT_USAGE
 from pvrt.errors import PvrtError
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("tune")(tune.tune)
 app.command("plan")(plan.plan)
 app.command("eval")(evaluation.evaluate)
+app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)

@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from pvrt.cli.shared import AsJson, Checkpoint, Dtype, say
+
+if TYPE_CHECKING:
+    from pvrt.tools.bench_model import Memory, Speed
 
 
 class _BenchGroup(TyperGroup):
@@ -38,6 +41,30 @@ def model(
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of the embedded engine, one request at a time (medians)."""
+    speed, read = engine_speed(path, dtype, prompt_tokens, new_tokens, repeats)
+    if as_json:
+        more = {} if read is None else asdict(read)
+        print(json.dumps({"model": str(path), **asdict(speed), **more}))
+        return
+    low, high = speed.decode_spread
+    print(
+        f"{path}: prefill {speed.prefill_tokens_per_second:.1f} tokens/s (first token after "
+        f"{speed.ttft_seconds * 1000:.0f} ms for {prompt_tokens}), decode "
+        f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
+        f"{repeats} runs of {new_tokens})"
+    )
+    if read is not None:
+        print(
+            f"{read.bytes_per_token / 1e6:.0f} MB of weights per token: "
+            f"{read.bandwidth_fraction:.0%} of the {read.bytes_per_second / 1e9:.1f} GB/s that "
+            "this machine reads from memory"
+        )
+
+
+def engine_speed(
+    path: Path, dtype: Dtype, prompt_tokens: int, new_tokens: int, repeats: int
+) -> "tuple[Speed, Memory | None]":
+    """Speed of the embedded engine on a folder, and on a CPU how much of memory's it uses."""
     from pvrt.tools.bench_model import measure, memory
     from pvrt_server.engine.engine import Engine
     from pvrt_server.engine.sampling import SamplingParams
@@ -58,23 +85,7 @@ def model(
         read = None
         if engine.device == "cpu":
             read = memory(speed.decode_tokens_per_second, engine.bytes_per_token)
-    if as_json:
-        more = {} if read is None else asdict(read)
-        print(json.dumps({"model": str(path), **asdict(speed), **more}))
-        return
-    low, high = speed.decode_spread
-    print(
-        f"{path}: prefill {speed.prefill_tokens_per_second:.1f} tokens/s (first token after "
-        f"{speed.ttft_seconds * 1000:.0f} ms for {prompt_tokens}), decode "
-        f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
-        f"{repeats} runs of {new_tokens})"
-    )
-    if read is not None:
-        print(
-            f"{read.bytes_per_token / 1e6:.0f} MB of weights per token: "
-            f"{read.bandwidth_fraction:.0%} of the {read.bytes_per_second / 1e9:.1f} GB/s that "
-            "this machine reads from memory"
-        )
+    return speed, read
 
 
 @app.command("kernels")

@@ -10,6 +10,7 @@ from pvrt.cli.recipe import (
     PV,
     Activations,
     ActivationsOption,
+    Bits,
     Config,
     Data,
     Effort,
@@ -30,6 +31,7 @@ def plan(
         Path, typer.Option("--out", "-o", help="Folder for the checkpoint: whose disk is asked.")
     ] = Path(),
     scheme: Scheme = None,
+    bits: Bits = None,
     data: Data = None,
     effort: EffortOption = Effort.standard,
     config: Config = None,
@@ -59,9 +61,8 @@ def plan(
     from pvrt_tune.settings import TuneJob
     from pvrt_tune.settings.options import Changes, build
 
-    changes = Changes(
-        scheme, samples, length, pv=pv, embeddings="keep" if keep_embeddings else None
-    )
+    embeddings = "keep" if keep_embeddings else None
+    changes = Changes(scheme, samples, length, pv=pv, embeddings=embeddings, bits=bits)
     recipe, seconds = build(effort.value, config, changes, limit, notice)
     job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds)
     report, problems = plan_here(job, host_memory=host_memory, device_memory=device_memory)

@@ -37,6 +37,13 @@ Scheme = Annotated[
         "is 4 bits in groups of 128, w4g128s symmetric. [default: 2x8g8]"
     ),
 ]
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        help="Bits per weight of the whole file, like 2.5, instead of one scheme for all layers: "
+        "each layer gets the codebooks that its measured effect on the model is worth."
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(

@@ -29,6 +29,17 @@ def write_synced(file: Path, content: bytes) -> None:
     sync(file)
 
 
+def replace(file: Path, content: bytes) -> None:
+    """Write a file so that readers see what was there before, or all of the new content."""
+    temporary = file.with_name(f".{file.name}.partial")
+    try:
+        write_synced(temporary, content)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(file.parent)
+
+
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

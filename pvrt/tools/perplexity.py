@@ -53,12 +53,16 @@ def read_text(path: Path) -> str:
 def windows(text: str, tokenizer: Any, context: int, limit: int | None = None) -> Tensor:
     """Non-overlapping windows [n, context] of a text's tokens, the last partial one dropped.
 
-    A tokenizer that begins sequences with a special token begins every window with it.
+    A tokenizer that begins sequences with special tokens begins every window with them.
     Raises DataError when the text has less than one window.
     """
-    start = tokenizer("", verbose=False)["input_ids"]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    start = beginning(tokenizer)
     fresh = context - len(start)
+    ids: list[int] = []
+    if limit is not None:  # a few windows of a long text need not wait for all its tokens
+        ids = _plain(text[: _CHARACTERS * limit * fresh], tokenizer)
+    if limit is None or len(ids) <= limit * fresh + _CUT:
+        ids = _plain(text, tokenizer)
     count = len(ids) // fresh
     if count == 0:
         raise DataError(
@@ -68,6 +72,23 @@ def windows(text: str, tokenizer: Any, context: int, limit: int | None = None) -
     count = min(count, limit or count)
     body = torch.tensor(ids[: count * fresh]).view(count, fresh)
     return torch.cat([torch.tensor(start, dtype=torch.int64).expand(count, -1), body], 1)
+
+
+#: Characters that are read per token wanted, and tokens that a cut in the text may have changed.
+_CHARACTERS, _CUT = 12, 16
+
+
+def _plain(text: str, tokenizer: Any) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text, without those that it puts after."""
+    plain = _plain("a", tokenizer)
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    places = range(len(whole) - len(plain) + 1)
+    return whole[: next(n for n in places if whole[n : n + len(plain)] == plain)]
 
 
 def perplexity(

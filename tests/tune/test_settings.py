@@ -95,7 +95,7 @@ def test_of_the_settings_of_steps_only_those_taken_are_recorded() -> None:
         ("pv: {pv: {fractoin: 1}}", "pv has no setting fractoin; did you mean fraction"),
         ("{training: {}, pv: {steps: 1}}", "pv has no setting steps; it knows strategy"),
         ("pv: 3", "pv takes settings of its own"),
-        ("{3: 4}", "there is no setting 3; it knows scheme, embeddings"),
+        ("{3: 4}", "there is no setting 3; it knows scheme, bits"),
         ("training: {3: 4}", "training has no setting 3; it knows windows"),
         ("training: {1: {2: 3}}", "training has no setting 1; it knows windows"),
     ],
@@ -225,3 +225,24 @@ def test_what_is_typed_beats_the_file_and_the_file_the_preset(tmp_path: Path) ->
 def test_bad_limits_are_one_sentence(limit: str, pv: bool) -> None:
     with pytest.raises(RunError, match="--for"):
         build("standard", None, Changes(pv=pv), limit)
+
+
+def test_bits_and_a_scheme_exclude_each_other() -> None:
+    with pytest.raises(RunError, match="give either"):
+        build("quick", None, Changes(scheme="2x8g8", bits=2.5))
+    recipe, _ = build("quick", None, Changes(bits=2.5))
+    assert recipe.bits == 2.5
+    assert recipe.record()["bits"] == 2.5
+    assert "bits" not in build("quick", None, Changes())[0].record()
+
+
+def test_a_scheme_that_is_typed_replaces_the_bits_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("bits: 3")
+    assert build("quick", file, Changes())[0].bits == 3.0
+    assert build("quick", file, Changes(scheme="2x8g8"))[0].bits is None
+
+
+def test_bits_are_not_shared_out_over_grids() -> None:
+    with pytest.raises(RunError, match="w4g128 is a grid"):
+        Recipe(scheme="w4g128", bits=4.0)

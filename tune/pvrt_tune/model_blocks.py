@@ -157,6 +157,32 @@ class _Outputs(_Recorder):
         return self.value
 
 
+@contextmanager
+def _outputs(model: Any, blocks: BlockList) -> Iterator[_Outputs]:
+    """What stands for the blocks of a model, to be told the last one's outputs before a pass."""
+    modules = model.get_submodule(blocks.name)
+    originals = list(modules)
+    outputs = _Outputs(originals[-1])
+    try:
+        for index, block in enumerate([*map(_Recorder, originals[:-1]), outputs]):
+            modules[index] = block
+        yield outputs
+    finally:
+        for index, block in enumerate(originals):
+            modules[index] = block
+
+
+def run_head(model: Any, blocks: BlockList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """Logits [batch, length, vocabulary] of the last block's outputs for tokens [batch, length].
+
+    The blocks of `model` are not run and may be on the meta device.
+    """
+    with _outputs(model, blocks) as outputs, torch.no_grad():
+        outputs.value = hidden
+        logits: Tensor = model(input_ids=tokens.to(hidden.device), use_cache=False).logits
+    return logits
+
+
 def head_inputs(
     model: Any, blocks: BlockList, tokens: Tensor, hidden: Activations
 ) -> Iterator[Tensor]:
@@ -170,33 +196,27 @@ def head_inputs(
         raise _HeadReached(args[0])
 
     embeddings = model.get_input_embeddings()
-    modules = model.get_submodule(blocks.name)
-    originals = list(modules)
-    outputs = _Outputs(originals[-1])
     hooks = [
         embeddings.register_forward_hook(lambda m, args, out: out.float()),
         model.get_output_embeddings().register_forward_pre_hook(stop),
     ]
     try:
-        for index, block in enumerate([*map(_Recorder, originals[:-1]), outputs]):
-            modules[index] = block
-        batch = len(hidden[0])
-        for part, outputs.value in zip(torch.split(tokens, batch), hidden, strict=True):
-            try:
-                with torch.inference_mode():
-                    model(input_ids=part.to(embeddings.weight.device), use_cache=False)
-            except _HeadReached as reached:
-                yield reached.args[0].flatten(0, -2)
-            else:
-                raise RunError(
-                    f"{type(model).__name__} does not call its output head as a module; "
-                    "--keep-embeddings leaves it in 16 bits"
-                )
+        with _outputs(model, blocks) as outputs:
+            batch = len(hidden[0])
+            for part, outputs.value in zip(torch.split(tokens, batch), hidden, strict=True):
+                try:
+                    with torch.inference_mode():
+                        model(input_ids=part.to(embeddings.weight.device), use_cache=False)
+                except _HeadReached as reached:
+                    yield reached.args[0].flatten(0, -2)
+                else:
+                    raise RunError(
+                        f"{type(model).__name__} does not call its output head as a module; "
+                        "--keep-embeddings leaves it in 16 bits"
+                    )
     finally:
         for hook in hooks:
             hook.remove()
-        for index, block in enumerate(originals):
-            modules[index] = block
 
 
 def _detached(value: Any, copies: dict[int, Tensor]) -> Any:

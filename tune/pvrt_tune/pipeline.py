@@ -13,12 +13,14 @@ from pvrt.format.atomic import write_synced
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import parallel
+from pvrt_tune.allocate.stage import allocate, stored_schemes
 from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import find_blocks
+from pvrt_tune.model_card import discard
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.plan.report import misfits, summary
 from pvrt_tune.progress import Clock, Report
@@ -75,6 +77,9 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     data = text or _sampled(job, source, store, report)
     release_memory()  # of reading the model and its text
     run = Run(job, source, blocks, data, store, report)
+    if job.recipe.bits is not None:
+        run = replace(run, schemes=allocate(run))
+        release_memory()
     calibrate(run)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = store.calibrated and (job.out / CONFIG_FILE).exists()
@@ -94,7 +99,8 @@ def _follow(job: TuneJob, data: CalibrationData | None) -> Run:
     store = Store(job.out / RUN_FOLDER, writes=False)
     if data is None or not store.events:
         raise unseen()
-    return Run(job, source, find_blocks(source.model), data, store, _silent)
+    schemes = stored_schemes(store) or {}
+    return Run(job, source, find_blocks(source.model), data, store, _silent, schemes)
 
 
 def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
@@ -116,6 +122,7 @@ def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
 
 def _write(run: Run) -> None:
     """The checkpoint as it stands: the best state of PV-Tuning, or calibration's."""
+    discard(run.settings.out)
     write(run, *tuned_tensors(run.store))
 
 

@@ -1,10 +1,11 @@
 """What every stage of a tuning run is handed."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pvrt.errors import RunError
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_tune.data.source_model import Source
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.model_blocks import BlockList
@@ -19,7 +20,8 @@ class Run:
 
     settings: the call of `tune`, on this process's device. source: the dense model, and `blocks`
     its decoder blocks. data: all windows of text, those held out by PV-Tuning first. store: what is
-    finished. report: takes lines of progress.
+    finished. report: takes lines of progress. schemes: of layers, embedding and output head by
+    their names in the model, where they differ from the recipe's.
     """
 
     settings: TuneJob
@@ -28,6 +30,15 @@ class Run:
     data: CalibrationData
     store: Store
     report: Report
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+
+    def recipe_of(self, name: str) -> Recipe:
+        """The recipe with the scheme of one layer."""
+        return replace(self.recipe, scheme=str(self.scheme_of(name)), bits=None)
+
+    def scheme_of(self, name: str) -> Scheme | GridScheme:
+        """The scheme of a layer inside the blocks."""
+        return self.schemes.get(name, self.recipe.parsed_scheme)
 
     @property
     def recipe(self) -> Recipe:

@@ -28,7 +28,9 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     source, data, scheme = run.source, run.data, run.recipe.parsed_scheme
     model, reports = source.model, run.block_reports()
     quantised = {
-        source.published(f"{run.blocks.prefix(index)}{name}")
+        source.published(f"{run.blocks.prefix(index)}{name}"): run.scheme_of(
+            f"{run.blocks.prefix(index)}{name}"
+        )
         for index, report in enumerate(reports)
         for name in report["errors"]
     }
@@ -45,7 +47,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
         config["quantization_config"] = grid_config(scheme, dense)
     else:
         config["quantization_config"] = quantization_config(
-            dict.fromkeys(quantised, scheme),
+            {name: form for name, form in quantised.items() if isinstance(form, Scheme)},
             dense,
             {source.published(name): form for name, form in tables.items()},
         )
@@ -53,7 +55,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
         "pvrt": pvrt.__version__,
         "torch": torch.__version__,
         "versions": run.store.versions,
-        "scheme": str(scheme),
+        "scheme": run.recipe.asked,
         "base_model": {"name": Path(source.name).name, "sha256": source.digest},
         "data": {"origin": data.origin, "sha256": data.digest},
         "recipe": run.recipe.record(),

@@ -43,7 +43,7 @@ def test_a_process_prints_the_version_or_one_sentence_and_ends_by_its_exit_code(
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("tune", "plan", "serve", "eval", "inspect", "bench", "doctor"):
+    for command in ("tune", "plan", "serve", "eval", "compare", "inspect", "bench", "doctor"):
         assert command in text
 
 
@@ -53,7 +53,7 @@ def options(command: str) -> set[str]:
 
 
 def test_plan_takes_every_option_of_tune_that_a_plan_depends_on() -> None:
-    assert options("tune") - options("plan") == {"seed", "resume", "restart", "force"}
+    assert options("tune") - options("plan") == {"seed", "resume", "restart", "force", "report"}
     assert options("plan") - options("tune") == {"host_memory", "device_memory", "as_json"}
 
 

@@ -104,13 +104,14 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
     hidden: outputs of the last quantised block.
     """
     found, schemes = ends(run.source.model), schemes_of_ends(run.source.model, run.recipe)
-    moment = _head_moment(run, hidden)
+    moment = head_moment(run, hidden)
     tensors: dict[str, Tensor] = {}
     report = {}
-    for name, scheme in schemes.items():
+    for name, default in schemes.items():
+        scheme = run.schemes.get(name, default)
         read = run.source.read(run.source.inside(name), run.device)
         weight = read[f"{name}.weight"]
-        metric = _metric(found[name], moment)
+        metric = table_metric(found[name], moment)
         fit = fit_table(
             weight,
             metric,
@@ -126,7 +127,7 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
     run.store.save(ENDS, tensors, report)
 
 
-def _metric(end: End, moment: Tensor) -> Tensor:
+def table_metric(end: End, moment: Tensor) -> Tensor:
     """What errors of a table cost, [width, width]: as output head, as embedding, or as both.
 
     Both parts of a tied table then cost about the same in KL (SmolLM2 at 4 bits).
@@ -138,7 +139,7 @@ def _metric(end: End, moment: Tensor) -> Tensor:
     return (normed + plain) / 2 if isinstance(end.module, nn.Embedding) else normed
 
 
-def _head_moment(run: Run, hidden: Activations) -> Tensor:
+def head_moment(run: Run, hidden: Activations) -> Tensor:
     """Mean of x x^T [width, width] over what enters the output head."""
     source, blocks = run.source, run.blocks
     model = source.partial(without_head(run), run.device)

@@ -128,8 +128,8 @@ def _quantize_block(
                 f"no calibration token reached {prefix}{name}; raise --samples or give other text "
                 "with --data"
             )
-        generator = seeded(recipe.seed, f"{prefix}{name}")
-        quantised = quantize_linear(linear, moments.pop(name), recipe, generator, dtype)
+        generator, own = seeded(recipe.seed, f"{prefix}{name}"), run.recipe_of(f"{prefix}{name}")
+        quantised = quantize_linear(linear, moments.pop(name), own, generator, dtype)
         block.set_submodule(name, quantised.module)
         errors[name] = quantised.relative_error
         release_memory()
@@ -160,10 +160,10 @@ def rebuild(run: Run, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     """A quantised block from its saved tensors; the skeleton says what its layers looked like."""
     skeleton = run.blocks.blocks[index]
     block = deepcopy(skeleton)
-    dtype = _float_dtype(skeleton)
+    dtype, prefix = _float_dtype(skeleton), run.blocks.prefix(index)
     for name, linear in list(linears(block)):
         if f"{name}.weight" not in tensors:
-            block.set_submodule(name, empty_like(linear, run.recipe.parsed_scheme, dtype))
+            block.set_submodule(name, empty_like(linear, run.scheme_of(f"{prefix}{name}"), dtype))
     fill(block, {name: tensor.to(run.device) for name, tensor in tensors.items()}, run.device)
     return block
 

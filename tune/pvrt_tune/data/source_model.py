@@ -42,6 +42,7 @@ from pvrt.errors import CheckpointError, SourceError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
+from pvrt_tune.data.bos import begin_as_stated
 
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
 
@@ -252,6 +253,7 @@ def _open_gguf(name: str, file: Path) -> Source:
     with _one_sentence(file):
         where = {"gguf_file": file.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        begin_as_stated(tokenizer, file)
         loaded = AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.bfloat16,

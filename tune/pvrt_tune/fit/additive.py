@@ -31,6 +31,7 @@ from pvrt_tune.fit.code_search import (
     in_metric,
     lowest,
     search_bytes,
+    weighted,
 )
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.objective import Objective, column_blocks
@@ -187,6 +188,22 @@ class AdditiveFit:
         return importance + 1e-6 * importance.mean()
 
     # ---- codes ----
+
+    def encode(self, codebooks: Tensor) -> None:
+        """Take over codebooks [M, K, g] fitted elsewhere, and choose first codes for them: one
+        codebook after the other, as in `start`.
+
+        Searches begin at the codes that are there. From these they end 2 to 5 dB lower than from
+        none (embeddings of SmolLM2 in 3x8g8, 4x8g8 and 5x8g8).
+        """
+        self.codebooks = codebooks
+        points = (self.weight / self.scales).reshape(-1, self.g)
+        weights = (self.importance() * self.scales.square().unsqueeze(-1)).reshape(-1, self.g)
+        flat_codes = self.codes.view(-1, len(codebooks))
+        for m, codebook in enumerate(codebooks):
+            features = torch.cat([weights * points, weights], 1)
+            flat_codes[:, m] = lowest(features, *weighted(codebook), 1)[:, 0]
+            points = points - codebook[flat_codes[:, m]]
 
     def assign_with_feedback(self) -> None:
         """Choose all codes group by group, carrying each group's error into the later groups."""

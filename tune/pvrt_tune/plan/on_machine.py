@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from pvrt.device import default_device, is_here
+from pvrt_tune.allocate.needs import needs, stand_in
 from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import check_divisible, find_blocks
@@ -55,8 +56,38 @@ def plan_here(
 
 
 def _plan(request: Request, machine: Machine) -> Plan:
-    model = load_skeleton(request.model)
+    model, bits = load_skeleton(request.model), request.recipe.bits
+    if bits is not None:
+        recipe = replace(request.recipe, scheme=stand_in(bits))
+        request = replace(request, recipe=recipe)
     check_divisible(find_blocks(model), request.recipe.parsed_scheme)
     here = is_here(request.device)
     rates = speed.measure(request.device) if here else speed.GPU_OF_A100_CLASS
-    return plan_run(model, request, rates, machine)
+    plan = plan_run(model, request, rates, machine)
+    return plan if bits is None else _shared_out(plan, model, rates)
+
+
+def _shared_out(plan: Plan, model: Any, rates: speed.Speed) -> Plan:
+    """The plan of a recipe with bits: measuring comes first, and the file has these bits.
+
+    The other stages are planned as if all layers had one scheme.
+    """
+    needed = needs(model, plan.request.recipe, rates.fit_seconds)
+    first = next(phase for phase in plan.phases if phase.name == "block pass")
+    on_device = plan.request.device != "cpu"
+    measuring = replace(
+        first,
+        name="measuring bits",
+        device_bytes=first.device_bytes + needed.more_bytes * on_device,
+        host_bytes=first.host_bytes + needed.more_bytes * (not on_device),
+        seconds=needed.operations / rates.products + needed.fit_seconds,
+    )
+    at = plan.phases.index(first)
+    result = replace(
+        plan.result,
+        file_bytes=needed.file_bytes,
+        bits_per_weight_linears=needed.bits_layers,
+        bits_per_weight_file=needed.bits_file,
+    )
+    phases = (*plan.phases[:at], measuring, *plan.phases[at:])
+    return replace(plan, phases=phases, result=result)

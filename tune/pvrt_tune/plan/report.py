@@ -65,7 +65,7 @@ def describe(plan: Plan, memory: int) -> dict[str, Any]:
     return {
         "summary": summary(plan),
         "model": plan.request.model,
-        "scheme": plan.request.recipe.scheme,
+        "scheme": plan.request.recipe.asked,
         "device": plan.request.device,
         "parameters": plan.parameters,
         "blocks": plan.blocks,

@@ -12,7 +12,7 @@ from torch import nn
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_tune.fit.additive import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
-from pvrt_tune.fit.table import ROWS
+from pvrt_tune.fit.table import FITTED_ON
 from pvrt_tune.pv.loss import windows_seen
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
@@ -38,13 +38,9 @@ class Speed:
         """Fitting an embedding: codebooks on some rows, codes of all."""
         rows, width = shape
         whole = replace(recipe, scheme=str(scheme))
-        again = replace(
-            recipe.fit, rounds=min(1, max(0, recipe.fit.rounds - 1)), kmeans_iterations=1
-        )
-        codes = replace(whole, fit=replace(again, cg_iterations=1))
-        return self.fit_seconds(min(rows, ROWS), width, whole) + self.fit_seconds(
-            rows, width, codes
-        )
+        again = replace(recipe.fit, rounds=1, kmeans_iterations=1, beam=1, cg_iterations=1)
+        codes = self.fit_seconds(rows, width, replace(whole, fit=again))
+        return self.fit_seconds(min(rows, FITTED_ON), width, whole) + codes
 
     def sampling_seconds(self, parameters: int, itemsize: int, recipe: Recipe, rows: int) -> float:
         """Time in which the model writes all windows, `rows` at once."""

@@ -5,6 +5,7 @@ A leaf: what is set here is used by every stage, and nothing here knows a stage.
 
 from pvrt_tune.settings.recipe import (
     EFFORTS,
+    AllocationSettings,
     FinetuneSettings,
     FitSettings,
     PVSettings,
@@ -16,6 +17,7 @@ from pvrt_tune.settings.recipe import (
 
 __all__ = [
     "EFFORTS",
+    "AllocationSettings",
     "FinetuneSettings",
     "FitSettings",
     "PVSettings",

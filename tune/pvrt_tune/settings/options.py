@@ -20,6 +20,7 @@ class Changes:
     seed: int | None = None
     pv: bool = True
     embeddings: str | None = None
+    bits: float | None = None
 
 
 def build(
@@ -34,9 +35,15 @@ def build(
     A limit asks for PV-Tuning at any effort. `report` gets notices about the file. Raises RunError
     with one sentence for what cannot be.
     """
+    if changes.bits is not None and changes.scheme is not None:
+        raise RunError(
+            "--bits chooses schemes layer by layer, --scheme is one for all; give either"
+        )
     recipe = EFFORTS[effort] if config is None else from_file(config, EFFORTS[effort], report)
     named = {field.name: getattr(changes, field.name) for field in fields(changes)}
     typed = {name: value for name, value in named.items() if value is not None and name != "pv"}
+    if changes.scheme is not None:
+        typed["bits"] = None
     try:
         recipe = replace(recipe, **typed)
     except RunError as error:  # an option has the name of its setting

@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from pvrt.format.scheme import GridScheme, Scheme, parse_scheme
 from pvrt_tune.settings.checks import (
@@ -150,17 +150,32 @@ def _for_embeddings(text: str) -> str:
 
 
 @settings
+class AllocationSettings:
+    """How bits are shared out where a recipe says how many the file has.
+
+    windows, length: of calibration's text, the part that KL is measured on.
+    """
+
+    windows: Count = 4
+    length: Annotated[int, Field(strict=True, ge=8)] = 128
+
+
+@settings
 class Recipe:
     """Everything that decides the result besides model and text. Stored with the run.
 
-    embeddings: the scheme of embedding and output head, "auto" or "keep" (in 16 bits). targets:
-    what a block's fine-tuning aims at. "quantised": the dense block's outputs on the
-    outputs of the quantised blocks before it. "original": the original model's own activations
-    after that block, so that a block also fixes what earlier ones broke (a second set of hidden
-    states is kept for it). training: PV-Tuning after calibration, or None; pv: its steps.
+    bits: per weight, of the whole file; schemes are then chosen layer by layer, and `scheme` says
+    nothing. None: all layers have `scheme`. embeddings: the scheme of embedding and output head,
+    "auto" or "keep" (in 16 bits). targets: what a block's fine-tuning aims at. "quantised": the
+    dense block's outputs on the outputs of the quantised blocks before it. "original": the original
+    model's own activations after that block, so that a block also fixes what earlier ones broke (a
+    second set of hidden states is kept for it). training: PV-Tuning after calibration, or None; pv:
+    its steps.
     """
 
     scheme: Annotated[str, AfterValidator(_tunable)] = "2x8g8"
+    bits: Annotated[float, Field(strict=True, ge=1, le=8)] | None = None
+    allocation: AllocationSettings = Field(default_factory=AllocationSettings)
     embeddings: Annotated[str, AfterValidator(_for_embeddings)] = "auto"
     samples: Count = 64
     length: Annotated[int, Field(strict=True, ge=8)] = 512
@@ -171,10 +186,26 @@ class Recipe:
     training: TrainSettings | None = None
     pv: PVSettings = Field(default_factory=PVSettings)
 
+    @field_validator("bits")
+    @classmethod
+    def _of_codebooks(cls, bits: float | None, others: ValidationInfo) -> float | None:
+        """ValueError where bits are to be shared out and a grid is asked for besides."""
+        scheme = others.data.get("scheme")
+        if bits is not None and scheme and isinstance(parse_scheme(scheme), GridScheme):
+            raise ValueError(
+                f"bits are shared out in codebooks, and {scheme} is a grid; leave one out"
+            )
+        return bits
+
     @cached_property
     def parsed_scheme(self) -> Scheme | GridScheme:
         """The scheme itself; `scheme` is how people write it."""
         return parse_scheme(self.scheme)
+
+    @property
+    def asked(self) -> str:
+        """What was asked of the layers, for people."""
+        return self.scheme if self.bits is None else f"by measured KL ({self.bits:g} bits)"
 
     @property
     def embedding_schemes(self) -> list[Scheme]:
@@ -198,10 +229,14 @@ class Recipe:
         return slice(first, first + self.samples)
 
     def record(self) -> dict[str, Any]:
-        """What decides the result, by name: without PV-Tuning, the settings of its steps do not."""
+        """What decides the result, by name: the settings of PV-Tuning's steps and of sharing bits
+        out do not where neither is done.
+        """
         values = asdict(self)
         if self.training is None:
             del values["pv"]
+        if self.bits is None:  # as runs were before there was a choice
+            del values["bits"], values["allocation"]
         return values
 
 

@@ -1,0 +1,1 @@
+"""Bits per tensor by measured KL, under a budget of bits for the whole file."""
