@@ -30,7 +30,6 @@ from pvrt_tune.run import ENDS, Run
 from pvrt_tune.settings import FitSettings, Recipe
 from pvrt_tune.store import Piece
 
-
 #: What the plain metric weighs in that of a tied table. With equal parts the head costs seven times
 #: as much KL as the embedding (SmolLM2 in 4x8g8: 0.044 and 0.006).
 _EMBEDDING_SHARE = 0.1
