@@ -8,9 +8,9 @@ With --check nothing is written and the exit code says whether they are up to da
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import median
+from statistics import correlation, median
 from typing import Any
 
 import vllm_tables
@@ -179,6 +179,36 @@ def calibration_shapes(rows: list[Row]) -> str:
     )
 
 
+def allocation(rows: list[Row]) -> str:
+    """True KL of layers in codes at equal bytes, by how their bits were shared out."""
+    rows = where(rows, part="allocation")
+    return formatted("bits shared out by | bytes | KL", "{method} | {bytes} | {kl:.3f}", rows)
+
+
+def sensitivity(rows: list[Row]) -> str:
+    """How well each estimate ranks layers by the true KL of 2 bits in them alone."""
+    rows = where(rows, part="tensor")
+    estimates = {
+        "kl_same_text": "the layer itself in codes, on the text that is measured on",
+        "kl_shaped_noise": "KL with shaped noise (what `--bits` does)",
+        "kl_plain_noise": "KL with plain noise",
+        "relative_error": "the relative error of the fit",
+    }
+    true = _ranks(row["kl"] for row in rows)
+    lines = (
+        (says, f"{correlation(true, _ranks(row[name] for row in rows)):.2f}")
+        for name, says in estimates.items()
+    )
+    return table(
+        (f"estimate, {len(rows)} layers", "rank correlation with the KL of other text"), lines
+    )
+
+
+def _ranks(values: Iterable[float]) -> list[int]:
+    found = list(values)
+    return [sorted(found).index(value) for value in found]
+
+
 def plan(rows: list[Row]) -> str:
     """One line per run, one column per phase: measured peak, and predicted over measured."""
     phases = ("sampling", "block pass", "layer fit", "block fine-tune", "PV-Tuning", "write")
@@ -255,6 +285,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration_layers:grids": grids,
     "calibration_ablation": calibration_ablation,
     "calibration_shapes": calibration_shapes,
+    "allocation": allocation,
+    "allocation:sensitivity": sensitivity,
     "plan": plan,
     "pv_strategies": pv_strategies,
     "pv_step": pv_step,
