@@ -138,7 +138,7 @@ def replicated(
 def variants(
     card: Gpu, x: Tensor, weights: Sequence[PackedWeight]
 ) -> Iterator[tuple[dict[str, Any], list[Callable[[], Tensor]]]]:
-    """(what it is, one call per weight) of every variant, for x [1, in] and 8-bit codes."""
+    """(what it is, one call per weight) of every variant, for x [1, in] and 2^n 8-bit codebooks."""
     for rows, warps in ((1024, 8), (1024, 4)):
         for blocks in (1, 2, 4):
             name = {"kernel": "table_in_l1", "blocks": blocks, "rows": rows, "warps": warps}
@@ -184,7 +184,7 @@ def _launch(
     more: tuple[Tensor, ...],
     constants: dict[str, int],
 ) -> Tensor:
-    blocks, _, scales = blocks_of(weight)
+    blocks, scales = blocks_of(weight).codes, blocks_of(weight).scales
     _, count, size, group = codebooks.shape
     out = blocks.shape[1]
     y = x.new_empty(1, out)

@@ -149,6 +149,18 @@ def cpu_kernels(rows: list[Row]) -> str:
     return table((f"us, {threads} threads of {rows[0]['machine']}", *shapes, "error"), lines)
 
 
+def cpu_head(rows: list[Row]) -> str:
+    """Microseconds of the last product of a token, per head; by instruction set and shape."""
+    sets, shapes = distinct(rows, "instruction_set"), distinct(rows, "shape")
+    lines = []
+    for head in distinct(rows, "head"):
+        own = where(rows, head=head, threads=1)
+        by_case = {(r["instruction_set"], r["shape"]): str(r["microseconds"]) for r in own}
+        lines.append([head, *(by_case.get((i, shape), "") for i in sets for shape in shapes)])
+    columns = (f"{name}, {shape}" for name in sets for shape in shapes)
+    return table((f"us, 1 thread of {rows[0]['machine']}", *columns), lines)
+
+
 def kernels_aot(rows: list[Row]) -> str:
     """The most that any binary of a kernel takes on an architecture, by the newest Triton."""
     newest = max(distinct(rows, "triton"), key=lambda v: tuple(map(int, v.split("."))))
@@ -293,6 +305,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "kernels_aot": kernels_aot,
     "cpu_kernels": cpu_kernels,
     "cpu_decode": cpu_decode,
+    "cpu_head": cpu_head,
     "server_conformance": server_conformance,
     "server_load": server_load,
     "server_load:throughput": server_throughput,
