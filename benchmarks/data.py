@@ -20,6 +20,7 @@ TEST, VALIDATION = "wikitext2/wiki.test.raw", "wikitext2/wiki.valid.raw"
 TRAIN = "wikitext2/wiki.train.first1MB.noblank.txt"
 WIKIPEDIA, WEB, C4 = "text/wikipedia.jsonl", "text/openwebtext.jsonl", "text/c4.jsonl"
 TINYSTORIES, STORIES260K = "text/tinystories.txt", "models/stories260K-hf"
+TASKS = "tasks"
 
 
 def find(name: str) -> Path | None:
