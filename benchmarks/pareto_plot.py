@@ -7,6 +7,7 @@ to bfloat16 does.
 """
 
 import sys
+from typing import Any
 
 import matplotlib.pyplot as plt
 import results
@@ -25,8 +26,9 @@ def main() -> None:
         sizes = [row["bytes"] / 1e6 for row in own]
         (line,) = axis.plot(sizes, [row["kl"] for row in own], marker="o", label=tool)
         for size, row in zip(sizes, own, strict=True):
-            place = {"xytext": (4, 4), "textcoords": "offset points", "color": line.get_color()}
-            axis.annotate(row["method"], (size, row["kl"]), fontsize=7, **place)
+            place: dict[str, Any] = {"xytext": (4, 4), "textcoords": "offset points"}
+            place |= {"color": line.get_color(), "fontsize": 7}
+            axis.annotate(row["method"], (size, row["kl"]), **place)
     axis.axhline(rows[0]["kl_noise_floor"], color="grey", linestyle=":", label="noise floor")
     axis.set_xscale("log")
     axis.set_yscale("log")

@@ -79,8 +79,13 @@ def run(*command: str | Path) -> str:
 
 
 def state(model: Any) -> State:
-    """A dense model's parameters in float32, of tied ones the first name."""
-    return {name: tensor.detach().float() for name, tensor in model.named_parameters()}
+    """A model's dense parameters in float32; of tied ones the first name alone."""
+    found = {name: tensor.detach().float() for name, tensor in model.named_parameters()}
+    found = {name: tensor for name, tensor in found.items() if name.endswith(("weight", "bias"))}
+    head = found.get("lm_head.weight")
+    if head is not None and torch.equal(head, found["model.embed_tokens.weight"]):
+        del found["lm_head.weight"]  # some tools write or load the two apart
+    return found
 
 
 def dense(folder: Path, dtype: torch.dtype, **given: Any) -> Any:
@@ -128,8 +133,8 @@ class LlamaCpp(Tool):
             what = ("-m", case.gguf, "-f", text, "-o", partial)
             run(self._program("llama-imatrix"), *what, *size)
             partial.rename(importance)
-        what = ("--imatrix", importance, case.gguf, case.out / "model.gguf", method, THREADS)
-        run(self._program("llama-quantize"), *what)
+        files = (importance, case.gguf, case.out / "model.gguf")
+        run(self._program("llama-quantize"), "--imatrix", *files, method, THREADS)
 
     def weights(self, case: Case) -> State:
         from transformers import GgufConfig
@@ -217,7 +222,7 @@ class AutoRound(Tool):
             if hasattr(module, "qweight"):
                 product = module(torch.eye(module.in_features))
                 found[f"{name}.weight"] = product.detach().T.float().contiguous()
-        return {name: tensor for name, tensor in found.items() if name.endswith(("weight", "bias"))}
+        return found
 
 
 class Pvrt(Tool):

@@ -83,7 +83,7 @@ def test_greedy_is_the_share_before_generated_tokens_differ(protocol: ModuleType
 
 def tasks(folder: Path) -> None:
     """A few items of every form that the task files have."""
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         "piqa": {"query": "How?\n", "choices": ["so, by hand", "so it is", "no"], "gold": 1},
         "winogrande": {
             "context_options": ["Ann as Ann", "Ann as Bob"],
