@@ -8,11 +8,13 @@
 Every tool gets the same original (a GGUF, dequantised and rounded to bfloat16) and the same web
 text, and its files are measured as whole files. Its weights are then put into the original's
 architecture in float32 and measured by `pareto_evaluate`. All stages are kept in --work: `all` goes
-on where it was stopped. VENVS has an environment per tool, VENVS/TOOL/bin/python; a tool without
-one runs in this. What they need: pip install hqq; pip install auto-round; for llama.cpp its
-programs llama-quantize, llama-imatrix and llama-bench on the PATH (the source distribution of
+on where it was stopped.
+
+VENVS has an environment per tool, VENVS/TOOL/bin/python, with torch, transformers, accelerate and
+hqq or auto-round; a tool without one runs in this. `make` by hand wants the repository's roots on
+PYTHONPATH. llama.cpp's programs are looked for on the PATH. The source distribution of
 llama-cpp-python has their sources: cmake -B build vendor/llama.cpp; cmake --build build --target
-llama-quantize llama-imatrix llama-bench). Speeds want a quiet machine: `pareto.py speed`.
+llama-quantize llama-imatrix llama-bench. Speeds want a quiet machine: `pareto.py speed`.
 """
 
 import argparse
@@ -39,6 +41,8 @@ from pvrt.format.atomic import write_synced
 
 PEERS = "PVRT_PEERS"
 KEY = ("model", "tool", "method")
+#: Where pvrt is imported from in a tool's environment.
+SOURCES = ":".join(str(machine.ROOT / name) for name in ("", "tune", "server", "kernels"))
 FLOAT32 = ("original", "float32")  # what all are compared with; the first row's own reference
 
 
@@ -164,7 +168,9 @@ class Work:
         ]
         if not missing:
             return
-        tokenizer, model = self.tokenizer(), self.load(tool, method)
+        tokenizer = self.tokenizer()
+        own = (tool, method) == FLOAT32 and "tasks" not in missing and "greedy" not in missing
+        model = None if own else self.load(tool, method)
         for part in missing:
             reference, started = self.reference(part), time.monotonic()
             found = protocol.measure(part, model, tokenizer, reference, self.settings)
@@ -202,11 +208,11 @@ class Work:
                     "method": method,
                     "bytes": facts["bytes"],
                     "bits_file": round(8 * facts["bytes"] / parameters, 3),
-                    "wikitext2_ppl": _figure(found, "wikitext2", "ppl"),
-                    "original_ppl": _figure(original, "wikitext2", "ppl"),
+                    "wikitext2_ppl": _figure(found, "wikitext2", "ppl_second_half"),
+                    "original_ppl": _figure(original, "wikitext2", "ppl_second_half"),
                     "kl": _figure(found, "wikitext2", "kl"),
                     "kl_noise_floor": _figure(floor, "wikitext2", "kl"),
-                    "wikitext2_ppl_llama_cpp": _figure(found, "wikitext2", "ppl_second_half"),
+                    "wikitext2_ppl_all": _figure(found, "wikitext2", "ppl"),
                     "c4_ppl": _figure(found, "c4", "ppl"),
                     "original_c4_ppl": _figure(original, "c4", "ppl"),
                     "c4_kl": _figure(found, "c4", "kl"),
@@ -265,12 +271,15 @@ def each(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def everything(work: Work, options: argparse.Namespace) -> None:
     """Make and measure what is missing; a tool that fails costs its own row."""
     work.evaluate(*FLOAT32, options.parts)
+    print(
+        f"the original is {work.model} and {work.gguf}", flush=True
+    )  # made here, by what it takes
     for tool, method in each(options):
         if not work.made(tool, method):
             given = ["--work", str(options.work), "--name", options.name]
             given += ["--model", str(options.model)] if options.model else []
             command = [interpreter(tool), __file__, "make", tool, method, *given]
-            if subprocess.run(command).returncode:
+            if subprocess.run(command, env=os.environ | {"PYTHONPATH": SOURCES}).returncode:
                 print(f"{tool} {method} was not made", file=sys.stderr, flush=True)
                 continue
         work.evaluate(tool, method, options.parts)

@@ -4,7 +4,8 @@ A reference is made of the original once: hidden states before the head (from wh
 exact, in a thousandth of their size), and its greedy continuations. Parts of a measurement:
 
 wikitext2, c4: perplexity and KL(original || model) over the first windows of a text, all tokens but
-  the first of a window. wikitext2 also has llama.cpp's figure, over the second half of each window.
+  the first of a window; and llama.cpp's perplexity, over the second half of each window. WikiText-2
+  is the test file as it stands, which is what llama-perplexity reads.
 greedy: share of the original's greedy continuation that the model's own repeats before they differ.
   The model is shown the original's tokens; until it would choose another they are its own.
 tasks: accuracy. ARC and PIQA by log-likelihood per byte of the answer, WinoGrande by that of the
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt.tools.perplexity import read_text, windows
+from pvrt.tools.perplexity import windows
 
 TASKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai")
 PARTS = ("wikitext2", "c4", "greedy", "tasks")
@@ -61,8 +62,8 @@ def c4() -> list[str]:
 def tokens(part: str, tokenizer: Any, settings: Settings) -> Tensor:
     """Windows [n, window] of wikitext2 or c4; prompts [n, prompt] of greedy."""
     if part == "wikitext2":
-        text = read_text(data.need(data.TEST))
-        return windows(text, tokenizer, settings.window, settings.windows)
+        file = data.need(data.TEST).read_text(encoding="utf-8")
+        return windows(file, tokenizer, settings.window, settings.windows)
     documents = c4()
     if part == "c4":
         return windows("\n\n".join(documents), tokenizer, settings.window, settings.windows)
@@ -116,19 +117,23 @@ def reference(part: str, model: Any, tokenizer: Any, settings: Settings) -> dict
 
 @torch.inference_mode()
 def text(model: Any, ids: Tensor, original: Tensor, weight: Tensor) -> dict[str, float]:
-    """Perplexity and KL over windows [n, window]; `original` are its hidden states of them."""
+    """Perplexity and KL over windows [n, window]; `original` are its hidden states of them, and
+    `weight` its head. Without a model the original's own.
+    """
     losses = torch.empty(len(ids), ids.shape[1] - 1)
-    divergence = torch.empty_like(losses)
+    divergence = torch.zeros_like(losses)
     for number, window in enumerate(ids):
-        states = hidden(model, window.unsqueeze(0))[0, :-1]
+        theirs = original[number, :-1]
+        states = theirs if model is None else hidden(model, window.unsqueeze(0))[0, :-1]
         for start in range(0, len(states), ROWS):
             part = slice(start, start + ROWS)
-            ours = head(model, states[part]).log_softmax(-1)
-            theirs = F.linear(original[number, :-1][part], weight).log_softmax(-1)
-            losses[number, part] = F.nll_loss(ours, window[1:][part], reduction="none")
-            divergence[number, part] = F.kl_div(
-                ours, theirs, reduction="none", log_target=True
-            ).sum(-1)
+            wanted = F.linear(theirs[part], weight).log_softmax(-1)
+            found = wanted
+            if model is not None:
+                found = head(model, states[part]).log_softmax(-1)
+                distance = F.kl_div(found, wanted, reduction="none", log_target=True)
+                divergence[number, part] = distance.sum(-1)
+            losses[number, part] = F.nll_loss(found, window[1:][part], reduction="none")
     second = losses[:, ids.shape[1] // 2 - 1 :]
     return {
         "ppl": math.exp(losses.mean()),
@@ -290,7 +295,10 @@ def accuracy(task: list[Item], scores: list[list[tuple[float, bool]]]) -> float:
 def measure(
     part: str, model: Any, tokenizer: Any, original: dict[str, Tensor], settings: Settings
 ) -> dict[str, Any]:
-    """One part of a model's row, against the part's reference of the same settings."""
+    """One part of a model's row, against the part's reference of the same settings.
+
+    Without a model the original's own, of the texts alone.
+    """
     if part == "greedy":
         return {"equal": greedy(model, original["sequences"], settings.prompt)}
     if part == "tasks":

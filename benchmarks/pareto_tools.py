@@ -19,9 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pvrt.tools.perplexity import windows
+
 WINDOWS, LENGTH = 64, 512  # of the calibration text, where a tool takes a number; as pvrt does
 BITS = ("2", "2.5", "3", "4")  # of pvrt, over the whole file
-THREADS = str(os.cpu_count() or 1)
+THREADS = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+NO_FIT = ("-fit", "off")  # of llama.cpp: do not try how much fits a GPU
 State = dict[str, Tensor]
 
 
@@ -78,6 +81,12 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def whole(text: Path) -> str:
+    """The documents of a file of JSON lines, a blank line between two."""
+    lines = text.read_text(encoding="utf-8").splitlines()
+    return "\n\n".join(json.loads(line)["text"] for line in lines)
+
+
 def state(model: Any) -> State:
     """A model's dense parameters in float32; of tied ones the first name alone."""
     found = {name: tensor.detach().float() for name, tensor in model.named_parameters()}
@@ -127,9 +136,9 @@ class LlamaCpp(Tool):
         importance = case.shared / "imatrix.gguf"
         if not importance.is_file():
             partial, text = case.shared / "partial.gguf", case.shared / "text.txt"
-            rows = case.text.read_text(encoding="utf-8").splitlines()
-            text.write_text("\n\n".join(json.loads(row)["text"] for row in rows), "utf-8")
-            size = ("-c", str(LENGTH), "--chunks", str(WINDOWS), "-t", THREADS, "--no-ppl")
+            # It tokenises all that it is given.
+            text.write_text(whole(case.text)[: 8 * WINDOWS * LENGTH], encoding="utf-8")
+            size = ("-c", str(LENGTH), "--chunks", str(WINDOWS), "-t", THREADS, "--no-ppl", *NO_FIT)
             what = ("-m", case.gguf, "-f", text, "-o", partial)
             run(self._program("llama-imatrix"), *what, *size)
             partial.rename(importance)
@@ -190,7 +199,7 @@ class Hqq(Tool):
 class AutoRound(Tool):
     """AutoRound's light recipe, in windows of `LENGTH` tokens; saved in its own format."""
 
-    name, files = "AutoRound", "*.safetensors"
+    name, files = "AutoRound", "*/*.safetensors"
     methods = ("W2A16 g64", "W3A16 g64", "W4A16 g64")
 
     def versions(self) -> dict[str, str]:
@@ -201,12 +210,14 @@ class AutoRound(Tool):
         from transformers import AutoTokenizer
 
         scheme, group = method.split()
+        tokenizer = AutoTokenizer.from_pretrained(case.model)
+        rows = windows(whole(case.text), tokenizer, LENGTH, WINDOWS)
         tuner = Quantizer(
             dense(case.model, torch.float32),
-            AutoTokenizer.from_pretrained(case.model),
+            tokenizer,
             scheme=scheme,
             group_size=int(group[1:]),
-            dataset=f"{case.text}:concat=True",
+            dataset=[row.unsqueeze(0) for row in rows],
             iters=50,
             lr=5e-3,
             nsamples=WINDOWS,
@@ -216,11 +227,12 @@ class AutoRound(Tool):
         tuner.quantize_and_save(str(case.out), format="auto_round")
 
     def weights(self, case: Case) -> State:
-        model = dense(case.out, torch.float32, device_map="cpu")
+        (config,) = case.out.glob("*/config.json")  # it makes a folder of a name of its own
+        model = dense(config.parent, torch.float32, device_map="cpu")
         found = state(model)
         for name, module in model.named_modules():
             if hasattr(module, "qweight"):
-                product = module(torch.eye(module.in_features))
+                product = module(torch.eye(module.infeatures, dtype=torch.float16))
                 found[f"{name}.weight"] = product.detach().T.float().contiguous()
         return found
 

@@ -57,7 +57,9 @@ def test_perplexity_and_kl_are_the_plain_ones(architecture: str, protocol: Modul
     half = ids.shape[1] // 2
     losses = -ours[:, half - 1 :].gather(2, ids[:, half:, None])
     assert found["ppl_second_half"] == pytest.approx(float(losses.mean().exp()), rel=1e-4)
-    assert abs(protocol.text(original, ids, states, weight)["kl"]) < 1e-6
+    own = protocol.text(original, ids, states, weight)
+    assert abs(own["kl"]) < 1e-6
+    assert protocol.text(None, ids, states, weight) == pytest.approx({**own, "kl": 0}, rel=1e-5)
 
 
 def test_greedy_is_the_share_before_generated_tokens_differ(protocol: ModuleType) -> None:
