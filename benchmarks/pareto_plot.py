@@ -32,8 +32,11 @@ def main() -> None:
     axis.axhline(rows[0]["kl_noise_floor"], color="grey", linestyle=":", label="noise floor")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    peers = [row["bytes"] / 1e6 for row in rows if row["tool"] != "original"]
+    axis.set_xlim(min(peers) / 1.2, max(peers) * 1.2)
     ticks = [40, 50, 60, 80, 100, 150, 200]
-    axis.set_xticks(ticks, map(str, ticks), minor=False)
+    shown = [tick for tick in ticks if min(peers) / 1.2 < tick < max(peers) * 1.2]
+    axis.set_xticks(shown, list(map(str, shown)))
     axis.set_xticks([], minor=True)
     axis.set_xlabel("whole file, MB")
     axis.set_ylabel("KL to the original on WikiText-2, nats a token")
