@@ -1,6 +1,6 @@
-"""Text and a small model that some benchmarks need, in the folder that PVRT_DATA names.
+"""Text, tasks and a small model that some benchmarks need, in the folder that PVRT_DATA names.
 
-    PVRT_DATA=FOLDER python benchmarks/data.py      # fetches what FOLDER lacks, about 10 MB
+    PVRT_DATA=FOLDER python benchmarks/data.py      # fetches what FOLDER lacks, about 14 MB
 
 It takes pip install 'pvrt[data]' and a way to the Hugging Face hub. WikiText-2 is the whole test
 and validation split and the first megabyte of train. Of the large sets it is the first documents,
@@ -20,6 +20,7 @@ TEST, VALIDATION = "wikitext2/wiki.test.raw", "wikitext2/wiki.valid.raw"
 TRAIN = "wikitext2/wiki.train.first1MB.noblank.txt"
 WIKIPEDIA, WEB, C4 = "text/wikipedia.jsonl", "text/openwebtext.jsonl", "text/c4.jsonl"
 TINYSTORIES, STORIES260K = "text/tinystories.txt", "models/stories260K-hf"
+TASKS = "tasks"  # a folder of TASK.jsonl
 
 
 def find(name: str) -> Path | None:
@@ -71,6 +72,44 @@ SOURCES: dict[str, tuple[str, str | None, str, Callable[[Iterable[str]], str]]] 
 }
 
 
+def question(row: dict[str, Any]) -> dict[str, Any]:
+    """An item of ARC."""
+    labels = row["choices"]["label"]
+    gold = labels.index(row["answerKey"])
+    query = f"Question: {row['question']}"
+    return {"query": query, "choices": row["choices"]["text"], "gold": gold}
+
+
+def goal(row: dict[str, Any]) -> dict[str, Any]:
+    """An item of PIQA."""
+    choices = [row["sol1"], row["sol2"]]
+    return {"query": f"Question: {row['goal']}", "choices": choices, "gold": row["label"]}
+
+
+def sentence(row: dict[str, Any]) -> dict[str, Any]:
+    """An item of WinoGrande: either option in the gap, and what follows."""
+    before, _, after = row["sentence"].partition("_")
+    options = [f"{before}{row[name]}" for name in ("option1", "option2")]
+    gold = int(row["answer"]) - 1
+    return {"context_options": options, "continuation": after.strip(), "gold": gold}
+
+
+def last_word(row: dict[str, Any]) -> dict[str, Any]:
+    """An item of LAMBADA."""
+    context, _, word = row["text"].rpartition(" ")
+    return {"context": context, "continuation": word}
+
+
+#: Task: dataset, its configuration and split, and how a row becomes an item.
+ITEMS: dict[str, tuple[str, str | None, str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", question),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", question),
+    "piqa": ("baber/piqa", None, "validation", goal),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", sentence),
+    "lambada_openai": ("EleutherAI/lambada_openai", "default", "test", last_word),
+}
+
+
 def fetch(folder: Path, load: Callable[..., Any], download: Callable[..., str]) -> None:
     """Write what the folder lacks, by `datasets.load_dataset` and `hf_hub_download`."""
     for name, (dataset, configuration, split, written) in SOURCES.items():
@@ -80,6 +119,13 @@ def fetch(folder: Path, load: Callable[..., Any], download: Callable[..., str]) 
             rows = load(dataset, configuration, split=split, streaming=True)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(written(row["text"] for row in rows), encoding="utf-8")
+    for task, (dataset, configuration, split, item) in ITEMS.items():
+        file = folder / TASKS / f"{task}.jsonl"
+        if not file.is_file():
+            print(f"{task} from {dataset}", flush=True)
+            items = map(item, load(dataset, configuration, split=split, streaming=True))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(each) + "\n" for each in items), encoding="utf-8")
     model = folder / STORIES260K
     if not model.exists():
         as_folder(Path(download("ggml-org/tiny-llamas", "stories260K.gguf")), model)

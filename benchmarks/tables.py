@@ -290,6 +290,41 @@ def server_throughput(result: Row) -> str:
     return table(("tokens/s, requests at once", *counts), lines)
 
 
+def pareto(rows: list[Row]) -> str:
+    """One line per file, by size; marked where none is at most as large and nearer."""
+
+    def front(row: Row) -> bool:
+        rivals = [other for other in rows if other["model"] == row["model"] and other is not row]
+        return not any(o["bytes"] <= row["bytes"] and o["kl"] <= row["kl"] for o in rivals)
+
+    def cell(form: str, value: float | None) -> str:
+        return "" if value is None else form.format(value)
+
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["model"], row["bytes"])):
+        tasks = [score for score in row["zero_shot"].values() if score is not None]
+        lines.append(
+            [
+                f"{row['tool']} {row['method']}",
+                f"**{row['bytes'] / 1e6:.1f}**" if front(row) else f"{row['bytes'] / 1e6:.1f}",
+                f"{row['bits_file']:.2f}",
+                f"{row['wikitext2_ppl']:.2f}",
+                f"{math.log(row['wikitext2_ppl'] / row['original_ppl']):.3f}",
+                f"{row['kl']:.4f}",
+                cell("{:.2f}", row["c4_ppl"]),
+                cell("{:.4f}", row["c4_kl"]),
+                cell("{:.1%}", row["greedy_equal"]),
+                f"{sum(tasks) / len(tasks):.1%}" if len(tasks) == len(row["zero_shot"]) else "",
+                f"{row['cpu_seconds']:.0f}",
+                cell("{:.0f}", row["decode_tokens_per_s"]),
+            ]
+        )
+    names = distinct(rows, "model")
+    head = (", ".join(names), "MB", "bits over the file", "WikiText-2", "log gap", "KL")
+    rest = ("C4", "KL on C4", "greedy", "zero-shot", "CPU seconds", "tokens/s")
+    return table((*head, *rest), lines)
+
+
 #: Tables by the name between their markers; before a colon it is the result file's.
 TABLES: dict[str, Callable[[Any], str]] = {
     "first_run": first_run,
@@ -299,6 +334,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "calibration_shapes": calibration_shapes,
     "allocation": allocation,
     "allocation:sensitivity": sensitivity,
+    "pareto": pareto,
     "plan": plan,
     "pv_strategies": pv_strategies,
     "pv_step": pv_step,

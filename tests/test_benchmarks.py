@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import socket
@@ -151,21 +152,43 @@ def test_data_is_fetched_once_in_the_form_that_the_scripts_read(
     monkeypatch.syspath_prepend(str(SCRIPTS))
     data = importlib.import_module("data")
     rows = ["", " = Robert Boulter = \n", "", " An actor .\n"] * 200
+    arc = {"question": "Why?", "choices": {"text": ["so", "no"], "label": ["A", "B"]}}
+    gap = {"sentence": "Ann saw Bob, so _ ran away.", "option1": "Ann", "option2": "Bob"}
+    items: dict[str, list[dict[str, Any]]] = {
+        "allenai/ai2_arc": [{**arc, "answerKey": "B"}],
+        "baber/piqa": [{"goal": "Fly", "sol1": "wings", "sol2": "hope", "label": 0}],
+        "allenai/winogrande": [{**gap, "answer": "2"}],
+        "EleutherAI/lambada_openai": [{"text": "one two three"}],
+    }
     asked = []
 
-    def load(name: str, *rest: object, **options: object) -> list[dict[str, str]]:
+    def load(name: str, *rest: object, **options: object) -> list[dict[str, Any]]:
         asked.append(name)
-        return [{"text": row} for row in rows]
+        return items.get(name) or [{"text": row} for row in rows]
 
     (tmp_path / data.STORIES260K).mkdir(parents=True)  # converting a model is no part of this
     for _ in range(2):
         data.fetch(tmp_path, load, lambda *_, **__: pytest.fail("the model is there"))
-    assert len(asked) == len(data.SOURCES)
+    assert len(asked) == len(data.SOURCES) + len(data.ITEMS)
     monkeypatch.setenv("PVRT_DATA", str(tmp_path))
     assert read_text(data.need(data.TEST)) == "\n\n".join(rows)
     assert data.need(data.TRAIN).read_text() == "".join(row for row in rows if row)
     lines = data.need(data.C4).read_text().splitlines()
     assert len(lines) == 500 and all("text" in line for line in lines)
+    written = {
+        task: json.loads(data.need(f"{data.TASKS}/{task}.jsonl").read_text()) for task in data.ITEMS
+    }
+    assert written == {
+        "arc_easy": (item := {"query": "Question: Why?", "choices": ["so", "no"], "gold": 1}),
+        "arc_challenge": item,
+        "piqa": {"query": "Question: Fly", "choices": ["wings", "hope"], "gold": 0},
+        "winogrande": {
+            "context_options": ["Ann saw Bob, so Ann", "Ann saw Bob, so Bob"],
+            "continuation": "ran away.",
+            "gold": 1,
+        },
+        "lambada_openai": {"context": "one two", "continuation": "three"},
+    }
 
 
 @pytest.fixture
