@@ -55,6 +55,7 @@ STAGES = (
     ("pvrt_tune.pipeline", "calibrate", "block pass"),
     ("pvrt_tune.calibrate.stage", "quantize_linear", "layer fit"),
     ("pvrt_tune.calibrate.stage", "finetune_block", "block fine-tune"),
+    ("pvrt_tune.calibrate.stage", "quantize_ends", "embedding fit"),
     ("pvrt_tune.pipeline", "pv_tune", "PV-Tuning"),
     ("pvrt_tune.pipeline", "write", "write"),
 )

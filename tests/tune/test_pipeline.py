@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
@@ -89,34 +88,6 @@ def test_every_architecture_is_tuned_by_discovery(tmp_path: Path, architecture: 
         original, tuned = dense(tokens).logits, model(tokens).logits
     agreement = torch.nn.functional.cosine_similarity(original, tuned, dim=-1).mean()
     assert agreement > 0.6  # unrelated models agree to about 0
-
-
-@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
-def test_embeddings_stay_in_16_bits_if_asked(tmp_path: Path, architecture: str) -> None:
-    """The layout is then the published one."""
-    dense = dense_folder(tmp_path / "dense", architecture)
-    recipe = replace(QUICK, embeddings="keep")
-    checkpoint = tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), silent)
-    assert all(".layers." in name for name in checkpoint.layers)
-    assert "model.embed_tokens.weight" in checkpoint.tensors
-    assert ("lm_head.weight" in checkpoint.tensors) is not dense.config.tie_word_embeddings
-    assert checkpoint.config["quantization_config"]["num_codebooks"] == 2
-
-
-def test_tuning_moves_the_codebooks_of_embeddings(tmp_path: Path) -> None:
-    """And scales; codes stay what calibration left."""
-    dense_folder(tmp_path / "dense", "llama-tied")
-    recipe = replace(QUICK, training=TrainSettings(windows=4, steps=2, batch=2, held_out=1))
-    calibrated: dict[str, torch.Tensor] = {}
-
-    def report(line: str) -> None:
-        if "can be served from here on" in line:
-            calibrated.update(load_file(tmp_path / "out" / "model.safetensors"))
-
-    tuned = tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), report)
-    parts = [name for name in tuned.tensors if "embed_tokens" in name]
-    same = {name for name in parts if torch.equal(calibrated[name], tuned.read(name))}
-    assert same == {"model.embed_tokens.codes"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

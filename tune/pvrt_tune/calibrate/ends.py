@@ -116,14 +116,9 @@ def quantize_ends(run: Run, hidden: Activations) -> None:
         read = run.source.read(run.source.inside(name), run.device)
         weight = read[f"{name}.weight"]
         metric = table_metric(found[name], moment)
-        fit = fit_table(
-            weight,
-            metric,
-            scheme,
-            run.recipe.fit,
-            seeded(run.recipe.seed, name),
-            _progress(run, name),
-        )
+        recipe = replace(run.recipe, scheme=str(scheme), bits=None)
+        generator = seeded(recipe.seed, name)
+        fit = fit_table(weight, metric, recipe, generator, _progress(run, name))
         tensors.update(replace(fit.layer, bias=read.get(f"{name}.bias")).named(name))
         report[name] = {"scheme": str(scheme), "error": fit.relative_error}
         run.report(f"{name}  {scheme}  {fit.relative_error:.4f}")

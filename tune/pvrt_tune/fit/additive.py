@@ -33,49 +33,17 @@ from pvrt_tune.fit.code_search import (
     search_bytes,
     weighted,
 )
+from pvrt_tune.fit.codebooks import cells_of, starts
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.objective import Objective, column_blocks
 from pvrt_tune.settings import FitSettings
 
-#: Codebooks up to this size are searched codeword by codeword: two levels gain nothing below.
-EXHAUSTIVE = 1024
 # Power of the conditional second moment that weights k-means. Sweeps can still make up for a part
 # of every error, so high-variance channels matter less than the plain metric says: two layers of
 # SmolLM2 come to errors of 0.0077 and 0.0085, and with diag(H) itself to 0.0081 and 0.0094.
 _IMPORTANCE_POWER = 0.65
 # Of every joint choice in a beam, how many continuations compete for the next beam.
 _CONTINUATIONS = 2
-
-
-def cells_of(scheme: Scheme) -> int:
-    """Into how many cells the codebooks of a scheme are cut for searching; 1: not cut."""
-    small = scheme.codebook_size <= EXHAUSTIVE
-    return 1 if small else 1 << (scheme.nbits_per_codebook // 2)
-
-
-def _starts(scheme: Scheme) -> list[slice]:
-    """The inputs of a group that each codebook's first codewords are about; zero elsewhere.
-
-    All of them up to 3 bits per weight, one codebook after the other. With more, the first ones
-    share the inputs out among themselves, 4 bits for each, and the others follow: on normal weights
-    4x8g8 then ends 1.0 dB better, 2x8g4 0.4, 5x8g8 0.8, 6x8g8 0.6 (3x8g8 0.7 worse).
-    """
-    g, count = scheme.in_group_size, scheme.num_codebooks
-    width = max(1, scheme.nbits_per_codebook // 4)
-    if g % width or count * width < g or scheme.codebook_size > EXHAUSTIVE:
-        return [slice(0, g)] * count
-    parts = [slice(first, first + width) for first in range(0, g, width)]
-    left = count - len(parts)
-    wide = g // left if left and g % left == 0 else g
-    return parts + [slice(i * wide % g, i * wide % g + wide) for i in range(left)]
-
-
-def codewords_scored(scheme: Scheme, settings: FitSettings) -> int:
-    """Scores that one search of one codebook computes: of all codewords, or of cells and theirs."""
-    cells = cells_of(scheme)
-    if cells == 1:
-        return scheme.codebook_size
-    return cells + min(settings.probes, cells) * (scheme.codebook_size // cells)
 
 
 @dataclass(frozen=True)
@@ -162,22 +130,35 @@ class AdditiveFit:
 
     def start(self) -> None:
         """Residual k-means on the scaled rows, each coordinate weighted by its own importance."""
-        points = (self.weight / self.scales).reshape(-1, self.g)
-        weights = (self.importance() * self.scales.square().unsqueeze(-1)).reshape(-1, self.g)
-        flat_codes = self.codes.view(-1, len(self.codebooks))
-        settings = self.settings
+        effort, codes = self.settings, self.codes.view(-1, len(self.codebooks))
         schedule = Schedule(
-            settings.kmeans_iterations, settings.kmeans_momentum, self.cells, settings.probes
+            effort.kmeans_iterations, effort.kmeans_momentum, self.cells, effort.probes
         )
-        for m, inside in enumerate(_starts(self.scheme)):
-            self.codebooks[m][:, inside], flat_codes[:, m] = kmeans(
-                points[:, inside].contiguous(),
-                weights[:, inside].contiguous(),
-                self.size,
-                schedule,
-                self.generator,
-            )
-            points = points - self.codebooks[m][flat_codes[:, m]]
+        points, weights = self._points()
+        for m, inside in enumerate(starts(self.scheme)):
+            own = points[:, inside].contiguous(), weights[:, inside].contiguous()
+            found = kmeans(*own, self.size, schedule, self.generator)
+            self.codebooks[m][:, inside], codes[:, m] = found
+            points = points - self.codebooks[m][codes[:, m]]
+
+    def encode(self, codebooks: Tensor) -> None:
+        """Take over codebooks [M, K, g] fitted elsewhere, and choose first codes for them: one
+        codebook after the other, as in `start`.
+
+        Searches begin at the codes that are there. From these they end 2 to 5 dB lower than from
+        none (embeddings of SmolLM2 in 3x8g8, 4x8g8 and 5x8g8).
+        """
+        self.codebooks, codes = codebooks, self.codes.view(-1, len(codebooks))
+        points, weights = self._points()
+        for m, codebook in enumerate(codebooks):
+            features = torch.cat([weights * points, weights], 1)
+            codes[:, m] = lowest(features, *weighted(codebook), 1)[:, 0]
+            points = points - codebook[codes[:, m]]
+
+    def _points(self) -> tuple[Tensor, Tensor]:
+        """All groups of the scaled rows [n, g], and weights of their coordinates."""
+        weights = self.importance() * self.scales.square().unsqueeze(-1)
+        return (self.weight / self.scales).reshape(-1, self.g), weights.reshape(-1, self.g)
 
     def importance(self) -> Tensor:
         """Weight of every input in the start's k-means, [groups, g]."""
@@ -188,22 +169,6 @@ class AdditiveFit:
         return importance + 1e-6 * importance.mean()
 
     # ---- codes ----
-
-    def encode(self, codebooks: Tensor) -> None:
-        """Take over codebooks [M, K, g] fitted elsewhere, and choose first codes for them: one
-        codebook after the other, as in `start`.
-
-        Searches begin at the codes that are there. From these they end 2 to 5 dB lower than from
-        none (embeddings of SmolLM2 in 3x8g8, 4x8g8 and 5x8g8).
-        """
-        self.codebooks = codebooks
-        points = (self.weight / self.scales).reshape(-1, self.g)
-        weights = (self.importance() * self.scales.square().unsqueeze(-1)).reshape(-1, self.g)
-        flat_codes = self.codes.view(-1, len(codebooks))
-        for m, codebook in enumerate(codebooks):
-            features = torch.cat([weights * points, weights], 1)
-            flat_codes[:, m] = lowest(features, *weighted(codebook), 1)[:, 0]
-            points = points - codebook[flat_codes[:, m]]
 
     def assign_with_feedback(self) -> None:
         """Choose all codes group by group, carrying each group's error into the later groups."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
 from pvrt_tune.fit.additive import AdditiveFit, LayerFit, fit_layer
-from pvrt_tune.settings import FitSettings
+from pvrt_tune.settings import Recipe
 
 #: Rows that are fitted at once, and those of them that codebooks are fitted on.
 ROWS, FITTED_ON = 1 << 13, 1 << 12
@@ -29,16 +29,18 @@ _ROUNDS = 3
 def fit_table(
     weight: Tensor,
     second_moment: Tensor,
-    scheme: Scheme,
-    settings: FitSettings,
+    recipe: Recipe,
     generator: torch.Generator,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LayerFit:
-    """Quantise weight [rows, width] given H [width, width], rounded to the weight's own type.
+    """Quantise weight [rows, width] given H [width, width] in a recipe's scheme, of codebooks,
+    rounded to the weight's own type.
 
     `progress(done, total)` counts parts. Raises ValueError when the scheme does not divide the
     weight.
     """
+    scheme, settings = recipe.parsed_scheme, recipe.fit
+    assert isinstance(scheme, Scheme)
     rows, dtype = len(weight), weight.dtype
     in_scales = _column_sizes(weight).to(dtype)
     columns = in_scales.float()

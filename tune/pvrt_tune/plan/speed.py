@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pvrt.format.scheme import GridScheme, Scheme
-from pvrt_tune.fit.additive import codewords_scored
+from pvrt_tune.fit.codebooks import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.fit.table import FITTED_ON
 from pvrt_tune.pv.loss import windows_seen
