@@ -48,7 +48,7 @@ _CONTINUATIONS = 2
 
 @dataclass(frozen=True)
 class LayerFit:
-    """A fitted layer in checkpoint layout and its relative error tr(EHE^T) / tr(WHW^T)."""
+    """A fitted layer as it is stored and its relative error tr(EHE^T) / tr(WHW^T)."""
 
     layer: QuantizedLayer
     relative_error: float
@@ -142,11 +142,9 @@ class AdditiveFit:
             points = points - self.codebooks[m][codes[:, m]]
 
     def encode(self, codebooks: Tensor) -> None:
-        """Take over codebooks [M, K, g] fitted elsewhere, and choose first codes for them: one
-        codebook after the other, as in `start`.
+        """First codes for codebooks [M, K, g] fitted elsewhere, one after the other as in `start`.
 
-        Searches begin at the codes that are there. From these they end 2 to 5 dB lower than from
-        none (embeddings of SmolLM2 in 3x8g8, 4x8g8 and 5x8g8).
+        From these, searches end 2 to 5 dB lower than from none (embeddings of SmolLM2).
         """
         self.codebooks, codes = codebooks, self.codes.view(-1, len(codebooks))
         points, weights = self._points()
@@ -263,7 +261,6 @@ class AdditiveFit:
         best = loss.topk(count, 1, largest=False).indices
         return choices.gather(1, best.unsqueeze(2).expand(-1, -1, choices.shape[2]))
 
-    # ---- continuous parameters ----
     def fit_codebooks(self) -> None:
         """Conjugate gradients on the codebooks: the objective is quadratic in them."""
         gathers = [
