@@ -2,7 +2,7 @@
 
 Columns of such tables are of very different sizes (SmolLM2: 0.5 to 4.7 times the mean), and all
 groups of inputs share their codebooks. So the columns are scaled to one size first: `in_scales`.
-That is worth 1.5 dB of error at 4 bits in the plain metric, 2 in that of what enters the head.
+At 4 bits that is worth 2 dB of error in the metric of what enters the head (dev/LOG.md).
 
 A vocabulary has more rows than codebooks need to be fitted, and than fit into memory with all that
 a fit holds. So codebooks and codes are fitted on some rows; the others get codes and scales for
