@@ -81,7 +81,7 @@ def open_folder(path: Path, dtype: Dtype, device: str) -> "Side":
         load,
         sizes,
         longest_context(AutoConfig.from_pretrained(path)),
-        str(getattr(stored, "scheme", "")) or None,
+        stored.scheme_names if stored.layers else None,
         Curves.of(stored),
         lambda: _speed(path),
     )

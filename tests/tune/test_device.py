@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig
 
 import pvrt
+from pvrt.format.aqlm import Checkpoint
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import Machine, compute_dtype
 from pvrt_tune.pipeline import tune
@@ -30,18 +31,20 @@ from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import random_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK, silent
 
+LOOP = TrainSettings(
+    windows=12,
+    steps=4,
+    batch=2,
+    microbatch=1,
+    held_out=4,
+    evaluate_every=2,
+    compute="float32",
+)
 RECIPE = replace(
     QUICK,
+    embeddings="keep",  # what three groups more or less change, moving tables would multiply
     length=24,
-    training=TrainSettings(
-        windows=12,
-        steps=4,
-        batch=2,
-        microbatch=1,
-        held_out=4,
-        evaluate_every=2,
-        compute="float32",
-    ),
+    training=LOOP,
     pv=PVSettings(learning_rate=5e-3, code_learning_rate=0.05, fraction=0.02),
 )
 
@@ -168,6 +171,20 @@ def test_a_whole_run_ends_where_the_cpus_does(
     ours, theirs = manifest(tmp_path / "cpu"), manifest(whole[0])
     assert theirs["data"] == ours["data"]  # the text that the model wrote
     assert theirs["pv"]["held_out_kl"] == pytest.approx(ours["pv"]["held_out_kl"], rel=0.05)
+
+
+def test_embedding_and_head_come_out_as_on_the_cpu(
+    dense: Path, tmp_path: Path, device: str
+) -> None:
+    recipe = replace(QUICK, length=24, training=replace(LOOP, steps=2))
+    for place in ("cpu", device):
+        run(dense, tmp_path / place.partition(":")[0], recipe, place)
+    ours, theirs = (manifest(tmp_path / place.partition(":")[0]) for place in ("cpu", device))
+    assert set(ours["ends"]) == {"model.embed_tokens", "lm_head"}
+    for name, end in ours["ends"].items():
+        assert theirs["ends"][name]["scheme"] == end["scheme"]
+        assert theirs["ends"][name]["error"] == pytest.approx(end["error"], rel=0.1)
+    Checkpoint.open(tmp_path / device.partition(":")[0]).verify()
 
 
 def test_nothing_of_a_run_stays_on_the_device(dense: Path, tmp_path: Path, device: str) -> None:
