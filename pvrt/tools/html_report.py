@@ -73,8 +73,9 @@ def _table(head: str, rows: Sequence[str]) -> str:
 def _row(figures: Figures, number: int) -> str:
     kl, speed = figures.kl, figures.tokens_per_second
     kind = "the original" if kl is None else figures.scheme or "dense"
+    name = Path(figures.name).name if kl is None else figures.name  # its place is a long path
     cells = [
-        f"{_key(number)}{escape(figures.name)}<small>{escape(kind)}</small>",
+        f"{_key(number)}{escape(name)}<small>{escape(kind)}</small>",
         f"{figures.sizes.file_bytes / 1e6:.1f} MB",
         f"{figures.bits_per_weight:.2f}",
         f"{figures.perplexity:.2f}",
