@@ -253,7 +253,7 @@ class Pvrt(Tool):
         return {"pvrt": version("pvrt")}
 
     def make(self, case: Case, method: str) -> None:
-        text = ("--data", case.text)
+        text = ("--data", case.text, "--no-report")
         run(*self._pvrt(), "tune", case.model, "-o", case.out / "out", *text, *self.options[method])
 
     def weights(self, case: Case) -> State:
