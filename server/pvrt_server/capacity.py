@@ -13,6 +13,7 @@ import torch
 
 from pvrt.device import cpu_features, default_device
 from pvrt.format.folder import StoredModel, TensorInfo
+from pvrt.format.scheme import Scheme
 from pvrt.kv_cache import CacheShape
 from pvrt.memory import free_host_bytes
 
@@ -136,9 +137,10 @@ def weight_bytes(
             total += layer.out_features * layer.in_features * itemsize
             for part in model.PARTS:
                 tensors.pop(f"{layer.name}.{part}", None)
-    elif on_cpu:  # the kernels keep codebooks in two layouts
-        codebooks = [info for name, info in tensors.items() if name.endswith(".codebooks")]
-        total += sum(_loaded_bytes(info, itemsize) for info in codebooks)
+    elif on_cpu:  # the kernel of codes of up to 8 bits keeps codebooks as tables too, in float32
+        for layer in model.layers.values():
+            if isinstance(layer.scheme, Scheme) and layer.scheme.nbits_per_codebook <= 8:
+                total += 4 * tensors[f"{layer.name}.codebooks"].elements
     return total + sum(_loaded_bytes(info, itemsize) for info in tensors.values())
 
 

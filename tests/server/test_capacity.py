@@ -12,6 +12,7 @@ from pvrt_kernels.cpu import library
 from pvrt_server.backend import Decision, choose_backend
 from pvrt_server.capacity import Capacity, Machine
 from pvrt_server.engine.engine import Engine
+from pvrt_server.engine.models import weight_bytes
 from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
@@ -59,6 +60,17 @@ def test_the_weights_are_counted_as_the_engine_will_hold_them(
     assert fit(tmp_path / "dense", "vllm", dtype="float32").weight_bytes == 4 * parameters
     assert fit(tmp_path / "grid", "local").weight_bytes == 4 * parameters
     assert fit(tmp_path / "grid", "vllm").weight_bytes < 1.1 * parameters
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma"])
+@pytest.mark.parametrize("embeddings", ["2x8g4", "1x16g8"])
+def test_embeddings_in_codes_are_counted_as_the_engine_will_hold_them(
+    tmp_path: Path, architecture: str, embeddings: str
+) -> None:
+    write_toy(tmp_path, architecture, embeddings=embeddings, dtype=torch.float16)
+    with Engine.load(tmp_path) as engine:
+        held = weight_bytes(engine._runtime.model.model)  # type: ignore[attr-defined]
+    assert fit(tmp_path, "local").weight_bytes == pytest.approx(held, rel=0.05)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "deepseek_v3"])

@@ -80,7 +80,7 @@ class TransformersModel:
         self.generation_config = model.generation_config
         self.bytes_per_token = weight_bytes(model)
         if not getattr(model.config, "tie_word_embeddings", False):
-            self.bytes_per_token -= model.get_input_embeddings().weight.nbytes
+            self.bytes_per_token -= weight_bytes(model.get_input_embeddings())
         self._batch = _Batch((), None)
 
     def start(self) -> _State:

@@ -81,6 +81,18 @@ def test_embeddings_in_codes(isa: str, tmp_path: Path, architecture: str, embedd
         assert_same_largest(row, target, tolerance(model))
 
 
+@pytest.mark.parametrize("embeddings", [None, "2x8g4"])
+def test_a_token_reads_the_weights_but_an_untied_embedding(
+    tmp_path: Path, embeddings: str | None
+) -> None:
+    for architecture in ("llama", "llama-tied"):
+        write_toy(tmp_path / architecture, architecture, embeddings=embeddings)
+        model = pvrt.load(tmp_path / architecture)
+        unread = "model.embed_tokens." if architecture == "llama" else "none"
+        read = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith(unread))
+        assert TransformersModel(model).bytes_per_token == read
+
+
 @pytest.mark.parametrize(("architecture", "scheme", "dtype"), CASES)
 def test_logits_are_those_of_transformers(
     isa: str, tmp_path: Path, architecture: str, scheme: str, dtype: torch.dtype
