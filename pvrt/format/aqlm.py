@@ -27,12 +27,14 @@ from torch import Tensor
 
 from pvrt.errors import CheckpointError
 from pvrt.format.config_block import CONFIG_FILE, LayerSchemes, parse_quantization_config
-from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
+from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo, in_block
 from pvrt.format.scheme import Scheme
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "pvrt.json"
+#: The tensors that a layer in codes cannot do without.
+PARTS = ("codes", "codebooks", "scales")
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # int8 and int16 are what is published; the wider ones decode the same after a range check.
@@ -64,7 +66,7 @@ class QuantizedLayer:
 class Checkpoint(StoredModel):
     """An opened, header-checked AQLM checkpoint. Tensors are read (and checked) one at a time."""
 
-    PARTS = ("codes", "codebooks", "scales", "in_scales")
+    PARTS = (*PARTS, "in_scales")
 
     @classmethod
     def open(cls, path: str | Path, config: dict[str, Any] | None = None) -> "Checkpoint":
@@ -190,7 +192,7 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | 
     codes = tensors[f"{name}.codes"]
     if scheme is None:
         raise CheckpointError(f"{codes.file}: {CONFIG_FILE} has no scheme for {name}.codes")
-    for part in ("codebooks", "scales"):
+    for part in PARTS:
         if f"{name}.{part}" not in tensors:
             raise CheckpointError(f"{codes.file}: {name}.codes has no {name}.{part} beside it")
     if codes.dtype not in _INTEGERS:
@@ -202,18 +204,14 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | 
         )
     out_features = codes.shape[0] * scheme.out_group_size
     in_features = codes.shape[1] * scheme.in_group_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "codebooks": scheme.codebooks_shape,
-        "scales": scheme.scales_shape(out_features),
-    }
-    has_bias = f"{name}.bias" in tensors
-    if has_bias:
-        shapes["bias"] = (out_features,)
-    has_in_scales = f"{name}.in_scales" in tensors
-    if has_in_scales:
-        shapes["in_scales"] = (in_features,)
-    for part, shape in shapes.items():
-        info = tensors[f"{name}.{part}"]
+    if f"{name}.in_scales" in tensors and in_block(name):
+        raise CheckpointError(
+            f"{codes.file}: {name} has in_scales, which only embeddings and output heads may have; "
+            "keep that layer dense"
+        )
+    optional = [part for part in ("bias", "in_scales") if f"{name}.{part}" in tensors]
+    for part in ("codebooks", "scales", *optional):
+        info, shape = tensors[f"{name}.{part}"], scheme.part_shape(part, out_features, in_features)
         if info.dtype not in _FLOATS:
             raise CheckpointError(f"{info.file}: {name}.{part} is {info.dtype}, not a float type")
         if info.shape != shape:
@@ -221,6 +219,7 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | 
                 f"{info.file}: {name}.{part} has shape {list(info.shape)}, scheme {scheme} and "
                 f"{name}.codes need {list(shape)}"
             )
+    has_bias, has_in_scales = (part in optional for part in ("bias", "in_scales"))
     return LayerInfo(name, out_features, in_features, has_bias, scheme, has_in_scales)
 
 

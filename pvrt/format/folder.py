@@ -46,10 +46,10 @@ class LayerInfo:
     scheme: Scheme | GridScheme
     has_in_scales: bool = False
 
-    @property
-    def in_block(self) -> bool:
-        """Whether it is one of many: such names have a number, those of embedding and head none."""
-        return any(part.isdigit() for part in self.name.split("."))
+
+def in_block(name: str) -> bool:
+    """Whether a layer is one of many: their names have a number, those of the others have none."""
+    return any(part.isdigit() for part in name.split("."))
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class StoredModel:
         """Bits per weight over the quantised linears of all blocks, all that decoding needs
         included; over all quantised layers where none is in a block.
         """
-        layers = [layer for layer in self.layers.values() if layer.in_block]
+        layers = [layer for layer in self.layers.values() if in_block(layer.name)]
         layers = layers or list(self.layers.values())
         weights = sum(layer.out_features * layer.in_features for layer in layers)
         return sum(map(self.layer_bits, layers)) / weights

@@ -89,6 +89,17 @@ class Scheme:
         """Shape of `scales`: one per group of output rows."""
         return (out_features // self.out_group_size, 1, 1, 1)
 
+    def part_shape(self, part: str, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Shape of one tensor of a layer in a checkpoint, by the last word of its name."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "codes": self.codes_shape(out_features, in_features),
+            "codebooks": self.codebooks_shape,
+            "scales": self.scales_shape(out_features),
+            "bias": (out_features,),
+            "in_scales": (in_features,),
+        }
+        return shapes[part]
+
     def layer_bits(self, out_features: int, in_features: int, float_bits: int = 16) -> int:
         """Bits of one quantised layer, codebooks and scales included, bias not.
 

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvrt.format.aqlm import PARTS
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize, aqlm_linear
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
-
-PARTS = ("codes", "codebooks", "scales")
 
 
 class _Shared:

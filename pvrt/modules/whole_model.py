@@ -17,10 +17,10 @@ def quantized_layers(model: nn.Module) -> dict[str, AQLMLayer]:
 
 
 def pack_model(model: nn.Module, dtype: torch.dtype) -> None:
-    """Pack every AQLMLinear whose device has a packed kernel; q, k and v in one, gate and up too.
+    """Pack every layer that multiplies by its weight, if its device has a packed kernel.
 
-    Layers without such a kernel stay as they are, and those that were packed alone are packed
-    anew. dtype as in `pack`.
+    These are linear layers, and embeddings that a head is tied to. q, k and v become one weight,
+    gate and up another; those that were packed alone are packed anew. dtype as in `pack`.
     """
     for parent in list(model.modules()):
         for names in _SIBLINGS:

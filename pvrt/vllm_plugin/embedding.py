@@ -13,14 +13,13 @@ from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
+from pvrt.format.aqlm import PARTS
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.layers import End
 from pvrt.vllm_plugin.product import Product
 from pvrt.vllm_plugin.weights import (
-    PARTS,
     checked,
-    part_shape,
     register_part,
     require_finite,
     require_loaded,
@@ -65,7 +64,7 @@ class InCodes(Tensor):
 def _load(layer: Any, param: Any, loaded_weight: Tensor) -> None:
     """Check and copy this rank's rows of one tensor; what is beyond the vocabulary stays zero."""
     scheme, part = layer.aqlm_end.scheme, param.aqlm_part
-    shape = part_shape(scheme, part, layer.org_vocab_size, layer.embedding_dim)
+    shape = scheme.part_shape(part, layer.org_vocab_size, layer.embedding_dim)
     tensor = checked(scheme, _name(layer), part, loaded_weight, shape)
     if part == "in_scales":
         param.data.copy_(tensor)
@@ -122,7 +121,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
             )
         loader = MethodType(_load, layer)
         for part in self._parts:
-            shape = part_shape(scheme, part, rows, input_size)
+            shape = scheme.part_shape(part, rows, input_size)
             if part == "codebooks":
                 shape = 1, *shape
             register_part(layer, part, part, shape, scheme, params_dtype, loader)
@@ -146,7 +145,7 @@ class AQLMEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]  # vLLM is 
         stored = Product.as_stored([layer.num_embeddings_per_partition])
         layer.aqlm_product = layer.aqlm_table = stored
         if self.end.is_head or self.end.shared:
-            best = stored.prepared(layer, self.end.scheme, self.context.notice)
+            best = stored.prepared(layer, self.end.name, self.end.scheme, self.context.notice)
             layer.aqlm_product = best
             if best is not stored and (self.end.is_head or best.reads_rows):
                 layer.aqlm_table = best

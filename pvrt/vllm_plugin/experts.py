@@ -17,16 +17,15 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
+from pvrt.format.aqlm import PARTS
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.layers import Layers, same_scheme
 from pvrt.vllm_plugin.versions import load_experts_with
 from pvrt.vllm_plugin.weights import (
-    PARTS,
     checked,
     dense_in_quantised,
-    part_shape,
     register_packed,
     register_part,
     require_finite,
@@ -68,7 +67,7 @@ class _Load:
     def shape(self, shard: str, part: str) -> tuple[int, ...]:
         """Shape in the checkpoint."""
         down = (self.hidden, self.width)
-        return part_shape(self.scheme(shard), part, *(down if shard == "w2" else down[::-1]))
+        return self.scheme(shard).part_shape(part, *(down if shard == "w2" else down[::-1]))
 
     def share(self, shard: str, part: str, tensor: Tensor) -> Tensor:
         """This rank's part of a tensor."""
@@ -211,7 +210,7 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
             scheme = load.schemes[stack]
             for part in PARTS:
                 sets = ((2,) if stack == "w13" else (1,)) if part == "codebooks" else ()
-                size = num_experts, *sets, *part_shape(scheme, part, *shape)
+                size = num_experts, *sets, *scheme.part_shape(part, *shape)
                 register_part(layer, f"{stack}_{part}", part, size, scheme, params_dtype, loader)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

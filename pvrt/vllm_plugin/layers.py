@@ -6,6 +6,7 @@ from typing import Any
 
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.config_block import CONFIG_FILE, LayerSchemes
+from pvrt.format.folder import in_block
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.versions import holds_whole_model, is_skipped
 
@@ -64,10 +65,10 @@ class Layers:
         ServeError for factors of columns in any other layer.
         """
         for name in shapes:
-            if name.endswith(".in_scales") and not _outside_of_blocks(name):
+            if name.endswith(".in_scales") and in_block(name):
                 raise ServeError(f"{name}: vLLM can scale the columns of embedding and head alone")
         stored = [name.removesuffix(".codes") for name in shapes if name.endswith(".codes")]
-        names = (name for name in self._named or stored if _outside_of_blocks(name))
+        names = (name for name in self._named or stored if not in_block(name))
         self._ends = []
         for name in names:
             scheme = self._named.get(name, self._default)
@@ -185,10 +186,6 @@ class Layers:
                 "keeps in layers of another name or kind: it would run without these weights; "
                 "keep these layers dense, or serve with pvrt serve --engine local"
             )
-
-
-def _outside_of_blocks(name: str) -> bool:
-    return not any(part.isdigit() for part in name.split("."))
 
 
 def same_scheme(names: Collection[str], layers: Layers, what: str) -> Scheme:

@@ -17,16 +17,15 @@ from torch import Tensor
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from pvrt.errors import CheckpointError, ServeError
+from pvrt.format.aqlm import PARTS
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.product import Product
 from pvrt.vllm_plugin.weights import (
-    PARTS,
     checked,
     dense_in_quantised,
     let_lora_find,
-    part_shape,
     register_part,
     require_finite,
     require_loaded,
@@ -149,7 +148,7 @@ def _load(layer: Any, param: Any, loaded_weight: Tensor, loaded_shard_id: ShardI
     part = getattr(param, "aqlm_part", "bias")  # a bias is vLLM's own parameter
     rows = sum(load.sources[number].stored for number in numbers)
     run = load.runs[0] if part == "bias" else load.run(numbers)
-    shape = part_shape(run.scheme, part, rows, load.stored_in)
+    shape = run.scheme.part_shape(part, rows, load.stored_in)
     stored = checked(run.scheme, name, part, loaded_weight, shape)
     if part == "bias":
         shard = () if loaded_shard_id is None else (loaded_shard_id,)
@@ -248,7 +247,7 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         layer.weight_loader = loader  # the bias, which vLLM creates later, takes it from here
         for run in load.runs:
             for part in PARTS:
-                shape = part_shape(run.scheme, part, sum(run.sizes), input_size_per_partition)
+                shape = run.scheme.part_shape(part, sum(run.sizes), input_size_per_partition)
                 if part == "codebooks":
                     shape = len(run.sizes), *shape
                 name = f"{part}{run.suffix}"
@@ -267,7 +266,7 @@ class AQLMLinearMethod(QuantizeMethodBase):  # type: ignore[misc]
         layer.aqlm_products = []
         for run in layer.aqlm_load.runs:
             stored = Product.as_stored(run.sizes, run.suffix)
-            best = stored.prepared(layer, run.scheme, self.context.notice)
+            best = stored.prepared(layer, layer.prefix, run.scheme, self.context.notice)
             if best is not stored:
                 stored.drop(layer)
             layer.aqlm_products.append(best)

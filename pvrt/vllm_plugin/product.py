@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from pvrt.format.aqlm import PARTS
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import DecodingNotice
-from pvrt.vllm_plugin.weights import PARTS, register_packed
+from pvrt.vllm_plugin.weights import register_packed
 from pvrt_kernels import aqlm_dequantize, aqlm_embedding, aqlm_linear
 from pvrt_kernels.dispatch import registry
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear, aqlm_packed_rows
@@ -33,17 +34,17 @@ class Product:
         """A weight in the layout of the checkpoint; the names of its parameters end alike."""
         return cls(tuple(f"{part}{suffix}" for part in PARTS), sizes)
 
-    def prepared(self, layer: Any, scheme: Scheme, notice: DecodingNotice) -> "Product":
+    def prepared(self, layer: Any, name: str, scheme: Scheme, notice: DecodingNotice) -> "Product":
         """The same weight in the layout that the device's kernels multiply by best.
 
         On a CPU without any kernel for the scheme it is decoded. Leaves the parameters that this
-        product is made from to the caller (`drop`).
+        product is made from to the caller (`drop`). `name` is the layer's, for the notice.
         """
         codes, codebooks, scales = parts = [getattr(layer, name).data for name in self.names]
         device, suffix = codes.device.type, self.names[0].removeprefix(PARTS[0])
         if device == "cpu" and not scheme.has_fast_kernel(device):
             weight = aqlm_dequantize(codes, codebooks, scales, self.sizes)
-            notice.give(scheme, layer.prefix, [weight], parts)
+            notice.give(scheme, name, [weight], parts)
             setattr(layer, f"weight{suffix}", Parameter(weight, requires_grad=False))
             return Product((f"weight{suffix}",), self.sizes)
         packed = aqlm_pack(codes, codebooks, scales, codebooks.dtype, self.sizes)

@@ -16,20 +16,6 @@ from pvrt.format.aqlm import check_codes
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
 
-PARTS = ("codes", "codebooks", "scales")
-
-
-def part_shape(scheme: Scheme, part: str, out_features: int, in_features: int) -> tuple[int, ...]:
-    """Shape of one tensor of a layer in the checkpoint."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "codes": scheme.codes_shape(out_features, in_features),
-        "codebooks": scheme.codebooks_shape,
-        "scales": scheme.scales_shape(out_features),
-        "bias": (out_features,),
-        "in_scales": (in_features,),
-    }
-    return shapes[part]
-
 
 def register_part(
     layer: Any,

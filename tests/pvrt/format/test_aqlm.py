@@ -218,6 +218,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "short bias": (spoil(f"{LAYER}.bias", lambda t: t[1:]), f"{LAYER}.bias has shape"),
     "float codes": (spoil(f"{LAYER}.codes", lambda t: t.float()), f"{LAYER}.codes is F32"),
     "integer scales": (spoil(f"{LAYER}.scales", lambda t: t.int()), f"{LAYER}.scales is I32"),
+    "scaled columns in a block": (
+        lambda f: edit_tensors(f, lambda t: t.update({f"{LAYER}.in_scales": torch.ones(128)})),
+        f"{LAYER} has in_scales, which only embeddings",
+    ),
 }
 
 

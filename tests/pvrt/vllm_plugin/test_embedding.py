@@ -138,6 +138,20 @@ def test_logits_are_those_of_the_dense_head_and_zero_beyond_the_vocabulary(
     assert not together[:, VOCABULARY:].any()
 
 
+def test_a_head_that_is_decoded_is_named(ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    head = lm_head(config({HEAD: "2x8g8o4"}))
+    del head.prefix  # vLLM 0.30 gives it none
+    with caplog.at_level("WARNING", "vllm.pvrt"):
+        load(head, source("2x8g8o4"))
+    assert f"{HEAD} takes" in caplog.text
+
+
+def test_scaled_columns_in_a_block_are_refused() -> None:
+    made = config({HEAD: "2x8g8"})
+    with pytest.raises(ServeError, match=r"^model.layers.0.q_proj.in_scales: vLLM can scale"):
+        made.layers.read_ends({"model.layers.0.q_proj.in_scales": (HIDDEN,)}, tied=False)
+
+
 def test_embedding_and_head_have_schemes_of_their_own(ranks: Ranks) -> None:
     made, x = config({EMBEDDING: "2x8g4", HEAD: "3x8g8"}), torch.randn(3, HIDDEN)
     table, weight = source("2x8g4"), source("3x8g8", seed=1)
