@@ -85,8 +85,9 @@ class TiedHead(nn.Module):
         return self.embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> [..., vocabulary]."""
-        y = self.embedding.product(x)
+        """x [..., width] -> [..., vocabulary], computed where the embedding is."""
+        # Of a model that is spread over devices the head, having no weight, is called on the last.
+        y = self.embedding.product(x.to(self.embedding.device)).to(x.device)
         return y if self.bias is None else y + self.bias
 
     def to_dense(self, embedding: nn.Embedding) -> nn.Linear:

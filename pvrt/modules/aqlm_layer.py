@@ -163,6 +163,11 @@ class AQLMLayer(nn.Module):
             return self.packed.stored(self._index)
         return self.codes, self.codebooks, self.scales
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.codes.device if self.packed is None else self.packed.weight.tensors[0].device
+
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the codebooks; differentiable unless packed."""
         weight = aqlm_dequantize(*self.stored())
