@@ -115,10 +115,13 @@ def test_an_old_transformers_ends_in_one_sentence(tmp_path: Path) -> None:
     assert done.stdout.count("found 4.57.0; try pip install 'transformers>=") == 2, done.stderr
 
 
-def test_an_old_transformers_stops_our_models_and_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("embeddings", [None, "2x8g4"])
+def test_an_old_transformers_stops_our_models_and_no_other(
+    tmp_path: Path, embeddings: str | None
+) -> None:
     """A process may have imported pvrt for another model's sake: vLLM imports every plugin."""
     toy_model("llama").save_pretrained(tmp_path / "dense")
-    write_toy(tmp_path / "codes")
+    write_toy(tmp_path / "codes", embeddings=embeddings)
     pretend_installed(tmp_path, "transformers", "4.57.0")
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
