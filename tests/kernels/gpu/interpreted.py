@@ -235,11 +235,13 @@ def test_rows_by_their_numbers(scheme: str) -> None:
             assert torch.equal(aqlm_packed_rows(layer.packed, rows, HALF), exact[rows.long()])
 
 
-def test_a_row_that_is_not_there_is_nan_where_nothing_can_be_raised() -> None:
-    layer = case("2x8g4", [70, 33], 72)
-    y = launch.rows(layer.blocks, torch.tensor([5, -1, 103, 2**40, 102]), [70, 33], 72, HALF)
-    assert y.isnan().all(1).tolist() == [False, True, True, True, False]
-    assert not y[0].isnan().any() and not y[4].isnan().any()
+@pytest.mark.parametrize("scheme", ["2x8g4", "3x8g4", "5x8g8", "6x12g16"])
+def test_a_row_that_is_not_there_is_nan_where_nothing_can_be_raised(scheme: str) -> None:
+    layer = case(scheme, [70, 33], 144)
+    numbers = torch.tensor([5, -1, 103, 2**40, -(2**40), 102])
+    y = launch.rows(layer.blocks, numbers, [70, 33], 144, HALF)
+    assert y.isnan().all(1).tolist() == [False, True, True, True, True, False]
+    assert not y[0].isnan().any() and not y[5].isnan().any()
 
 
 def test_many_tokens_are_multiplied_in_pieces_of_the_scratch(
@@ -266,6 +268,23 @@ def test_every_batch_size_through_the_public_op(dtype: torch.dtype) -> None:
     expected = {"direct", "dense"} if dtype == torch.float32 else {"lut", "tile", "dense"}
     assert kernels == expected
     assert aqlm_packed_linear(torch.zeros(0, 72).to(dtype), layer.packed).shape == (0, 103)
+
+
+def test_sums_of_many_tokens_stay_within_the_cap_of_the_workspace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, shape = choose.describe_gpu(torch.device("cpu")), choose.Shape(2, 256, 8, 70, 264)
+    assert choose.choose(gpu, shape, 8, HALF, False).split > 1
+    monkeypatch.setattr(choose, "MOST_SUMS", 500)
+    with shared.fresh():
+        layer = case("2x8g8", [70], 264)
+        before = shared.workspace(torch.device("cpu"), 1, 1)
+        assert before[0].numel() == 500
+        for tokens, split in ((1, True), (4, True), (5, False), (33, False)):
+            x = torch.randn(tokens, 264).to(HALF)
+            assert (launch.config_for(x, layer.blocks).split > 1) == split, tokens
+            assert error(aqlm_packed_linear(x, layer.packed), x, layer.weight) < TOLERANCE[HALF]
+        assert shared.workspace(torch.device("cpu"), 1, 1) is before  # did not grow
 
 
 def test_more_than_three_partitions() -> None:
