@@ -230,7 +230,7 @@ def test_rows_by_their_numbers(scheme: str) -> None:
         layer = case(scheme, sizes, 144)
         exact = reference.dequantize(*layer.parts, sizes)
         ids = torch.tensor([[0, 202, 69, 70], [103, 104, 202, 0]])
-        for rows in (ids, ids.int(), ids.T, torch.randint(0, 203, (300,)), ids[:0]):
+        for rows in (ids, ids.int(), ids.T, torch.randint(0, 203, (301,))[1:], ids[:0]):
             assert torch.equal(aqlm_packed_rows(layer.packed, rows, HALF), exact[rows.long()])
 
 
