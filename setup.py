@@ -4,6 +4,9 @@ Everything else about the package is in pyproject.toml. Without a working C comp
 installs all the same, and runs on the reference in torch (`pvrt doctor` says so).
 """
 
+import os
+from typing import Any
+
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -28,6 +31,13 @@ class BuildLibrary(build_ext):
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
+
+    def copy_file(self, infile: str, outfile: str, *args: Any, **kwargs: Any) -> tuple[str, bool]:
+        """In one step: who loads the library meanwhile finds the old one or the new one, whole."""
+        fresh = f"{outfile}.new"
+        super().copy_file(infile, fresh, *args, **kwargs)
+        os.replace(fresh, outfile)
+        return outfile, True
 
 
 class PlatformWheel(bdist_wheel):

@@ -9,18 +9,15 @@ be. Kernels take turns; microseconds are the median and the smallest: process CP
 thread, wall time with two.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import machine
 import results
+import workers
 
 SHAPES = [(49152, 576), (128256, 2048)]
 SCHEMES = ["2x8g8", "2x8g4", "5x8g8", "3x8g4"]
@@ -89,25 +86,16 @@ def measure(threads: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the measurement in a process of its own per number of threads and instruction set."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Run the measurement once per number of threads and instruction set."""
+    options = workers.options(__doc__, rounds=21)
     if options.worker:
         print(json.dumps(measure(options.threads[0], options.rounds)))
         return
     for threads in options.threads:
         for name in INSTRUCTION_SETS:
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PVRT_CPU_ISA": name}
-            command = [sys.executable, __file__, "--worker", "--threads", str(threads)]
-            command += ["--rounds", str(options.rounds)]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-            about = {"shared_machine": machine.shared(threads), **machine.describe()}
-            rows = [{**row, **about} for row in json.loads(done.stdout)]
-            known = results.load("cpu_head")
-            results.store("cpu_head", results.renewed(known, rows, "threads", "instruction_set"))
+            rows = workers.measured(__file__, threads, options.rounds, PVRT_CPU_ISA=name)
+            rows = results.renewed(results.load("cpu_head"), rows, "threads", "instruction_set")
+            results.store("cpu_head", rows)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ by torch's threads, which all kernels but aqlm's run in.
 relative_error is against the same weight in float64: a format's own rounding of it is no error.
 """
 
-import argparse
 import ctypes
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -28,6 +26,7 @@ from typing import Any
 
 import machine
 import results
+import workers
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (1536, 576), (576, 576)]
 SCHEMES = ["2x8g8", "1x8g8", "1x8g4", "4x8g8", "1x16g8", "1x16g16"]
@@ -248,28 +247,16 @@ def measure(threads: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the measurement once per number of threads, in processes of their own."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Run the measurement once per number of threads."""
+    options = workers.options(__doc__, rounds=15)
     folder = machine.ROOT / "build" / "cpu_kernels"
     folder.mkdir(parents=True, exist_ok=True)
     if options.worker:
         print(json.dumps(measure(options.threads[0], options.rounds, folder)))
         return
     for threads in options.threads:
-        limits = {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
-        command = [sys.executable, __file__, "--worker", "--threads", str(threads)]
-        done = subprocess.run(
-            [*command, "--rounds", str(options.rounds)],
-            env={**os.environ, **limits},
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        about = {"shared_machine": machine.shared(threads), **machine.describe()}
-        rows = [{**row, **about} for row in json.loads(done.stdout)]
+        numba = {"NUMBA_NUM_THREADS": str(threads)}
+        rows = workers.measured(__file__, threads, options.rounds, **numba)
         rows = results.renewed(results.load("cpu_kernels"), rows, "threads")
         results.store("cpu_kernels", rows)
 

@@ -232,9 +232,8 @@ def aqlm_embedding(ids: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
     at = flat // out_group
     rows = aqlm_dequantize(codes.index_select(0, at), codebooks, scales.index_select(0, at))
     if out_group > 1:
-        rows = rows.view(len(at), out_group, rows.shape[-1])[
-            torch.arange(len(at)), flat % out_group
-        ]
+        member = (flat % out_group).view(-1, 1, 1)
+        rows = rows.view(-1, out_group, rows.shape[-1]).take_along_dim(member, 1)
     return rows.reshape(*ids.shape, rows.shape[-1])
 
 

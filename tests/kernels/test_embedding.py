@@ -27,20 +27,31 @@ def test_rows_are_those_of_the_decoded_weight(scheme: str, dtype: torch.dtype) -
 def test_gradients_are_those_of_a_dense_embedding(scheme: str) -> None:
     layer = random_layer(Scheme.parse(scheme), 52, 48)
     ids, factor = torch.tensor([[0, 51, 51], [17, 3, 0]]), torch.randn(2, 3, 48)
-    grads = []
-    for by_rows in (True, False):
-        books = layer.codebooks.clone().requires_grad_(True)
-        scales = layer.scales.clone().requires_grad_(True)
-        if by_rows:
-            y = aqlm_embedding(ids, layer.codes, books, scales)
-        else:
-            y = F.embedding(ids, aqlm_dequantize(layer.codes, books, scales))
-        grads.append(torch.autograd.grad((y * factor).sin().sum(), (books, scales)))
-    for ours, dense in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-6)
-    used = grads[0][1].flatten().nonzero().flatten() * layer.codebooks.shape[2]
-    assert set(used.tolist()) == {row // layer.codebooks.shape[2] * layer.codebooks.shape[2]
-                                  for row in ids.flatten().tolist()}  # fmt: skip
+    books, scales = layer.codebooks.requires_grad_(True), layer.scales.requires_grad_(True)
+    by_rows = aqlm_embedding(ids, layer.codes, books, scales)
+    dense = F.embedding(ids, aqlm_dequantize(layer.codes, books, scales))
+    grads = [
+        torch.autograd.grad((y * factor).sin().sum(), (books, scales)) for y in (by_rows, dense)
+    ]
+    for mine, exact in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-6)
+    used = grads[0][1].flatten().nonzero().flatten()
+    assert set(used.tolist()) == {row // books.shape[2] for row in ids.flatten().tolist()}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_on_another_device_rows_and_gradients_are_those_of_the_cpu(
+    device: str, scheme: str
+) -> None:
+    layer = random_layer(Scheme.parse(scheme), 52, 48)
+    ids, found = torch.tensor([[0, 51, 51], [17, 3, 0]]), []
+    for where in ("cpu", device):
+        books, scales = (t.to(where).requires_grad_(True) for t in (layer.codebooks, layer.scales))
+        y = aqlm_embedding(ids.to(where), layer.codes.to(where), books, scales)
+        assert y.device == books.device
+        found.append([y, *torch.autograd.grad(y.sin().sum(), (books, scales))])
+    for mine, exact in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine.cpu(), exact, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrong", [-1, 52])

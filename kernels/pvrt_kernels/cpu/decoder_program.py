@@ -16,15 +16,8 @@ from torch import Tensor
 from pvrt_kernels.cpu import library, products
 from pvrt_kernels.packed import PackedWeight
 
-_KINDS = {
-    name: kind
-    for kind, name in enumerate(
-        (
-            *("embed", "tiled", "plain", "dense", "attend", "gate", "screen", "decode"),
-            "screen_tiled",
-        )
-    )
-}
+_NAMES = ("embed", "tiled", "plain", "dense", "attend", "gate", "screen", "decode", "screen_tiled")
+_KINDS = {name: kind for kind, name in enumerate(_NAMES)}  # as in cpu.h
 _ROUNDED_AT_ONCE = 4096  # rows
 MOST_ROWS = 64  # of one run, as in decoder_program.c
 _ATTEND_ROWS = 4  # query heads that attend together, as in cpu.h
@@ -32,7 +25,7 @@ _LONG, _VOID = ctypes.c_int64, ctypes.c_void_p
 
 
 class Operation(ctypes.Structure):
-    """`operation` of decoder_program.c."""
+    """`operation` of cpu.h."""
 
     _fields_ = [
         *((name, _LONG) for name in ("kind", "inputs", "out", "stride", "dtype", "accumulate")),
@@ -46,7 +39,7 @@ class Operation(ctypes.Structure):
 
 
 class _Sequence(ctypes.Structure):
-    """`sequence` of decoder_program.c."""
+    """`sequence` of cpu.h."""
 
     _fields_ = [("cache", _VOID), *((name, _LONG) for name in ("capacity", "token", "position"))]
 
@@ -104,6 +97,7 @@ class Program:
         self._rows = y.shape[0]
         fields: dict[str, Any] = {"out": y.shape[1], "stride": y.stride(0), "y": y, "scale": scale}
         if isinstance(weight, Tensor):
+            assert in_scales is None
             self._vocabulary = weight.shape[0]
             self._add("embed", weight=weight, dtype=library.TYPES[weight.dtype], **fields)
             return

@@ -115,7 +115,7 @@ def direct_gemv(
                 sums, table, entry, x_ptr, f // CODEBOOKS, groups, tokens, TOKENS, SIZE, GROUP
             )
         if REST > 0:
-            rest = load_rest(rest_ptr, b, n, end, rows, CODEBOOKS, REST)
+            rest = load_rest(rest_ptr, b, n, n < end, rows, CODEBOOKS, REST)
             rest_words = tl.split(rest) if REST * 2 == CODEBOOKS else (tl.reshape(rest, (ROWS,)),)
             for i in tl.static_range(2 * CODES * REST // CODEBOOKS):
                 f = b * (2 * CODES * REST // CODEBOOKS) + i

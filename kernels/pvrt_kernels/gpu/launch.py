@@ -251,7 +251,7 @@ def rows(
     """See `dispatch.PackedKernel`; NaN for rows that are not there."""
     y = packed.scales.new_full((numbers.shape[0], in_features), torch.nan, dtype=dtype)
     if numbers.shape[0]:
-        _decode(packed, sizes, 0, y, numbers.contiguous())
+        _decode(packed, sizes, 0, y, _aligned(numbers))
     return y
 
 
@@ -296,10 +296,10 @@ def _decode(
             )
 
 
-def _aligned(flat: Tensor) -> Tensor:
+def _aligned(tensor: Tensor) -> Tensor:
     """Contiguous and at a multiple of 16 bytes, for which kernels are compiled."""
-    flat = flat.contiguous()
-    return flat.clone() if flat.data_ptr() % 16 else flat
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -174,7 +174,7 @@ def lut_gemv(
         index = table_index(codes, 4)
         if REST > 0:
             more_index = table_index(
-                load_rest(rest_ptr, b, n, end, rows, CODEBOOKS, REST), 4 * REST // CODEBOOKS
+                load_rest(rest_ptr, b, n, n < end, rows, CODEBOOKS, REST), 4 * REST // CODEBOOKS
             )
         added = ()
         if TOKENS == 1:

@@ -31,8 +31,8 @@ def row_tile(tile, rows, end0, end1, PARTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def load_rest(rest_ptr, block, n, end, rows, CODEBOOKS: tl.constexpr, REST: tl.constexpr):
-    """Words of rows n < end in a small block, [n, 4 REST / CODEBOOKS] int32; 0 if there are none.
+def load_rest(rest_ptr, block, n, mask, rows, CODEBOOKS: tl.constexpr, REST: tl.constexpr):
+    """Words of rows n in a small block, [n, 4 REST / CODEBOOKS] int32; 0 where mask [n] is not set.
 
     The small blocks are [blocks, rows, 4 REST / CODEBOOKS] int32 (`layout.py`).
     """
@@ -40,7 +40,7 @@ def load_rest(rest_ptr, block, n, end, rows, CODEBOOKS: tl.constexpr, REST: tl.c
     if REST > 0:
         WORDS: tl.constexpr = 4 * REST // CODEBOOKS
         at = rest_ptr + (block * rows.to(tl.int64) + n)[:, None] * WORDS
-        words = tl.load(at + tl.arange(0, WORDS)[None, :], mask=(n < end)[:, None], other=0)
+        words = tl.load(at + tl.arange(0, WORDS)[None, :], mask=mask[:, None], other=0)
     return words
 
 

@@ -141,7 +141,7 @@ def tile_gemm(
         )
         inside = (m < tokens)[:, None] & (b * GROUPS + k // GROUP < groups)[None, :]
         x = tl.load(x_at + b * DEPTH, mask=inside, other=0.0)
-        rest = load_rest(rest_ptr, b, n, end, rows, CODEBOOKS, REST)
+        rest = load_rest(rest_ptr, b, n, n < end, rows, CODEBOOKS, REST)
         w = decode_block(words, rest, table, CODEBOOKS, REST, SIZE, GROUP, ROWS).to(x.dtype)
         sums = tl.dot(w, tl.trans(x), sums)
         words = ahead
@@ -198,7 +198,7 @@ def decode_rows(
     b = tl.program_id(1)
     at = words_ptr + (b * rows.to(tl.int64) + n)[:, None] * 4 + tl.arange(0, 4)[None, :]
     words = tl.load(at, mask=taken[:, None], other=0, eviction_policy="evict_first")
-    rest = load_rest(rest_ptr, b, n, tl.where(taken, rows, 0), rows, CODEBOOKS, REST)
+    rest = load_rest(rest_ptr, b, n, taken, rows, CODEBOOKS, REST)
     w = decode_block(words, rest, codebook_ptr, CODEBOOKS, REST, SIZE, GROUP, ROWS)
     w *= tl.load(scales_ptr + n, mask=taken, other=0.0).to(tl.float32)[:, None]
     k = tl.arange(0, DEPTH)

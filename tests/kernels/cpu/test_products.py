@@ -1,6 +1,8 @@
 """The C library against float64, on every instruction set, with partitions, tails and threads."""
 
+import importlib
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -365,3 +367,25 @@ def test_the_package_builds_without_a_compiler(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "libpvrt_cpu" in done.stdout + done.stderr  # says what it could not build
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_new_library_takes_the_old_ones_place_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that start during `build_ext --inplace` must not load half of it, or find none."""
+    new, old, seen = tmp_path / "new.so", tmp_path / "lib.so", []
+    new.write_bytes(b"new")
+    old.write_bytes(b"old")
+    replace = os.replace
+
+    def note(source: str, target: str) -> None:
+        seen.append((Path(source).read_bytes(), Path(target).read_bytes()))
+        replace(source, target)
+
+    setuptools = importlib.import_module("setuptools")  # by its name: it brings no types
+    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
+    monkeypatch.setattr(os, "replace", note)
+    build = runpy.run_path(str(HERE.parents[2] / "setup.py"))["BuildLibrary"]
+    build(setuptools.Distribution()).copy_file(str(new), str(old))
+    assert seen == [(b"new", b"old")]
+    assert old.read_bytes() == b"new" and len(list(tmp_path.iterdir())) == 2

@@ -1,6 +1,7 @@
 """Single rows of packed weights, and the decoder program that embeds and ends with them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pvrt_kernels.cpu import library as cpu
 from pvrt_kernels.cpu import rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_rows
-from tests.fixtures.instruction_sets import relative
+from tests.fixtures.instruction_sets import natively, relative, using
 from tests.fixtures.toy import random_layer
 
 # of embeddings and heads, and others that the layouts take: short, long and many codes
@@ -75,10 +76,12 @@ def test_a_row_that_is_not_there_is_named(scheme: str, wrong: int) -> None:
         aqlm_packed_rows(weight, torch.tensor([[3, wrong, 60]]), torch.float32)
 
 
-def one_layer(weight: PackedWeight | Tensor, hidden: Tensor, logits: Tensor) -> Program:
+def one_layer(
+    weight: PackedWeight | Tensor, hidden: Tensor, logits: Tensor, columns: Tensor | None = None
+) -> Program:
     """A model of nothing but a tied embedding and head with a norm between them."""
     program = Program()
-    program.embed(weight, hidden, scale=3.0)
+    program.embed(weight, hidden, scale=3.0, in_scales=columns)
     norm = torch.linspace(0.5, 1.5, hidden.shape[1])
     scores = Rounded(weight) if isinstance(weight, Tensor) else None
     program.logits(hidden, logits, weight, norm, 1e-5, scores)
@@ -147,7 +150,9 @@ def test_a_program_embeds_and_ends_with_one_packed_weight(
     weight, exact = packed(layer), dense(layer, torch.float32)
     rows, before = 11, torch.get_num_threads()
     hidden, logits = torch.empty(rows, 144), torch.empty(rows, 203)
-    program, cache = one_layer(weight, hidden, logits), torch.empty(1, 2, 1, 1, 1)
+    columns = None if threads == 1 else torch.rand(144) + 0.5
+    factor = 3 * (torch.ones(144) if columns is None else columns)
+    program, cache = one_layer(weight, hidden, logits, columns), torch.empty(1, 2, 1, 1, 1)
     try:
         torch.set_num_threads(threads)
         for count in (1, 2, 3, 11):
@@ -155,7 +160,7 @@ def test_a_program_embeds_and_ends_with_one_packed_weight(
             for argmax_only in (False, True):
                 hidden.fill_(torch.nan), logits.fill_(torch.nan)
                 program.run([Step(token, 0, cache) for token in tokens], argmax_only)
-                assert torch.equal(hidden[:count], 3 * exact[tokens])
+                assert torch.equal(hidden[:count], exact[tokens] * factor)
                 x = hidden[:count].double()
                 x = x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
                 expected = x * torch.linspace(0.5, 1.5, 144).double() @ exact.double().T
@@ -179,3 +184,23 @@ def test_a_token_beyond_the_vocabulary_is_refused(quantised: bool, token: int) -
     cache = torch.empty(1, 2, 1, 1, 1)
     with pytest.raises(IndexError, match=f"no token {token}: the vocabulary has 0 to 39"):
         program.run([Step(3, 0, cache), Step(token, 0, cache)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["2x8g4", "17x8g8"])
+def test_the_model_of_avx512_makes_the_rough_tables_of_the_instructions(
+    modelled: Path, scheme: str
+) -> None:
+    if "avx512-vbmi" not in natively():
+        pytest.skip("no AVX-512 with VBMI here")
+    weight = packed(random_layer(Scheme.parse(scheme), 1500, 144))
+    hidden, found, exact = torch.empty(1, 144), [], torch.empty(1, 1500)
+    step = Step(7, 0, torch.empty(1, 2, 1, 1, 1))
+    one_layer(weight, hidden, exact).run([step])
+    for library in (cpu.LIBRARY, modelled):
+        with using("avx512-vbmi", library):
+            logits = torch.empty(1, 1500)
+            one_layer(weight, hidden, logits).run([step], argmax_only=True)
+            found.append(logits)
+            assert relative(logits, exact) > rounding.relative_error()  # most rows stay rough
+    assert torch.equal(*found)

@@ -12,6 +12,7 @@ void pvrt_use_threads(parallel_fn, team_size_fn);
 void pvrt_tiled_linear(const tiled_weight *, const float *, const float *, float *, int64_t, int64_t);
 void pvrt_plain_linear(const plain_weight *, const float *, const float *, float *, int64_t, int64_t);
 void pvrt_decode_rows(const plain_weight *, const int64_t *, int64_t, int64_t, float *, int64_t);
+void pvrt_run_program(const operation *, int64_t, const sequence *, int64_t, float *, int64_t, int64_t);
 void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
@@ -33,6 +34,13 @@ static void threads(void (*work)(void *), void *data, unsigned n, unsigned flags
 }
 
 static int four_threads(void) { return 4; }
+
+static int64_t largest(const float *y, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++)
+        if (y[i] > y[best]) best = i;
+    return best;
+}
 
 static float uniform(void) { return (float)rand() / (float)RAND_MAX - 0.5f; }
 
@@ -65,6 +73,15 @@ int main(void) {
     const sums n = {tables, zero, products, zero, zero, BOOKS, ENTRIES, GROUP};
     const int64_t all = OUT;
     const plain_weight g = {codes, books, scales, &all, 1, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 0};
+    enum { SEQUENCES = 5, ROOM = SEQUENCES * (2 * IN + 1) };
+    static uint8_t whole[(OUT + TILE - 1) / TILE * TILE * GROUPS * BOOKS];
+    static float hidden[2][SEQUENCES * IN], room[4 * ROOM];
+    int64_t names[OUT];
+    for (int64_t i = 0; i < OUT; i++) names[i] = OUT - 1 - i;
+    pvrt_tile_codes(codes, whole, &all, 1, GROUPS, BOOKS, 0);
+    const tiled_weight head = {whole, tables, scales, &all, 1, BOOKS, GROUP, GROUPS};
+    const plain_weight table = {whole, books, scales, &all, 1, BOOKS, GROUP, GROUPS, ENTRIES, 1, F32, 1};
+    const sequence tokens_of[SEQUENCES] = {{.token = 3}, {.token = 200}, {.token = OUT - 1}, {.token = 64}};
     pvrt_use_threads(threads, four_threads);
     const char *sets[] = {"portable", "avx2", "avx512-vbmi"};
     for (int s = 0; s < 3; s++) {
@@ -85,6 +102,20 @@ int main(void) {
         pvrt_decode_rows(&p, NULL, 0, OUT, dense1, 1);
         pvrt_decode_rows(&p, NULL, 0, OUT, dense4, 4);
         if (memcmp(dense1, dense4, sizeof dense1)) return puts("decode"), 1;
+        pvrt_decode_rows(&table, names, 0, OUT, dense1, 1);
+        pvrt_decode_rows(&table, names, 0, OUT, dense4, 4);
+        if (memcmp(dense1, dense4, sizeof dense1)) return puts("rows"), 1;
+        for (int threads = 1; threads <= 4; threads += 3) { /* embeds, and ends with the same weight */
+            float *x = hidden[threads == 4], *y = threads == 1 ? one : four;
+            const operation both[] = {
+                {.kind = DECODE, .out = IN, .stride = IN, .y = x, .weight = &table, .scale = 1},
+                {.kind = SCREEN_TILED, .in = IN, .out = OUT, .stride = OUT, .x = x, .y = y,
+                 .weight = &head, .plain = &table}};
+            pvrt_run_program(both, 2, tokens_of, SEQUENCES, room, ROOM, threads);
+        }
+        if (memcmp(hidden[0], hidden[1], sizeof hidden[0])) return puts("embedding"), 1;
+        for (int64_t t = 0; t < SEQUENCES; t++)
+            if (largest(one + t * OUT, OUT) != largest(four + t * OUT, OUT)) return puts("logits"), 1;
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found1, 1);
         pvrt_nearest_sums(&n, matrix, VALUES, 8, 2, found4, 4);
         if (memcmp(found1, found4, sizeof found1)) return puts("search"), 1;

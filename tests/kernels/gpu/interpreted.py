@@ -4,7 +4,6 @@ Needs TRITON_INTERPRET=1 before anything imports Triton: pytest tests/kernels/gp
 alone.
 """
 
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
@@ -21,11 +19,12 @@ from triton.runtime import interpreter
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import reference
 from pvrt_kernels.dispatch import registry
-from pvrt_kernels.gpu import choose, launch, lut_gluon
+from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import LaunchConfig
 from pvrt_kernels.gpu.layout import pack_codes, unpack_codes
 from pvrt_kernels.gpu.shared import shared
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear, aqlm_packed_rows
+from tests.fixtures.gluon import interpreted_gluon
 
 HALF, BFLOAT = torch.float16, torch.bfloat16
 # Relative error of a product: one rounding of its sums, one of each weight (tile and dense). The
@@ -231,15 +230,17 @@ def test_rows_by_their_numbers(scheme: str) -> None:
         layer = case(scheme, sizes, 144)
         exact = reference.dequantize(*layer.parts, sizes)
         ids = torch.tensor([[0, 202, 69, 70], [103, 104, 202, 0]])
-        for rows in (ids, ids.int(), ids.T, torch.randint(0, 203, (300,)), ids[:0]):
+        for rows in (ids, ids.int(), ids.T, torch.randint(0, 203, (301,))[1:], ids[:0]):
             assert torch.equal(aqlm_packed_rows(layer.packed, rows, HALF), exact[rows.long()])
 
 
-def test_a_row_that_is_not_there_is_nan_where_nothing_can_be_raised() -> None:
-    layer = case("2x8g4", [70, 33], 72)
-    y = launch.rows(layer.blocks, torch.tensor([5, -1, 103, 2**40, 102]), [70, 33], 72, HALF)
-    assert y.isnan().all(1).tolist() == [False, True, True, True, False]
-    assert not y[0].isnan().any() and not y[4].isnan().any()
+@pytest.mark.parametrize("scheme", ["2x8g4", "3x8g4", "5x8g8", "6x12g16"])
+def test_a_row_that_is_not_there_is_nan_where_nothing_can_be_raised(scheme: str) -> None:
+    layer = case(scheme, [70, 33], 144)
+    numbers = torch.tensor([5, -1, 103, 2**40, -(2**40), 102])
+    y = launch.rows(layer.blocks, numbers, [70, 33], 144, HALF)
+    assert y.isnan().all(1).tolist() == [False, True, True, True, True, False]
+    assert not y[0].isnan().any() and not y[5].isnan().any()
 
 
 def test_many_tokens_are_multiplied_in_pieces_of_the_scratch(
@@ -266,6 +267,23 @@ def test_every_batch_size_through_the_public_op(dtype: torch.dtype) -> None:
     expected = {"direct", "dense"} if dtype == torch.float32 else {"lut", "tile", "dense"}
     assert kernels == expected
     assert aqlm_packed_linear(torch.zeros(0, 72).to(dtype), layer.packed).shape == (0, 103)
+
+
+def test_sums_of_many_tokens_stay_within_the_cap_of_the_workspace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu, shape = choose.describe_gpu(torch.device("cpu")), choose.Shape(2, 256, 8, 70, 264)
+    assert choose.choose(gpu, shape, 8, HALF, False).split > 1
+    monkeypatch.setattr(choose, "MOST_SUMS", 500)
+    with shared.fresh():
+        layer = case("2x8g8", [70], 264)
+        before = shared.workspace(torch.device("cpu"), 1, 1)
+        assert before[0].numel() == 500
+        for tokens, split in ((1, True), (4, True), (5, False), (33, False)):
+            x = torch.randn(tokens, 264).to(HALF)
+            assert (launch.config_for(x, layer.blocks).split > 1) == split, tokens
+            assert error(aqlm_packed_linear(x, layer.packed), x, layer.weight) < TOLERANCE[HALF]
+        assert shared.workspace(torch.device("cpu"), 1, 1) is before  # did not grow
 
 
 def test_more_than_three_partitions() -> None:
@@ -320,53 +338,6 @@ def test_warming_up_runs_every_kernel_once(monkeypatch: pytest.MonkeyPatch) -> N
     tiles = [("tile", tokens) for tokens in (8, 16, 32, 64)]
     assert list(dict.fromkeys(seen)) == [("lut", 1), ("lut", 2), ("lut", 4), *tiles]
     assert len(seen) <= 8  # tiles of 64 tokens: of 64 rows, and for more tokens of 128
-
-
-class Shared:
-    """Stands for a descriptor of shared memory."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def slice(self, start: int, length: int) -> "Shared":
-        return Shared(self.data[int(start) : int(start) + int(length)])
-
-    def store(self, values: Any) -> None:
-        self.data[:] = values.handle.data
-
-    def gather(self, index: Any, axis: int) -> Any:
-        handle = interpreter.TensorHandle(self.data[index.handle.data], tl.float32)
-        return tl.tensor(handle, tl.block_type(tl.float32, list(index.shape)))
-
-
-def interpreted_gluon(warps: int) -> Any:
-    """`lut_gluon` with layouts and barriers left out, run by the interpreter of Triton."""
-    plain = {
-        name: lambda *args, _name=name, layout=None, **kwargs: getattr(tl, _name)(*args, **kwargs)
-        for name in (
-            *("arange", "zeros", "zeros_like", "load", "store", "atomic_add", "program_id"),
-            *("cdiv", "sum", "reshape", "static_range"),
-        )
-    }
-    gl = types.SimpleNamespace(
-        **plain,
-        constexpr=tl.constexpr,
-        float32=tl.float32,
-        int64=tl.int64,
-        BlockedLayout=lambda *args: None,
-        SliceLayout=lambda *args: None,
-        SwizzledSharedLayout=lambda *args, order: None,
-        allocate_shared_memory=lambda dtype, shape, layout: Shared(
-            np.full(shape, np.nan, dtype=np.float32)
-        ),
-        convert_layout=lambda tensor, layout: tensor,
-        barrier=lambda: None,
-        num_warps=lambda: warps,
-    )
-    source = lut_gluon.lut_gluon.fn
-    names = {**source.__globals__, "gl": gl, "tl": tl}
-    function = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
-    return triton.jit(function)
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x8g4", "4x8g16"])

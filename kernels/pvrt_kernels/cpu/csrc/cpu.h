@@ -185,6 +185,36 @@ typedef struct {
 
 void decode_part(const job *job, int64_t index);
 
+/* What operations of a program do (decoder_program.c). */
+enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN, DECODE, SCREEN_TILED };
+
+/* x, y: fp32 [rows][in] and [rows][stride]. norm: root-mean-square norm weights that x passes first
+ * (NULL: none), or what DECODE multiplies columns by. cosine, sine: [positions][rotary].
+ * bytes: the weight again, rounded to int8 times bounds[row][0]; bounds[row][1] and [2]: norms of
+ * the row's rounding error and of the rounded row. */
+typedef struct {
+    int64_t kind, in, out, stride, dtype, accumulate;
+    const float *x;
+    float *y;
+    const float *norm;
+    const void *weight;
+    const float *bias;
+    double epsilon;
+    const float *cosine, *sine, *query_norm, *key_norm;
+    int64_t heads, kv_heads, dim, rotary, layer;
+    double scale;
+    const int8_t *bytes;
+    const float *bounds;
+    const plain_weight *plain; /* the packed weight again, for single rows */
+} operation;
+
+/* What a run appends to one sequence: a token, at a position whose predecessors are all in its
+ * cache [layers][keys, values][kv_heads][capacity][dim]. */
+typedef struct {
+    float *cache;
+    int64_t capacity, token, position;
+} sequence;
+
 /* Scratch that a thread keeps for its next call; never NULL. */
 float *scratch(size_t bytes);
 
