@@ -154,6 +154,22 @@ def test_a_card_that_states_nothing_states_nothing(tmp_path: Path, card: str) ->
     assert Provenance.of(str(tmp_path)) == Provenance({}, None)
 
 
+def test_a_hub_id_is_an_origin_and_its_card_states_the_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models--org--toy-1"
+    snapshot = folder / "snapshots" / "abc"
+    dense_folder(snapshot, "llama")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert Provenance.of("org/toy-1") == Provenance({}, "org/toy-1")
+    (snapshot / "README.md").write_text(LICENCE)
+    licence = {"license": "other", "license_name": "toy-1", "license_link": "LICENSE"}
+    assert Provenance.of("org/toy-1") == Provenance(licence, "org/toy-1")
+    assert Provenance.of("org/nowhere") == Provenance({}, None)
+
+
 @pytest.mark.parametrize("stated", [True, False, None])
 @pytest.mark.parametrize("before", [True, False])
 def test_a_tokenizer_begins_as_its_gguf_states(
