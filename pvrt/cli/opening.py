@@ -72,7 +72,8 @@ def open_folder(path: Path, dtype: Dtype, device: str) -> "Side":
 
     def load(wanted: "torch.dtype | None") -> Any:
         wanted = wanted or _dtype(dtype, device)
-        _check_room(str(path), sizes.weights, wanted, device)
+        for place in sorted({"cpu", device}):  # it is loaded and decoded on the host
+            _check_room(str(path), sizes.weights, wanted, place)
         return pvrt.load(stored, dense=True, dtype=wanted or "auto").to(device)
 
     return Side(
@@ -101,7 +102,9 @@ def _check_room(name: str, weights: int, dtype: "torch.dtype | None", device: st
     """Raise RunError where a model does not fit the memory that is free."""
     from pvrt.device import free_device_bytes
     from pvrt.memory import free_host_bytes
+    from pvrt_tune.machine import release_memory
 
+    release_memory()  # torch keeps what the model before this one had
     wanted = weights * (2 if dtype is None else dtype.itemsize)
     on_device = free_device_bytes(device)
     free = free_host_bytes() if on_device is None else on_device
@@ -116,7 +119,9 @@ def _check_room(name: str, weights: int, dtype: "torch.dtype | None", device: st
 def _speed(folder: Path) -> float | None:
     """Tokens per second of the embedded engine, None with a notice where it cannot run a folder."""
     from pvrt.cli.bench import engine_speed
+    from pvrt_tune.machine import release_memory
 
+    release_memory()  # the engine asks for what is free, too
     try:
         speed, _ = engine_speed(folder, Dtype.auto, *_SPEED)
     except PvrtError as error:

@@ -59,7 +59,9 @@ Config = Annotated[
 Limit = Annotated[
     str | None,
     typer.Option(
-        "--for", help="Time in all, like 40m or 2h30m. The best checkpoint by then is left."
+        "--for",
+        help="Time in all but for the report, like 40m or 2h30m. The best checkpoint by then is "
+        "left.",
     ),
 ]
 PV = Annotated[

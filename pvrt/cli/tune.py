@@ -84,8 +84,8 @@ def tune(
         raise RunError("--resume and --restart exclude each other; give one of them")
     embeddings = "keep" if keep_embeddings else None
     changes = Changes(scheme, samples, length, seed, pv, embeddings, bits)
-    notice = say if parallel.speaks() else lambda line: None
-    recipe, seconds = build(effort.value, config, changes, limit, notice)
+    tell = say if parallel.speaks() else lambda line: None
+    recipe, seconds = build(effort.value, config, changes, limit, tell)
     job = TuneJob(
         model,
         out,

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from pvrt.tools.compare import Answer, Comparison, Figures, Question
+from pvrt.tools.compare import Answer, Comparison, Figures, Question, short
 from pvrt.tools.sizes import Curves, Sizes, TensorSize
 from pvrt.tools.svg import Series, colour, heat_strip, line_plot
 
@@ -22,7 +22,7 @@ def as_html(found: Comparison, foot: str) -> str:
     """The report, with a line at its foot."""
     models = found.models
     title = (
-        f"{' and '.join(_last(each.name) for each in models)} beside {_last(found.original.name)}"
+        f"{' and '.join(short(each.name) for each in models)} beside {short(found.original.name)}"
     )
     sections = [
         f"<h1>{escape(title)}</h1>",
@@ -36,11 +36,6 @@ def as_html(found: Comparison, foot: str) -> str:
     ]
     page = Template((Path(__file__).parent / "report_page.html").read_text(encoding="utf-8"))
     return page.substitute(title=escape(title), body="\n".join(filter(None, sections)))
-
-
-def _last(name: str) -> str:
-    """The last part of a path or hub id."""
-    return Path(name).name or name
 
 
 def _introduction(found: Comparison) -> str:
@@ -73,7 +68,7 @@ def _table(head: str, rows: Sequence[str]) -> str:
 def _row(figures: Figures, number: int) -> str:
     kl, speed = figures.kl, figures.tokens_per_second
     kind = "the original" if kl is None else figures.scheme or "dense"
-    name = Path(figures.name).name if kl is None else figures.name  # its place is a long path
+    name = short(figures.name) if kl is None else figures.name  # its place is a long path
     cells = [
         f"{_key(number)}{escape(name)}<small>{escape(kind)}</small>",
         f"{figures.sizes.file_bytes / 1e6:.1f} MB",
@@ -193,7 +188,7 @@ def _sizes(figures: Figures, number: int) -> str:
         "</th><th>mean</th><th>size</th><th>share</th></tr>"
     )
     return (
-        f"<h2>Bits per tensor: {escape(_last(figures.name))}</h2>"
+        f"<h2>Bits per tensor: {escape(short(figures.name))}</h2>"
         "<figure><figcaption>A cell is one block's tensor; the stronger its colour, the more bits "
         "(hover for the number). Codebooks, scales and zeros count.</figcaption>"
         f"{_table(head, rows)}</figure>"
@@ -205,7 +200,7 @@ def _curves(figures: Figures, number: int) -> str:
     if curves is None:
         return ""
     plots = [*_training(curves, number), *_blocks(curves, number)]
-    return f"<h2>The run that made {escape(_last(figures.name))}</h2>{''.join(plots)}"
+    return f"<h2>The run that made {escape(short(figures.name))}</h2>{''.join(plots)}"
 
 
 def _training(curves: Curves, number: int) -> Iterator[str]:
@@ -274,7 +269,7 @@ def _answer(answer: Answer, name: str, number: int) -> str:
         )
     rest = f'<span class="rest">{escape(answer.rest)}</span>' if answer.rest else ""
     return (
-        f'<div class="card" style="--tone: {colour(number)}"><b>{escape(_last(name))}</b>'
+        f'<div class="card" style="--tone: {colour(number)}"><b>{escape(short(name))}</b>'
         f'<small>{escape(where)}</small><div class="said"><span class="{same}">'
         f"{escape(answer.same)}</span>{rest}</div></div>"
     )

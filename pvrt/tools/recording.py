@@ -86,8 +86,8 @@ def record(
 ) -> Recording:
     """Run a model over windows [n, context] and continue every prompt; its blocks are let go.
 
-    The model cannot be used afterwards. Raises SourceError for a model whose logits do not follow
-    from its final hidden states.
+    The model cannot be used afterwards. Raises SourceError for a model whose logits are not numbers
+    or do not follow from its final hidden states.
     """
     base, hidden = model.base_model, []
     if base is model:
@@ -102,6 +102,11 @@ def record(
         progress(number, len(tokens) + len(prompts))
     sample = tokens[:1, :_CHECKED].to(model.device)
     wanted = model(input_ids=sample, use_cache=False).logits[0].float()
+    if bool(wanted.isnan().any()):
+        raise SourceError(
+            f"{type(model).__name__} gives logits that are not numbers in {model.dtype}; measure "
+            "it in a wider type (--dtype)"
+        )
     output = base(input_ids=sample, use_cache=False)
     stub = _Base(type(output))
     setattr(model, model.base_model_prefix, stub)

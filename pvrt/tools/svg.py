@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 _WIDTH, _HEIGHT = 760, 270
@@ -24,7 +24,10 @@ def colour(number: int) -> str:
 
 
 def line_plot(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Curves over a common axis; the y axis is logarithmic where values differ twentyfold."""
+    """Curves over a common axis; the y axis is logarithmic where values differ twentyfold. Points
+    that are not finite, as a broken model has them, are left out.
+    """
+    series = [replace(curve, points=list(filter(_is_finite, curve.points))) for curve in series]
     points = [point for curve in series for point in curve.points]
     positive = [y for _, y in points if y > 0]
     top = max(positive, default=1.0)
@@ -32,7 +35,8 @@ def line_plot(series: Sequence[Series], x_label: str, y_label: str) -> str:
     log = top > 20 * low and len(positive) == len(points)
     ticks_y = _log_ticks(low, top) if log else _ticks(0.0, top)
     bottom, top = (min(low, ticks_y[0]), max(top, ticks_y[-1])) if log else (0.0, ticks_y[-1])
-    left, right = min(x for x, _ in points), max(x for x, _ in points)
+    xs = [x for x, _ in points] or [0.0]
+    left, right = min(xs), max(xs)
 
     def at_x(x: float) -> float:
         return _LEFT + (x - left) / ((right - left) or 1) * (_WIDTH - _LEFT - _RIGHT)
@@ -46,7 +50,7 @@ def line_plot(series: Sequence[Series], x_label: str, y_label: str) -> str:
         y = at_y(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {_same("y", y)}/>')
         parts.append(_text(_LEFT - 8, y + 4, _short(tick), "end"))
-    for tick in _ticks(left, right, whole=all(float(x).is_integer() for x, _ in points)):
+    for tick in _ticks(left, right, whole=all(float(x).is_integer() for x in xs)):
         if left <= tick <= right:
             parts.append(_text(at_x(tick), _HEIGHT - _BOTTOM + 18, _short(tick), "middle"))
     base = _HEIGHT - _BOTTOM
@@ -73,6 +77,10 @@ def heat_strip(values: Sequence[tuple[str, float]], low: float, high: float) -> 
         + "".join(cells)
         + "</svg>"
     )
+
+
+def _is_finite(point: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, point))
 
 
 def _frame(label: str) -> str:

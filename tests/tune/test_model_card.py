@@ -52,6 +52,7 @@ def test_tune_leaves_a_report_and_a_card_and_makes_them_once(dense: Path, tmp_pa
     front = front_matter(card)
     assert front["license"] == "other" and front["license_name"] == "toy-1"
     assert front["library_name"] == "transformers" and "base_model" not in front
+    assert f"scheme {Checkpoint.open(out).scheme_names}, " in card and "`pip install pvrt`" in card
     assert "| KL to the original, nats per token | noise floor 0.0" in card
     assert report.startswith("<!doctype html>") and "KL by position" in report
     written = (out / "report.html").stat().st_mtime_ns
@@ -151,6 +152,22 @@ def test_a_card_that_states_nothing_states_nothing(tmp_path: Path, card: str) ->
     dense_folder(tmp_path, "llama")
     (tmp_path / "README.md").write_text(card)
     assert Provenance.of(str(tmp_path)) == Provenance({}, None)
+
+
+def test_a_hub_id_is_an_origin_and_its_card_states_the_licence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models--org--toy-1"
+    snapshot = folder / "snapshots" / "abc"
+    dense_folder(snapshot, "llama")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert Provenance.of("org/toy-1") == Provenance({}, "org/toy-1")
+    (snapshot / "README.md").write_text(LICENCE)
+    licence = {"license": "other", "license_name": "toy-1", "license_link": "LICENSE"}
+    assert Provenance.of("org/toy-1") == Provenance(licence, "org/toy-1")
+    assert Provenance.of("org/nowhere") == Provenance({}, None)
 
 
 @pytest.mark.parametrize("stated", [True, False, None])

@@ -11,6 +11,7 @@ from pvrt.format.aqlm import MANIFEST_FILE
 from pvrt.format.config_block import is_aqlm
 from pvrt.format.folder import StoredModel
 from pvrt.tools.compare import Comparison
+from pvrt.versions import COMPRESSED_TENSORS
 from pvrt_tune.data.provenance import Provenance
 
 CARD_FILE = "README.md"
@@ -60,10 +61,10 @@ def model_card(
 def _what(manifest: Mapping[str, Any], stored: StoredModel, origin: Provenance, name: str) -> str:
     licence = origin.licence.get("license")
     return (
-        f"A compressed copy of {name}: scheme {manifest['scheme']}, "
-        f"{stored.linear_bits_per_weight():.3f} bits per weight in the quantised layers, "
-        f"{stored.file_bytes() / 1e6:.1f} MB in all. SHA-256 of the original, as pvrt computes it: "
-        f"`{manifest['base_model']['sha256']}`.\n\n"
+        f"A compressed copy of {name}: scheme {stored.scheme_names}, "
+        f"{stored.linear_bits_per_weight():.3f} bits per weight in the quantised layers of its "
+        f"blocks, {stored.file_bytes() / 1e6:.1f} MB in all. SHA-256 of the original, as pvrt "
+        f"computes it: `{manifest['base_model']['sha256']}`.\n\n"
         + (
             f"Licence of the original: {origin.licence.get('license_name', licence)}. It holds for "
             "this copy, too."
@@ -113,10 +114,11 @@ def _made(manifest: Mapping[str, Any]) -> str:
 
 
 def _use(stored: StoredModel) -> str:
-    needs = "pvrt" if is_aqlm(stored.config) else "compressed-tensors"
-    first = "import pvrt  # teaches transformers the format\n" if needs == "pvrt" else ""
+    ours = is_aqlm(stored.config)
+    install = "pip install pvrt" if ours else COMPRESSED_TENSORS.remedy
+    first = "import pvrt  # teaches transformers the format\n" if ours else ""
     return (
-        f"## Use\n\n`pip install {needs}`, then:\n\n```python\n{first}"
+        f"## Use\n\n`{install}`, then:\n\n```python\n{first}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n\n"

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import PvrtError
+from tests.fixtures.simulated_device import TOTAL_BYTES
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
 
 SMALL = ("--context", "48", "--windows", "3")
@@ -116,6 +117,58 @@ def test_a_model_that_does_not_fit_is_refused(place: Path, monkeypatch: pytest.M
     assert "in float32 takes 0.0 GB, and 0.0 GB are free on cpu" in sentence
 
 
+def test_a_device_with_room_does_not_replace_the_host_that_decodes(
+    place: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pvrt.memory.free_host_bytes", lambda: 1000)
+    sentence = refused("eval", place / "grid", *SMALL, "--device", device)
+    assert "grid takes 0.0 GB, and 0.0 GB are free on cpu" in sentence
+
+
+def test_a_device_finds_what_the_cpu_finds(
+    place: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch keeps of one model on a device is given back before the next one asks for room."""
+    module, emptied = type(torch.get_device_module(device)), list[bool]()
+
+    def free(self: Any, device: Any = None) -> tuple[int, int]:
+        found = TOTAL_BYTES if emptied else 0
+        emptied.clear()
+        return found, TOTAL_BYTES
+
+    monkeypatch.setattr(module, "empty_cache", lambda self: emptied.append(True))
+    monkeypatch.setattr(module, "mem_get_info", free)
+    monkeypatch.setattr("pvrt.cli.opening._speed", lambda folder: None)
+    options = ("--text", place / "text.txt", *SMALL, "--new-tokens", 6, "--json")
+    ours, theirs = (
+        json.loads(run("compare", place / "dense", place / "grid", *options, *where).stdout)
+        for where in ((), ("--device", device))
+    )
+    assert theirs["models"][0]["kl"]["mean"] == pytest.approx(
+        ours["models"][0]["kl"]["mean"], rel=1e-4
+    )
+    answers = [
+        [question["answers"][0]["same"] for question in found["questions"]]
+        for found in (ours, theirs)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_notice_is_given_once_for_all_models(place: Path) -> None:
+    from pvrt.tools.compare import Side, shared_windows
+    from pvrt.tools.held_out import HeldOut
+    from pvrt.tools.sizes import Sizes
+
+    sides = [
+        Side(name, toy_tokenizer(), lambda dtype: None, Sizes(1, 1, []), longest)
+        for name, longest in (("a", 64), ("b", 32), ("c", None))
+    ]
+    said: list[str] = []
+    text = HeldOut("a text", "some words " * 30, None, 512, 2)
+    assert shared_windows(text, sides[0], sides[1:], said.append).shape == (2, 32)
+    assert said == ["windows have 32 tokens, for the model was made for no more"]
+
+
 def test_eval_measures_kl_with_its_floor(place: Path) -> None:
     arguments = ("--kl", place / "dense", "--text", place / "text.txt", *SMALL)
     done = run("eval", place / "grid", *arguments, "--json")
@@ -159,6 +212,30 @@ def test_tasks_without_the_harness_say_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert "pip install 'pvrt[eval]'" in refused("eval", "MODEL", "--tasks", "piqa")
+
+
+def test_text_and_tasks_are_measured_on_one_load(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Tasks:
+        """What needs no lm-eval of its harness."""
+
+        def __init__(self, names: list[str]) -> None:
+            self.names = names
+
+        def run(self, model: Any, *options: Any) -> dict[str, dict[str, Any]]:
+            assert model(torch.tensor([[72]])).logits.shape == (1, 1, 384)
+            return {name: {"items": 1} for name in self.names}
+
+    loads: list[Any] = []
+    monkeypatch.setattr("pvrt.tools.tasks.Harness", Tasks)
+    monkeypatch.setattr("pvrt.cli.opening._check_room", lambda *asked: loads.append(asked))
+    text = ("--text", place / "text.txt", *SMALL)
+    done = run("eval", place / "codes", "--tasks", "piqa", *text, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["windows"] == 3 and found["tasks"] == {"piqa": {"items": 1}}
+    assert len(loads) == 1
 
 
 TASK = """

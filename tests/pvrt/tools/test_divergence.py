@@ -131,6 +131,14 @@ def test_another_vocabulary_is_refused() -> None:
         diverge(record(toy_model("llama"), tokens()), record(random_model(config), tokens()))
 
 
+def test_logits_that_are_not_numbers_are_said_to_be_so() -> None:
+    broken = toy_model("llama")
+    with torch.no_grad():
+        broken.get_output_embeddings().weight[7] = math.nan
+    with pytest.raises(SourceError, match="LlamaForCausalLM gives logits that are not numbers in"):
+        record(broken, tokens())
+
+
 def test_logits_that_do_not_follow_from_hidden_states_are_refused() -> None:
     odd, whole = toy_model("llama"), type(toy_model("llama")).forward
 

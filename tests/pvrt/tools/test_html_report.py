@@ -1,6 +1,7 @@
 """The report: one file that needs nothing else, and text of anybody in it that stays text."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -123,7 +124,15 @@ def test_a_model_without_run_or_tensors_or_questions_has_a_report() -> None:
 
 @pytest.mark.parametrize(
     "points",
-    [[(0, 0)], [(1, 5.0)], [(0, 0.0), (1, 0.0)], [(0, 1e-9), (5, 3.0)], [(2, 1.0), (2, 2.0)]],
+    [
+        [(0, 0)],
+        [(1, 5.0)],
+        [(0, 0.0), (1, 0.0)],
+        [(0, 1e-9), (5, 3.0)],
+        [(2, 1.0), (2, 2.0)],
+        [(0, math.inf), (1, 2.0)],
+        [(0, math.nan), (1, math.nan)],
+    ],
 )
 def test_plots_of_little_have_places_within_the_picture(points: list[tuple[float, float]]) -> None:
     plot = ElementTree.fromstring(line_plot([Series("a", points, 1)], "x", "y"))
