@@ -6,7 +6,7 @@ both, and the head's part is what matters: rounded alone, the table of SmolLM2 c
 much KL as output head than as embedding. For the same reason the blocks need not see it quantised.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -102,13 +102,13 @@ def peak_bytes(
     return itemsize * rows * width + codes + 3 * 4 * width**2 + 2 * 4 * prod(some) + fit
 
 
-def quantize_ends(run: Run, hidden: Activations) -> None:
+def quantize_ends(run: Run, schemes: Mapping[str, Scheme], hidden: Activations) -> None:
     """Fit embedding and output head and leave them as a piece of the run's store.
 
-    hidden: outputs of the last quantised block.
+    schemes: by name, where the run has none of its own. hidden: outputs of the last quantised
+    block.
     """
-    found, schemes = ends(run.source.model), schemes_of_ends(run.source.model, run.recipe)
-    moment = head_moment(run, hidden)
+    found, moment = ends(run.source.model), head_moment(run, hidden)
     tensors: dict[str, Tensor] = {}
     report = {}
     for name, default in schemes.items():

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,11 +190,17 @@ class Trainer:
         batch = self._batch(self.step)
         self.teacher.prepare(batch)
         loss = torch.zeros((), dtype=torch.float64)
+        head = passed = Head.of(self.student.model)
+        if not head.weight.is_leaf:  # decoded once, and its gradient goes back to codebooks once
+            passed = replace(head, weight=head.weight.detach().requires_grad_())
         for numbers, share in parallel.dealt(batch, self.settings.microbatch):
-            part = self._loss(numbers)
+            part = self._loss(numbers, passed)
             # Gradients of a sharded run are means over ranks.
             (part * share * parallel.world()).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
+        if passed is not head:
+            head.weight.backward(passed.weight.grad)  # type: ignore[no-untyped-call]
+        del head, passed  # before the step
         generator = seeded(self.seed, f"V step {self.step}")
         outcome = self.optimizer.step(self.settings.factor(self.step, self.steps), generator)
         self.step += 1
@@ -212,17 +218,17 @@ class Trainer:
         self.teacher.prepare(numbers)
         kls = torch.zeros(self.held_out, dtype=torch.float64)
         with torch.no_grad():
+            head = Head.of(self.student.model)  # decoded where it is in codes
             for (number,), share in parallel.dealt(numbers, 1):
-                kl = float(self._loss([number]))
+                kl = float(self._loss([number], head))
                 kls[number] = kl if share else 0.0
         # A sum of one number and zeros: the mean is the same over any number of ranks.
         return float(parallel.total(kls).mean())
 
-    def _loss(self, numbers: list[int]) -> Tensor:
-        """Mean KL over windows of `data` by number."""
+    def _loss(self, numbers: list[int], head: Head) -> Tensor:
+        """Mean KL over windows of `data` by number; `head` is the student's."""
         hidden = self.student.final_hidden(self.data[numbers])
         target = self.teacher.hidden(numbers).to(hidden.device).flatten(0, 1)
-        head = Head.of(self.student.model)  # decoded anew where it is in codes
         return kl_loss(hidden.flatten(0, 1), head, target, self.teacher.head)
 
     def _batch(self, step: int) -> list[int]:
