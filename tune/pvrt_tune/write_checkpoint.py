@@ -79,9 +79,7 @@ def peak_bytes(model: ModelShape, recipe: Recipe) -> int:
     """Peak of `write` in host memory. Tensors that are written as files hold them are not in it."""
     scheme, made, packing = recipe.parsed_scheme, 0, 0
     if recipe.training is not None:  # what was trained in float32 becomes the model's own type
-        made = model.itemsize * sum(block.floats for block in model.blocks)
-        made += 0 if recipe.training.freeze_embeddings else model.itemsize * model.outside
-        made += sum(model.itemsize * (sum(table) + (1 << 13)) for table in model.ends)
+        made = model.itemsize * model.trained(embeddings=not recipe.training.freeze_embeddings)
     if isinstance(scheme, GridScheme):
         made += sum(4 * block.weights // (32 // scheme.bits) for block in model.blocks)
         packing = 2 * 8 * max(block.largest for block in model.blocks)  # int64, and those shifted

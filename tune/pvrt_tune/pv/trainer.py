@@ -20,7 +20,7 @@ from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_bytes, kl_loss, on
 from pvrt_tune.pv.optimizer import PVOptimizer, state_bytes, step_bytes
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.randomness import seeded
-from pvrt_tune.settings import Recipe, TrainSettings
+from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
 from pvrt_tune.store import Store
 
@@ -293,25 +293,23 @@ class Trainer:
         self.optimizer.resume(self.step, lambda tensors: shards.fill(store, name, tensors))
 
 
-def trained_numbers(model: ModelShape, settings: TrainSettings) -> int:
-    """Continuous numbers that training moves."""
-    outside = 0 if settings.freeze_embeddings else model.outside
-    return sum(block.floats for block in model.blocks) + outside
-
-
 def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) -> int:
     """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number."""
     settings, tokens = recipe.training, recipe.length
     assert settings is not None
     tokens *= settings.microbatch
-    trained = trained_numbers(model, settings)
-    head = 4 * model.vocabulary * model.width
+    trained = model.trained(embeddings=not settings.freeze_embeddings)
     # Decoded weights with gradients; what is frozen in their type; the optimizer's state; and
     # gradients of what it trains.
     student = 2 * itemsize * sum(block.weights for block in model.blocks) + 4 * trained
-    student += itemsize * model.outside if settings.freeze_embeddings else 3 * head
-    # A head in codes (the last of the ends) is decoded for every pass; its gradient comes decoded.
-    student += 8 * math.prod(model.ends[-1]) if model.ends else 0
+    student += itemsize * model.dense * settings.freeze_embeddings
+    student += sum(table.codes for table in model.ends)
+    if model.ends:
+        # A head in codes is decoded for a step, and its columns scaled; gradients of it, of all
+        # passes so far and of this one, come decoded.
+        student += 4 * 4 * model.ends[-1].weights
+    elif not settings.freeze_embeddings:
+        student += 3 * 4 * model.vocabulary * model.width
     student += state_bytes(model, recipe.pv, trained)
     # What blocks leave for the backward pass, then the loss; or else the step.
     kept = sum(block.kept for block in model.blocks)
