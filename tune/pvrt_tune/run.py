@@ -56,17 +56,23 @@ class Run:
         Raises RunError when a piece has been damaged since.
         """
         for index in range(len(self.blocks.blocks)):
-            piece = self.store.load(block_piece(index))
-            if piece is None:
-                raise RunError(
-                    f"{block_piece(index)} in {self.store.folder} was damaged or removed during "
-                    "the run; the same command makes it again"
-                )
-            yield self.blocks.prefix(index), piece
+            yield self.blocks.prefix(index), self._finished(block_piece(index))
 
     def ends(self) -> Piece | None:
-        """Embedding and output head in codes; None where they stay dense."""
-        return self.store.load(ENDS)
+        """Embedding and output head in codes; None where they stay dense.
+
+        Raises RunError when they have been damaged since.
+        """
+        return self._finished(ENDS) if self.store.parts(ENDS) else None
+
+    def _finished(self, name: str) -> Piece:
+        piece = self.store.load(name)
+        if piece is None:
+            raise RunError(
+                f"{name} in {self.store.folder} was damaged or removed during the run; the same "
+                "command makes it again"
+            )
+        return piece
 
     def block_reports(self) -> list[dict[str, Any]]:
         """What was reported of all blocks in order; all must be calibrated."""

@@ -5,6 +5,9 @@ allocates itself, on the device where it computes); `plan/` adds them up.
 """
 
 from dataclasses import dataclass
+from math import prod
+
+from pvrt.format.scheme import Scheme
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,40 @@ class BlockShape:
 
 
 @dataclass(frozen=True)
+class TableShape:
+    """An embedding or output head [rows, width] in codes of a scheme."""
+
+    rows: int
+    width: int
+    scheme: Scheme
+
+    @property
+    def weights(self) -> int:
+        """Weights of the table."""
+        return self.rows * self.width
+
+    @property
+    def codes(self) -> int:
+        """Bytes of its codes."""
+        scheme = self.scheme
+        return prod(scheme.codes_shape(self.rows, self.width)) * scheme.code_dtype.itemsize
+
+    @property
+    def floats(self) -> int:
+        """Floating numbers: codebooks, a scale for every row and every column."""
+        return prod(self.scheme.codebooks_shape) + self.rows + self.width
+
+    def stored(self, itemsize: int) -> int:
+        """Bytes of its tensors, with floating numbers of `itemsize`."""
+        return self.codes + itemsize * self.floats
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What memory and time of a whole model depend on.
 
     outside: numbers outside the blocks, tied ones once; first: those of them that come before the
-    blocks. ends: of those, (rows, width) of embedding and output head that go into codes.
+    blocks. ends: of those, embedding and output head that go into codes, the head last.
     itemsize: bytes of a number of the original.
     """
 
@@ -72,7 +104,7 @@ class ModelShape:
     vocabulary: int
     width: int
     itemsize: int
-    ends: tuple[tuple[int, int], ...] = ()
+    ends: tuple[TableShape, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -80,6 +112,19 @@ class ModelShape:
         return self.outside + sum(block.parameters for block in self.blocks)
 
     @property
+    def dense(self) -> int:
+        """Numbers outside the blocks that stay as they are."""
+        return self.outside - sum(table.weights for table in self.ends)
+
+    @property
     def stored(self) -> int:
-        """Bytes of all quantised blocks in the original's type."""
-        return sum(block.stored(self.itemsize) for block in self.blocks)
+        """Bytes of all quantised blocks and of tables in codes, in the original's type."""
+        return sum(part.stored(self.itemsize) for part in self._quantised)
+
+    def trained(self, *, embeddings: bool) -> int:
+        """Continuous numbers that PV-Tuning moves, with dense embeddings or without."""
+        return sum(part.floats for part in self._quantised) + self.dense * embeddings
+
+    @property
+    def _quantised(self) -> tuple[BlockShape | TableShape, ...]:
+        return (*self.blocks, *self.ends)

@@ -17,6 +17,7 @@ from pvrt.format.write import WriteOptions, write_checkpoint
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
+from pvrt_tune.store import Piece
 
 
 def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> None:
@@ -66,7 +67,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     files = _tokenizer_files(source.tokenizer)
     if model.generation_config is not None:
         files["generation_config.json"] = as_json(model.generation_config.to_dict())
-    tensors = _tensors(run, tuned)
+    tensors = _tensors(run, ends, tuned)
     if isinstance(scheme, GridScheme):
         tensors = _packed(tensors, set(quantised), scheme)
     write_checkpoint(
@@ -78,9 +79,7 @@ def peak_bytes(model: ModelShape, recipe: Recipe) -> int:
     """Peak of `write` in host memory. Tensors that are written as files hold them are not in it."""
     scheme, made, packing = recipe.parsed_scheme, 0, 0
     if recipe.training is not None:  # what was trained in float32 becomes the model's own type
-        made = model.itemsize * sum(block.floats for block in model.blocks)
-        made += 0 if recipe.training.freeze_embeddings else model.itemsize * model.outside
-        made += sum(model.itemsize * (sum(table) + (1 << 13)) for table in model.ends)
+        made = model.itemsize * model.trained(embeddings=not recipe.training.freeze_embeddings)
     if isinstance(scheme, GridScheme):
         made += sum(4 * block.weights // (32 // scheme.bits) for block in model.blocks)
         packing = 2 * 8 * max(block.largest for block in model.blocks)  # int64, and those shifted
@@ -101,9 +100,11 @@ def _products(model: nn.Module, in_codes: set[int]) -> Iterator[str]:
             yield name
 
 
-def _tensors(run: Run, tuned: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    run: Run, ends: Piece | None, tuned: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the checkpoint as files name them, one in memory at a time; tied ones once."""
-    source, ends = run.source, run.ends()
+    source = run.source
 
     def newest(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         newer = tuned[name].to(tensor.dtype) if name in tuned else tensor

@@ -23,7 +23,7 @@ def test_a_written_file_has_the_bits_that_were_said(tmp_path: Path, architecture
     blocks, recipe = find_blocks(model), Recipe(bits=6.0, embeddings="2x8g4")
     units = find_units(model, blocks, recipe)
     budget = FileBudget.of(model, units)
-    schemes = planned_schemes(model, blocks, recipe)
+    schemes = planned_schemes(units, budget, 6.0)
     write_toy(
         tmp_path / "out",
         architecture,

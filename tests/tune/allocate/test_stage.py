@@ -11,13 +11,17 @@ import torch
 from pvrt.errors import RunError
 from pvrt.format.scheme import Scheme
 from pvrt_tune.allocate.budget import FileBudget
-from pvrt_tune.allocate.stage import allocate, planned_schemes, stored_schemes
+from pvrt_tune.allocate.sensitivity import measure
+from pvrt_tune.allocate.stage import allocate, planned_schemes, problem, stored_schemes
 from pvrt_tune.allocate.units import find_units
 from pvrt_tune.data.source_model import load_source
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.fit.additive import fit_layer
+from pvrt_tune.fit.table import column_sizes
 from pvrt_tune.model_blocks import find_blocks
+from pvrt_tune.randomness import seeded
 from pvrt_tune.run import Run
-from pvrt_tune.settings import AllocationSettings, Recipe, TuneJob
+from pvrt_tune.settings import EFFORTS, AllocationSettings, Recipe, TuneJob
 from pvrt_tune.store import RUN_FOLDER, Store
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
@@ -116,6 +120,23 @@ def test_a_layer_that_matters_more_gets_more_bits(tmp_path: Path) -> None:
     assert bits(loud) > bits("model.layers.0.mlp.down_proj")
 
 
+@pytest.mark.slow
+def test_a_table_is_measured_as_it_is_fitted(tmp_path: Path) -> None:
+    """With columns of one size."""
+    run = run_of(tmp_path, "llama")
+    name = "model.embed_tokens"
+    weight = run.source.read([f"{name}.weight"])[f"{name}.weight"]
+    weight = weight * torch.logspace(-1, 1, weight.shape[1])
+    patched = dict(run.source._weights)
+    patched[run.source._keys[f"{name}.weight"][0]] = weight
+    run = replace(run, source=replace(run.source, _weights=patched))
+    unit = next(u for u in find_units(run.source.model, run.blocks, RECIPE) if u.key == name)
+    found = measure(run, [unit])[name].errors["4x8g8"]
+    sizes, scheme, quick = column_sizes(weight), Scheme.parse("4x8g8"), EFFORTS["quick"].fit
+    fit = fit_layer(weight / sizes, sizes.square().diag(), scheme, quick, seeded(0, name))
+    assert found == pytest.approx(fit.relative_error(), rel=0.2)  # 5 times more as it is
+
+
 def test_bits_out_of_reach_are_one_sentence(tmp_path: Path) -> None:
     run = run_of(tmp_path, "llama", replace(RECIPE, bits=1.5))
     with pytest.raises(RunError, match=r"--bits 1.5 is out of reach: .* give a number between"):
@@ -125,6 +146,6 @@ def test_bits_out_of_reach_are_one_sentence(tmp_path: Path) -> None:
 
 def test_planned_schemes_fill_the_budget_without_weights(tmp_path: Path) -> None:
     run = run_of(tmp_path, "llama-tied")
-    schemes = planned_schemes(run.source.model, run.blocks, RECIPE)
+    schemes = planned_schemes(*problem(run.source.model, run.blocks, RECIPE), 6.0)
     assert "lm_head" not in schemes
     assert 5.9 < file_bits(run, schemes) <= 6

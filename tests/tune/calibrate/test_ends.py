@@ -19,6 +19,7 @@ from pvrt_tune.fit.table import fit_table
 from pvrt_tune.model_blocks import find_blocks, head_inputs
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
+from pvrt_tune.store import RUN_FOLDER
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -119,6 +120,21 @@ def test_embeddings_stay_in_16_bits_if_asked(tmp_path: Path, architecture: str) 
     assert "model.embed_tokens.weight" in checkpoint.tensors
     assert ("lm_head.weight" in checkpoint.tensors) is not dense.config.tie_word_embeddings
     assert checkpoint.config["quantization_config"]["num_codebooks"] == 2
+
+
+def test_damaged_codes_of_embeddings_stop_the_run_and_are_made_again(tmp_path: Path) -> None:
+    """They are no reason to go on with tables in 16 bits."""
+    dense_folder(tmp_path / "dense", "llama-tied")
+    recipe = replace(QUICK, training=TrainSettings(windows=4, steps=1, batch=2, held_out=1))
+    job, piece = TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), "ends.safetensors"
+
+    def damage(line: str) -> None:
+        if "can be served from here on" in line:
+            (tmp_path / "out" / RUN_FOLDER / "pieces" / piece).unlink()
+
+    with pytest.raises(RunError, match=r"^ends in .* was damaged or removed during the run"):
+        tune(job, damage)
+    assert "model.embed_tokens" in tune(job, lambda line: None).layers
 
 
 def test_tuning_moves_the_codebooks_of_embeddings(tmp_path: Path) -> None:

@@ -7,25 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from pvrt.cli import app
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+from tests.tune.plan.test_memory_plan import LLAMA_8B, config_only
 
 
 def planned(path: Path, *options: str) -> tuple[int, str]:
     """(exit code, output) of a plan for a large model on a roomy card."""
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    config_only(path, LLAMA_8B)
     roomy = [
         "--host-memory",
         "1000",

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from pvrt.format.scheme import parse_scheme
+from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune import write_checkpoint
 from pvrt_tune.calibrate import block_tuning, stage
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
+from pvrt_tune.calibrate.ends import put_ends, schemes_of_ends
 from pvrt_tune.data import text
 from pvrt_tune.data.activations import Activations, in_memory, store_bytes
 from pvrt_tune.data.source_model import load_skeleton, load_source
@@ -42,7 +44,7 @@ from pvrt_tune.settings import (
     TrainSettings,
     TuneJob,
 )
-from pvrt_tune.store import RUN_FOLDER, Store
+from pvrt_tune.store import RUN_FOLDER, Piece, Store
 from tests.fixtures import simulated_device
 from tests.fixtures.memory import LiveTensors
 from tests.fixtures.toy import random_model, toy_tokenizer
@@ -270,18 +272,35 @@ def test_sampling(place: str, windows: int, length: int, changes: dict[str, Any]
 # ---- PV-Tuning ----
 
 
+def filled(layer: nn.Module) -> nn.Module:
+    """A quantised layer with random codes, codebooks and scales."""
+    for parameter in layer.parameters():
+        if parameter.is_floating_point():
+            nn.init.normal_(parameter, 0.1, 0.05)
+        else:
+            parameter.data.random_(0, 4)
+    return layer
+
+
+def tables(model: Any, recipe: Recipe) -> Piece:
+    """Embedding and output head in random codes."""
+    tensors, report = {}, {}
+    for name, scheme in schemes_of_ends(model, recipe).items():
+        rows, width = model.get_submodule(name).weight.shape
+        state = filled(AQLMLinear(width, rows, scheme, in_scales=True)).state_dict()
+        tensors.update({f"{name}.{part}": tensor for part, tensor in state.items()})
+        report[name] = {"scheme": str(scheme)}
+    return Piece(tensors, report)
+
+
 def student(recipe: Recipe, device: str, changes: dict[str, Any]) -> Any:
     """A toy with random codes, codebooks and scales."""
     model = llama(**changes)
+    put_ends(model, tables(model, recipe), "cpu")
     for block in find_blocks(model).blocks:
         for name, linear in list(linears(block)):
             quantised = empty_like(linear, recipe.parsed_scheme, torch.float32)
-            for parameter in quantised.parameters():
-                if parameter.is_floating_point():
-                    nn.init.normal_(parameter, 0.1, 0.05)
-                else:
-                    parameter.data.random_(0, 4)
-            block.set_submodule(name, quantised)
+            block.set_submodule(name, filled(quantised))
     return model.to(device)
 
 
@@ -305,7 +324,7 @@ def test_the_original_model_at_work(length: int) -> None:
 
 
 TRAINING = TrainSettings(windows=8, steps=2, batch=4, microbatch=2, held_out=2, compute="float32")
-BASE = Recipe(length=16, training=TRAINING)
+BASE = Recipe(length=16, embeddings="keep", training=TRAINING)
 
 
 def trained(**changes: Any) -> Recipe:
@@ -327,6 +346,10 @@ RECIPES = {
     "no latent": pv(strategy="subspace"),
     "grid": replace(BASE, scheme="w2g64"),
     "large codebooks": replace(BASE, scheme="1x12g8"),
+    "tables in codes": replace(BASE, embeddings="auto"),
+    "dense numbers beside tables in codes": replace(
+        trained(freeze_embeddings=False), embeddings="auto"
+    ),
 }
 
 

@@ -39,7 +39,8 @@ def needs(model: Any, recipe: Recipe, fit_seconds: Callable[[int, int, Recipe], 
     """
     blocks = find_blocks(model)
     units, budget = problem(model, blocks, recipe)
-    schemes = planned_schemes(model, blocks, recipe)
+    assert recipe.bits is not None
+    schemes = planned_schemes(units, budget, recipe.bits)
     config, settings = model.config.get_text_config(), recipe.allocation
     own = [sum(p.numel() for p in block.parameters()) for block in blocks.blocks]
     outside = budget.weights - sum(own)
@@ -57,8 +58,9 @@ def needs(model: Any, recipe: Recipe, fit_seconds: Callable[[int, int, Recipe], 
             seconds += fit_seconds(rows, inputs, quick)
     bits = sum(unit.bits(schemes[unit.key], budget.float_bits) for unit in units)
     size = budget.file_bits(schemes, units)
-    # Embedding and head in float32, one of them once more with its noise; streams; chances.
-    more = 4 * (outside + 3 * head + 4 * config.vocab_size * settings.length)
+    # Embedding and head in float32; of one of them, with columns of one size, noise and what it is
+    # scaled by; streams; chances.
+    more = 4 * (outside + 5 * head + 4 * config.vocab_size * settings.length)
     more += 4 * wide * config.hidden_size
     return Needs(
         more_bytes=more,

@@ -21,6 +21,7 @@ from pvrt_tune.allocate.noise import shaped
 from pvrt_tune.allocate.units import Unit
 from pvrt_tune.calibrate.ends import ends, head_moment, table_metric
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
+from pvrt_tune.fit.table import column_sizes
 from pvrt_tune.machine import release_memory
 from pvrt_tune.model_blocks import (
     batch_size,
@@ -260,10 +261,15 @@ class _Measurement:
         for row, unit in enumerate(self.ends):
             weight = states.outer.get_submodule(unit.key).weight
             metric = table_metric(ends(self.run.source.model)[unit.key], moment)
-            found[unit.key] = self._errors(unit, weight, metric)
+            sizes = column_sizes(weight)  # a table is fitted with columns of one size
+            scaled, metric = weight / sizes, sizes[:, None] * metric * sizes
+            found[unit.key] = self._errors(unit, scaled, metric)
             level = found[unit.key][str(unit.reference)] ** 0.5
+            noise = self._noise(unit.key, scaled, metric).mul_(sizes)
+            del scaled
             kept = weight.clone()
-            weight.add_(self._noise(unit.key, weight, metric), alpha=level)
+            weight.add_(noise, alpha=level)
+            del noise
             hidden, _ = self._embedded(states.outer, states.tokens)
             for index in range(self.count):
                 arguments = states.short_arguments[index]

@@ -28,7 +28,7 @@ def allocate(run: Run) -> dict[str, Scheme]:
     bits = run.recipe.bits
     assert bits is not None
     units, budget = problem(run.source.model, run.blocks, run.recipe)
-    budget.allocate(units, [_prior(unit) for unit in units], bits)  # out of reach: said now
+    planned_schemes(units, budget, bits)  # out of reach: said now
     costs = _costs(units, measure(run, units))
     chosen = dict(zip((u.key for u in units), budget.allocate(units, costs, bits), strict=True))
     report = {
@@ -47,20 +47,21 @@ def stored_schemes(store: Store) -> dict[str, Scheme] | None:
     return None if report is None else _parsed(report)
 
 
-def planned_schemes(model: Any, blocks: BlockList, recipe: Recipe) -> dict[str, Scheme]:
-    """Schemes for a skeleton before anything is measured, in a file of the recipe's bits.
+def planned_schemes(units: Sequence[Unit], budget: FileBudget, bits: float) -> dict[str, Scheme]:
+    """Schemes of units by key before anything is measured, in a file of `bits` per weight.
 
     Every weight counts alike; what is measured moves bits between layers and leaves their sum.
-    Raises RunError when the bits are out of reach, SourceError when no scheme divides a layer.
+    Raises RunError when the bits are out of reach.
     """
-    units, budget = problem(model, blocks, recipe)
-    assert recipe.bits is not None
-    chosen = budget.allocate(units, [_prior(unit) for unit in units], recipe.bits)
-    return {name: scheme for unit, scheme in zip(units, chosen, strict=True) for name in unit.names}
+    chosen = budget.allocate(units, [_prior(unit) for unit in units], bits)
+    return {unit.key: scheme for unit, scheme in zip(units, chosen, strict=True)}
 
 
 def problem(model: Any, blocks: BlockList, recipe: Recipe) -> tuple[list[Unit], FileBudget]:
-    """The units of a skeleton, and what the file has besides."""
+    """The units of a skeleton, and what the file has besides.
+
+    Raises SourceError when no scheme divides a layer.
+    """
     units = find_units(model, blocks, recipe)
     return units, FileBudget.of(model, units)
 

@@ -6,7 +6,7 @@ both, and the head's part is what matters: rounded alone, the table of SmolLM2 c
 much KL as output head than as embedding. For the same reason the blocks need not see it quantised.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -28,6 +28,7 @@ from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import ENDS, Run
 from pvrt_tune.settings import FitSettings, Recipe
+from pvrt_tune.shapes import TableShape
 from pvrt_tune.store import Piece
 
 #: What the plain metric weighs in that of a tied table. With equal parts the head costs seven times
@@ -90,25 +91,22 @@ def table_bits(scheme: Scheme, rows: int, width: int, float_bits: int = 16) -> i
     return scheme.layer_bits(rows, width, float_bits) + width * float_bits
 
 
-def peak_bytes(
-    shape: tuple[int, int], scheme: Scheme, settings: FitSettings, itemsize: int, device: str
-) -> int:
-    """Peak of `quantize_ends` for one table [rows, width] of numbers of itemsize bytes."""
-    rows, width = shape
-    some = (min(rows, ROWS), width)
-    fit = additive.peak_bytes(some, scheme, settings, device)
+def peak_bytes(table: TableShape, settings: FitSettings, itemsize: int, device: str) -> int:
+    """Peak of `quantize_ends` for one table of numbers of itemsize bytes."""
+    some = (min(table.rows, ROWS), table.width)
+    fit = additive.peak_bytes(some, table.scheme, settings, device)
     # The table itself, its codes in parts and whole, moments, and rows of it in float32.
-    codes = 2 * rows * (width // scheme.in_group_size) * scheme.num_codebooks
-    return itemsize * rows * width + codes + 3 * 4 * width**2 + 2 * 4 * prod(some) + fit
+    moments = 3 * 4 * table.width**2
+    return itemsize * table.weights + 2 * table.codes + moments + 2 * 4 * prod(some) + fit
 
 
-def quantize_ends(run: Run, hidden: Activations) -> None:
+def quantize_ends(run: Run, schemes: Mapping[str, Scheme], hidden: Activations) -> None:
     """Fit embedding and output head and leave them as a piece of the run's store.
 
-    hidden: outputs of the last quantised block.
+    schemes: by name, where the run has none of its own. hidden: outputs of the last quantised
+    block.
     """
-    found, schemes = ends(run.source.model), schemes_of_ends(run.source.model, run.recipe)
-    moment = head_moment(run, hidden)
+    found, moment = ends(run.source.model), head_moment(run, hidden)
     tensors: dict[str, Tensor] = {}
     report = {}
     for name, default in schemes.items():

@@ -46,8 +46,8 @@ def calibrate(run: Run) -> None:
     """Quantise all blocks in order, then embedding and head: all of them pieces of the store."""
     count, store = len(run.blocks.blocks), run.store
     pieces = [block_piece(index) for index in range(count)]
-    wanted = bool(schemes_of_ends(run.source.model, run.recipe))
-    if all(store.report(name) is not None for name in pieces + [ENDS] * wanted):
+    tables = schemes_of_ends(run.source.model, run.recipe)
+    if all(store.report(name) is not None for name in pieces + [ENDS] * bool(tables)):
         return
     stream = _start(run)
     clock, again = Clock(count), Clock(count)
@@ -69,12 +69,12 @@ def calibrate(run: Run) -> None:
             clock.done += 1
             run.report(_block_line(index, count, block_report, clock))
         release_memory()
-        if index + 1 < count or wanted:
+        if index + 1 < count or tables:
             decode_once(block.float())
             _advance(block, stream.hidden, stream.arguments[index])
         del block, dense  # before the next one comes
-    if wanted and store.report(ENDS) is None:
-        quantize_ends(run, stream.hidden)
+    if tables and store.report(ENDS) is None:
+        quantize_ends(run, tables, stream.hidden)
 
 
 def _start(run: Run) -> Stream:

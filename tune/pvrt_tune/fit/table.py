@@ -42,7 +42,7 @@ def fit_table(
     scheme, settings = recipe.parsed_scheme, recipe.fit
     assert isinstance(scheme, Scheme)
     rows, dtype = len(weight), weight.dtype
-    in_scales = _column_sizes(weight).to(dtype)
+    in_scales = column_sizes(weight).to(dtype)
     columns = in_scales.float()
     moment = columns[:, None] * second_moment * columns
     parts = -(-rows // ROWS)
@@ -72,8 +72,8 @@ def fit_table(
     return LayerFit(layer, error / max(power, 1e-30))
 
 
-def _column_sizes(weight: Tensor) -> Tensor:
-    """Root mean square of every column, all rows counting alike, float32 [width]."""
+def column_sizes(weight: Tensor) -> Tensor:
+    """Root mean square of every column of a table, all rows counting alike, float32 [width]."""
     total = torch.zeros(weight.shape[1], device=weight.device)
     for part in torch.split(weight, ROWS):
         squares = part.float().square()

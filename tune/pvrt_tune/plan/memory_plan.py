@@ -14,7 +14,6 @@ from typing import Any, Literal
 from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_tune import write_checkpoint
 from pvrt_tune.calibrate import block_tuning, ends, stage
-from pvrt_tune.calibrate.ends import schemes_of_ends
 from pvrt_tune.data import text
 from pvrt_tune.data.activations import store_bytes
 from pvrt_tune.data.text import Windows
@@ -117,7 +116,6 @@ class _Planner:
         self.recipe, self.activations = request.recipe, activations
         self.cuda = request.device != "cpu"
         self.shape = shape = model_shape(model, self.recipe)
-        self.tables = schemes_of_ends(model, self.recipe).values()
         self.result = result_of(model, self.recipe, shape)
         # A GGUF file stays in host memory, dequantised.
         self.host = PROCESS_BYTES + CUDA_HOST_BYTES * self.cuda
@@ -182,11 +180,10 @@ class _Planner:
         seconds = self.speed.tuning_seconds(model, recipe)
         yield self.phase("block fine-tune", tuning, seconds, **place)
         if model.ends:
-            tables = list(zip(model.ends, self.tables, strict=True))
             peak = max(
-                ends.peak_bytes(*table, recipe.fit, model.itemsize, device) for table in tables
+                ends.peak_bytes(table, recipe.fit, model.itemsize, device) for table in model.ends
             )
-            seconds = sum(self.speed.table_seconds(*table, recipe) for table in tables)
+            seconds = sum(self.speed.table_seconds(table, recipe) for table in model.ends)
             yield self.phase("embedding fit", peak, seconds, **place)
 
     def pv(self) -> Iterator[Phase]:
@@ -203,7 +200,7 @@ class _Planner:
         together = student + own * model.parameters
         peak = max(student, teacher) if training.teacher_first else max(together, teacher)
         at_hand, states = loss.states_bytes(model, recipe)
-        trained = trainer.trained_numbers(model, training)
+        trained = model.trained(embeddings=not training.freeze_embeddings)
         saved = optimizer.state_bytes(model, recipe.pv, trained) + model.stored
         # The newest state and best student are complete before older ones go.
         disk = 2 * saved + states + model.stored

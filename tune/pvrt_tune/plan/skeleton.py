@@ -10,12 +10,12 @@ from torch import nn
 
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
-from pvrt_tune.calibrate.ends import schemes_of_ends, table_bits
+from pvrt_tune.calibrate.ends import schemes_of_ends
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.fit.layer import empty_like
 from pvrt_tune.model_blocks import find_blocks, linears
 from pvrt_tune.settings import Recipe
-from pvrt_tune.shapes import BlockShape, ModelShape
+from pvrt_tune.shapes import BlockShape, ModelShape, TableShape
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ def model_shape(model: Any, recipe: Recipe) -> ModelShape:
         width=config.hidden_size,
         itemsize=model.dtype.itemsize,
         ends=tuple(
-            model.get_submodule(name).weight.shape for name in schemes_of_ends(model, recipe)
+            TableShape(rows, width, scheme)
+            for name, scheme in schemes_of_ends(model, recipe).items()
+            for rows, width in [model.get_submodule(name).weight.shape]
         ),
     )
 
@@ -104,16 +106,13 @@ def block_shape(
 
 def result_of(model: Any, recipe: Recipe, shape: ModelShape) -> Result:
     """The checkpoint that a recipe makes of a skeleton."""
-    scheme, size = recipe.parsed_scheme, shape.itemsize * shape.outside + shape.stored
+    scheme, size = recipe.parsed_scheme, shape.itemsize * shape.dense + shape.stored
     bits = 0
     for block in find_blocks(model).blocks:
         for linear, module in _quantised(block, recipe):
             bits += scheme.layer_bits(linear.out_features, linear.in_features, 8 * shape.itemsize)
             if isinstance(module, GridLinear):
                 size += module.packed_bytes - sum(p.nbytes for p in module.parameters())
-    for rows_width, table in zip(shape.ends, schemes_of_ends(model, recipe).values(), strict=True):
-        size += table_bits(table, *rows_width, 8 * shape.itemsize) // 8
-        size -= shape.itemsize * prod(rows_width)
     weights = sum(block.weights for block in shape.blocks)
     dense = shape.itemsize * shape.parameters
     return Result(size, bits / weights, 8 * size / shape.parameters, dense)

@@ -9,13 +9,13 @@ from math import ceil
 import torch
 from torch import nn
 
-from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.format.scheme import GridScheme
 from pvrt_tune.fit.codebooks import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.fit.table import FITTED_ON
 from pvrt_tune.pv.loss import windows_seen
 from pvrt_tune.settings import Recipe
-from pvrt_tune.shapes import ModelShape
+from pvrt_tune.shapes import ModelShape, TableShape
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Speed:
         shape = (out, in_features, recipe)
         return fit_products(*shape) / self.products + fit_search(*shape) / self.search
 
-    def table_seconds(self, shape: tuple[int, int], scheme: Scheme, recipe: Recipe) -> float:
+    def table_seconds(self, table: TableShape, recipe: Recipe) -> float:
         """Fitting an embedding: codebooks on some rows, codes of all."""
-        rows, width = shape
-        whole = replace(recipe, scheme=str(scheme))
+        rows, width = table.rows, table.width
+        whole = replace(recipe, scheme=str(table.scheme))
         again = replace(recipe.fit, rounds=1, kmeans_iterations=1, beam=1, cg_iterations=1)
         codes = self.fit_seconds(rows, width, replace(whole, fit=again))
         return self.fit_seconds(min(rows, FITTED_ON), width, whole) + codes

@@ -49,6 +49,10 @@ class Head:
         cap = getattr(config, "final_logit_softcapping", None)
         return cls(linear.weight, linear.bias, float(multiplier), cap)
 
+    def to(self, dtype: torch.dtype) -> "Head":
+        """The head with its weight in a type, without gradients."""
+        return replace(self, weight=self.weight.detach().to(dtype))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, width] -> [n, vocabulary] in float32."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
@@ -118,7 +122,9 @@ class _ChunkedKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, head: Head, target: Tensor, target_head: Head
     ) -> Tensor:
-        """hidden, target [n, width]; `weight` is the student head's, for its gradient."""
+        """hidden, target [n, width], and heads of their type; `weight` is what the gradient of the
+        student's is for.
+        """
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
@@ -136,7 +142,7 @@ class _ChunkedKL(torch.autograd.Function):
             grad = head.pull_back(given.exp_().sub_(chance).div_(len(hidden)), logits)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight.to(hidden.dtype)
+                grad_hidden[part] = grad @ head.weight
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T.to(weight.dtype), hidden[part].to(weight.dtype))
         ctx.grads = grad_hidden, grad_weight
@@ -144,8 +150,9 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass kept."""
-        scaled = (None if kept is None else kept * grads[0] for kept in ctx.grads)
+        """Scale what the forward pass kept, in place, and let go of it: it is asked for once."""
+        kept, ctx.grads = ctx.grads, None
+        scaled = (None if grad is None else grad.mul_(grads[0]) for grad in kept)
         return (*scaled, None, None, None)
 
 
@@ -155,9 +162,9 @@ def kl_loss(hidden: Tensor, head: Head, target: Tensor, target_head: Head) -> Te
     hidden [n, width] and `head` of the student; target [n, width'] and `target_head` of the
     original, used in the dtype of hidden. Memory: a few chunks of at most 64 MiB of logits.
     """
-    target = target.to(hidden.dtype)
+    dtype = hidden.dtype
     loss: Tensor = _ChunkedKL.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head, target, target_head
+        hidden, head.weight, head.to(dtype), target.to(dtype), target_head.to(dtype)
     )
     return loss
 

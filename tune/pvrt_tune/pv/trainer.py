@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_bytes, kl_loss, on
 from pvrt_tune.pv.optimizer import PVOptimizer, state_bytes, step_bytes
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.randomness import seeded
-from pvrt_tune.settings import Recipe, TrainSettings
+from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
 from pvrt_tune.store import Store
 
@@ -190,11 +190,17 @@ class Trainer:
         batch = self._batch(self.step)
         self.teacher.prepare(batch)
         loss = torch.zeros((), dtype=torch.float64)
+        head = passed = Head.of(self.student.model)
+        if not head.weight.is_leaf:  # decoded once, and its gradient goes back to codebooks once
+            passed = replace(head, weight=head.weight.detach().requires_grad_())
         for numbers, share in parallel.dealt(batch, self.settings.microbatch):
-            part = self._loss(numbers)
+            part = self._loss(numbers, passed)
             # Gradients of a sharded run are means over ranks.
             (part * share * parallel.world()).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
+        if passed is not head:
+            head.weight.backward(passed.weight.grad)  # type: ignore[no-untyped-call]
+        del head, passed  # before the step
         generator = seeded(self.seed, f"V step {self.step}")
         outcome = self.optimizer.step(self.settings.factor(self.step, self.steps), generator)
         self.step += 1
@@ -212,17 +218,17 @@ class Trainer:
         self.teacher.prepare(numbers)
         kls = torch.zeros(self.held_out, dtype=torch.float64)
         with torch.no_grad():
+            head = Head.of(self.student.model)  # decoded where it is in codes
             for (number,), share in parallel.dealt(numbers, 1):
-                kl = float(self._loss([number]))
+                kl = float(self._loss([number], head))
                 kls[number] = kl if share else 0.0
         # A sum of one number and zeros: the mean is the same over any number of ranks.
         return float(parallel.total(kls).mean())
 
-    def _loss(self, numbers: list[int]) -> Tensor:
-        """Mean KL over windows of `data` by number."""
+    def _loss(self, numbers: list[int], head: Head) -> Tensor:
+        """Mean KL over windows of `data` by number; `head` is the student's."""
         hidden = self.student.final_hidden(self.data[numbers])
         target = self.teacher.hidden(numbers).to(hidden.device).flatten(0, 1)
-        head = Head.of(self.student.model)  # decoded anew where it is in codes
         return kl_loss(hidden.flatten(0, 1), head, target, self.teacher.head)
 
     def _batch(self, step: int) -> list[int]:
@@ -287,25 +293,23 @@ class Trainer:
         self.optimizer.resume(self.step, lambda tensors: shards.fill(store, name, tensors))
 
 
-def trained_numbers(model: ModelShape, settings: TrainSettings) -> int:
-    """Continuous numbers that training moves."""
-    outside = 0 if settings.freeze_embeddings else model.outside
-    return sum(block.floats for block in model.blocks) + outside
-
-
 def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) -> int:
     """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number."""
     settings, tokens = recipe.training, recipe.length
     assert settings is not None
     tokens *= settings.microbatch
-    trained = trained_numbers(model, settings)
-    head = 4 * model.vocabulary * model.width
+    trained = model.trained(embeddings=not settings.freeze_embeddings)
     # Decoded weights with gradients; what is frozen in their type; the optimizer's state; and
     # gradients of what it trains.
     student = 2 * itemsize * sum(block.weights for block in model.blocks) + 4 * trained
-    student += itemsize * model.outside if settings.freeze_embeddings else 3 * head
-    # A head in codes (the last of the ends) is decoded for every pass; its gradient comes decoded.
-    student += 8 * math.prod(model.ends[-1]) if model.ends else 0
+    student += itemsize * model.dense * settings.freeze_embeddings
+    student += sum(table.codes for table in model.ends)
+    if model.ends:
+        # A head in codes is decoded for a step, and its columns scaled; gradients of it, of all
+        # passes so far and of this one, come decoded.
+        student += 4 * 4 * model.ends[-1].weights
+    elif not settings.freeze_embeddings:
+        student += 3 * 4 * model.vocabulary * model.width
     student += state_bytes(model, recipe.pv, trained)
     # What blocks leave for the backward pass, then the loss; or else the step.
     kept = sum(block.kept for block in model.blocks)
