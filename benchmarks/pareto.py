@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,8 @@ def each(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def everything(work: Work, options: argparse.Namespace) -> None:
     """Make and measure what is missing; a tool that fails costs its own row."""
+    for name in (data.WEB, *chain.from_iterable(map(protocol.files, options.parts))):
+        data.need(name)  # asked before the hours, not after them
     work.evaluate(*FLOAT32, [part for part in protocol.TEXTS if part in options.parts])
     # Made here: a tool's environment may lack what that takes.
     print(f"the original is {work.model} and {work.gguf}", flush=True)

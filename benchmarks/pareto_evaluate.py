@@ -55,6 +55,13 @@ class Settings:
 # ---- texts ------------------------------------------------------------------------------------
 
 
+def files(part: str) -> list[str]:
+    """What a part reads of the data folder."""
+    if part == "tasks":
+        return [f"{data.TASKS}/{task}.jsonl" for task in TASKS]
+    return [data.TEST if part == "wikitext2" else data.C4]
+
+
 def tokens(part: str, tokenizer: Any, settings: Settings) -> Tensor:
     """Windows [n, window] of wikitext2 or c4; prompts [n, prompt] of greedy."""
     if part == "wikitext2":

@@ -297,3 +297,5 @@ def test_the_front_is_what_no_smaller_file_beats(protocol: ModuleType) -> None:
     text = tables.pareto(rows)
     assert "**10.0**" in text and "**30.0**" in text and "| 20.0 |" in text
     assert "0.223" in text  # ln 25/20
+    other = [{**rows[0], "model": "other", "bytes": 1}]  # no rival, and in a table of its own
+    assert tables.pareto(other + rows) == f"{tables.pareto(other)}\n\n{text}"
