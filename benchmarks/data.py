@@ -39,6 +39,11 @@ def need(name: str) -> Path:
     return file
 
 
+def documents(file: Path) -> list[str]:
+    """The documents of a file of JSON lines."""
+    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def raw(rows: Iterable[str]) -> str:
     """WikiText as one file: blank rows are empty lines."""
     return "".join(row or "\n" for row in rows)
@@ -132,13 +137,13 @@ def fetch(folder: Path, load: Callable[..., Any], download: Callable[..., str]) 
 
 
 def as_folder(file: Path, folder: Path) -> Path:
-    """The model of a GGUF file as safetensors."""
+    """The model of a GGUF file as safetensors; `folder` is there when it is whole."""
     from pvrt_tune.data.source_model import load_source
 
-    source = load_source(str(file))
-    source.dense(source.model.dtype).save_pretrained(folder)
-    source.tokenizer.save_pretrained(folder)
-    return folder
+    source, partial = load_source(str(file)), folder.with_name(f"{folder.name}.partial")
+    source.dense(source.model.dtype).save_pretrained(partial)
+    source.tokenizer.save_pretrained(partial)
+    return partial.rename(folder)
 
 
 def main() -> None:

@@ -3,12 +3,12 @@
     PVRT_DATA=FOLDER PVRT_PEERS=VENVS python benchmarks/pareto.py all        # what is missing
     PVRT_DATA=FOLDER VENVS/HQQ/bin/python benchmarks/pareto.py make HQQ "3 bits g64"
     PVRT_DATA=FOLDER python benchmarks/pareto.py evaluate HQQ "3 bits g64"
-    PVRT_DATA=FOLDER python benchmarks/pareto.py rows    # writes results/pareto.json and the plot
+    PVRT_DATA=FOLDER python benchmarks/pareto.py rows    # writes results/pareto.json
 
 Every tool gets the same original (a GGUF, dequantised and rounded to bfloat16) and the same web
 text, and its files are measured as whole files. Its weights are then put into the original's
 architecture in float32 and measured by `pareto_evaluate`. All stages are kept in --work: `all` goes
-on where it was stopped.
+on where it was stopped. Then `pareto_plot.py` draws, and `tables.py` renews docs/quality.md.
 
 VENVS has an environment per tool, VENVS/TOOL/bin/python, with torch, transformers, accelerate and
 hqq or auto-round; a tool without one runs in this. `make` by hand wants the repository's roots on
@@ -27,6 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ PEERS = "PVRT_PEERS"
 KEY = ("model", "tool", "method")
 #: Where pvrt is imported from in a tool's environment.
 SOURCES = ":".join(str(machine.ROOT / name) for name in ("", "tune", "server", "kernels"))
-FLOAT32 = ("original", "float32")  # what all are compared with; the first row's own reference
+FLOAT32 = ("original", "float32")  # what all are compared with; only its perplexities are measured
 
 
 class Work:
@@ -62,7 +64,7 @@ class Work:
     def model(self) -> Path:
         """The original in bfloat16."""
         folder = self.folder / "original-hf"
-        if not (folder / "config.json").is_file():
+        if not folder.is_dir():
             data.as_folder(self.options.model or quickstart.smollm2(), folder)
         return folder
 
@@ -99,6 +101,11 @@ class Work:
 
         return dense(self.model, torch.float32)
 
+    @cached_property
+    def parameters(self) -> int:
+        """Its parameters, tied ones once."""
+        return sum(parameter.numel() for parameter in self.original().parameters())
+
     def tokenizer(self) -> Any:
         """The original's."""
         from transformers import AutoTokenizer
@@ -133,7 +140,8 @@ class Work:
             "bytes": tool.size(case),
             "seconds": round(time.monotonic() - started, 1),
             "cpu_seconds": round(_cpu_seconds() - spent, 1),
-            "tool_versions": tool.versions(),
+            **(about := machine.describe()),
+            "versions": {**about["versions"], **tool.versions()},
         }
         save_file(tool.weights(case), self.place(tool.name, method) / "dense.safetensors")
         _write(case.out / "made.json", facts)
@@ -144,8 +152,6 @@ class Work:
         import torch
         from safetensors.torch import load_file
 
-        if (tool, method) == FLOAT32:
-            return self.original()
         if (tool, method) == ("original", "bfloat16"):
             return dense(self.model, torch.bfloat16)
         found = load_file(self.place(tool, method) / "dense.safetensors")
@@ -169,8 +175,7 @@ class Work:
         if not missing:
             return
         tokenizer = self.tokenizer()
-        own = (tool, method) == FLOAT32 and "tasks" not in missing and "greedy" not in missing
-        model = None if own else self.load(tool, method)
+        model = None if (tool, method) == FLOAT32 else self.load(tool, method)
         for part in missing:
             reference, started = self.reference(part), time.monotonic()
             found = protocol.measure(part, model, tokenizer, reference, self.settings)
@@ -194,8 +199,6 @@ class Work:
         """A row for everything that is made and has its perplexity."""
         original = _read(self.place(*FLOAT32) / "evaluated.json")
         floor = _read(self.place("original", "bfloat16") / "evaluated.json")
-        parameters = sum(parameter.numel() for parameter in self.original().parameters())
-        about = machine.describe()
         for name, tool in TOOLS.items():
             for method in tool.methods:
                 place = self.place(name, method)
@@ -207,7 +210,7 @@ class Work:
                     "tool": name,
                     "method": method,
                     "bytes": facts["bytes"],
-                    "bits_file": round(8 * facts["bytes"] / parameters, 3),
+                    "bits_file": round(8 * facts["bytes"] / self.parameters, 3),
                     "wikitext2_ppl": _figure(found, "wikitext2", "ppl_second_half"),
                     "original_ppl": _figure(original, "wikitext2", "ppl_second_half"),
                     "kl": _figure(found, "wikitext2", "kl"),
@@ -225,8 +228,7 @@ class Work:
                     "cpu_seconds": facts["cpu_seconds"],
                     "decode_tokens_per_s": facts.get("decode_tokens_per_s"),
                     "shared_machine": facts.get("shared_machine"),
-                    **about,
-                    "versions": {**about["versions"], **facts["tool_versions"]},
+                    **{name: facts[name] for name in ("machine", "versions", "commit")},
                 }
 
     def store(self) -> None:
@@ -270,10 +272,11 @@ def each(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def everything(work: Work, options: argparse.Namespace) -> None:
     """Make and measure what is missing; a tool that fails costs its own row."""
-    work.evaluate(*FLOAT32, options.parts)
-    print(
-        f"the original is {work.model} and {work.gguf}", flush=True
-    )  # made here, by what it takes
+    for name in (data.WEB, *chain.from_iterable(map(protocol.files, options.parts))):
+        data.need(name)  # asked before the hours, not after them
+    work.evaluate(*FLOAT32, [part for part in protocol.TEXTS if part in options.parts])
+    # Made here: a tool's environment may lack what that takes.
+    print(f"the original is {work.model} and {work.gguf}", flush=True)
     for tool, method in each(options):
         if not work.made(tool, method):
             given = ["--work", str(options.work), "--name", options.name]

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pvrt.tools.divergence import diverge
 from pvrt.tools.perplexity import windows
+from pvrt.tools.recording import Recording
 
 TASKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "lambada_openai")
-PARTS = ("wikitext2", "c4", "greedy", "tasks")
-ROWS = 256  # logits of so many tokens at a time
+TEXTS = ("wikitext2", "c4")
+PARTS = (*TEXTS, "greedy", "tasks")
 BATCH = 1024  # tokens of a batch of task items
 
 
@@ -53,10 +55,11 @@ class Settings:
 # ---- texts ------------------------------------------------------------------------------------
 
 
-def c4() -> list[str]:
-    """Documents of C4, which calibrate nothing here."""
-    lines = data.need(data.C4).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
+def files(part: str) -> list[str]:
+    """What a part reads of the data folder."""
+    if part == "tasks":
+        return [f"{data.TASKS}/{task}.jsonl" for task in TASKS]
+    return [data.TEST if part == "wikitext2" else data.C4]
 
 
 def tokens(part: str, tokenizer: Any, settings: Settings) -> Tensor:
@@ -64,7 +67,7 @@ def tokens(part: str, tokenizer: Any, settings: Settings) -> Tensor:
     if part == "wikitext2":
         file = data.need(data.TEST).read_text(encoding="utf-8")
         return windows(file, tokenizer, settings.window, settings.windows)
-    documents = c4()
+    documents = data.documents(data.need(data.C4))  # which calibrate nothing here
     if part == "c4":
         return windows("\n\n".join(documents), tokenizer, settings.window, settings.windows)
     # From the end: other documents than the windows are of.
@@ -88,6 +91,22 @@ def head(model: Any, states: Tensor) -> Tensor:
     return logits.float()
 
 
+class Product:
+    """A head that only multiplies, for `diverge`: all that is kept of the original's."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.vocabulary = weight, len(weight)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """states [n, width] -> [n, vocabulary] float32."""
+        return F.linear(states, self.weight).float()
+
+
+def product(model: Any) -> Product:
+    """A model's own, of the models whose head is one (see `reference`)."""
+    return Product(model.get_output_embeddings().weight.detach())
+
+
 @torch.inference_mode()
 def reference(part: str, model: Any, tokenizer: Any, settings: Settings) -> dict[str, Tensor]:
     """What `measure` compares a part with, of the original in float32.
@@ -105,11 +124,11 @@ def reference(part: str, model: Any, tokenizer: Any, settings: Settings) -> dict
             pad_token_id=0,
         )
         return {"sequences": sequences}
-    probe = ids[:1, :16]
-    if not torch.allclose(head(model, hidden(model, probe)), model(probe).logits, atol=1e-3):
+    probe, own = ids[:1, :16], product(model)
+    if not torch.allclose(own.logits(hidden(model, probe)), model(probe).logits, atol=1e-3):
         raise ValueError(f"{type(model).__name__} does more to its logits than multiply")
     states = torch.cat([hidden(model, row.unsqueeze(0)) for row in ids])
-    return {"states": states, "head": model.get_output_embeddings().weight.detach()}
+    return {"states": states, "head": own.weight}
 
 
 # ---- parts ------------------------------------------------------------------------------------
@@ -120,25 +139,20 @@ def text(model: Any, ids: Tensor, original: Tensor, weight: Tensor) -> dict[str,
     """Perplexity and KL over windows [n, window]; `original` are its hidden states of them, and
     `weight` its head. Without a model the original's own.
     """
-    losses = torch.empty(len(ids), ids.shape[1] - 1)
-    divergence = torch.zeros_like(losses)
-    for number, window in enumerate(ids):
-        theirs = original[number, :-1]
-        states = theirs if model is None else hidden(model, window.unsqueeze(0))[0, :-1]
-        for start in range(0, len(states), ROWS):
-            part = slice(start, start + ROWS)
-            wanted = F.linear(theirs[part], weight).log_softmax(-1)
-            found = wanted
-            if model is not None:
-                found = head(model, states[part]).log_softmax(-1)
-                distance = F.kl_div(found, wanted, reduction="none", log_target=True)
-                divergence[number, part] = distance.sum(-1)
-            losses[number, part] = F.nll_loss(found, window[1:][part], reduction="none")
-    second = losses[:, ids.shape[1] // 2 - 1 :]
+
+    def recording(own: Any, states: Tensor) -> Recording:
+        return Recording(own, ids, states[:, :-1], [])
+
+    theirs = ours = recording(Product(weight), original)
+    if model is not None:
+        states = torch.cat([hidden(model, row.unsqueeze(0)) for row in ids])
+        ours = recording(product(model), states)
+    found = diverge(theirs, ours)
+    second = found.loss[:, ids.shape[1] // 2 - 1 :]
     return {
-        "ppl": math.exp(losses.mean()),
+        "ppl": math.exp(found.loss.mean()),
         "ppl_second_half": math.exp(second.mean()),
-        "kl": float(divergence.mean()),
+        "kl": float(found.kl.mean()),
     }
 
 

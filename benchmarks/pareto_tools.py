@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import data
 import torch
 from torch import Tensor
 
@@ -83,8 +84,7 @@ def run(*command: str | Path) -> str:
 
 def whole(text: Path) -> str:
     """The documents of a file of JSON lines, a blank line between two."""
-    lines = text.read_text(encoding="utf-8").splitlines()
-    return "\n\n".join(json.loads(line)["text"] for line in lines)
+    return "\n\n".join(data.documents(text))
 
 
 def state(model: Any) -> State:

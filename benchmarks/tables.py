@@ -294,17 +294,23 @@ def server_throughput(result: Row) -> str:
 
 
 def pareto(rows: list[Row]) -> str:
-    """One line per file, by size; marked where none is at most as large and nearer."""
+    """A table per model, one line per file, by size."""
+    models = distinct(rows, "model")
+    return "\n\n".join(_files(name, where(rows, model=name)) for name in models)
+
+
+def _files(model: str, rows: list[Row]) -> str:
+    """Of one model; marked where no file is at most as large and nearer."""
 
     def front(row: Row) -> bool:
-        rivals = [other for other in rows if other["model"] == row["model"] and other is not row]
+        rivals = (other for other in rows if other is not row)
         return not any(o["bytes"] <= row["bytes"] and o["kl"] <= row["kl"] for o in rivals)
 
     def cell(form: str, value: float | None) -> str:
         return "" if value is None else form.format(value)
 
     lines = []
-    for row in sorted(rows, key=lambda row: (row["model"], row["bytes"])):
+    for row in sorted(rows, key=lambda row: row["bytes"]):
         tasks = [score for score in row["zero_shot"].values() if score is not None]
         lines.append(
             [
@@ -322,8 +328,7 @@ def pareto(rows: list[Row]) -> str:
                 cell("{:.0f}", row["decode_tokens_per_s"]),
             ]
         )
-    names = distinct(rows, "model")
-    head = (", ".join(names), "MB", "bits over the file", "WikiText-2", "log gap", "KL")
+    head = (model, "MB", "bits over the file", "WikiText-2", "log gap", "KL")
     rest = ("C4", "KL on C4", "greedy", "zero-shot", "CPU seconds", "tokens/s")
     return table((*head, *rest), lines)
 

@@ -138,8 +138,8 @@ def matrix() -> list[Case]:
 
 def mixed(path: Path, layout: str) -> Any:
     """A scheme for each kind of layer, embeddings and lm_head in codes."""
-    schemes = {"q_proj": "3x8g8", "v_proj": "4x8g8", "down_proj": "1x16g8", "qkv_proj": "2x8g4"}
-    schemes |= {"up_proj": "2x8g4", "gate_up_proj": "3x8g8"}
+    # Names end so: qkv_proj has the scheme of v_proj, and gate_up_proj that of up_proj.
+    schemes = {"q_proj": "3x8g8", "v_proj": "4x8g8", "up_proj": "2x8g4", "down_proj": "1x16g8"}
     if layout in ("mixtral", "qwen2-moe"):  # vLLM wants one scheme for gate and up of experts
         schemes |= {"up_proj": "2x8g8", ".w2": "3x8g8"}
     schemes |= {"embed_tokens": "2x8g4", "lm_head": "3x8g4"}

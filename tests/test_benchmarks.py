@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.settings import Recipe, TrainSettings
@@ -189,6 +190,28 @@ def test_data_is_fetched_once_in_the_form_that_the_scripts_read(
         },
         "lambada_openai": {"context": "one two", "continuation": "three"},
     }
+
+
+def test_a_converted_model_is_there_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stopped run left is written again, not taken for the model."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    data = importlib.import_module("data")
+    dense_folder(tmp_path / "dense", "llama-tied")
+    folder = tmp_path / "model"
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(PreTrainedTokenizerBase, "save_pretrained", interrupted)
+        data.as_folder(tmp_path / "dense", folder)
+    assert not folder.exists()
+    assert data.as_folder(tmp_path / "dense", folder) == folder
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in folder.iterdir()
+    }
+
+
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from pvrt.tools import divergence
 from pvrt.tools.perplexity import perplexity
-from tests.fixtures.toy import toy_model, toy_tokenizer
+from tests.fixtures.toy import VOCABULARY, toy_model, toy_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -41,10 +42,13 @@ def spread(architecture: str, seed: int) -> Any:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "qwen2", "gemma3_text"])
-def test_perplexity_and_kl_are_the_plain_ones(architecture: str, protocol: ModuleType) -> None:
+def test_perplexity_and_kl_are_the_plain_ones(
+    architecture: str, protocol: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits of hidden states, in parts, as against whole logits in float64."""
+    monkeypatch.setattr(divergence, "CHUNK_BYTES", 4 * VOCABULARY * 100)
     original, other = spread(architecture, 0), spread(architecture, 1)
-    ids = torch.randint(0, 300, (2, 2 * protocol.ROWS // 3))
+    ids = torch.randint(0, 300, (2, 170))
     with torch.inference_mode():
         states = torch.cat([protocol.hidden(original, row.unsqueeze(0)) for row in ids])
         theirs = original(ids).logits[:, :-1].double().log_softmax(-1)
@@ -60,6 +64,20 @@ def test_perplexity_and_kl_are_the_plain_ones(architecture: str, protocol: Modul
     own = protocol.text(original, ids, states, weight)
     assert abs(own["kl"]) < 1e-6
     assert protocol.text(None, ids, states, weight) == pytest.approx({**own, "kl": 0}, rel=1e-5)
+
+
+def test_an_original_whose_head_does_more_than_multiply_is_refused(
+    protocol: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weight alone is kept, so a bias would be lost."""
+    monkeypatch.setattr(protocol, "tokens", lambda *_: torch.randint(0, 300, (2, 20)))
+    model = spread("llama", 0)
+    kept = protocol.reference("c4", model, None, protocol.Settings())
+    assert kept["states"].shape[:2] == (2, 20)
+    assert torch.equal(kept["head"], model.lm_head.weight)
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(VOCABULARY))
+    with pytest.raises(ValueError, match="LlamaForCausalLM does more to its logits than multiply"):
+        protocol.reference("c4", model, None, protocol.Settings())
 
 
 def test_greedy_is_the_share_before_generated_tokens_differ(protocol: ModuleType) -> None:
@@ -198,6 +216,49 @@ def test_parts_are_measured_once_and_again_by_other_settings(
     assert measured == [("wikitext2", 3), ("tasks", 3), ("wikitext2", 5)]
 
 
+def test_a_row_names_the_machine_and_commit_that_made_its_file(
+    pareto: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whichever puts it into the table, and however often."""
+
+    class Toy(pareto.Tool):  # type: ignore[misc, name-defined]
+        name, methods, files = "toy", ("m",), "file"
+
+        def versions(self) -> dict[str, str]:
+            return {"toy": "7"}
+
+        def make(self, case: Any, method: str) -> None:
+            (case.out / "file").write_bytes(bytes(3))
+
+        def weights(self, case: Any) -> dict[str, torch.Tensor]:
+            return {"w": torch.zeros(2)}
+
+    def described(commit: str) -> None:
+        about = {"machine": "here", "versions": {"torch": "1"}, "commit": commit}
+        monkeypatch.setattr(pareto.machine, "describe", lambda: about)
+
+    monkeypatch.setattr(pareto, "TOOLS", {"toy": Toy()})
+    monkeypatch.setattr(pareto.data, "need", Path)
+    for name, value in (("model", tmp_path), ("gguf", tmp_path), ("parameters", 12)):
+        monkeypatch.setattr(pareto.Work, name, value)
+    options = argparse.Namespace(work=tmp_path, name="n", windows=3, items=9, prompts=2)
+    work = pareto.Work(options)
+    described("first")
+    work.make(Toy(), "m")
+    assert list(work.rows()) == []  # not measured yet
+    for place, kl in ((("toy", "m"), 0.5), (("original", "bfloat16"), 0.01)):
+        work.place(*place).mkdir(parents=True, exist_ok=True)
+        figures = json.dumps({"wikitext2": {"kl": kl, "settings": {"windows": 3}}})
+        (work.place(*place) / "evaluated.json").write_text(figures)
+    described("second")
+    (row,) = work.rows()
+    assert (row["commit"], row["machine"]) == ("first", "here")
+    assert row["versions"] == {"torch": "1", "toy": "7"}
+    assert (row["bytes"], row["bits_file"]) == (3, 2)
+    assert (row["kl"], row["kl_noise_floor"]) == (0.5, 0.01)
+    assert (row["settings"]["wikitext2"], row["settings"]["c4"]) == ({"windows": 3}, None)
+
+
 def test_a_tool_runs_in_its_own_environment(
     pareto: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -236,3 +297,5 @@ def test_the_front_is_what_no_smaller_file_beats(protocol: ModuleType) -> None:
     text = tables.pareto(rows)
     assert "**10.0**" in text and "**30.0**" in text and "| 20.0 |" in text
     assert "0.223" in text  # ln 25/20
+    other = [{**rows[0], "model": "other", "bytes": 1}]  # no rival, and in a table of its own
+    assert tables.pareto(other + rows) == f"{tables.pareto(other)}\n\n{text}"
