@@ -5,10 +5,11 @@
     python benchmarks/gpu.py --dry-run                  # Triton's interpreter, tiny shapes, no GPU
 
 Needs torch, Triton, safetensors, this repository (PYTHONPATH=.:tune:server:kernels if it is not
-installed) and no network. Every section is a process of its own with a limit, after which its whole group is
-killed: a hang, a spoiled CUDA context or a lack of memory in one costs the others nothing. Rows are
-written as they are measured, so a killed section keeps its own; the JSON is written after every
-section and names what failed or was not reached. Meanwhile `gpu_warm.py` fills Triton's cache.
+installed) and no network. Every section is a process of its own with a limit, at which its whole
+group is killed: a hang, a spoiled CUDA context or a lack of memory in one costs the others nothing.
+Rows are written as they are measured, so a killed section keeps its own; the JSON is written after
+every section and names what failed or was not reached. Meanwhile, with --jobs, `gpu_warm.py` fills
+Triton's cache.
 """
 
 import argparse

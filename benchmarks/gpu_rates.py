@@ -23,6 +23,7 @@ GEMV_LAYERS = (
 CROSSOVER_LAYERS = ((4096, 4096), (22016, 4096), (4096, 11008))
 CROSSOVER_TOKENS = (8, 16, 32, 64, 2, 4, 128, 256, 512)
 ONE_BIG = (1, 65536, 8)
+LLAMAS = (gpu_llama.LLAMA3_8B, gpu_llama.LLAMA2_7B)
 
 
 def ceilings(bench: Bench) -> None:
@@ -134,7 +135,7 @@ def model(bench: Bench) -> None:
             **({"over_2x8g8": known["2x8g8"] / seconds} if len(known) == 2 else {}),
         )
 
-    llamas = bench.some((gpu_llama.LLAMA3_8B, gpu_llama.LLAMA2_7B), (gpu_llama.TINY,))
+    llamas = bench.some(LLAMAS, (gpu_llama.TINY,))
     weights: tuple[tuple[str, tuple[int, int, int] | None], ...]
     weights = (("2x8g8", TWO_BIT), ("float16", None))
     bench.each([(llama, *weight) for llama in llamas for weight in weights], measure)
