@@ -1,6 +1,7 @@
 """All that is to be known of a GPU, in one call: writes gpu_CARD.json, gpu_rows.jsonl and gpu.log.
 
-    python benchmarks/gpu.py --minutes 9                # the product first, then checks, then times
+    python benchmarks/gpu.py --minutes 9 --jobs 16      # checks first, then times
+    python benchmarks/gpu.py --product "python benchmarks/gpu_product.py --jobs 3"
     python benchmarks/gpu.py --only ceilings correctness gemv --limit gemv=40
     python benchmarks/gpu.py --dry-run                  # Triton's interpreter, tiny shapes, no GPU
 
@@ -138,7 +139,7 @@ class Run:
         self.log.write_text("")
         stem = re.sub(r"[^a-z0-9]+", "_", self.card.lower()).strip("_")
         self.file = folder / f"gpu_{stem}.json"
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OUT": str(folder)}
         if self.options.dry_run:
             self.environment["TRITON_INTERPRET"] = "1"
 
@@ -151,13 +152,8 @@ class Run:
         """The section as a process that ends by itself a little before its limit."""
         own = limit - max(2.0, 0.1 * limit)
         if section == "product":
-            command = [
-                sys.executable,
-                str(FOLDER / "gpu_product.py"),
-                "--out",
-                str(self.options.out),
-            ]
-            return [*command, "--minutes", str(own / 60), *shlex.split(self.options.product)]
+            command = shlex.split(self.options.product)
+            return [*command, "--out", str(self.options.out), "--minutes", str(0.8 * own / 60)]
         deadline = time.time() + own
         command = [sys.executable, str(FOLDER / "gpu_section.py"), section, str(self.rows)]
         command += ["--deadline", str(deadline)] + ["--dry-run"] * self.options.dry_run
@@ -187,11 +183,16 @@ class Run:
         self.finish("warm", time.monotonic() - process.started, {}, trouble)
 
     def finish(self, name: str, seconds: float, before: Row, trouble: str) -> None:
-        """Store what a section came to, with all rows that there are."""
+        """Store what a section came to."""
         record = {"seconds": round(seconds, 2), "trouble": trouble}
         if before:
             record |= {"before": before, "after": clocks()}
         self.results["sections"][name] = record
+        self.store()
+        print(f"{name}: {seconds:.1f} s {trouble}", flush=True)
+
+    def store(self) -> None:
+        """Write the JSON anew, with all rows that there are."""
         rows: dict[str, list[Row]] = {}
         for line in self.rows.read_text().splitlines():
             row = json.loads(line)
@@ -199,7 +200,6 @@ class Run:
         staged = self.file.with_suffix(".tmp")
         staged.write_text(json.dumps({**self.results, "rows": rows}, indent=1) + "\n")
         staged.replace(self.file)
-        print(f"{name}: {seconds:.1f} s {trouble}", flush=True)
 
 
 def summary(results: Row) -> str:
@@ -213,13 +213,13 @@ def summary(results: Row) -> str:
             peers = "".join(f"  {k} {v:.2f}x" for k, v in row.items() if k.startswith("over_"))
             lines.append(
                 f"{row['layer'][0]:>6} x {row['layer'][1]:<6} {row['tokens']} tokens  "
-                f"{row['microseconds']:8.1f} us  {percent(row)} of copy{peers}"
+                f"{row['microseconds']:8.1f} us  {row['of_copy_bandwidth']:5.0%} of copy{peers}"
             )
     for row in rows.get("model", []):
         if "tokens_per_second" in row:
             lines.append(
                 f"{row['model']}, {row['weights']}: {row['tokens_per_second']:.1f} tokens/s, "
-                f"{percent(row)} of copy bandwidth"
+                f"{row['of_copy_bandwidth']:5.0%} of copy bandwidth"
             )
     for name, section in rows.items():
         for row in section:
@@ -229,12 +229,6 @@ def summary(results: Row) -> str:
                 lines.append(f"{name}: {len(row['not_reached'])} cases were not reached")
     trouble = {name: each["trouble"] for name, each in results["sections"].items()}
     return "\n".join(lines + [f"{name}: {text}" for name, text in trouble.items() if text])
-
-
-def percent(row: Row) -> str:
-    """A row's share of the copy bandwidth, where that was measured."""
-    share = row["of_copy_bandwidth"]
-    return "   ?%" if share is None else f"{share:4.0%}"
 
 
 def arguments() -> argparse.Namespace:
@@ -247,7 +241,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=FOLDER / "results", help="folder for the results"
     )
-    parser.add_argument("--product", default="", help="options of gpu_product.py, in one string")
+    parser.add_argument("--product", metavar="COMMAND", help="gpu_product.py with its options")
     parser.add_argument("--peer", type=Path, help="the aqlm package's codebook_cuda.so")
     parser.add_argument("--native", type=Path, help="Python file whose run(bench) yields rows")
     parser.add_argument("--jobs", type=int, default=0, help="processes that fill Triton's cache")
@@ -273,20 +267,18 @@ def main() -> None:
         "torch": version("torch"),
         "triton": version("triton"),
         "python": platform.python_version(),
-        "commit": machine.describe()["commit"],
+        "commit": machine.commit(),
         "dry_run": options.dry_run,
         "sections": {},
     }
-    if options.jobs:
+    run.store()
+    if options.jobs and not options.dry_run:
         command = [sys.executable, str(FOLDER / "gpu_warm.py"), "--jobs", str(options.jobs)]
         run.warming = Process(command, run.log, run.environment)
     try:
         for section, limit in LIMITS.items():
-            skipped = (section == "native" and not options.native) or (
-                section == "product"
-                and (options.dry_run or not (FOLDER / "gpu_product.py").exists())
-            )
-            if section in options.only and not skipped:
+            given = section not in ("product", "native") or getattr(options, section)
+            if section in options.only and given:
                 run.section(section, options.limit.get(section, limit))
     finally:
         if run.warming:

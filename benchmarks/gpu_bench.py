@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pvrt.tools.bench_kernels import Clock
+from pvrt.tools.bench_kernels import Clock, copy_bandwidth
 from pvrt_kernels.gpu.choose import Shape
 
 TWO_BIT = (2, 256, 8)
@@ -69,18 +70,15 @@ class Bench:
             self.row(not_reached=following)
             raise
 
-    @property
-    def copy_rate(self) -> float | None:
-        """Bytes per second, read and written, that `ceilings` measured; None without it."""
-        for line in self.rows_file.read_text(encoding="utf-8").splitlines():
-            rate = json.loads(line).get("copy_bytes_per_second")
-            if rate is not None:
-                return float(rate)
-        return None
-
-    def of_copy(self, bytes_per_second: float) -> float | None:
-        """The share of the copy bandwidth; None where that is not known."""
-        return bytes_per_second / self.copy_rate if self.copy_rate else None
+    @cached_property
+    def copy_rate(self) -> float:
+        """Bytes per second, read and written: of section `ceilings`, or measured now."""
+        if self.rows_file.is_file():
+            for line in self.rows_file.read_text(encoding="utf-8").splitlines():
+                rate = json.loads(line).get("copy_bytes_per_second")
+                if rate is not None:
+                    return float(rate)
+        return copy_bandwidth(self.device)
 
     def some(self, real: tuple[Any, ...], tiny: tuple[Any, ...]) -> tuple[Any, ...]:
         """What to measure: the real shapes, or tiny ones in a dry run."""
@@ -100,5 +98,5 @@ def rate(bench: Bench, shape: Shape, config: Row, seconds: float) -> Row:
         "config": config,
         "microseconds": seconds * 1e6,
         "code_bytes_per_second": read,
-        "of_copy_bandwidth": bench.of_copy(read),
+        "of_copy_bandwidth": read / bench.copy_rate,
     }

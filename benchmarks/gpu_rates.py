@@ -131,7 +131,7 @@ def model(bench: Bench) -> None:
             weights=name,
             tokens_per_second=1 / seconds,
             bytes=step.bytes,
-            of_copy_bandwidth=bench.of_copy(step.bytes / seconds),
+            of_copy_bandwidth=step.bytes / seconds / bench.copy_rate,
             **({"over_2x8g8": known["2x8g8"] / seconds} if len(known) == 2 else {}),
         )
 
