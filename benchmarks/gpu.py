@@ -6,7 +6,7 @@
     python benchmarks/gpu.py --dry-run                  # Triton's interpreter, tiny shapes, no GPU
 
 Needs torch, Triton, safetensors, this repository (PYTHONPATH=.:tune:server:kernels if it is not
-installed) and no network. Every section is a process of its own with a limit, at which its whole
+installed) and no network. Every section is a forked process with a limit, at which its whole
 group is killed: a hang, a spoiled CUDA context or a lack of memory in one costs the others nothing.
 Rows are written as they are measured, so a killed section keeps its own; the JSON is written after
 every section and names what failed or was not reached. Meanwhile, with --jobs, `gpu_warm.py` fills
@@ -15,6 +15,7 @@ Triton's cache.
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -24,8 +25,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,7 @@ LIMITS = {
     "tools": 120,
 }
 NEEDS_NO_WARMTH = ("product", "ceilings")
-LEAST = 8.0  # seconds: a section starts in 4 to 6, torch and a CUDA context
+LEAST = 5.0  # seconds: a CUDA context takes one or two
 CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
 
 
@@ -72,29 +75,30 @@ def clocks() -> Row:
 
 
 class Process:
-    """A child in a group of its own, whose output goes to the end of the log."""
+    """A forked child in a group of its own, whose output goes to the end of the log."""
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
-        self.log, self.started = log, time.monotonic()
-        with log.open("a") as output:
-            self.start = output.tell()
-            self.child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=environment,
-            )
+    def __init__(self, action: Callable[[], None], log: Path) -> None:
+        self.action, self.log, self.started = action, log, time.monotonic()
+        self.start = log.stat().st_size
+        self.child = multiprocessing.get_context("fork").Process(target=self._run)
+        self.child.start()
+
+    def _run(self) -> None:
+        os.setsid()
+        with self.log.open("a") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        self.action()
 
     def wait(self, seconds: float) -> str:
         """What went wrong by the time it ended or was killed; nothing if all is well."""
         try:
-            code = self.child.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            return f"killed at its limit of {time.monotonic() - self.started:.0f} s"
+            self.child.join(max(0.0, seconds))
+            code = self.child.exitcode
         finally:
             self.kill()
+        if code is None:
+            return f"killed at its limit of {time.monotonic() - self.started:.0f} s"
         if code < 0:
             return f"died by {signal.Signals(-code).name}"
         lines = self.log.read_bytes()[self.start :].decode(errors="replace").strip().splitlines()
@@ -102,10 +106,16 @@ class Process:
 
     def kill(self) -> None:
         """End the whole group and every other group that it has started."""
+        assert self.child.pid is not None
         for pid in [*descendants(self.child.pid), self.child.pid]:
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        self.child.wait()
+        self.child.join()
+
+
+def execute(command: list[str]) -> None:
+    """Become another program."""
+    os.execvp(command[0], command)
 
 
 def descendants(parent: int) -> list[int]:
@@ -139,28 +149,21 @@ class Run:
         self.log.write_text("")
         stem = re.sub(r"[^a-z0-9]+", "_", self.card.lower()).strip("_")
         self.file = folder / f"gpu_{stem}.json"
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OUT": str(folder)}
-        if self.options.dry_run:
-            self.environment["TRITON_INTERPRET"] = "1"
 
     @property
     def left(self) -> float:
         """Seconds until the whole call should be over."""
         return self.deadline - time.monotonic()
 
-    def command(self, section: str, limit: float) -> list[str]:
-        """The section as a process that ends by itself a little before its limit."""
+    def action(self, section: str, limit: float) -> Callable[[], None]:
+        """The section, which ends by itself a little before its limit."""
         own = limit - max(2.0, 0.1 * limit)
         if section == "product":
-            command = shlex.split(self.options.product)
-            return [*command, "--out", str(self.options.out), "--minutes", str(0.8 * own / 60)]
-        deadline = time.time() + own
-        command = [sys.executable, str(FOLDER / "gpu_section.py"), section, str(self.rows)]
-        command += ["--deadline", str(deadline)] + ["--dry-run"] * self.options.dry_run
-        for name in ("peer", "native"):
-            if getattr(self.options, name):
-                command += [f"--{name}", str(getattr(self.options, name))]
-        return command
+            command = [*shlex.split(self.options.product), "--out", str(self.options.out)]
+            return partial(execute, [*command, "--minutes", str(0.8 * own / 60)])
+        import gpu_section  # torch, seconds that the forked sections need not spend again
+
+        return partial(gpu_section.run, section, self.options, self.rows, time.time() + own)
 
     def section(self, name: str, limit: float) -> None:
         """Run one section, for as long as it and the whole call may; store all."""
@@ -170,10 +173,10 @@ class Run:
         if limit < LEAST and not self.options.dry_run:
             self.finish(name, 0.0, {}, "no time left")
             return
-        started, before = time.monotonic(), clocks()
-        process = Process(self.command(name, limit), self.log, self.environment)
+        before, action = clocks(), self.action(name, limit)
+        process = Process(action, self.log)
         trouble = process.wait(limit)
-        self.finish(name, time.monotonic() - started, before, trouble)
+        self.finish(name, time.monotonic() - process.started, before, trouble)
 
     def warm(self, seconds: float) -> None:
         """Wait for the compilers that were started with the first section."""
@@ -272,9 +275,14 @@ def main() -> None:
         "sections": {},
     }
     run.store()
+    os.environ |= {"PYTHONUNBUFFERED": "1", "OUT": str(options.out)}
+    # Inductor's workers take longer to start than its few kernels take to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"
     if options.jobs and not options.dry_run:
         command = [sys.executable, str(FOLDER / "gpu_warm.py"), "--jobs", str(options.jobs)]
-        run.warming = Process(command, run.log, run.environment)
+        run.warming = Process(partial(execute, command), run.log)
     try:
         for section, limit in LIMITS.items():
             given = section not in ("product", "native") or getattr(options, section)

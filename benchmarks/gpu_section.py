@@ -1,46 +1,41 @@
-"""One section of gpu.py as a process: `python gpu_section.py NAME ROWS --deadline TIME`."""
+"""The sections of gpu.py by name. Importing this imports torch and Triton, but starts no CUDA."""
 
-import argparse
-import importlib
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import gpu_checks
+import gpu_design
+import gpu_rates
+import gpu_tools
+import gpu_tuning
 import torch
 from gpu_bench import Bench
 
-#: The module that holds each section, under its own name.
-MODULES = {
-    **dict.fromkeys(("ceilings", "gemv", "native", "model", "crossover"), "gpu_rates"),
-    "correctness": "gpu_checks",
-    "tuning": "gpu_tuning",
-    "tools": "gpu_tools",
-    **dict.fromkeys(("design", "autotune"), "gpu_design"),
-}
+
+def sections(options: Namespace) -> dict[str, Callable[[Bench], None]]:
+    """What runs under which name."""
+    return {
+        "ceilings": gpu_rates.ceilings,
+        "correctness": gpu_checks.correctness,
+        "gemv": partial(gpu_rates.gemv, peer=options.peer),
+        "native": partial(gpu_rates.native, file=options.native),
+        "model": gpu_rates.model,
+        "tuning": gpu_tuning.tuning,
+        "design": gpu_design.design,
+        "crossover": gpu_rates.crossover,
+        "autotune": gpu_design.autotune,
+        "tools": gpu_tools.tools,
+    }
 
 
-def main() -> None:
-    """Run it. The exit code is 1 where a case failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("section", choices=list(MODULES))
-    parser.add_argument("rows", type=Path)
-    parser.add_argument("--deadline", type=float, required=True, help="in seconds of time.time()")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--peer", type=Path)
-    parser.add_argument("--native", type=Path)
-    options = parser.parse_args()
+def run(name: str, options: Namespace, rows: Path, deadline: float) -> None:
+    """Run one; exits with 1 where a case failed. `deadline` is a time of time.time()."""
     device = torch.device("cpu" if options.dry_run else "cuda")
-    bench = Bench(options.section, device, options.dry_run, options.deadline, options.rows)
-    run = getattr(importlib.import_module(MODULES[options.section]), options.section)
-    if options.section == "gemv":
-        run = partial(run, peer=options.peer)
-    if options.section == "native":
-        run = partial(run, file=options.native)
+    bench = Bench(name, device, options.dry_run, deadline, rows)
     with torch.no_grad():
-        run(bench)
+        sections(options)[name](bench)
     if bench.failed:
         sys.exit(f"{bench.failed} cases failed")
-
-
-if __name__ == "__main__":
-    main()
