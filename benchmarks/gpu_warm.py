@@ -11,10 +11,12 @@ those of real launches. Without a GPU the card is an H100 (--sms, --capability).
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -130,6 +132,7 @@ def install(card: Gpu) -> None:
     """Let every launch of a Triton function compile, store its launcher, and do no more."""
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build, driver
+    from triton.runtime.cache import get_cache_manager
     from triton.runtime.jit import JITFunction
 
     driver.set_active(CompileOnly(card.capability))
@@ -147,6 +150,15 @@ def install(card: Gpu) -> None:
             except ImportError:  # there is no libcuda here to load it with; it is stored by now
                 continue
 
+    def unless_stored(src: str, name: str, **more: Any) -> Any:
+        key = hashlib.sha256((src + build.platform_key()).encode()).hexdigest()
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        if get_cache_manager(key).get_file(name + suffix):
+            raise ImportError("stored before, and not needed here")
+        return compile_module(src=src, name=name, **more)
+
+    compile_module = nvidia.compile_module_from_src
+    nvidia.compile_module_from_src = unless_stored
     JITFunction.run = compile_only
     try:
         nvidia.library_dirs()
