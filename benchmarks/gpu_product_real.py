@@ -19,7 +19,7 @@ REAL = {
 
 def real_options(item: Item) -> list[object]:
     """Options of both plan and tune. The model writes its own text."""
-    recipe = item.folder / "real.json"
+    recipe = item.folder / "real.recipe.json"
     dry = {"samples": 2, "length": 64, "fit": {"rounds": 0, "kmeans_iterations": 1, "beam": 1}}
     small = {"windows": 4, "steps": 4, "batch": 2, "microbatch": 2, "held_out": 2}
     loop = {"training": {**REAL["training"], **small, "evaluate_every": 1}}

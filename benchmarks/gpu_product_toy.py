@@ -46,7 +46,7 @@ def toy(item: Item) -> None:
     """Calibration and PV-Tuning of toys on the device and on the CPU: near the same result."""
     from tests.fixtures.toy import toy_model, toy_tokenizer
 
-    recipe = item.folder / "toy.json"
+    recipe = item.folder / "toy.recipe.json"
     recipe.write_text(json.dumps(TOY_RECIPE))
     for architecture in ("llama", "llama-tied"):
         dense = item.toy(f"{architecture}-dense")
@@ -88,12 +88,15 @@ def load(item: Item, dtype: torch.dtype) -> None:
     from pvrt.modules.whole_model import quantized_layers
 
     for folder in (item.toy("llama"), item.toy("llama-tied")):
+        packed = dense = None
         with item.check(folder.name):
             where = {"": item.device}
             packed = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where)
             dense = pvrt.load(folder, dense=True, dtype=dtype, device_map=where)
             layers = quantized_layers(packed)
             item.note(layers={folder.name: layer_kinds(layers)})
+        if packed is None or dense is None:
+            continue
         for tokens in ((1, 1), (1, 3), (1, 40), (2, 20), (16, 1), (2, 300)):
             with item.check(f"{folder.name}, {tokens[0]}x{tokens[1]}"), torch.inference_mode():
                 ids = torch.randint(0, 256, tokens, generator=torch.Generator().manual_seed(0))
@@ -136,9 +139,9 @@ def engine(item: Item) -> None:
 
     margins = {"float32": 1e-2, "float16": 0.1, "bfloat16": 0.6}
     for name in ("llama", "llama-tied"):
-        dense = pvrt.load(item.toy(name), dense=True, dtype=torch.float32)
         for dtype, margin in margins.items():
             with item.check(f"{name} in {dtype}"):
+                dense = pvrt.load(item.toy(name), dense=True, dtype=torch.float32)
                 options = ServeOptions.model_validate({"dtype": dtype})
                 with Engine.load(item.toy(name), options) as running:
                     assert running.device == item.device, running.device
@@ -184,7 +187,7 @@ def variants(item: Item) -> None:
     def run(name: str) -> None:
         options, changes = recipes[name]
         step = name.replace(" ", "-")
-        recipe, out = item.folder / f"{step}.json", item.toy(step)
+        recipe, out = item.folder / f"{step}.recipe.json", item.toy(step)
         recipe.write_text(json.dumps({**TOY_RECIPE, **changes}))
         given = [] if name == "own text" else ["--data", text]
         with item.check(name):
