@@ -18,18 +18,24 @@ PROMPT = list(range(60, 100))
 #: Relative error of logits by type: rounding of two models of some layers.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
-TOY_RECIPE = {
-    "samples": 16,
-    "length": 64,
-    "training": {
-        "windows": 32,
-        "steps": 12,
-        "batch": 4,
-        "microbatch": 2,
-        "held_out": 8,
-        "evaluate_every": 4,
-        "compute": "float32",
-    },
+LOOP = {
+    "windows": 32,
+    "steps": 12,
+    "batch": 4,
+    "microbatch": 2,
+    "held_out": 8,
+    "evaluate_every": 4,
+    "compute": "float32",
+}
+TOY_RECIPE = {"samples": 16, "length": 64, "training": LOOP}
+DRY_RECIPE = {
+    "samples": 4,
+    "length": 32,
+    "scheme": "1x6g8",
+    "embeddings": "1x6g8",
+    "fit": {"rounds": 0, "kmeans_iterations": 2, "beam": 1},
+    "finetune": {"epochs": 1},
+    "training": {**LOOP, "windows": 8, "steps": 2, "evaluate_every": 1},
 }
 
 
@@ -47,7 +53,7 @@ def toy(item: Item) -> None:
     from tests.fixtures.toy import toy_model, toy_tokenizer
 
     recipe = item.folder / "toy.recipe.json"
-    recipe.write_text(json.dumps(TOY_RECIPE))
+    recipe.write_text(json.dumps(item.some(TOY_RECIPE, DRY_RECIPE)))
     for architecture in ("llama", "llama-tied"):
         dense = item.toy(f"{architecture}-dense")
         toy_model(architecture).save_pretrained(dense)
@@ -188,7 +194,7 @@ def variants(item: Item) -> None:
         options, changes = recipes[name]
         step = name.replace(" ", "-")
         recipe, out = item.folder / f"{step}.recipe.json", item.toy(step)
-        recipe.write_text(json.dumps({**TOY_RECIPE, **changes}))
+        recipe.write_text(json.dumps({**item.some(TOY_RECIPE, DRY_RECIPE), **changes}))
         given = [] if name == "own text" else ["--data", text]
         with item.check(name):
             where = ["-o", out, "--effort", "quick", "--config", recipe, "--device", item.device]
