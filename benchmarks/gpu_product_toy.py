@@ -68,9 +68,14 @@ def toy(item: Item) -> None:
         return manifest
 
     found = {}
-    for out, device in (("llama", item.device), ("llama-tied", item.device), ("on-cpu", "cpu")):
+    here = item.device
+    for out, architecture, device in (
+        ("llama", "llama", here),
+        ("llama-tied", "llama-tied", here),
+        ("on-cpu", "llama", "cpu"),
+    ):
         with item.check(out):
-            found[out] = tuned("llama" if device == "cpu" else out, device, out)
+            found[out] = tuned(architecture, device, out)
             item.note(held_out_kl={out: found[out]["pv"]["held_out_kl"]})
     with item.check("near the CPU's"):
         ours, theirs = (found[name]["pv"]["held_out_kl"] for name in ("llama", "on-cpu"))
