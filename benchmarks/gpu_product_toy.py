@@ -61,22 +61,19 @@ def toy(item: Item) -> None:
     text = item.folder / "toy.txt"
     text.write_text(item.text.read_text()[:100_000])
 
-    def tuned(architecture: str, device: str, out: str) -> dict[str, Any]:
-        options = ["--effort", "quick", "--config", recipe, "--data", text, "--device", device]
-        item.pvrt(out, "tune", item.toy(f"{architecture}-dense"), "-o", item.toy(out), *options)
-        manifest: dict[str, Any] = json.loads((item.toy(out) / "pvrt.json").read_text())
-        return manifest
-
     found = {}
-    here = item.device
-    for out, architecture, device in (
-        ("llama", "llama", here),
-        ("llama-tied", "llama-tied", here),
-        ("on-cpu", "llama", "cpu"),
-    ):
+
+    def tuned(out: str, architecture: str, device: str) -> None:
+        options = ["--effort", "quick", "--config", recipe, "--data", text, "--device", device]
         with item.check(out):
-            found[out] = tuned(architecture, device, out)
+            item.pvrt(out, "tune", item.toy(f"{architecture}-dense"), "-o", item.toy(out), *options)
+            found[out] = json.loads((item.toy(out) / "pvrt.json").read_text())
             item.note(held_out_kl={out: found[out]["pv"]["held_out_kl"]})
+
+    with ThreadPoolExecutor(item.some(3, 1)) as pool:
+        pool.submit(tuned, "llama", "llama", item.device)
+        pool.submit(tuned, "llama-tied", "llama-tied", item.device)
+        pool.submit(tuned, "on-cpu", "llama", "cpu")
     with item.check("near the CPU's"):
         ours, theirs = (found[name]["pv"]["held_out_kl"] for name in ("llama", "on-cpu"))
         assert abs(ours / theirs - 1) < 0.1, (ours, theirs)
