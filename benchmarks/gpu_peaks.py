@@ -7,6 +7,7 @@ those that torch allocates, without CUDA's context.
 
 import atexit
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -60,6 +61,8 @@ class Peaks:
 
 def main() -> None:
     """Run the command with everything behind FILE."""
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     peaks = Peaks(Path(sys.argv[1]))
     sys.argv = ["pvrt", *sys.argv[2:]]
     if sys.argv[1] == "tune":
