@@ -29,7 +29,6 @@ LONGER = {
     "tests/pvrt/vllm_plugin/test_plugin.py": 620,
     "tests/tune/pv/test_pv_tuning.py": 720,
     "tests/tune/test_pipeline.py": 650,
-    "benchmarks/gpu.py": 510,
 }
 
 
