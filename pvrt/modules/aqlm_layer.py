@@ -49,7 +49,7 @@ class _Shared:
 
     def __bool__(self) -> bool:
         """Whether any layer has yet to come."""
-        return bool(self._outputs)
+        return len(self._outputs) > 0
 
 
 def _version(x: Tensor) -> int | None:
