@@ -163,6 +163,7 @@ class Run:
             return partial(execute, [*command, "--minutes", str(0.8 * own / 60)])
         import gpu_section  # torch, seconds that the forked sections need not spend again
 
+        gpu_section.preload()
         return partial(gpu_section.run, section, self.options, self.rows, time.time() + own)
 
     def section(self, name: str, limit: float) -> None:
@@ -278,6 +279,7 @@ def main() -> None:
     os.environ |= {"PYTHONUNBUFFERED": "1", "OUT": str(options.out)}
     # Inductor's workers take longer to start than its few kernels take to compile.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU before a fork starts none
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     if options.jobs and not options.dry_run:
