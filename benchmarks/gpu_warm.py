@@ -140,7 +140,8 @@ def install(card: Gpu) -> None:
 
     def compile_only(self: Any, *arguments: Any, **options: Any) -> None:
         kernel = run(self, *arguments, **{**options, "warmup": True})
-        store(lambda: nvidia.CudaLauncher(kernel.src, kernel.metadata))
+        if hasattr(nvidia, "make_launcher"):  # before Triton 3.7, one in C for each signature
+            store(lambda: nvidia.CudaLauncher(kernel.src, kernel.metadata))
 
     def store(make: Any) -> None:
         for platform in PLATFORMS:

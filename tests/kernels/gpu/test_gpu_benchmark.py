@@ -1,6 +1,7 @@
 """benchmarks/gpu.py from end to end on the CPU: the day a GPU is there, it has to work at once."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -119,3 +120,32 @@ def test_without_a_gpu_it_says_so() -> None:
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 1
     assert "nvidia-smi finds no GPU here; --dry-run tries the script itself" in done.stderr
+
+
+WARM = """
+import gpu_warm
+card = gpu_warm.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132)
+gpu_warm.install(card)
+wanted = gpu_warm.binaries(card)
+assert {each.config.kernel for each in wanted} >= {"lut", "direct", "tile", "dense", "rows"}
+print(gpu_warm.compile_one(card, wanted[0]))
+"""
+
+
+def test_a_cache_is_filled_without_a_gpu_and_found_again(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", WARM],
+            cwd=SCRIPT.parent,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == "", done.stdout + done.stderr
+        found.append({file.relative_to(tmp_path) for file in tmp_path.rglob("*")})
+    assert found[0] == found[1]
+    names = [file.name.partition(".")[0] for file in found[0] if file.suffix]
+    assert names.count("lut_gemv") >= 3, "its binary and metadata"
+    assert "cuda_utils" in names
