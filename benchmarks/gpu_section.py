@@ -38,6 +38,8 @@ def run(name: str, options: Namespace, rows: Path, deadline: float) -> None:
         arguments = pickle.dumps((name, options, rows, deadline)).hex()
         os.execv(sys.executable, [sys.executable, "-c", FRESH, arguments])
     device = torch.device("cpu" if options.dry_run else "cuda")
+    if device.type == "cuda":
+        torch.zeros(1, device=device)  # statistics of memory can be reset only once there are some
     bench = Bench(name, device, options.dry_run, deadline, rows)
     section = getattr(importlib.import_module(MODULES[name]), name)
     more = {"gemv": {"peer": options.peer}, "native": {"file": options.native}}.get(name, {})
