@@ -20,7 +20,12 @@ REAL = {
 def real_options(item: Item) -> list[object]:
     """Options of both plan and tune. The model writes its own text."""
     recipe = item.folder / "real.recipe.json"
-    dry = {"samples": 2, "length": 64, "fit": {"rounds": 0, "kmeans_iterations": 1, "beam": 1}}
+    dry = {
+        "scheme": "1x6g4",
+        "samples": 2,
+        "length": 64,
+        "fit": {"rounds": 0, "kmeans_iterations": 1, "beam": 1},
+    }
     small = {"windows": 4, "steps": 4, "batch": 2, "microbatch": 2, "held_out": 2}
     loop = {"training": {**REAL["training"], **small, "evaluate_every": 1}}
     content = {**dry, "finetune": {"epochs": 0}, **loop} if item.dry else REAL

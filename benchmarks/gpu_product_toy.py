@@ -206,7 +206,7 @@ def variants(item: Item) -> None:
             item.note(held_out_kl={name: manifest["pv"]["held_out_kl"]})
 
     with ThreadPoolExecutor(item.some(3, 1)) as pool:
-        list(pool.map(run, item.some(list(recipes), ["bits", "own text"])))
+        list(pool.map(run, item.some(list(recipes), ["own text"])))
 
 
 def layouts(item: Item) -> None:
