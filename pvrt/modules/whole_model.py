@@ -26,11 +26,9 @@ def pack_model(model: nn.Module, dtype: torch.dtype) -> None:
         for names in _SIBLINGS:
             group = [getattr(parent, name, None) for name in names]
             layers = [layer for layer in group if isinstance(layer, AQLMLinear)]
-            if len(layers) < len(names) or _packed_together(layers):
-                continue
-            for layer in layers:
-                layer.unpack()
-            if _alike(layers):
+            if len(layers) == len(names) and _alike(layers) and not _packed_together(layers):
+                for layer in layers:
+                    layer.unpack()
                 pack(layers, dtype)
     for single in quantized_layers(model).values():
         if single.packed is None and single.multiplies:
@@ -51,9 +49,7 @@ def _alike(layers: list[AQLMLinear]) -> bool:
                     layer.scheme,
                     layer.bias is None,
                     layer.in_scales,  # of its own, if any
-                    layer.codebooks.dtype,
-                    layer.scales.dtype,
-                    layer.packed is None,
+                    layer.float_types,
                 )
                 for layer in layers
             }
