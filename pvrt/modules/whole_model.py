@@ -1,5 +1,7 @@
 """What is done to all quantised layers of a model at once."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -58,14 +60,18 @@ def _alike(layers: list[AQLMLinear]) -> bool:
     )
 
 
-def decode_once(model: nn.Module) -> None:
-    """Replace every layer in codes of a model by the dense one that it stands for, in place."""
+def decode_once(model: nn.Module, schemes: Collection[object] | None = None) -> None:
+    """Replace layers in codes of a model by the dense ones that they stand for, in place.
+
+    Those of the given schemes, by default all.
+    """
     dense = {}
     for name, layer in quantized_layers(model).items():
-        dense[layer] = layer.to_dense()
-        model.set_submodule(name, dense[layer])
+        if schemes is None or layer.scheme in schemes:
+            dense[layer] = layer.to_dense()
+            model.set_submodule(name, dense[layer])
     for name, head in list(model.named_modules()):
-        if isinstance(head, TiedHead):
+        if isinstance(head, TiedHead) and head.embedding in dense:
             embedding = dense[head.embedding]
             assert isinstance(embedding, nn.Embedding)
             model.set_submodule(name, head.to_dense(embedding))

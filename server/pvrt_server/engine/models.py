@@ -29,6 +29,7 @@ class LanguageModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     generation_config: Any
+    weight_bytes: int  # that are held
     bytes_per_token: int  # of weights that greedy decoding reads
 
     def start(self) -> Any:
@@ -78,7 +79,7 @@ class TransformersModel:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.generation_config = model.generation_config
-        self.bytes_per_token = weight_bytes(model)
+        self.weight_bytes = self.bytes_per_token = weight_bytes(model)
         if not getattr(model.config, "tie_word_embeddings", False):
             self.bytes_per_token -= weight_bytes(model.get_input_embeddings())
         self._batch = _Batch((), None)

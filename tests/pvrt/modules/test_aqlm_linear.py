@@ -144,9 +144,12 @@ def test_siblings_that_cannot_share_a_weight_are_packed_once(
     else:
         model.v_proj.double()
     packs: list[int] = []
-    monkeypatch.setattr(
-        whole_model, "pack", lambda layers, dtype: (packs.append(len(layers)), pack(layers, dtype))
-    )
+
+    def counted(layers: list[AQLMLinear], dtype: torch.dtype) -> None:
+        packs.append(len(layers))
+        pack(layers, dtype)
+
+    monkeypatch.setattr(whole_model, "pack", counted)
     for _ in range(2):
         pack_model(model, torch.float32)
         assert packs == [1, 1, 1, 1]
