@@ -5,7 +5,8 @@ from collections.abc import Collection
 import torch
 from torch import nn
 
-from pvrt.modules.aqlm_embedding import TiedHead
+from pvrt.format.scheme import Scheme
+from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead, embedding_scale
 from pvrt.modules.aqlm_layer import AQLMLayer, pack
 from pvrt.modules.aqlm_linear import AQLMLinear
 
@@ -16,6 +17,20 @@ _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def quantized_layers(model: nn.Module) -> dict[str, AQLMLayer]:
     """All layers in codes of a model by module name: linear ones and embeddings."""
     return {name: mod for name, mod in model.named_modules() if isinstance(mod, AQLMLayer)}
+
+
+def layer_in_codes(
+    dense: nn.Module, scheme: Scheme, bias: bool, in_scales: bool, dtype: torch.dtype | None = None
+) -> AQLMLayer | None:
+    """An empty layer in codes for the place of a dense one; None for one that they cannot be."""
+    if isinstance(dense, nn.Linear):
+        shape = dense.in_features, dense.out_features
+        return AQLMLinear(*shape, scheme, bias, in_scales, dtype=dtype)
+    if isinstance(dense, nn.Embedding) and scheme.out_group_size == 1:
+        scale, (rows, width) = embedding_scale(dense), dense.weight.shape
+        if scale is not None:
+            return AQLMEmbedding(rows, width, scheme, scale, in_scales, dtype=dtype)
+    return None
 
 
 def pack_model(model: nn.Module, dtype: torch.dtype) -> None:
