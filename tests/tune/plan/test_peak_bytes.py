@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from pvrt.format.scheme import parse_scheme
+from pvrt.format.scheme import Scheme, parse_scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune import write_checkpoint
-from pvrt_tune.calibrate import block_tuning, stage
+from pvrt_tune.calibrate import block_tuning, ends, stage
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
 from pvrt_tune.calibrate.ends import put_ends, schemes_of_ends
 from pvrt_tune.data import text
 from pvrt_tune.data.activations import Activations, in_memory, store_bytes
 from pvrt_tune.data.source_model import load_skeleton, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
-from pvrt_tune.fit import layer
+from pvrt_tune.fit import layer, table
 from pvrt_tune.fit.layer import empty_like, quantize_linear
 from pvrt_tune.model_blocks import find_blocks, linears, observe, observe_bytes, record_inputs
 from pvrt_tune.pipeline import tune
@@ -44,6 +44,7 @@ from pvrt_tune.settings import (
     TrainSettings,
     TuneJob,
 )
+from pvrt_tune.shapes import TableShape
 from pvrt_tune.store import RUN_FOLDER, Piece, Store
 from tests.fixtures import simulated_device
 from tests.fixtures.memory import LiveTensors
@@ -147,6 +148,26 @@ def test_a_layer_fit(place: str, scheme: str, shape: tuple[int, int]) -> None:
     given = 4 * inputs * (inputs + out)
     stated = layer.peak_bytes(shape, parse_scheme(scheme), LEAST, place)
     check(stated, peak(place, make, work) - given)
+
+
+@pytest.mark.parametrize("place", [CPU, DEVICE])
+@pytest.mark.parametrize("scheme", ["4x8g8", "2x8g4"])
+def test_a_table_fit(place: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three parts of its rows; codebooks are fitted on some of them."""
+    for module in (table, ends):
+        monkeypatch.setattr(module, "ROWS", 512)
+    monkeypatch.setattr(table, "FITTED_ON", 256)
+    rows, width = 1536, 256
+    recipe = Recipe(scheme=scheme, fit=LEAST)
+
+    def make(device: str) -> tuple[Tensor, Tensor]:
+        return torch.randn(rows, width).bfloat16().to(device), torch.eye(width).to(device)
+
+    def work(made: tuple[Tensor, Tensor]) -> None:
+        table.fit_table(*made, recipe, torch.Generator().manual_seed(0))
+
+    shape = TableShape(rows, width, Scheme.parse(scheme))
+    check(ends.peak_bytes(shape, LEAST, 2, place), peak(place, make, work))
 
 
 @dataclass

@@ -310,10 +310,9 @@ SETTINGS = Recipe(
 )
 
 
-@pytest.fixture(scope="module")
-def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
-    folder = tmp_path_factory.mktemp("pv")
-    model = toy_model("llama")
+def problem_of(architecture: str, folder: Path) -> Problem:
+    """Embedding and output head of the student are in codes."""
+    model = toy_model(architecture)
     with torch.no_grad():  # logits worth learning: a random model is close to uniform
         model.get_output_embeddings().weight.mul_(8)
     model.save_pretrained(folder / "dense")
@@ -322,6 +321,11 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     tune(TuneJob(str(folder / "dense"), folder / "out", recipe), lambda line: None)
     tokens = from_model(model, Windows(40, 24, seed=1)).tokens
     return Problem(folder, tokens)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    return problem_of("llama", tmp_path_factory.mktemp("pv"))
 
 
 def codes_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -641,6 +645,28 @@ def course(trainer: Trainer) -> list[float]:
     return kls + curve(trainer, 2)
 
 
+def on_ranks(problem: Problem, ranks: int, compute: str, run: Path) -> list[float]:
+    """The same of several processes; their student is left in the folder `run`."""
+    run.mkdir()
+    torch.save(problem.tokens, run / "tokens.pt")
+    script = run / "rank.py"
+    script.write_text(
+        RANK_SCRIPT.format(
+            paths=sys.path,
+            folder=str(problem.folder),
+            tokens=str(run / "tokens.pt"),
+            run=str(run),
+            compute=compute,
+        )
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    kls: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return kls
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "compute"), [(3, "float32"), (2, "bfloat16")])
 def test_several_processes_learn_what_one_does(
@@ -652,25 +678,10 @@ def test_several_processes_learn_what_one_does(
     of which Adam makes whole steps where a gradient is close to zero. One process differs from
     itself as much when it takes other numbers of windows at once: this scatter is the tolerance.
     """
-    torch.save(problem.tokens, tmp_path / "tokens.pt")
-    script, run = tmp_path / "rank.py", tmp_path / "run"
-    run.mkdir()
-    script.write_text(
-        RANK_SCRIPT.format(
-            paths=sys.path,
-            folder=str(problem.folder),
-            tokens=str(tmp_path / "tokens.pt"),
-            run=str(run),
-            compute=compute,
-        )
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    kls = on_ranks(problem, ranks, compute, run)
     alone = problem.trainer(of_few(compute))
     before = codes_of(alone)
-    kls = json.loads(done.stdout.splitlines()[-1])
     expected, tolerance = course(alone), 1e-4
     if compute == "bfloat16":
         for windows in (1, 2):
@@ -695,3 +706,24 @@ def test_several_processes_learn_what_one_does(
     resumed.step = 4
     resumed.optimizer.resume(4, lambda tensors: shards.fill(state, "pv-state-0000004", tensors))
     assert curve(resumed, 2) == pytest.approx(kls[-4:], rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_tables_in_codes_learn_on_several_ranks_what_they_do_on_one(
+    tmp_path: Path, architecture: str
+) -> None:
+    """Every rank has them whole; a tied one has gradients of its rows and of logits."""
+    problem = problem_of(architecture, tmp_path)
+    alone = problem.trainer(of_few("float32"))
+    before = {name: tensor.clone() for name, tensor in alone.tensors().items()}
+    kls = on_ranks(problem, 2, "float32", tmp_path / "run")
+    assert kls == pytest.approx(course(alone), rel=1e-4)
+    ours, theirs = torch.load(tmp_path / "run" / "student.pt"), alone.tensors()
+    heads = ["lm_head"] if architecture == "llama" else []
+    for table in ("model.embed_tokens", *heads):
+        for part in ("codebooks", "scales", "in_scales"):
+            name = f"{table}.{part}"
+            moved = (theirs[name] - before[name]).norm()
+            assert moved > 0
+            assert (ours[name] - theirs[name]).norm() < 1e-3 * moved
