@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pvrt.errors import ServeError
+from pvrt.kv_cache import cache_name
 from pvrt.modules.whole_model import quantized_layers
 from pvrt_kernels.cpu import library
 from pvrt_server.backend import Decision, choose_backend
@@ -102,7 +103,7 @@ def test_the_cache_is_counted_as_transformers_fills_it(tmp_path: Path, architect
     model = toy_model(architecture)
     model.save_pretrained(tmp_path)
     with torch.inference_mode():
-        cache = model(torch.randint(200, (1, 100)), use_cache=True).past_key_values
+        cache = model(torch.randint(200, (1, 100)), use_cache=True)[cache_name()]
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     found = fit(tmp_path, "local")
     # transformers keeps a window's last token but one: the new one makes it whole.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pvrt.kv_cache import cache_name
 from pvrt.modules.aqlm_embedding import TiedHead
 from pvrt.modules.aqlm_layer import AQLMLayer, pack
 from pvrt.modules.aqlm_linear import AQLMLinear
@@ -112,8 +113,8 @@ class CpuModel:
         cache = Cache(layers=[_Layer(layer, state.length) for layer in state.cache])
         output = self.model.model(
             inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(): cache},
         )
         state.length += len(tokens)
         x = output.last_hidden_state[0, len(tokens) - keep :]

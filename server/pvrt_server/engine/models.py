@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from pvrt.kv_cache import cache_name
 from pvrt.modules.whole_model import quantized_layers
 
 
@@ -97,9 +98,9 @@ class TransformersModel:
             self._batch = _Batch((), None)
         output = self.model(
             input_ids=torch.tensor([tokens], device=self.device),
-            past_key_values=state.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{cache_name(): state.cache},
         )
         state.length += len(tokens)
         logits: Tensor = output.logits[0]
@@ -119,11 +120,11 @@ class TransformersModel:
         batch, self._batch = self._batch, _Batch((), None)  # an error leaves none
         output = self.model(
             input_ids=torch.tensor(tokens, device=self.device)[:, None],
-            past_key_values=batch.cache,
             attention_mask=(places >= lengths.max() - lengths[:, None]).long(),
             position_ids=lengths[:, None],
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name(): batch.cache},
         )
         self._batch = batch
         for state in states:
