@@ -46,7 +46,6 @@ LIMITS = {
     "native": 60,
     "model": 75,
     "tuning": 90,
-    "design": 60,
     "crossover": 90,
     "autotune": 120,
     "tools": 120,

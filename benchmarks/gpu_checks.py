@@ -56,7 +56,7 @@ def other_kernels(card: Gpu, dry: bool) -> list[Check]:
     found = []
     for tokens in (1, 8) if dry else (1, 2, 4, 8, 64):
         for config in bench_kernels.candidates(card, Shape(*TWO_BIT, out, features), tokens):
-            if config != DENSE and not (dry and config.kernel == "lut_gluon"):
+            if config != DENSE:
                 found.append(Check("2x8g8", torch.float16, tokens, out, features, config))
     return found
 

@@ -36,7 +36,7 @@ def ceilings(bench: Bench) -> None:
         cuda=torch.version.cuda,
         triton=version("triton"),
         python=platform.python_version(),
-        gluon_gathers=launch.gluon_gathers(),
+        compiles_cuda=choose.describe_gpu(bench.device).compiles_cuda,
     )
     bench.row(copy_bytes_per_second=bench_kernels.copy_bandwidth(bench.device))
     n = 64 if bench.dry else 8192

@@ -14,7 +14,7 @@ from gpu_bench import Bench
 #: The module that holds each section, under its own name.
 MODULES = {
     **dict.fromkeys(("ceilings", "gemv", "native", "model", "crossover"), "gpu_rates"),
-    **dict.fromkeys(("design", "autotune"), "gpu_design"),
+    "autotune": "gpu_autotune",
     **dict(correctness="gpu_checks", tuning="gpu_tuning", tools="gpu_tools"),
 }
 FRESH = (

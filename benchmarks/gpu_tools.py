@@ -12,9 +12,6 @@ import gpu_checks
 import torch
 from gpu_bench import Bench
 
-from pvrt.tools.bench_kernels import blocks_of
-from pvrt_kernels.gpu import launch
-from pvrt_kernels.gpu.choose import LaunchConfig
 from pvrt_kernels.packed import aqlm_packed_linear
 
 COMMANDS = {
@@ -57,9 +54,6 @@ def small_case() -> None:
         x = torch.randn(tokens, 512, device=device).half()
         error = float((aqlm_packed_linear(x, layer).double() - x.double() @ exact.T).abs().max())
         print(scheme, tokens, error)
-        if (scheme, tokens) == ("2x8g8", 1) and launch.gluon_gathers():
-            config = LaunchConfig("lut_gluon", 1, 1024, 8, 2)
-            launch.launch(config, x, blocks_of(layer), None, layer.partition_sizes)
 
 
 if __name__ == "__main__":

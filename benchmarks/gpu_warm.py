@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gpu_checks
-import gpu_design
 import gpu_rates
 import torch
 from gpu_bench import TWO_BIT
@@ -37,7 +36,6 @@ from pvrt.format.scheme import Scheme
 from pvrt.tools import bench_kernels
 from pvrt_kernels.gpu import choose, launch
 from pvrt_kernels.gpu.choose import DENSE, Gpu, LaunchConfig, Shape
-from pvrt_kernels.packed import PackedWeight
 
 HALF, TYPES = torch.float16, gpu_checks.TYPES
 #: `platform.architecture()` says less where no `file` command is: launchers are kept for both.
@@ -48,7 +46,7 @@ KEPT = (".cubin", ".json", ".so")  # of an entry; the rest is for reading
 class Binary(NamedTuple):
     """What makes a binary: a launch config (its split does not), a scheme, types, partitions.
 
-    The kernel "rows" is decoding by number, "variants" stands for all of gpu_variants.
+    The kernel "rows" is decoding by number.
     """
 
     config: LaunchConfig
@@ -60,9 +58,12 @@ class Binary(NamedTuple):
 def binaries(card: Gpu) -> list[Binary]:
     """All, in the order in which gpu.py needs them."""
     found = [*of_the_product(card), *of_checks(card), *of_rates(card)]
-    found.append(Binary(LaunchConfig("variants"), "2x8g8"))
     return list(
-        dict.fromkeys(each._replace(config=replace(each.config, split=1)) for each in found)
+        dict.fromkeys(
+            each._replace(config=replace(each.config, split=1))
+            for each in found
+            if each.config.kernel != "lut_cuda"  # NVRTC's
+        )
     )
 
 
@@ -91,14 +92,13 @@ def of_checks(card: Gpu) -> Iterator[Binary]:
 
 
 def of_rates(card: Gpu) -> Iterator[Binary]:
-    """Sections `gemv`, `model`, `design`, `crossover` and `autotune`, in float16."""
+    """Sections `gemv`, `model`, `crossover` and `autotune`, in float16."""
     llamas = [layer for llama in gpu_rates.LLAMAS for layer in llama.linears]
-    layers = [*gpu_rates.GEMV_LAYERS, *llamas, *gpu_design.LAYERS, *bench_kernels.COMMON_LAYERS]
+    layers = [*gpu_rates.GEMV_LAYERS, *llamas, *bench_kernels.COMMON_LAYERS]
     for layer in layers:
         for tokens in launch.WARM_TOKENS:
             config = choose.choose(card, Shape(*TWO_BIT, *layer), tokens, HALF, False)
             yield Binary(config, "2x8g8")
-    yield Binary(choose.fit(gpu_design.HALF_TABLES, card, Shape(*TWO_BIT, 4096, 4096), 2), "2x8g8")
     for scheme in (TWO_BIT, gpu_rates.ONE_BIG):
         for layer in layers:
             shape = Shape(*scheme, *layer)
@@ -187,13 +187,7 @@ def compile_one(card: Gpu, binary: Binary) -> str:
         codebooks = torch.zeros(len(sizes), *form.codebooks_shape, dtype=binary.dtype)
         blocks = launch.pack(codes, codebooks, torch.ones(96, dtype=binary.dtype), sizes)
         x = torch.zeros(max(1, binary.config.tokens), features, dtype=binary.dtype)
-        if binary.config.kernel == "variants":
-            import gpu_variants
-
-            weight = PackedWeight(launch.KERNEL.name, blocks, sizes, features)
-            for _, calls in gpu_variants.variants(card, x, [weight]):
-                calls[0]()
-        elif binary.config.kernel == "rows":
+        if binary.config.kernel == "rows":
             launch.rows(blocks, torch.zeros(8, dtype=torch.int64), sizes, features, binary.dtype)
         elif binary.config == DENSE:
             launch.multiply_decoded(x, blocks, None, sizes)
