@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from pvrt_kernels.gpu import nvrtc
 from pvrt_kernels.gpu.layout import block_count
 
 KERNELS = ("lut_cuda", "lut", "direct", "tile", "dense")
@@ -90,11 +91,9 @@ def describe_gpu(device: torch.device) -> Gpu:
     """The GPU of a device; a stand-in of 4 SMs for a CPU, where Triton's interpreter runs."""
     if device.type != "cuda":
         return Gpu("interpreter", (8, 9), 4)
-    from pvrt_kernels.gpu import native
-
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    compiles = native.missing() is None
+    compiles = nvrtc.missing() is None
     return Gpu(properties.name, capability, properties.multi_processor_count, compiles)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import reference
-from pvrt_kernels.gpu import launch, native
+from pvrt_kernels.gpu import launch, native, nvrtc
 from pvrt_kernels.gpu.choose import LaunchConfig
 
 HERE = Path(__file__).parent
@@ -97,8 +97,8 @@ def test_products(
     assert not arrived.any()
 
 
-def nvrtc() -> None:
-    reason = native.missing()
+def needs_nvrtc() -> None:
+    reason = nvrtc.missing()
     if reason is not None:
         pytest.skip(f"no NVRTC: {reason}")
 
@@ -108,15 +108,15 @@ def nvrtc() -> None:
 def test_the_source_compiles_for_every_architecture(
     architecture: str, tokens: int, rows: int
 ) -> None:
-    nvrtc()
+    needs_nvrtc()
     config = LaunchConfig("lut_cuda", tokens, rows, 8)
     defined = native.constants(config, 2, 256, 8, BFLOAT)
-    assert native.compile_source(defined, architecture).startswith(b"\x7fELF")
+    assert nvrtc.compile_source("lut_gemv.cu", defined, architecture).startswith(b"\x7fELF")
 
 
 def test_a_source_that_does_not_compile_is_named() -> None:
-    nvrtc()
+    needs_nvrtc()
     config = LaunchConfig("lut_cuda", 1, 1024, 8)
-    defined = native.constants(config, 2, 256, 8, HALF) | {"GROUP": 7}
+    defined = native.constants(config, 2, 256, 8, HALF) | {"THREADS": 0}
     with pytest.raises(RuntimeError, match=r"lut_gemv.cu does not compile"):
-        native.compile_source(defined, "sm_90")
+        nvrtc.compile_source("lut_gemv.cu", defined, "sm_90")
