@@ -9,9 +9,10 @@ import torch
 from gpu_item import Item
 
 REAL = {
+    "fit": {"rounds": 1, "kmeans_iterations": 6, "beam": 2},
     "training": {
         "windows": 64,
-        "steps": 60,
+        "steps": 40,
         "batch": 4,
         "microbatch": 4,
         "held_out": 8,
@@ -33,7 +34,7 @@ def real_options(item: Item) -> list[object]:
     loop = {"training": {**REAL["training"], **small, "evaluate_every": 1}}
     content = {**dry, "finetune": {"epochs": 0}, **loop} if item.dry else REAL
     recipe.write_text(json.dumps(content))
-    limit = item.some("20s", "30m")
+    limit = item.some("150s", "30m")  # of each command; the steps end it earlier
     options = ["--effort", "quick", "--config", recipe, "--for", limit, "--device", item.device]
     return [*options, "--data", item.text, *item.some([], ["--keep-embeddings"])]
 
