@@ -1,4 +1,4 @@
-"""The CUDA kernel without a GPU: its source compiled for the CPU and for every architecture."""
+"""The CUDA kernels without a GPU: compiled for the CPU and for every architecture."""
 
 import ctypes
 import subprocess
@@ -26,9 +26,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @lru_cache(maxsize=64)
-def on_cpu(folder: Path, defined: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
-    library = folder / ("_".join(str(value) for _, value in defined) + ".so")
-    flags = [f"-D{name}={value}" for name, value in defined]
+def on_cpu(folder: Path, name: str, defined: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    library = folder / ("_".join([name, *(str(value) for _, value in defined)]) + ".so")
+    flags = [f"-D{constant}={value}" for constant, value in defined]
+    flags += [f"-DKERNEL={name}", f'-DSOURCE="{name}.cu"']
     command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{SOURCES}"]
     subprocess.run([*command, *flags, str(HERE / "native_on_cpu.cpp"), "-o", library], check=True)
     return ctypes.CDLL(str(library))
@@ -53,6 +54,16 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
         ("4x8g16", [150], 400, HALF, 2, 1),
         ("2x8g8", [150, 20], 520, HALF, 4, 2),
         ("1x8g8", [150], 520, HALF, 4, 1),
+        ("2x8g8", [150], 136, HALF, 5, 1),
+        ("2x8g8", [150, 133, 5], 392, BFLOAT, 8, 3),
+        ("2x8g8", [75], 328, HALF, 9, 2),
+        ("2x8g8", [150, 20], 264, BFLOAT, 33, 2),
+        ("2x8g8", [75], 520, HALF, 64, 4),
+        ("1x8g8", [75], 520, HALF, 16, 2),
+        ("4x8g8", [75], 136, BFLOAT, 12, 3),
+        ("1x8g16", [75], 784, HALF, 9, 2),
+        ("2x7g16", [75], 400, BFLOAT, 17, 1),
+        ("4x8g16", [75, 33], 400, HALF, 64, 3),
     ],
 )
 def test_products(
@@ -74,11 +85,12 @@ def test_products(
     packed = launch.pack(codes.to(form.code_dtype), codebooks, scales, sizes)
     x, bias = torch.randn(tokens, in_features).to(dtype), torch.randn(rows).to(dtype)
 
-    config = LaunchConfig("lut_cuda", 1 << (tokens - 1).bit_length(), 128, 4, split)
+    kernel = "lut_cuda" if tokens <= 4 else "tile_cuda"
+    config = LaunchConfig(kernel, 1 << (tokens - 1).bit_length(), 128, 4, split)
     defined = native.constants(
         config, form.num_codebooks, form.codebook_size, form.in_group_size, dtype
     )
-    library = on_cpu(folder, tuple(defined.items()))
+    library = on_cpu(folder, native.SOURCES[kernel], tuple(defined.items()))
     tiles = sum(-(-size // config.rows) for size in sizes)
     ends = [sum(sizes[: part + 1]) for part in range(len(sizes))] + [rows, rows]
     partial, arrived = torch.zeros(tokens, rows), torch.zeros(tiles, dtype=torch.int32)
@@ -92,7 +104,7 @@ def test_products(
         )
         expected = x.double() @ weight.double().T + bias.double()
         assert (y.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
-        assert in_a_bank == (1 if tokens <= 2 else 2)
+        assert in_a_bank == 1
     assert not partial.any()
     assert not arrived.any()
 
@@ -104,14 +116,21 @@ def needs_nvrtc() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 1024), (2, 512), (4, 512)])
+@pytest.mark.parametrize(
+    ("kernel", "tokens", "rows"),
+    [
+        *(("lut_cuda", 1, 1024), ("lut_cuda", 2, 512), ("lut_cuda", 4, 512)),
+        *(("tile_cuda", tokens, 256) for tokens in (8, 16, 32, 64)),
+    ],
+)
 def test_the_source_compiles_for_every_architecture(
-    architecture: str, tokens: int, rows: int
+    architecture: str, kernel: str, tokens: int, rows: int
 ) -> None:
     needs_nvrtc()
-    config = LaunchConfig("lut_cuda", tokens, rows, 8)
+    config = LaunchConfig(kernel, tokens, rows, 8)
     defined = native.constants(config, 2, 256, 8, BFLOAT)
-    assert nvrtc.compile_source("lut_gemv.cu", defined, architecture).startswith(b"\x7fELF")
+    source = f"{native.SOURCES[kernel]}.cu"
+    assert nvrtc.compile_source(source, defined, architecture).startswith(b"\x7fELF")
 
 
 def test_a_source_that_does_not_compile_is_named() -> None:
