@@ -84,5 +84,6 @@ def peak_bytes(shape: BlockShape, tokens: int) -> int:
     # Autograd keeps weights on grids, and the steps that they are made of. Of one layer: decoded
     # weight, its gradient, and what the gradients of codebooks take.
     weights = 2 * 4 * shape.on_grids + 6 * 4 * shape.largest
-    # Between passes there are gradients, and what Adam divides by or a new best state.
-    return int(block + max(weights + 4 * tokens * shape.kept, 2 * 4 * shape.floats))
+    # Gradients come meanwhile. Between passes there are these, and what Adam divides by or a new
+    # best state.
+    return int(block + 4 * shape.floats + max(weights + 4 * tokens * shape.kept, 4 * shape.floats))

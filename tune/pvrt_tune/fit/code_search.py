@@ -72,7 +72,7 @@ class Cells:
         probes = min(effort[0], len(coarse))
         found = []
         for part in torch.split(features, max(64, _tile(features) // len(coarse))):
-            cells = _fewest(torch.addmm(coarse_offset, part, coarse_columns), probes)
+            cells = _smallest(torch.addmm(coarse_offset, part, coarse_columns), probes)
             scores, codeword = _inside(part, cells, columns, offset)
             best = scores.topk(min(effort[1], probes), largest=False, sorted=False).indices
             found.append(self.members[cells.gather(1, best), codeword.gather(1, best)])
@@ -159,17 +159,27 @@ def _tile(like: Tensor) -> int:
 
 def _fewest(scores: Tensor, count: int) -> Tensor:
     """Columns of the `count` lowest scores in every row of [n, K], which it overwrites."""
-    on_cpu = scores.device.type == "cpu"
-    few = count <= 8 and (scores.shape[1] <= 256 if on_cpu else len(scores) >= _MANY_ROWS)
-    if count > 1 and not few:
-        return scores.topk(count, largest=False, sorted=False).indices
-    # A few vectorised minima in cache are cheaper than one scalar selection. On a GPU a selection
-    # takes a block of threads some ten microseconds for every row, minima what reading them takes.
+    if scores.device.type != "cpu" or count > 8 or (count > 1 and scores.shape[1] > 256):
+        return _smallest(scores, count)
+    # A few vectorised minima in cache are cheaper than one scalar selection.
     found = [row_minima(scores)[1]]
     while len(found) < count:
         scores.scatter_(1, found[-1].unsqueeze(1), torch.inf)
-        numbered = scores.amin(1).view(torch.int32) & 255 if on_cpu else scores.min(1).indices
-        found.append(numbered.long())
+        found.append((scores.amin(1).view(torch.int32) & 255).long())
+    return torch.stack(found, 1)
+
+
+def _smallest(scores: Tensor, count: int) -> Tensor:
+    """The same, with nothing counting as equal that is not."""
+    many = scores.device.type != "cpu" and len(scores) >= _MANY_ROWS
+    if count > 8 or (count > 1 and not many):
+        return scores.topk(count, largest=False, sorted=False).indices
+    # A GPU's selection takes a block of threads some ten microseconds for every row; a minimum
+    # takes no longer than reading the row.
+    found = [scores.min(1).indices]
+    while len(found) < count:
+        scores.scatter_(1, found[-1].unsqueeze(1), torch.inf)
+        found.append(scores.min(1).indices)
     return torch.stack(found, 1)
 
 
