@@ -166,10 +166,10 @@ def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
 
     An SM takes its programs one beside the other. The unit is 0.056 us. lut_cuda as measured on an
     H100 (benchmarks/results): a stage costs an SM 6 for each row of a thread and word of a table,
-    and 2 for the table; a program costs 8 besides. Of one or two tokens two programs are to run at a
-    time: a last one without a second does not keep the SM busy. tile_cuda is an estimate from what
-    it reads of shared memory: a block of codes costs 3 for each 16 rows of a warp, and 1 for 12
-    tokens; a program costs 24, and 2 for each 8 tokens.
+    and 2 for the table; a program costs 8 besides. Of one or two tokens two programs are to run at
+    a time: a last one without a second does not keep the SM busy. tile_cuda is an estimate from
+    what it reads of shared memory: a block of codes costs 3 for each 16 rows of a warp, and 1 for
+    12 tokens; a program costs 24, and 2 for each 8 tokens.
     """
     threads, words = 32 * config.warps, (config.tokens + 1) // 2
     lut = config.kernel == "lut_cuda"
