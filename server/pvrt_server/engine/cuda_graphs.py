@@ -20,7 +20,8 @@ def recorder(device: torch.device) -> Recorder:
     pool: Any = torch.cuda.graph_pool_handle()
 
     def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        with torch.cuda.device(device):
+        # The second: a capture that fails leaves its own stream as the current one.
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
             side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
