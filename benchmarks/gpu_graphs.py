@@ -26,15 +26,13 @@ def decode_rates(item: Item, folder: Path, dtype: str) -> None:
     found: dict[str, list[list[int]]] = {}
     for way in ("eager", "captured"):
         with item.check(f"decoding, {way}"):
-            with (
-                patch(_CAPTURED, lambda model, *_: TransformersModel(model))
-                if way == "eager"
-                else nullcontext()
-            ):
+            plain = patch(_CAPTURED, lambda model, *_: TransformersModel(model))
+            with plain if way == "eager" else nullcontext():
                 running = Engine.load(folder, options)
             with running:
                 count = item.some(64, 4)
-                _answers(running, PROMPTS, 4)  # whatever the first step does
+                for several in (PROMPTS[:1], PROMPTS[:2], PROMPTS):  # records, compiles
+                    _answers(running, several, item.some(16, 2))
                 one, alone = _answers(running, PROMPTS[:1], count)
                 four, together = _answers(running, PROMPTS, count)
                 found[way] = alone + together

@@ -15,7 +15,7 @@ class Machine:
     def __init__(self) -> None:
         self.seconds, self.joules = 100.0, 7.0
 
-    def generate(self, prompt: Sequence[int], count: int) -> Iterator[int]:
+    def generate(self, prompt_ids: Sequence[int], count: int) -> Iterator[int]:
         self.seconds, self.joules = self.seconds + 1.5, self.joules + 30
         for token in range(count):
             self.seconds, self.joules = self.seconds + 0.5, self.joules + 4
