@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pvrt_kernels.gpu import nvrtc
-from pvrt_kernels.gpu.layout import block_count
+from pvrt_kernels.gpu.layout import block_count, split_codebooks
 
 CUDA = ("lut_cuda", "tile_cuda")
 KERNELS = (*CUDA, "lut", "direct", "tile", "dense")
@@ -154,7 +154,7 @@ def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConf
         return shared_evenly(config, gpu, shape)
     if config.split == 0:
         if -(-shape.out_features // config.rows) * shape.blocks < gpu.sms:
-            config = halved(config)
+            config = halved(config, shape)
         tiles = -(-shape.out_features // config.rows)
         split = best_split(tiles, shape.blocks, gpu.sms * max(1, _SLOTS // config.warps))
         config = replace(config, split=split)
@@ -164,11 +164,12 @@ def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConf
 def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
     """The rows (at most the config's) and the split of a CUDA kernel that take the least time.
 
-    An SM takes its programs one beside the other. One alone does not keep it busy. The unit is
-    0.056 us. lut_cuda as measured on an H100 (benchmarks/results): a stage costs an SM 6 for each
-    row of a thread and word of a table, and 2 for the table; a program costs 8 besides. tile_cuda
-    is an estimate from what it reads of shared memory: a block of codes costs 3 for each 16 rows
-    of a warp, and 1 for 12 tokens; a program costs 24, and 2 for each 8 tokens.
+    An SM takes its programs one beside the other. The unit is 0.056 us. lut_cuda as measured on an
+    H100 (benchmarks/results): a stage costs an SM 6 for each row of a thread and word of a table,
+    and 2 for the table; a program costs 8 besides. Of one or two tokens two programs are to run at
+    a time: a last one without a second does not keep the SM busy. tile_cuda is an estimate from
+    what it reads of shared memory: a block of codes costs 3 for each 16 rows of a warp, and 1 for
+    12 tokens; a program costs 24, and 2 for each 8 tokens.
     """
     threads, words = 32 * config.warps, (config.tokens + 1) // 2
     lut = config.kernel == "lut_cuda"
@@ -181,10 +182,11 @@ def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
         steps = -(-stages // split)
         if lut:
             work, others = 6 * words * (rows // threads) * steps, 2.0 * words * steps + 8
+            alone = 2 * work // 3 if programs % 2 and words == 1 else 0
         else:
             work = 3 * (rows // least) * steps
             others = config.tokens / 12 * steps + 24 + config.tokens / 4
-        alone = work // 2 if programs == 1 else 0
+            alone = work // 2 if programs == 1 else 0
         return programs * (work + others) + alone + split // 2
 
     rows, split = min(
@@ -196,9 +198,13 @@ def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
     return replace(config, rows=rows, split=split)
 
 
-def halved(config: LaunchConfig) -> LaunchConfig:
-    """A smaller tile, for a layer too small to fill the card, where there is one."""
-    if config.warps <= 4:
+def halved(config: LaunchConfig, shape: Shape) -> LaunchConfig:
+    """A smaller tile, for a layer too small to fill the card, where there is one.
+
+    Lookups in tables of 3, 5 or 6 codebooks would lack registers with fewer warps.
+    """
+    odd = split_codebooks(shape.num_codebooks)[1] > 0
+    if config.warps <= 4 or (config.kernel == "lut" and odd):
         return config
     return replace(config, rows=config.rows // 2, warps=config.warps // 2)
 

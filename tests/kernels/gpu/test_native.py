@@ -13,6 +13,7 @@ from pvrt.format.scheme import Scheme
 from pvrt_kernels import reference
 from pvrt_kernels.gpu import launch, native, nvrtc
 from pvrt_kernels.gpu.choose import LaunchConfig
+from tests.fixtures import aot
 
 HERE = Path(__file__).parent
 SOURCES = Path(native.__file__).parent / "csrc"
@@ -115,22 +116,31 @@ def needs_nvrtc() -> None:
         pytest.skip(f"no NVRTC: {reason}")
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 @pytest.mark.parametrize(
     ("kernel", "tokens", "rows"),
     [
-        *(("lut_cuda", 1, 1024), ("lut_cuda", 2, 512), ("lut_cuda", 4, 512)),
+        *(("lut_cuda", 1, rows) for rows in (256, 512, 1024)),
+        *(("lut_cuda", tokens, 512) for tokens in (2, 4)),
         *(("tile_cuda", tokens, 256) for tokens in (8, 16, 32, 64)),
     ],
 )
-def test_the_source_compiles_for_every_architecture(
-    architecture: str, kernel: str, tokens: int, rows: int
+def test_the_kernels_fit_every_architecture(
+    architecture: int, kernel: str, tokens: int, rows: int
 ) -> None:
     needs_nvrtc()
     config = LaunchConfig(kernel, tokens, rows, 8)
     defined = native.constants(config, 2, 256, 8, BFLOAT)
     source = f"{native.SOURCES[kernel]}.cu"
-    assert nvrtc.compile_source(source, defined, architecture).startswith(b"\x7fELF")
+    code = nvrtc.compile_source(source, defined, f"sm_{architecture}")
+    binary = aot.read_binary(code, native.shared_bytes(config, 2, 8))
+    assert binary.spill_bytes <= 48  # of a few registers, outside of the lookups
+    assert binary.registers * 256 * defined["BLOCKS"] <= aot.REGISTERS
+    assert binary.shared_bytes <= aot.SHARED_LIMIT[architecture] << 10
+    if kernel == "lut_cuda":  # one byte dot product and one load for each lookup
+        lookups = 32 * (rows // 256)
+        assert binary.count(r"IDP\.4A") == lookups
+        assert binary.count(r"LDS") - lookups in range(12)
 
 
 def test_a_source_that_does_not_compile_is_named() -> None:
