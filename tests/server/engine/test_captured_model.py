@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pvrt
 from pvrt.modules.whole_model import pack_model
 from pvrt_kernels.cpu import library, rounding
-from pvrt_server.engine.captured_model import CapturedModel
+from pvrt_server.engine.captured_model import CapturedModel, _fused, _plain_norms
 from pvrt_server.engine.models import TransformersModel
 from tests.fixtures import tape
 from tests.fixtures.instruction_sets import relative
-from tests.fixtures.toy import write_toy
+from tests.fixtures.toy import toy_model, write_toy
 
 ROOM = 4096
 NEAR = 1e-5  # float32, sums in another order
@@ -143,6 +144,27 @@ def test_few_buffers_are_kept(tmp_path: Path) -> None:
     for names, kept in (("a", [1]), ("ab", [1, 2]), ("abcde", [2, 8]), ("a", [1]), ("ab", [1, 2])):
         both.step(names)
         assert [rows for rows, _ in both.models[0]._graphs] == kept
+
+
+class OffsetNorm(LlamaRMSNorm):  # type: ignore[misc]
+    """Its weights are zero where they change nothing, as Gemma's."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + super().forward(x) / self.weight
+
+
+@pytest.mark.parametrize(("architecture", "plain"), [("qwen3", 9), ("llama", 5)])
+def test_plain_norms_are_found_and_given_back(architecture: str, plain: int) -> None:
+    model = toy_model(architecture)
+    model.model.norm = OffsetNorm(128)
+    hooked = model.model.layers[0].input_layernorm
+    hooked.forward = hooked.forward
+    found = _plain_norms(model)
+    assert len(found) == plain - 2
+    with _fused(found):
+        assert all("forward" in vars(norm) for norm in found)
+    assert not any("forward" in vars(norm) for norm in found)
+    assert "forward" in vars(hooked)
 
 
 def frozen(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
