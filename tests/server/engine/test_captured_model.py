@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import pvrt
 from pvrt.modules.whole_model import pack_model
 from pvrt_kernels.cpu import library, rounding
+from pvrt_server.engine import loading
 from pvrt_server.engine.captured_model import CapturedModel, _fused, _plain_norms
+from pvrt_server.engine.engine import Engine
 from pvrt_server.engine.models import TransformersModel
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import TokenEvent
 from tests.fixtures import tape
+from tests.fixtures.c_library import without_c_library
 from tests.fixtures.instruction_sets import relative
 from tests.fixtures.toy import toy_model, write_toy
 
@@ -144,6 +150,34 @@ def test_few_buffers_are_kept(tmp_path: Path) -> None:
     for names, kept in (("a", [1]), ("ab", [1, 2]), ("abcde", [2, 8]), ("a", [1]), ("ab", [1, 2])):
         both.step(names)
         assert [rows for rows, _ in both.models[0]._graphs] == kept
+
+
+def test_an_engine_answers_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come and go, prompts that begin alike."""
+    write_toy(tmp_path, "llama")
+    texts = ["Hello", "Hello, how are you today, all of you?", "Hello, how are you today, then?"]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    made: list[CapturedModel] = []
+
+    def captured(model: Any) -> CapturedModel:
+        made.append(CapturedModel(model, tape.record, ROOM))
+        return made[0]
+
+    def answers() -> list[list[int]]:
+        with without_c_library(), Engine.load(tmp_path) as engine:
+            ids = [engine.codec.encode(text) for text in texts]
+
+            def answer(prompt: list[int]) -> list[int]:
+                events = engine.generate(prompt, params)
+                return [event.token_id for event in events if isinstance(event, TokenEvent)]
+
+            with ThreadPoolExecutor(3) as pool:
+                return [*pool.map(answer, ids), *map(answer, reversed(ids))]
+
+    expected = answers()
+    monkeypatch.setattr(loading, "TransformersModel", captured)
+    assert answers() == expected
+    assert (1, 256) in made[0]._graphs
 
 
 class OffsetNorm(LlamaRMSNorm):  # type: ignore[misc]
