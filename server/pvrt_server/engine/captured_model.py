@@ -68,21 +68,30 @@ class CapturedModel(TransformersModel):
         capacity = max(_FIRST_CAPACITY, 1 << longest.bit_length())
         if rows * capacity >= self._limit or not all(state.length for state in states):
             return None
-        graph = self._graphs.pop((rows, capacity), None)
-        if graph is None:
-            try:
-                self._check(states)
-                graph = _Graph(self.model, rows, capacity, self._kept(states[0], 1))
-                with _one_query_attention(self.model), _fused(self._norms):
-                    graph.record(self._record)
-            except Exception as error:
-                out_of_memory = isinstance(error, torch.OutOfMemoryError)
-                self._limit = rows * capacity if out_of_memory else 0
-                what = f"{rows} sequences of {capacity} tokens" if out_of_memory else "tokens"
-                _log.warning("%s are decoded without a CUDA graph: %s", what, error)
-                return None
-        self._graphs[rows, capacity] = graph
+        graph = self._graphs.pop((rows, capacity), None) or self._recorded(states, rows, capacity)
+        if graph is not None:
+            self._graphs[rows, capacity] = graph
         return graph
+
+    def _recorded(self, states: Sequence[Sequenced], rows: int, capacity: int) -> "_Graph | None":
+        """A new graph; None, and a line in the log, where it cannot be or there is no memory."""
+        try:
+            self._check(states)
+            graph = _Graph(self.model, rows, capacity, self._kept(states[0], 1))
+            with _one_query_attention(self.model), _fused(self._norms):
+                graph.record(self._record)
+            return graph
+        except torch.OutOfMemoryError as error:
+            reason, limit = str(error), rows * capacity
+        except Exception as error:
+            reason, limit = str(error), 0
+        if limit and self._graphs:  # whose buffers are in the way
+            self._graphs.clear()
+            return self._recorded(states, rows, capacity)
+        self._limit = limit
+        what = f"{rows} x {capacity} tokens" if limit else "tokens"
+        _log.warning("%s are decoded without a CUDA graph: %s", what, reason)
+        return None
 
     def _check(self, states: Sequence[Sequenced]) -> None:
         """Raise _NotCaptured for a model that is known not to run from tensors alone."""
