@@ -51,21 +51,23 @@ class Latent:
         bfloat16.
         """
 
-        def length(squares: Tensor) -> float:
-            size, direction = parallel.total(squares).sqrt()
-            return rate * float(size) / max(float(direction), 1e-30)
+        def length(squares: Tensor) -> Tensor:
+            size, direction = parallel.total(squares).sqrt().double()
+            ratio: Tensor = rate * size / direction.clamp_min(1e-30)
+            return ratio
 
         target = decoded.clone() if self.value is None else self.value.float()
         moment = self.moments.get("second_moment")
         if moment is not None and pv_step.can_step(target, grad, moment, decoded):
             distance = pv_step.latent_step(
-                target, grad, moment, decoded, self._group, self._beta, length
+                target, grad, moment, decoded, self._group, self._beta, lambda s: float(length(s))
             )
         else:
             root = self._root_moment(grad).add_(_TINY)
             direction = torch.div(grad, root, out=root)
             norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
-            target.sub_(direction, alpha=length(norms.square_()))
+            # A number on the device: reading it would wait for all that is before it.
+            target.addcmul_(direction, length(norms.square_()).float(), value=-1)
             distance = torch.linalg.vector_norm((target - decoded).view(-1, self._group), dim=1)
         if self.value is not None and self.value.dtype is torch.bfloat16:
             self.value.copy_(_round_stochastically(target, generator))
