@@ -1,5 +1,6 @@
 """Recording a computation as a CUDA graph, which the GPU then runs without Python."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,9 @@ def _no_waiting() -> Iterator[None]:
     behind, one while recording may.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode may miss some, which capturing finds
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
