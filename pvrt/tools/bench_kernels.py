@@ -153,14 +153,8 @@ def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
                 found.append(replace(base, rows=rows, split=-(-stages // steps)))
     elif tokens == 1 and shape.width == "8bit":
         whole = not split_codebooks(shape.num_codebooks)[1]
-        for rows, warps in (
-            ((512, 4), (1024, 8), (512, 8), (2048, 16), (1024, 16))
-            if whole
-            else (
-                (512, 8),
-                (1024, 16),
-            )
-        ):
+        sizes = ((512, 4), (1024, 8), (512, 8), (2048, 16), (1024, 16))
+        for rows, warps in sizes if whole else ((512, 8), (1024, 16)):
             found.append(choose.fit(LaunchConfig("lut", 0, rows, warps, 0), card, shape, tokens))
         for split in (max(1, found[1].split // 2), min(shape.blocks, found[1].split * 2)):
             found.append(replace(found[1], split=split))
@@ -171,9 +165,8 @@ def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
     if 4 < tokens <= choose.MOST_TOKENS and choose.takes("tile_cuda", card, shape):
         base = choose.fit(LaunchConfig("tile_cuda", 0, 256, 8, 0), card, shape, tokens)
         found.append(base)
-        for rows, per_sm in ((128, 1), (128, 2), (256, 1), (256, 2), (256, 4), (512, 1)):
-            split = round(per_sm * card.sms * rows / shape.out_features)
-            found.append(replace(base, rows=rows, split=max(1, min(shape.blocks, split))))
+        for rows in (128, 256, 512):
+            found += [replace(base, rows=rows, split=split) for split in (1, 2)]
     if tokens > 4:
         found.append(choose.fit(LaunchConfig("tile", 0, 128, 8, 0), card, shape, tokens))
         found.append(DENSE)
