@@ -317,7 +317,8 @@ def state_bytes(model: ModelShape, settings: PVSettings, trained: int) -> int:
     strategy, weights = STRATEGIES[settings.strategy], sum(block.weights for block in model.blocks)
     latent = (2 if settings.low_memory else 4) * strategy.accumulates
     moment = (0 if settings.low_memory else 4) * strategy.moves_codes
-    bounds = 2 * sum(block.groups for block in model.blocks)
+    # Of searches: a limit of every group, and the codebooks that they hold for.
+    bounds = sum(2 * block.groups + 4 * block.floats for block in model.blocks)
     # Continuous numbers have two moments of Adam.
     codes = sum(block.codes for block in model.blocks)
     return (latent + moment) * weights + bounds + codes + 3 * 4 * trained
