@@ -69,8 +69,7 @@ class AdditiveFit:
         if scheme.out_group_size != 1 or not scheme.divides(out, in_features):
             raise ValueError(f"cannot fit scheme {scheme} to a {out} x {in_features} layer")
         self.g, self.size = scheme.in_group_size, scheme.codebook_size
-        self.groups = in_features // self.g
-        self.cells = cells_of(scheme)
+        self.groups, self.cells = in_features // self.g, cells_of(scheme)
         self.scheme, self.settings, self.generator = scheme, settings, generator
         self.objective = Objective(weight, second_moment)
         self.weight, self.moment = self.objective.weight, self.objective.moment
@@ -124,8 +123,8 @@ class AdditiveFit:
         A metric is the Schur complement of all later groups in H: the loss of a group's error once
         those have made the best of it.
         """
-        square = self._feedback.view(self.groups, self.g, self.groups, self.g)
-        inverses = torch.linalg.inv(square.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        blocks = self._feedback.view(self.groups, self.g, self.groups, self.g).diagonal(0, 0, 2)
+        inverses = torch.linalg.inv(blocks.permute(2, 0, 1))
         return inverses, inverses @ inverses.mT
 
     # ---- start ----
@@ -152,7 +151,7 @@ class AdditiveFit:
         points, weights = self._points()
         for m, codebook in enumerate(codebooks):
             features = torch.cat([weights * points, weights], 1)
-            codes[:, m] = lowest(features, *weighted(codebook), 1)[:, 0]
+            codes[:, m] = lowest(features, *weighted(codebook))[:, 0]
             points = points - codebook[codes[:, m]]
 
     def _points(self) -> tuple[Tensor, Tensor]:
@@ -270,10 +269,7 @@ class AdditiveFit:
 
     def fit_codebooks(self) -> None:
         """Conjugate gradients on the codebooks: the objective is quadratic in them."""
-        gathers = [
-            summing_matrix(self.codes[..., m].reshape(-1), self.size)
-            for m in range(len(self.codebooks))
-        ]
+        gathers = [summing_matrix(codes.reshape(-1), self.size) for codes in self.codes.unbind(2)]
 
         def collect(matrix: Tensor) -> Tensor:
             flat = (self.scales * (matrix @ self.moment)).reshape(-1, self.g)
@@ -310,8 +306,8 @@ class AdditiveFit:
     def reseed_dead(self) -> int:
         """Move codewords that no group uses onto the groups of largest error."""
         unused = torch.ones(len(self.codebooks), self.size, device=self.codes.device).bool()
-        for m, codewords in enumerate(unused):
-            codewords.index_fill_(0, self.codes[..., m].reshape(-1), False)
+        for codewords, codes in zip(unused, self.codes.unbind(2), strict=True):
+            codewords.index_fill_(0, codes.reshape(-1), False)
         dead = [codewords.nonzero().squeeze(1) for codewords in unused]
         total = sum(len(codewords) for codewords in dead)
         if total:
@@ -331,8 +327,7 @@ class AdditiveFit:
         return list(column_blocks(len(self.moment), self.g, self.settings.column_block))
 
     def _permutation(self, count: int) -> list[int]:
-        order: list[int] = torch.randperm(count, generator=self.generator).tolist()
-        return order
+        return list(torch.randperm(count, generator=self.generator).tolist())
 
     def result(self, dtype: torch.dtype) -> LayerFit:
         """Round to the storage type, refit the scales to the rounded codebooks, and pack."""
