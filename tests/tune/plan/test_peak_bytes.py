@@ -347,6 +347,11 @@ RECIPES = {
     "grid": replace(BASE, scheme="w2g64"),
     "large codebooks": replace(BASE, scheme="1x12g8"),
     "tables in codes": replace(BASE, embeddings="auto"),
+    "streamed": trained(states="host"),
+    "streamed, low memory": replace(trained(states="host"), pv=PVSettings(low_memory=True)),
+    "streamed, recomputed, tables in codes": replace(
+        trained(states="host", recompute_activations=True), embeddings="auto"
+    ),
     "dense numbers beside tables in codes": replace(
         trained(freeze_embeddings=False), embeddings="auto"
     ),
@@ -362,11 +367,14 @@ def test_training(place: str, name: str) -> None:
     windows, length = recipe.windows, recipe.length
     if place == DEVICE and length > 16:
         pytest.skip("the simulated device has no fused attention")
+    if place == CPU and recipe.training.states == "host":
+        pytest.skip("states are where the device is")
 
     def make(device: str) -> Trainer:
         at_work = teacher(llama(**changes).to(device), windows, length)
         at_work.finish(lambda done, total: None)
-        made = Student.of(student(recipe, device, changes), torch.float32)
+        stream = recipe.training is not None and recipe.training.states == "host"
+        made = Student.of(student(recipe, device, changes), torch.float32, stream=stream)
         return Trainer(made, at_work, at_work.data, recipe)
 
     def work(made: Trainer) -> None:

@@ -382,7 +382,7 @@ def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, de
     # Codes (int64), codebooks, scales, and orders of inputs.
     kept = 8 * groups * books + 4 * books * scheme.codebook_size * g + 8 * (out + 2 * in_features)
     peaks = (
-        5 * moment + weight,  # ordered, damped, identity, and two factors; points of k-means
+        3 * moment + weight,  # ordered, and two factors; points of k-means
         # From here on with the factor that carries errors. k-means: points, weights and their
         # product become features of twice their length; then their search.
         moment + 5 * weight,

@@ -274,9 +274,9 @@ def peak_bytes(shape: tuple[int, int], scheme: GridScheme) -> int:
     weight, moment = 4 * out * in_features, 4 * in_features**2
     # Of the ranges: scales and zeros (present, tried, and bounds of both), and losses.
     groups = 20 * weight // scheme.group_size
-    # The factors of H: ordered, damped, identity, and two factors. Later one of them is kept, with
-    # the codes, and rounding takes scales, zeros and steps of every weight.
-    return groups + max(5 * moment, moment + 6 * weight)
+    # The factors of H: ordered, and two factors. Later one of them is kept, with the codes, and
+    # rounding takes scales, zeros and steps of every weight.
+    return groups + max(3 * moment, moment + 6 * weight)
 
 
 def fit_grid(

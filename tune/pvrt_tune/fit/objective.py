@@ -29,11 +29,13 @@ class Objective:
         if all later inputs make the best of it, by taking e / U_ii * U[i, later] off their targets
         (GPTQ, arXiv 2210.17323). damping: share of mean(diag H) added to the diagonal.
         """
-        moment = self.moment if order is None else self.moment[order][:, order]
-        identity = torch.eye(len(moment), device=moment.device)
-        damped = moment + (damping * moment.diagonal().mean() + 1e-12) * identity
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        # Never more than two matrices of this size: those of wide layers are gigabytes.
+        factor = self.moment.clone() if order is None else self.moment[order][:, order]
+        diagonal = factor.diagonal()
+        diagonal += damping * diagonal.mean() + 1e-12
+        factor = torch.linalg.cholesky(factor)
+        factor = torch.cholesky_inverse(factor)
+        upper: Tensor = torch.linalg.cholesky(factor, upper=True)
         return upper
 
 

@@ -201,7 +201,8 @@ class _Planner:
         peak = max(student, teacher) if training.teacher_first else max(together, teacher)
         at_hand, states = loss.states_bytes(model, recipe)
         trained = model.trained(embeddings=not training.freeze_embeddings)
-        saved = optimizer.state_bytes(model, recipe.pv, trained) + model.stored
+        saved = optimizer.state_bytes(model, trained) + optimizer.latent_bytes(model, recipe.pv)
+        saved += model.stored
         # The newest state and best student are complete before older ones go.
         disk = 2 * saved + states + model.stored
         seconds = self.speed.pv_seconds(model, recipe)

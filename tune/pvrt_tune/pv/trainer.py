@@ -2,12 +2,13 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pvrt.errors import RunError
 from pvrt.modules.aqlm_layer import AQLMLayer
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
@@ -16,9 +17,11 @@ from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.progress import Report
+from pvrt_tune.pv.host_memory import HostMemory
 from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_bytes, kl_loss, on_device
-from pvrt_tune.pv.optimizer import PVOptimizer, state_bytes, step_bytes
+from pvrt_tune.pv.optimizer import PVOptimizer, latent_bytes, state_bytes, step_bytes
 from pvrt_tune.pv.representation import Representation, represent
+from pvrt_tune.pv.streamed import StreamedLinear, StreamedWeight
 from pvrt_tune.randomness import seeded
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
@@ -38,27 +41,38 @@ class Student:
     """A model that computes with decoded weights, and the representations behind them.
 
     compute: the type of decoded weights, which are copies, and of products (by autocast); a sharded
-    run keeps float32 shards and gathers them in that type.
+    run keeps float32 shards and gathers them in that type. streamed: weights by layer name that are
+    decoded whenever they are used, instead of all others.
     """
 
     model: Any
     representations: dict[str, Representation]
     compute: torch.dtype
+    streamed: dict[str, StreamedWeight] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: Any, compute: torch.dtype) -> "Student":
+    def of(cls, model: Any, compute: torch.dtype, *, stream: bool = False) -> "Student":
         """Decode the quantised layers of all blocks of a float32 model into trainable weights, in
-        place. Embedding and output head stay as they are: their codes do not move.
+        place, or stream them. Embedding and output head stay as they are: their codes do not move.
 
         In a run of several ranks, decoded weights are sharded and every rank represents its rows.
+        Raises RunError when they are to stream, which one process alone can do.
         """
+        if stream and parallel.world() > 1:
+            raise RunError("states: host is for one process; leave it out under torchrun")
+        host = HostMemory(next(model.parameters()).device)
         kept = compute if parallel.world() == 1 else torch.float32
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        representations = {}
+        representations, streamed = {}, {}
         for name, module in list(model.named_modules()):
             if isinstance(module, ExpertList):  # every weight must have a gradient, on every rank
                 module.all_compute = True
             if not isinstance(module, AQLMLinear | GridLinear) or module in ends:
+                continue
+            if stream:
+                representations[name] = represent(module)
+                streamed[name] = StreamedWeight(representations[name], compute, host)
+                model.set_submodule(name, StreamedLinear(streamed[name], module.bias))
                 continue
             bias = module.bias is not None
             dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
@@ -69,9 +83,10 @@ class Student:
             model.set_submodule(name, dense)
             rows = parallel.rows_of(module.out_features)
             representations[name] = whole if parallel.world() == 1 else represent(module, rows)
-        student = cls(model, representations, compute)
-        device = next(model.parameters()).device.type
-        parallel.shard(find_blocks(model).blocks, student.weights().values(), device, compute)
+        student = cls(model, representations, compute, streamed)
+        if not stream:
+            device = next(model.parameters()).device.type
+            parallel.shard(find_blocks(model).blocks, student.weights().values(), device, compute)
         return student
 
     def final_hidden(self, data: CalibrationData) -> Tensor:
@@ -83,8 +98,9 @@ class Student:
         return hidden.to(self.compute)
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """The decoded weights by layer name."""
-        return {name: self.model.get_parameter(f"{name}.weight") for name in self.representations}
+        """The decoded weights by layer name; none that are streamed."""
+        names = [name for name in self.representations if name not in self.streamed]
+        return {name: self.model.get_parameter(f"{name}.weight") for name in names}
 
     def dense(self, freeze_embeddings: bool) -> dict[str, nn.Parameter]:
         """All other parameters that are trained, by name. freeze_embeddings leaves out embedding
@@ -125,6 +141,7 @@ class Trainer:
     def __init__(
         self, student: Student, teacher: Teacher, data: CalibrationData, recipe: Recipe
     ) -> None:
+        recipe = recipe.settled
         assert recipe.training is not None
         settings = recipe.training
         self.student, self.teacher, self.settings, self.seed = (
@@ -134,6 +151,7 @@ class Trainer:
             recipe.seed,
         )
         self.data, self.held_out = data, settings.held_out
+        self._at_once = settings.microbatch or settings.batch
         model = student.model
         model.requires_grad_(False)
         weights = student.weights()
@@ -145,7 +163,8 @@ class Trainer:
                 parameter.data = parameter.data.to(student.compute)
         if settings.recompute_activations:
             _recompute_activations(model)
-        self.optimizer = PVOptimizer(student.representations, weights, dense, recipe.pv)
+        tuned = {**weights, **student.streamed}
+        self.optimizer = PVOptimizer(student.representations, tuned, dense, recipe.pv)
         self.step, self.steps = 0, settings.steps
         self.curves: list[dict[str, float]] = []
 
@@ -169,7 +188,8 @@ class Trainer:
                 self._plan(deadline, pace, report)
             if self.step % self.settings.evaluate_every == 0 or self.step >= self.steps:
                 self._evaluate(store, report, {**figures, "left": pace * (self.steps - self.step)})
-                self._save(store)
+                if self.settings.snapshots:
+                    self._save(store)
         kls = [row["held_out_kl"] for row in self.curves]
         return Outcome(
             kls[0],
@@ -193,7 +213,7 @@ class Trainer:
         head = passed = Head.of(self.student.model)
         if not head.weight.is_leaf:  # decoded once, and its gradient goes back to codebooks once
             passed = replace(head, weight=head.weight.detach().requires_grad_())
-        for numbers, share in parallel.dealt(batch, self.settings.microbatch):
+        for numbers, share in parallel.dealt(batch, self._at_once):
             part = self._loss(numbers, passed)
             # Gradients of a sharded run are means over ranks.
             (part * share * parallel.world()).backward()  # type: ignore[no-untyped-call]
@@ -294,32 +314,45 @@ class Trainer:
 
 
 def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) -> int:
-    """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number."""
+    """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number.
+
+    Where states are on the host, `streamed_bytes` are there.
+    """
+    recipe = recipe.settled
     settings, tokens = recipe.training, recipe.length
     assert settings is not None
-    tokens *= settings.microbatch
+    tokens *= settings.microbatch or settings.batch
     trained = model.trained(embeddings=not settings.freeze_embeddings)
-    # Decoded weights with gradients; what is frozen in their type; the optimizer's state; and
-    # gradients of what it trains.
-    student = 2 * itemsize * sum(block.weights for block in model.blocks) + 4 * trained
-    student += itemsize * model.dense * settings.freeze_embeddings
+    largest = max(block.largest for block in model.blocks)
+    # What is frozen in its type; the optimizer's state; and gradients of what it trains.
+    student = itemsize * model.dense * settings.freeze_embeddings
     student += sum(table.codes for table in model.ends)
+    student += state_bytes(model, trained) + 4 * trained
+    step = step_bytes(model, recipe, device)
+    decoded = 0
+    if settings.states == "host":
+        # A layer's weight as it is decoded, and its gradients so far and now. In its step, what
+        # comes from the host: its moment or B, and the gradient before it is float32.
+        decoded = (4 + 3 * itemsize) * largest
+        step += (4 + itemsize) * largest
+    else:
+        # Decoded weights with gradients.
+        student += 2 * itemsize * sum(block.weights for block in model.blocks)
+        student += latent_bytes(model, recipe.pv)
     if model.ends:
         # A head in codes is decoded for a step, and its columns scaled; gradients of it, of all
         # passes so far and of this one, come decoded.
         student += 4 * 4 * model.ends[-1].weights
     elif not settings.freeze_embeddings:
         student += 3 * 4 * model.vocabulary * model.width
-    student += state_bytes(model, recipe.pv, trained)
     # What blocks leave for the backward pass, then the loss; or else the step.
     kept = sum(block.kept for block in model.blocks)
     if settings.recompute_activations:
         kept = len(model.blocks) * model.width + max(block.kept for block in model.blocks)
-    passes = itemsize * tokens * kept + kl_bytes(model, tokens, itemsize)
+    passes = itemsize * tokens * kept + max(decoded, kl_bytes(model, tokens, itemsize))
     # Adam divides all at once on a GPU; large codebooks need as much while gradients reach them.
-    largest = max(block.largest for block in model.blocks)
     divided = 4 * trained + 3 * 4 * largest
-    return student + int(max(passes, step_bytes(model, recipe, device), divided))
+    return student + int(max(passes, step, divided))
 
 
 def _recompute_activations(model: Any) -> None:
