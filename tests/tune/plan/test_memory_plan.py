@@ -15,10 +15,11 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt_tune.data.source_model import load_skeleton
 from pvrt_tune.machine import Machine
 from pvrt_tune.pipeline import tune
-from pvrt_tune.plan.memory_plan import Phase, Plan, Request, plan_run
+from pvrt_tune.plan.cards import A100
+from pvrt_tune.plan.choose import plan_run
+from pvrt_tune.plan.memory_plan import Phase, Plan, Request
 from pvrt_tune.plan.report import misfits
 from pvrt_tune.plan.skeleton import model_shape
-from pvrt_tune.plan.speed import GPU_OF_A100_CLASS
 from pvrt_tune.settings import (
     EFFORTS,
     FinetuneSettings,
@@ -60,7 +61,7 @@ def config_only(path: Path, config: dict[str, Any]) -> Path:
 
 def plan_of(folder: Path, machine: Machine = ROOMY, **request: Any) -> Plan:
     asked = Request(str(folder), request.pop("recipe", Recipe()), **request)
-    return plan_run(load_skeleton(str(folder)), asked, GPU_OF_A100_CLASS, machine)
+    return plan_run(load_skeleton(str(folder)), asked, A100.speed(), machine)
 
 
 @pytest.mark.parametrize("effort", ["quick", "standard", "best"])
@@ -278,7 +279,7 @@ def test_tune_says_the_plan_first_and_refuses_what_cannot_fit(
 
 
 def test_larger_layers_and_more_rounds_take_longer() -> None:
-    seconds = GPU_OF_A100_CLASS.fit_seconds
+    seconds = A100.speed().fit_seconds
     base = Recipe()
     assert seconds(4096, 4096, base) < seconds(14336, 4096, base) < seconds(4096, 14336, base)
     longer = replace(base, fit=replace(base.fit, rounds=20))

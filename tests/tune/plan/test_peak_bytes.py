@@ -320,7 +320,7 @@ def test_the_original_model_at_work(length: int) -> None:
         lambda device: teacher(llama().to(device), 16, length),
         lambda made: made.prepare([0]),
     )
-    check(loss.teacher_bytes(shape, length, 4) + states, measured)
+    check(loss.teacher_bytes(shape, length, 4, shape.parameters) + states, measured)
 
 
 TRAINING = TrainSettings(windows=8, steps=2, batch=4, microbatch=2, held_out=2, compute="float32")

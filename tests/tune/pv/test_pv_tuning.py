@@ -521,7 +521,10 @@ def test_low_memory_keeps_two_bytes_per_weight_and_learns_as_well(
         assert layer.latent is not None
         kept = [tensor for name, tensor in layer.tensors().items() if name not in WHOLE_PARTS]
         if low_memory:
-            assert sum(tensor.nbytes for tensor in kept) < 2.4 * layer.groups * layer.representation.group_size
+            assert (
+                sum(tensor.nbytes for tensor in kept)
+                < 2.4 * layer.groups * layer.representation.group_size
+            )
     full, low = (outcome.best for outcome in outcomes)
     assert low < outcomes[1].before * 0.95
     assert low == pytest.approx(full, rel=0.1)

@@ -267,12 +267,24 @@ class Teacher:
         return torch.cat(parts)
 
 
-def teacher_bytes(model: ModelShape, length: int, itemsize: int) -> int:
-    """Peak of a teacher at work on the device, the original model with it; windows of `length`."""
+def teacher_bytes(model: ModelShape, length: int, itemsize: int, original: int) -> int:
+    """Peak of a teacher at work on the device; windows of `length`. With it are as many numbers of
+    the original model.
+    """
     # Hidden states that come in, as normed, the residual, and the last windows'; the outputs of the
     # widest sibling layers, and what is made of them.
     states = 4 * model.width + 1.5 * max(block.widest for block in model.blocks)
-    return itemsize * (model.parameters + int(_TOGETHER * length * states))
+    return itemsize * (original + int(_TOGETHER * length * states))
+
+
+def head_weights(model: ModelShape) -> int:
+    """Numbers that a teacher keeps when it is done."""
+    return model.vocabulary * model.width
+
+
+def passes(recipe: Recipe) -> int:
+    """How often a teacher runs the original model."""
+    return -(-windows_seen(recipe) // _TOGETHER)
 
 
 def windows_seen(recipe: Recipe) -> int:

@@ -163,7 +163,7 @@ class Trainer:
                 parameter.data = parameter.data.to(student.compute)
         if settings.recompute_activations:
             _recompute_activations(model)
-        tuned = {**weights, **student.streamed}
+        tuned: dict[str, nn.Parameter | StreamedWeight] = {**weights, **student.streamed}
         self.optimizer = PVOptimizer(student.representations, tuned, dense, recipe.pv)
         self.step, self.steps = 0, settings.steps
         self.curves: list[dict[str, float]] = []
@@ -305,6 +305,8 @@ class Trainer:
     def _resume(self, store: Store) -> None:
         name = shards.newest(store, STATE)
         if name is None:
+            # What a run without snapshots had found before a kill may come from other steps.
+            store.keep_last(BEST, 0)
             return
         saved = store.noted(name)
         self.step = int(name.rpartition("-")[2])

@@ -310,6 +310,8 @@ class TuneJob:
     """One call of `tune`: what to compress, with what text, to where, and how to start.
 
     activations: where hidden states are kept, "memory" or "disk" ("auto": memory if they fit).
+    stream: where all of the original model computes, its blocks come from the host one by one
+    (False is for all that fits; a plan may say otherwise).
     force: start although the plan says that it does not fit.
     seconds: time limit in all; the best checkpoint by then is left, and the same job goes on later.
     """
@@ -320,6 +322,7 @@ class TuneJob:
     data: str | None = None
     device: str = "cpu"
     activations: Literal["auto", "memory", "disk"] = "auto"
+    stream: bool = False
     seconds: float | None = None
     resume: bool = False
     restart: bool = False
