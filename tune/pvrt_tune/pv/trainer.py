@@ -18,7 +18,17 @@ from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.progress import Report
 from pvrt_tune.pv.host_memory import HostMemory
-from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_bytes, kl_loss, on_device
+from pvrt_tune.pv.loss import (
+    Head,
+    Teacher,
+    final_hidden,
+    head_bytes,
+    kl_bytes,
+    kl_loss,
+    on_device,
+    pull_back,
+    table_of,
+)
 from pvrt_tune.pv.optimizer import PVOptimizer, latent_bytes, state_bytes, step_bytes
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.pv.streamed import StreamedLinear, StreamedWeight
@@ -210,17 +220,21 @@ class Trainer:
         batch = self._batch(self.step)
         self.teacher.prepare(batch)
         loss = torch.zeros((), dtype=torch.float64)
-        head = passed = Head.of(self.student.model)
-        if not head.weight.is_leaf:  # decoded once, and its gradient goes back to codebooks once
-            passed = replace(head, weight=head.weight.detach().requires_grad_())
+        model, world = self.student.model, parallel.world()
+        head, table = Head.of(model, self.student.compute), table_of(model.get_output_embeddings())
+        if table is not None:  # decoded once, and its gradient goes back to codebooks once
+            shape, device = head.weight.shape, head.weight.device
+            head = replace(head, gradient=torch.zeros(shape, device=device))
         for numbers, share in parallel.dealt(batch, self._at_once):
-            part = self._loss(numbers, passed)
             # Gradients of a sharded run are means over ranks.
-            (part * share * parallel.world()).backward()  # type: ignore[no-untyped-call]
+            part = self._loss(numbers, head, share * world)
+            (part * share * world).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
-        if passed is not head:
-            head.weight.backward(passed.weight.grad)  # type: ignore[no-untyped-call]
-        del head, passed  # before the step
+        gradient = head.gradient
+        del head  # before the step
+        if table is not None and gradient is not None:
+            pull_back(table, gradient)
+            del gradient
         generator = seeded(self.seed, f"V step {self.step}")
         outcome = self.optimizer.step(self.settings.factor(self.step, self.steps), generator)
         self.step += 1
@@ -238,18 +252,18 @@ class Trainer:
         self.teacher.prepare(numbers)
         kls = torch.zeros(self.held_out, dtype=torch.float64)
         with torch.no_grad():
-            head = Head.of(self.student.model)  # decoded where it is in codes
+            head = Head.of(self.student.model, self.student.compute)
             for (number,), share in parallel.dealt(numbers, 1):
                 kl = float(self._loss([number], head))
                 kls[number] = kl if share else 0.0
         # A sum of one number and zeros: the mean is the same over any number of ranks.
         return float(parallel.total(kls).mean())
 
-    def _loss(self, numbers: list[int], head: Head) -> Tensor:
-        """Mean KL over windows of `data` by number; `head` is the student's."""
+    def _loss(self, numbers: list[int], head: Head, factor: float = 1.0) -> Tensor:
+        """Mean KL over windows of `data` by number, as `kl_loss`; `head` is the student's."""
         hidden = self.student.final_hidden(self.data[numbers])
         target = self.teacher.hidden(numbers).to(hidden.device).flatten(0, 1)
-        return kl_loss(hidden.flatten(0, 1), head, target, self.teacher.head)
+        return kl_loss(hidden.flatten(0, 1), head, target, self.teacher.head, factor)
 
     def _batch(self, step: int) -> list[int]:
         """Windows of a step: in order at first, in a new random order every epoch."""
@@ -341,17 +355,14 @@ def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) ->
         # Decoded weights with gradients.
         student += 2 * itemsize * sum(block.weights for block in model.blocks)
         student += latent_bytes(model, recipe.pv)
-    if model.ends:
-        # A head in codes is decoded for a step, and its columns scaled; gradients of it, of all
-        # passes so far and of this one, come decoded.
-        student += 4 * 4 * model.ends[-1].weights
-    elif not settings.freeze_embeddings:
+    if not model.ends and not settings.freeze_embeddings:
         student += 3 * 4 * model.vocabulary * model.width
-    # What blocks leave for the backward pass, then the loss; or else the step.
+    # What blocks leave for the backward pass, then the loss; or else the step, without a head.
     kept = sum(block.kept for block in model.blocks)
     if settings.recompute_activations:
         kept = len(model.blocks) * model.width + max(block.kept for block in model.blocks)
     passes = itemsize * tokens * kept + max(decoded, kl_bytes(model, tokens, itemsize))
+    passes += head_bytes(model.ends[-1], itemsize) if model.ends else 0
     # Adam divides all at once on a GPU; large codebooks need as much while gradients reach them.
     divided = 4 * trained + 3 * 4 * largest
     return student + int(max(passes, step, divided))
