@@ -1,10 +1,11 @@
 """What a recipe leaves open is chosen so that the run fits the machine.
 
-Of all ways that fit, the one that takes least time is chosen. Ways that change numbers come last:
-latent weights in bfloat16 are taken only where no other way fits. What the recipe says stays.
+Of all ways that fit, the one that takes least time is chosen. Only one thing changes the result by
+more than the order of sums: latent weights in bfloat16. They are taken where all other ways that
+fit take more than twice as long. What the recipe says stays.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from pvrt_tune.settings import Recipe
 
 #: Snapshots of less are taken anyway; of more, only where a kill would cost more than an hour.
 _SMALL_BYTES, _LONG_SECONDS = 10e9, 3600
+#: How much longer may be waited for the result that does not differ.
+_PRICE = 2
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,19 @@ def plan_run(model: Any, request: Request, speed: Speed, machine: Machine) -> Pl
     Where nothing fits, it is the plan that lacks least. Raises SourceError when the model has no
     blocks.
     """
-    planner = Planner(model, request, speed)
+    planner = Planner(model, request, speed, machine.host)
     activations = _activations(planner, machine)
     streams = [request.stream, *[True] * (planner.cuda and not request.stream)]
     sampled = [planner.sampling(stream=stream) for stream in streams if request.sampled]
     if sampled and not _fits(sampled[0], machine):
         streams = streams[-1:]
     recipe, stream, tuning, chosen = request.recipe, streams[0], [], None
+    hindrances: tuple[str, ...] = ()
     if recipe.training is not None:
         way, usual = _way(planner, streams, machine)
         recipe, stream, tuning = way.recipe, way.stream, [way.phase]
         chosen = _sentence(planner, way, usual, machine)
+        hindrances = () if _fits(way.phase, machine) else _hindrances(planner, streams, machine)
     elif stream and not request.stream:
         chosen = f"chosen to fit: {_STREAMED}"
     first = [planner.sampling(stream=stream)] if request.sampled else []
@@ -57,6 +62,7 @@ def plan_run(model: Any, request: Request, speed: Speed, machine: Machine) -> Pl
         activations=activations,
         stream=stream,
         chosen=chosen,
+        hindrances=hindrances,
     )
 
 
@@ -71,15 +77,26 @@ def _activations(planner: Planner, machine: Machine) -> Literal["memory", "disk"
 
 def _way(planner: Planner, streams: list[bool], machine: Machine) -> tuple[Way, Way]:
     """The way to PV-tune, and the one that would be taken if there were no limits."""
-    ways = sorted(_ways(planner, streams), key=_cost)
-    usual = min(ways, key=lambda way: way.phase.seconds)
-    fitting = (way for way in ways if _lack(way.phase, machine) <= 1)
+    ways = sorted(_ways(planner, streams, _said(planner.recipe)), key=_cost)
+    usual = ways[0]
+    fitting = (way for way in ways if _fits(way.phase, machine))
     way = next(fitting, None) or min(ways, key=lambda way: _lack(way.phase, machine))
     return _with_snapshots(planner, way, machine), usual
 
 
-def _ways(planner: Planner, streams: list[bool]) -> Iterator[Way]:
-    """All ways that a recipe leaves open, without snapshots unless it asks for them."""
+def _said(recipe: Recipe) -> dict[str, Any]:
+    """The choices that a recipe does not leave open, by name."""
+    return {name: value for name, value in recipe.choices.items() if value is not None}
+
+
+def _hindrances(planner: Planner, streams: list[bool], machine: Machine) -> tuple[str, ...]:
+    """What the recipe says of its choices, by name, if there were a way that fits without it."""
+    ways = _ways(planner, streams, {})
+    return tuple(_said(planner.recipe)) if any(_fits(w.phase, machine) for w in ways) else ()
+
+
+def _ways(planner: Planner, streams: list[bool], said: Mapping[str, Any]) -> Iterator[Way]:
+    """All ways that are left open by what is said, without snapshots unless that asks for them."""
     training, pv = planner.recipe.training, planner.recipe.pv
     assert training is not None
     most = min(4, training.batch)
@@ -90,11 +107,9 @@ def _ways(planner: Planner, streams: list[bool]) -> Iterator[Way]:
         "teacher_first": [False, True],
         "states": ["device", "host"] if alone else ["device"],
         "low_memory": [False, True],
-        "snapshots": [bool(training.snapshots)],
+        "snapshots": [False],
     }
-    for name, value in planner.recipe.choices.items():
-        if value is not None:
-            open_[name] = [value]
+    open_.update({name: [value] for name, value in said.items()})
     for *values, stream in product(*open_.values(), streams):
         chosen = dict(zip(open_, values, strict=True))
         recipe = replace(
@@ -105,9 +120,9 @@ def _ways(planner: Planner, streams: list[bool]) -> Iterator[Way]:
         yield Way(recipe, stream, planner.pv(recipe, stream=stream))
 
 
-def _cost(way: Way) -> tuple[bool, float]:
-    """What makes a way worse than another: other numbers, then time."""
-    return bool(way.recipe.pv.low_memory), way.phase.seconds
+def _cost(way: Way) -> float:
+    """What makes a way worse than another: its time, and twice that where the result differs."""
+    return way.phase.seconds * (_PRICE if way.recipe.pv.low_memory else 1)
 
 
 def _with_snapshots(planner: Planner, way: Way, machine: Machine) -> Way:
@@ -148,7 +163,7 @@ def _sentence(planner: Planner, way: Way, usual: Way, machine: Machine) -> str |
         "recompute_activations": "activations computed twice",
         "microbatch": f"{training.microbatch} windows at once",
         "states": "latent weights, moments and gradients in host memory",
-        "low_memory": "latent weights in bfloat16 with factored moments (the result differs)",
+        "low_memory": "latent weights in bfloat16, moments factored (the result differs a little)",
     }
     before, after = usual.recipe.choices, way.recipe.choices
     found = [

@@ -36,6 +36,8 @@ CUDA_HOST_BYTES = 1_000_000_000
 CUDA_DEVICE_BYTES = 700_000_000
 #: Bytes per second that a disk takes, synced and hashed.
 DISK_SPEED = 3e8
+#: Bytes per second that are read from a disk which is fit for such a model.
+READ_SPEED = 2e9
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Plan:
     activations: Literal["memory", "disk"]
     stream: bool
     chosen: str | None
+    hindrances: tuple[str, ...]
     parameters: int
     blocks: int
     phases: tuple[Phase, ...]
@@ -105,11 +108,14 @@ class Request:
 
 
 class Planner:
-    """Phases of a request whose scheme is known, as its choices would have them."""
+    """Phases of a request whose scheme is known, as its choices would have them.
 
-    def __init__(self, model: Any, request: Request, speed: Speed) -> None:
+    host: bytes of host memory, which may keep the model's files.
+    """
+
+    def __init__(self, model: Any, request: Request, speed: Speed, host: int) -> None:
         self.config, self.request, self.speed = model.config, request, speed
-        self.recipe = request.recipe
+        self.recipe, self.free = request.recipe, host
         self.cuda = request.device != "cpu"
         self.shape = shape = model_shape(model, self.recipe)
         self.result = result_of(model, self.recipe, shape)
@@ -138,7 +144,9 @@ class Planner:
     def streaming_seconds(self, item: int, passes: int) -> float:
         """Time in which all blocks come from the host so many times."""
         blocks = self.shape.parameters - self.shape.outside
-        return item * blocks * passes / self.speed.bus
+        size, bus = item * blocks, self.speed.bus
+        kept = self.request.gguf or self.free - self.host > size
+        return size * passes / (bus if kept else min(bus, READ_SPEED))
 
     def phase(
         self, name: str, device: int, seconds: float, *, host: int = 0, disk: int = 0

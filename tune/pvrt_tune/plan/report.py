@@ -34,6 +34,8 @@ def _advice(plan: Plan, phase: Phase, what: str) -> str:
         return "free some, or give --out on another disk"
     if phase.name == "sampling":
         return "give calibration text with --data, so that the model need not write it"
+    if phase.name == "PV-Tuning" and plan.hindrances:
+        return f"leave {', '.join(plan.hindrances)} to the plan, which finds what fits"
     if phase.name == "PV-Tuning":
         return f"leave it out with --no-pv, or use a machine with more {what}"
     if plan.activations == "memory" and what == "host memory" and phase.name != "write":
