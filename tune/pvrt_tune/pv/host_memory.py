@@ -5,7 +5,7 @@ allocation up to a power of two. So tensors are cut out of slabs that are one.
 """
 
 import warnings
-from collections.abc import Iterable
+from functools import cache
 from math import prod
 
 import torch
@@ -36,7 +36,8 @@ class Slabs:
         return number, used
 
 
-def slab_bytes(sizes: Iterable[int]) -> int:
+@cache
+def slab_bytes(sizes: tuple[int, ...]) -> int:
     """Bytes of all slabs for tensors of these sizes in bytes."""
     slabs = Slabs()
     for size in sizes:

@@ -357,7 +357,7 @@ def streamed_bytes(model: ModelShape, settings: PVSettings, itemsize: int) -> in
     for out, inputs in shapes if strategy.moves_codes else ():
         sizes += [(2 if low else 4) * out * inputs] * strategy.accumulates
         sizes += [4 * out, 4 * inputs] if low else [4 * out * inputs]
-    return slab_bytes(sizes)
+    return slab_bytes(tuple(sizes))
 
 
 def step_bytes(model: ModelShape, recipe: Recipe, device: str) -> int:
