@@ -88,8 +88,10 @@ class Transformers:
     def _forward(self, tokens: list[int]) -> int:
         import torch
 
+        from pvrt.kv_cache import cache_name
+
         output = self.model(
-            input_ids=torch.tensor([tokens]), past_key_values=self.state, logits_to_keep=1
+            input_ids=torch.tensor([tokens]), logits_to_keep=1, **{cache_name(): self.state}
         )
         return int(output.logits[0, -1].argmax())
 

@@ -1,508 +1,300 @@
-"""All that is to be known of a GPU, in one call of under ten minutes: writes results/gpu_*.json.
+"""All that is to be known of a GPU, in one call: writes gpu_CARD.json, gpu_rows.jsonl and gpu.log.
 
-    .venv/bin/python benchmarks/gpu.py                  # checks first, then times; a table last
-    .venv/bin/python benchmarks/gpu.py --only ceilings correctness gemv
-    .venv/bin/python benchmarks/gpu.py --dry-run        # Triton's interpreter, tiny shapes, no GPU
+    python benchmarks/gpu.py --minutes 9 --jobs 16      # checks first, then times
+    python benchmarks/gpu.py --product "python benchmarks/gpu_product.py --jobs 3"
+    python benchmarks/gpu.py --only ceilings correctness gemv --limit gemv=40
+    python benchmarks/gpu.py --dry-run                  # Triton's interpreter, tiny shapes, no GPU
 
-Needs torch, Triton, safetensors and this repository (installed, or PYTHONPATH=.:kernels:tune), no
-network. The `aqlm` package is measured beside ours where it can be imported; compute-sanitizer and
-ncu run where they are installed. Sections that time does not suffice for are named in the result,
-as is every failure.
+Needs torch, Triton, safetensors, this repository (PYTHONPATH=.:tune:server:kernels if it is not
+installed) and no network. Every section is a forked process with a limit, at which its whole
+group is killed: a hang, a spoiled CUDA context or a lack of memory in one costs the others nothing.
+Rows are written as they are measured, so a killed section keeps its own; the JSON is written after
+every section and names what failed or was not reached. Meanwhile, with --jobs, `gpu_warm.py` fills
+Triton's cache.
 """
 
 import argparse
-import importlib
 import json
+import multiprocessing
 import os
 import platform
 import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import gpu_llama
 import machine
-import torch
-from torch import Tensor
 
-from pvrt.format.scheme import Scheme
-from pvrt.tools import bench_kernels
-from pvrt.tools.bench_kernels import Clock, blocks_of, time_config, weight_copies
-from pvrt_kernels import reference
-from pvrt_kernels.gpu import choose, launch
-from pvrt_kernels.gpu.choose import DENSE, LaunchConfig, Shape
-from pvrt_kernels.packed import PackedWeight, aqlm_packed_linear
-
-TWO_BIT = (2, 256, 8)
-SCHEMES = ("2x8g8", "1x16g8", "1x16g16", "1x8g8", "1x8g4", "4x8g8")
-GEMV_SHAPES = (
-    *((4096, 4096), (6144, 4096), (11008, 4096), (22016, 4096)),
-    *((4096, 11008), (1024, 4096), (28672, 8192), (8192, 28672)),
-)
 Row = dict[str, Any]
+FOLDER = Path(__file__).resolve().parent
+#: Most seconds of each section, in the order in which they run.
+LIMITS = {
+    "product": 90,
+    "ceilings": 20,
+    "correctness": 60,
+    "gemv": 90,
+    "native": 60,
+    "model": 75,
+    "tuning": 90,
+    "crossover": 90,
+    "autotune": 120,
+    "tools": 120,
+}
+NEEDS_NO_WARMTH = ("product", "ceilings")
+LEAST = 5.0  # seconds: a CUDA context takes one or two
+CLOCKS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+
+
+def nvidia_smi(query: str) -> list[str]:
+    """What the driver says of the first card, one string per name; nothing without one."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return []
+    first = done.stdout.strip().splitlines()[:1] if done.returncode == 0 else []
+    return [value.strip() for value in first[0].split(",")] if first else []
+
+
+def clocks() -> Row:
+    """Clocks, temperature and power of now."""
+    return dict(zip(CLOCKS.split(","), nvidia_smi(CLOCKS), strict=False))
+
+
+class Process:
+    """A forked child in a group of its own, whose output goes to the end of the log."""
+
+    def __init__(self, action: Callable[[], None], log: Path) -> None:
+        self.action, self.log, self.started = action, log, time.monotonic()
+        self.start = log.stat().st_size
+        self.child = multiprocessing.get_context("fork").Process(target=self._run)
+        self.child.start()
+
+    def _run(self) -> None:
+        os.setsid()
+        with self.log.open("a") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        self.action()
+
+    def wait(self, seconds: float) -> str:
+        """What went wrong by the time it ended or was killed; nothing if all is well."""
+        try:
+            self.child.join(max(0.0, seconds))
+            code = self.child.exitcode
+        finally:
+            self.kill()
+        if code is None:
+            return f"killed at its limit of {time.monotonic() - self.started:.0f} s"
+        if code < 0:
+            return f"died by {signal.Signals(-code).name}"
+        lines = self.log.read_bytes()[self.start :].decode(errors="replace").strip().splitlines()
+        return f"ended with code {code}: {lines[-1] if lines else 'no output'}" if code else ""
+
+    def kill(self) -> None:
+        """End the whole group and every other group that it has started."""
+        assert self.child.pid is not None
+        for pid in [*descendants(self.child.pid), self.child.pid]:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        self.child.join()
+
+
+def execute(command: list[str]) -> None:
+    """Become another program."""
+    os.execvp(command[0], command)
+
+
+def descendants(parent: int) -> list[int]:
+    """Numbers of all processes below one, as /proc tells them."""
+    children: dict[int, list[int]] = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            above = int(file.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(above, []).append(int(file.parent.name))
+    found = [parent]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
 
 
 @dataclass
-class Bench:
-    """The device, how much to do on it, and what was found."""
+class Run:
+    """The call as a whole: its options, the time it has, and what it found."""
 
-    device: torch.device
-    dry: bool
+    options: argparse.Namespace
+    card: str
     deadline: float
     results: Row = field(default_factory=dict)
+    warming: Process | None = None
+
+    def __post_init__(self) -> None:
+        folder: Path = self.options.out
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows, self.log = folder / "gpu_rows.jsonl", folder / "gpu.log"
+        self.rows.write_text("")
+        self.log.write_text("")
+        stem = re.sub(r"[^a-z0-9]+", "_", self.card.lower()).strip("_")
+        self.file = folder / f"gpu_{stem}.json"
 
     @property
-    def clock(self) -> Clock:
-        """For medians on this device."""
-        return Clock(self.device)
+    def left(self) -> float:
+        """Seconds until the whole call should be over."""
+        return self.deadline - time.monotonic()
 
-    def late(self, section: str) -> bool:
-        """Whether time is up; the section is then named as cut short."""
-        if time.monotonic() < self.deadline:
-            return False
-        self.results["failures"][section] = "cut short: no time left"
-        return True
+    def action(self, section: str, limit: float) -> Callable[[], None]:
+        """The section, which ends by itself a little before its limit."""
+        own = limit - max(2.0, 0.1 * limit)
+        if section == "product":
+            command = [*shlex.split(self.options.product), "--out", str(self.options.out)]
+            return partial(execute, [*command, "--minutes", str(0.8 * own / 60)])
+        import gpu_section  # torch, seconds that the forked sections need not spend again
 
-    @property
-    def copy_rate(self) -> float:
-        """Measured bytes per second, read and written."""
-        return float(self.results["ceilings"]["copy_bytes_per_second"])
+        gpu_section.preload()
+        return partial(gpu_section.run, section, self.options, self.rows, time.time() + own)
 
-    def some(self, real: tuple[Any, ...], tiny: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What to measure: the real shapes, or tiny ones in a dry run."""
-        return tiny if self.dry else real
+    def section(self, name: str, limit: float) -> None:
+        """Run one section, for as long as it and the whole call may; store all."""
+        if self.warming and name not in NEEDS_NO_WARMTH:
+            self.warm(min(60.0, self.left))
+        limit = min(limit, self.left)
+        if limit < LEAST and not self.options.dry_run:
+            self.finish(name, 0.0, {}, "no time left")
+            return
+        before, action = clocks(), self.action(name, limit)
+        process = Process(action, self.log)
+        trouble = process.wait(limit)
+        self.finish(name, time.monotonic() - process.started, before, trouble)
 
-    def x(self, tokens: int, features: int, dtype: torch.dtype = torch.float16) -> Tensor:
-        """Random activations."""
-        return torch.randn(tokens, features, device=self.device).to(dtype)
+    def warm(self, seconds: float) -> None:
+        """Wait for the compilers that were started with the first section."""
+        assert self.warming is not None
+        process, self.warming = self.warming, None
+        trouble = process.wait(seconds)
+        self.finish("warm", time.monotonic() - process.started, {}, trouble)
 
+    def finish(self, name: str, seconds: float, before: Row, trouble: str) -> None:
+        """Store what a section came to."""
+        record = {"seconds": round(seconds, 2), "trouble": trouble}
+        if before:
+            record |= {"before": before, "after": clocks()}
+        self.results["sections"][name] = record
+        self.store()
+        print(f"{name}: {seconds:.1f} s {trouble}", flush=True)
 
-def ceilings(bench: Bench) -> Row:
-    """Copy bandwidth and the rate of cuBLAS in float16."""
-    n = 64 if bench.dry else 8192
-    a = bench.x(n, n)
-    seconds = bench.clock.time([lambda: a @ a])
-    rate = bench_kernels.copy_bandwidth(bench.device)
-    return {"copy_bytes_per_second": rate, "gemm_flops_per_second": 2 * n**3 / seconds}
-
-
-def correctness(bench: Bench) -> list[Row]:
-    """Every scheme, type and batch against float64, ten times into poisoned memory.
-
-    An error that moves by more than rounding between runs is a race.
-    """
-    tokens = bench.some((1, 2, 3, 4, 8, 16, 33, 257), (1, 3, 9))
-    inputs = bench.some((11008, 14336, 28672), (96,))
-    rows: list[Row] = []
-    for scheme in bench.some(SCHEMES, ("2x8g8", "1x16g16")):
-        for dtype in bench.some((torch.float16, torch.bfloat16), (torch.float16,)):
-            for number, features in enumerate(inputs):
-                out = 70 if bench.dry else 1000 + 37 * number
-                layer, exact = checked_layer(bench, scheme, out, features, dtype)
-                for count in tokens:
-                    x = bench.x(count, features, dtype)
-                    errors = poisoned(bench, partial(aqlm_packed_linear, x, layer), x, exact)
-                    config = launch.config_for(x, blocks_of(layer))
-                    rows.append(verdict(scheme, dtype, [out, features], count, config, errors))
-    rows += other_kernels(bench)
-    bad = [row for row in rows if not row["passed"]]
-    if bad:
-        raise AssertionError(f"{len(bad)} of {len(rows)} wrong, first {bad[0]}")
-    return rows
-
-
-def other_kernels(bench: Bench) -> list[Row]:
-    """What no table chooses by itself: candidates of the autotuner, deterministic configs."""
-    rows: list[Row] = []
-    shape = Shape(*TWO_BIT, *bench.some((4096 + 40, 4096), (70, 96)))
-    layer, exact = checked_layer(
-        bench, "2x8g8", shape.out_features, shape.in_features, torch.float16
-    )
-    card = choose.describe_gpu(bench.device)
-    for tokens in bench.some((1, 2, 4, 8, 64), (1, 8)):
-        x = bench.x(tokens, shape.in_features)
-        for config in bench_kernels.candidates(card, shape, tokens):
-            if config == DENSE or (bench.dry and config.kernel == "lut_gluon"):
-                continue
-            call = partial(launch.launch, config, x, blocks_of(layer), None, layer.partition_sizes)
-            errors = poisoned(bench, call, x, exact)
-            sizes = [shape.out_features, shape.in_features]
-            rows.append(verdict("2x8g8", torch.float16, sizes, tokens, config, errors))
-    return rows
-
-
-def checked_layer(
-    bench: Bench, scheme: str, out: int, features: int, dtype: torch.dtype
-) -> tuple[PackedWeight, Tensor]:
-    """A random layer, of two partitions for 2x8g8, and its weight in float64."""
-    form = Scheme.parse(scheme)
-    sizes = [out - out // 3, out // 3] if scheme == "2x8g8" else [out]
-    shape = form.codes_shape(out, features)
-    codes = torch.randint(0, form.codebook_size, shape, device=bench.device).to(form.code_dtype)
-    codebooks = torch.randn(len(sizes), *form.codebooks_shape, device=bench.device).to(dtype)
-    scales = (torch.rand(out, 1, 1, 1, device=bench.device) + 0.5).to(dtype)
-    tensors = launch.pack(codes, codebooks, scales, sizes)
-    packed = PackedWeight(launch.KERNEL.name, tensors, sizes, features)
-    return packed, reference.dequantize(codes, codebooks.double(), scales.double(), sizes)
-
-
-def poisoned(bench: Bench, call: Callable[[], Tensor], x: Tensor, exact: Tensor) -> list[float]:
-    """Relative errors of repeated products whose output memory held NaN before."""
-    expected = x.double() @ exact.T
-    errors = []
-    for _ in range(1 if bench.dry else 10):
-        poison = torch.full((1 << (10 if bench.dry else 24),), torch.nan, device=bench.device)
-        del poison
-        errors.append(float((call().double() - expected).norm() / expected.norm()))
-    return errors
-
-
-def verdict(
-    scheme: str,
-    dtype: torch.dtype,
-    layer: list[int],
-    tokens: int,
-    config: LaunchConfig,
-    errors: list[float],
-) -> Row:
-    """The record of one check. Rounding of a weight and of a sum bounds the error."""
-    allowed = 2 * torch.finfo(dtype).eps
-    worst, spread = max(errors), max(errors) - min(errors)
-    return {
-        "scheme": scheme,
-        "dtype": str(dtype).removeprefix("torch."),
-        "layer": layer,
-        "tokens": tokens,
-        "config": vars(config),
-        "error": worst,
-        "spread": spread,
-        "passed": worst < allowed and spread < 0.1 * allowed,
-    }
-
-
-def gemv(bench: Bench) -> list[Row]:
-    """Decoding, 1 and 4 tokens: ours, cuBLAS float16 and the aqlm package in one run."""
-    peers = aqlm_kernels() if bench.device.type == "cuda" else {}
-    rows: list[Row] = []
-    for shape in [Shape(*TWO_BIT, *s) for s in bench.some(GEMV_SHAPES, ((70, 96),))]:
-        copies = weight_copies(
-            bench_kernels.random_packed(shape, torch.float16, bench.device), 2 if bench.dry else 64
-        )
-        for tokens in bench.some((1, 4), (1,)):
-            if bench.late("gemv"):
-                return rows
-            x = bench.x(tokens, shape.in_features)
-            config = launch.config_for(x, blocks_of(copies[0]))
-            seconds = time_config(bench.clock, config, x, copies)
-            dense = bench_kernels.time_dense(bench.clock, x, shape)
-            row = rate(bench, shape, vars(config), seconds)
-            row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
-            for name, kernel in peers.items():
-                row[f"over_{name}"] = time_peer(bench, kernel, x, copies) / seconds
-            rows.append(row)
-    return rows
-
-
-def aqlm_kernels() -> dict[str, Callable[..., Tensor]]:
-    """The kernels of the public package, where it is installed and nvcc builds it."""
-    found: dict[str, Callable[..., Tensor]] = {}
-    try:
-        package = "aqlm.inference_kernels"
-        select = importlib.import_module(f"{package}.kernel_selector").get_forward_pass_kernel
-        codebooks = torch.empty(2, 256, 1, 8, device="cuda")
-        found["aqlm_triton"] = importlib.import_module(f"{package}.triton_kernel").triton_matmul
-        found["aqlm_cuda"] = select(codebooks, optimize_for_training=False)
-    except Exception as error:  # a missing package, compiler or header is a result too
-        print(f"aqlm: {type(error).__name__}: {str(error).splitlines()[0]}")
-    return found
-
-
-def time_peer(
-    bench: Bench, kernel: Callable[..., Tensor], x: Tensor, copies: list[PackedWeight]
-) -> float:
-    """Seconds of the aqlm package's product with the same weights."""
-    calls = []
-    for weight in copies:
-        codes, codebooks, scales = weight.unpack()
-        calls.append(partial(kernel, x, codes, codebooks[0], scales, None))
-    return bench.clock.time(calls)
-
-
-def design(bench: Bench) -> list[Row]:
-    """Which kernel, tile and split for one token: candidates of the tuner, and `gpu_variants`.
-
-    Lookups against direct decoding (from one and from several copies of the codebooks), rows per
-    thread and per program, float32 against float16 tables (the kernel for two tokens, given one),
-    tables in shared memory or in L1 and over how many groups, Gluon where this Triton has it.
-    """
-    import gpu_variants  # imports Triton, which --dry-run first has to tell so
-
-    card = choose.describe_gpu(bench.device)
-    rows: list[Row] = []
-    layers = bench.some(((4096, 4096), (11008, 4096), (1024, 4096), (28672, 8192)), ((70, 96),))
-    for shape in [Shape(*TWO_BIT, *layer) for layer in layers]:
-        weight = bench_kernels.random_packed(shape, torch.float16, bench.device)
-        copies = weight_copies(weight, 2 if bench.dry else 64)
-        x = bench.x(1, shape.in_features)
-        tried = bench_kernels.candidates(card, shape, 1)
-        half = choose.fit(LaunchConfig("lut", 0, 1024, 16, 0), card, shape, 2)  # float16 tables
-        for config in [*tried, half]:
-            if bench.dry and (config.kernel == "lut_gluon" or config.rows > 512):
-                continue
-            if bench.late("design"):
-                return rows
-            seconds = time_config(bench.clock, config, x, copies)
-            rows.append(rate(bench, shape, vars(config), seconds))
-        exact = launch.multiply_decoded(x, blocks_of(weight), None, weight.partition_sizes).double()
-        for name, calls in gpu_variants.variants(card, x, copies):
-            if bench.late("design"):
-                return rows
-            error = float((calls[0]().double() - exact).norm() / exact.norm())
-            rows.append(rate(bench, shape, name, bench.clock.time(calls)) | {"error": error})
-            if error > 4 * torch.finfo(x.dtype).eps:
-                raise AssertionError(f"{name} is wrong: {error}")
-    return rows
-
-
-def rate(bench: Bench, shape: Shape, config: Row, seconds: float) -> Row:
-    """The record of a design's time."""
-    read = shape.blocks * 16 * shape.out_features
-    return {
-        "layer": [shape.out_features, shape.in_features],
-        "config": config,
-        "microseconds": seconds * 1e6,
-        "code_bytes_per_second": read / seconds,
-        "of_copy_bandwidth": read / seconds / bench.copy_rate,
-    }
-
-
-def crossover(bench: Bench) -> list[Row]:
-    """Batches 2 to 512 under every kernel that takes them: the rules of a table."""
-    card = choose.describe_gpu(bench.device)
-    rows: list[Row] = []
-    layers = bench.some(((4096, 4096), (22016, 4096), (4096, 11008)), ((70, 96),))
-    for scheme in bench.some((TWO_BIT, (1, 65536, 8)), (TWO_BIT,)):
-        for shape in [Shape(*scheme, *layer) for layer in layers]:
-            weight = bench_kernels.random_packed(shape, torch.float16, bench.device)
-            copies = weight_copies(weight, 2 if bench.dry else 16)
-            for tokens in bench.some((2, 4, 8, 16, 32, 64, 128, 256, 512), (8,)):
-                if bench.late("crossover"):
-                    return rows
-                x = bench.x(tokens, shape.in_features)
-                dense = bench_kernels.time_dense(bench.clock, x, shape)
-                for config in bench_kernels.candidates(card, shape, tokens):
-                    seconds = time_config(bench.clock, config, x, copies)
-                    row = rate(bench, shape, vars(config), seconds)
-                    row |= {"tokens": tokens, "over_cublas_fp16": dense / seconds}
-                    rows.append({"scheme": shape.scheme, **row})
-    return rows
-
-
-def model(bench: Bench) -> list[Row]:
-    """Tokens per second of whole decoding steps at 1k tokens of context, against float16."""
-    rows: list[Row] = []
-    for llama in bench.some((gpu_llama.LLAMA2_7B, gpu_llama.LLAMA3_8B), (gpu_llama.TINY,)):
-        seconds = {}
-        for name, scheme in (("2x8g8", TWO_BIT), ("float16", None)):
-            need = 3e9 if scheme else 18e9
-            if not bench.dry and torch.cuda.mem_get_info()[0] < need:
-                continue
-            step = gpu_llama.DecodeStep(llama, scheme, 1024, torch.float16, bench.device)
-            seconds[name] = bench.clock.time([step])
-            rows.append(
-                {
-                    "model": llama.name,
-                    "weights": name,
-                    "tokens_per_second": 1 / seconds[name],
-                    "of_copy_bandwidth": step.bytes / seconds[name] / bench.copy_rate,
-                }
-            )
-            del step
-        if len(seconds) == 2:
-            rows[-2]["over_float16"] = seconds["float16"] / seconds["2x8g8"]
-    return rows
-
-
-def tuning(bench: Bench) -> Row:
-    """Seconds to calibrate a layer, and of one PV step of a 1B-shaped model, with its memory."""
-    from pvrt.modules.aqlm_linear import AQLMLinear
-    from pvrt_tune.fit.additive import fit_layer
-    from pvrt_tune.pv.optimizer import PVOptimizer
-    from pvrt_tune.pv.representation import AdditiveRepresentation
-    from pvrt_tune.settings import FitSettings, PVSettings
-
-    scheme = Scheme.parse("2x8g8")
-    found: Row = {}
-    settings = FitSettings(rounds=1, kmeans_iterations=2) if bench.dry else FitSettings()
-    for out, features in bench.some(((4096, 4096), (11008, 4096)), ((64, 64),)):
-        weight, x = bench.x(out, features).float(), bench.x(4 * features, features).float()
-        generator = torch.Generator().manual_seed(0)
-        started = time.perf_counter()
-        fit = fit_layer(weight, x.T @ x / len(x), scheme, settings, generator).result(torch.float16)
-        seconds = time.perf_counter() - started
-        found[f"{out}x{features}"] = {"seconds": seconds, "relative_error": fit.relative_error}
-    llama = gpu_llama.TINY
-    if not bench.dry:
-        llama = gpu_llama.Llama("1B shape", 2048, 8192, 16, 32, 8, 128256, head=64)
-    weights, layers = {}, {}
-    for number in range(llama.layers):
-        for name, (out, features) in enumerate(llama.linears):
-            layer = AQLMLinear(features, out, scheme, dtype=torch.float16, device=bench.device)
-            layer.codes.random_(-128, 127)
-            layer.codebooks.data.normal_()
-            layer.scales.data.fill_(0.02)
-            layers[f"{number}.{name}"] = AdditiveRepresentation(layer)
-            decoded = layers[f"{number}.{name}"].decode()
-            weights[f"{number}.{name}"] = torch.nn.Parameter(decoded)
-    optimizer = PVOptimizer(layers, weights, {}, PVSettings())
-    times = []
-    for _ in range(2):
-        for parameter in weights.values():
-            parameter.grad = torch.randn_like(parameter) * 1e-3
-        started = time.perf_counter()
-        optimizer.step(1.0, torch.Generator().manual_seed(0))
-        if bench.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else 0
-    found["pv_step"] = {"model": llama.name, "seconds": times[-1], "peak_bytes": peak}
-    return found
-
-
-def tools(bench: Bench) -> Row:
-    """compute-sanitizer on small cases and ncu's counters of the GEMV, where they are installed."""
-    found: Row = {}
-    commands = {
-        "memcheck": ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"],
-        "racecheck": ["compute-sanitizer", "--tool", "racecheck", "--error-exitcode", "9"],
-        "ncu": ["ncu", "--set", "full", "--kernel-name", "lut_gemv", "--launch-count", "1"],
-    }
-    for name, command in commands.items():
-        if shutil.which(command[0]) is None or bench.dry:
-            found[name] = "not run" if bench.dry else f"{command[0]} is not installed"
-            continue
-        left = max(10.0, min(90.0, bench.deadline - time.monotonic()))
-        case = [*command, sys.executable, __file__, "--small-case"]
-        try:
-            done = subprocess.run(case, capture_output=True, text=True, timeout=left)
-            found[name] = {"code": done.returncode, "output": (done.stdout + done.stderr)[-6000:]}
-        except subprocess.TimeoutExpired:
-            found[name] = f"not finished after {left:.0f} s"
-    return found
-
-
-def small_case() -> None:
-    """One launch of every kernel, for tools that slow a program down a hundred times."""
-    bench = Bench(torch.device("cuda"), False, 0.0)
-    cases = (("2x8g8", 1), ("2x8g8", 2), ("1x16g8", 1), ("2x8g8", 16), ("2x8g8", 300))
-    for scheme, tokens in cases:
-        layer, exact = checked_layer(bench, scheme, 2100, 512, torch.float16)
-        x = bench.x(tokens, 512)
-        error = float((aqlm_packed_linear(x, layer).double() - x.double() @ exact.T).abs().max())
-        print(scheme, tokens, error)
-        if (scheme, tokens) == ("2x8g8", 1) and launch.gluon_gathers():
-            config = LaunchConfig("lut_gluon", 1, 1024, 8, 2)
-            launch.launch(config, x, blocks_of(layer), None, [1400, 700])
-
-
-SECTIONS: dict[str, Callable[[Bench], Any]] = {
-    "ceilings": ceilings,
-    "correctness": correctness,
-    "gemv": gemv,
-    "model": model,
-    "crossover": crossover,
-    "design": design,
-    "tuning": tuning,
-    "tools": tools,
-}
-
-
-def describe(bench: Bench) -> Row:
-    """The card, its driver and the versions."""
-    card = choose.describe_gpu(bench.device)
-    driver = "none"
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return {
-        "gpu": card.name,
-        "capability": list(card.capability),
-        "sms": card.sms,
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "python": platform.python_version(),
-        "dry_run": bench.dry,
-    }
+    def store(self) -> None:
+        """Write the JSON anew, with all rows that there are."""
+        rows: dict[str, list[Row]] = {}
+        for line in self.rows.read_text().splitlines():
+            row = json.loads(line)
+            rows.setdefault(row.pop("section"), []).append(row)
+        staged = self.file.with_suffix(".tmp")
+        staged.write_text(json.dumps({**self.results, "rows": rows}, indent=1) + "\n")
+        staged.replace(self.file)
 
 
 def summary(results: Row) -> str:
     """The short table that is printed last."""
+    rows: dict[str, list[Row]] = results["rows"]
     lines = [f"{results['gpu']}, torch {results['torch']}, Triton {results['triton']}"]
-    for row in results.get("gemv") or []:
-        peers = "".join(f"  {k} {v:.2f}x" for k, v in row.items() if k.startswith("over_"))
-        lines.append(
-            f"{row['layer'][0]:>6} x {row['layer'][1]:<6} {row['tokens']} tokens  "
-            f"{row['microseconds']:8.1f} us  {row['of_copy_bandwidth']:5.0%} of copy{peers}"
-        )
-    for row in results.get("model") or []:
-        lines.append(
-            f"{row['model']}, {row['weights']}: {row['tokens_per_second']:.1f} tokens/s, "
-            f"{row['of_copy_bandwidth']:.0%} of copy bandwidth"
-        )
-    lines += [f"{name}: {error}" for name, error in results["failures"].items()]
-    return "\n".join(lines)
+    checked = [row for row in rows.get("correctness", []) if "passed" in row]
+    lines.append(f"{sum(row['passed'] for row in checked)} of {len(checked)} products are right")
+    for row in rows.get("gemv", []):
+        if "microseconds" in row:
+            peers = "".join(f"  {k} {v:.2f}x" for k, v in row.items() if k.startswith("over_"))
+            lines.append(
+                f"{row['layer'][0]:>6} x {row['layer'][1]:<6} {row['tokens']} tokens  "
+                f"{row['microseconds']:8.1f} us  {row['of_copy_bandwidth']:5.0%} of copy{peers}"
+            )
+    for row in rows.get("model", []):
+        if "tokens_per_second" in row:
+            lines.append(
+                f"{row['model']}, {row['weights']}: {row['tokens_per_second']:.1f} tokens/s, "
+                f"{row['of_copy_bandwidth']:5.0%} of copy bandwidth"
+            )
+    for name, section in rows.items():
+        for row in section:
+            if "error" in row and "case" in row:
+                lines.append(f"{name}, {row['case'][:100]}: {row['error'][:200]}")
+            if "not_reached" in row:
+                lines.append(f"{name}: {len(row['not_reached'])} cases were not reached")
+    trouble = {name: each["trouble"] for name, each in results["sections"].items()}
+    return "\n".join(lines + [f"{name}: {text}" for name, text in trouble.items() if text])
+
+
+def arguments() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny")
+    parser.add_argument("--only", nargs="+", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("--minutes", type=float, default=9.0, help="time in all")
+    parser.add_argument("--limit", nargs="+", default=[], metavar="SECTION=SECONDS")
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER / "results", help="folder for the results"
+    )
+    parser.add_argument("--product", metavar="COMMAND", help="gpu_product.py with its options")
+    parser.add_argument("--peer", type=Path, help="the aqlm package's codebook_cuda.so")
+    parser.add_argument("--native", type=Path, help="Python file whose run(bench) yields rows")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that fill Triton's cache")
+    options = parser.parse_args()
+    try:
+        options.limit = {k: float(v) for k, v in (each.split("=") for each in options.limit)}
+    except ValueError:
+        parser.error("--limit takes SECTION=SECONDS")
+    return options
 
 
 def main() -> None:
     """Run the sections in order, store after each, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny")
-    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--minutes", type=float, default=9.0, help="time in all")
-    parser.add_argument("--out", type=Path, help="folder for the result")
-    parser.add_argument("--small-case", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.small_case:
-        small_case()
-        return
+    options = arguments()
+    name = nvidia_smi("name")
+    if not name and not options.dry_run:
+        sys.exit("nvidia-smi finds no GPU here; --dry-run tries the script itself on the CPU")
+    card = "interpreter" if options.dry_run else name[0]
+    run = Run(options, card, time.monotonic() + 60 * options.minutes)
+    run.results |= {
+        "gpu": card,
+        "driver": "".join(nvidia_smi("driver_version")),
+        "torch": version("torch"),
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "commit": machine.commit(),
+        "dry_run": options.dry_run,
+        "sections": {},
+    }
+    run.store()
+    os.environ |= {"PYTHONUNBUFFERED": "1", "OUT": str(options.out)}
+    # Inductor's workers take longer to start than its few kernels take to compile.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for a GPU before a fork starts none
     if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # nothing has imported Triton yet
-    elif not torch.cuda.is_available():
-        sys.exit("torch finds no GPU here; --dry-run tries the script itself on the CPU")
-    device = torch.device("cpu" if options.dry_run else "cuda")
-    bench = Bench(device, options.dry_run, time.monotonic() + 60 * options.minutes)
-    bench.results |= {**describe(bench), "failures": {}, "seconds": {}}
-    folder = options.out or machine.ROOT / "benchmarks" / "results"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "_", bench.results["gpu"].lower()).strip("_")
-    for section in dict.fromkeys(["ceilings", *options.only]):
-        started = time.monotonic()
-        if started > bench.deadline:
-            bench.results["failures"][section] = "no time left"
-            continue
-        try:
-            with torch.no_grad():
-                bench.results[section] = SECTIONS[section](bench)
-        except Exception as error:
-            bench.results["failures"][section] = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        bench.results["seconds"][section] = time.monotonic() - started
-        print(f"{section}: {time.monotonic() - started:.1f} s", flush=True)
-        text = json.dumps(bench.results, indent=1)
-        (folder / f"gpu_{name}.json").write_text(text + "\n")
-    print(summary(bench.results))
-    sys.exit(1 if bench.results["failures"] else 0)
+        os.environ["TRITON_INTERPRET"] = "1"
+    if options.jobs and not options.dry_run:
+        command = [sys.executable, str(FOLDER / "gpu_warm.py"), "--jobs", str(options.jobs)]
+        run.warming = Process(partial(execute, command), run.log)
+    try:
+        for section, limit in LIMITS.items():
+            given = section not in ("product", "native") or getattr(options, section)
+            if section in options.only and given:
+                run.section(section, options.limit.get(section, limit))
+    finally:
+        if run.warming:
+            run.warming.kill()
+    results = json.loads(run.file.read_text())
+    print(summary(results))
+    sys.exit(1 if any(each["trouble"] for each in results["sections"].values()) else 0)
 
 
 if __name__ == "__main__":

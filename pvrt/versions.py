@@ -60,7 +60,7 @@ class VersionRange:
         return f"{self.problem(version)}; try {self.remedy}"
 
 
-TORCH = VersionRange("torch", (2, 13), (2, 14))
+TORCH = VersionRange("torch", (2, 11), (2, 14))
 TRANSFORMERS = VersionRange("transformers", (5, 17), (5, 24))
 VLLM = VersionRange("vllm", (0, 30), (0, 33))
 #: Others expect tensors of other shapes, and 0.18 decodes 3-bit codes to other values.

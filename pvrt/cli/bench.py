@@ -65,6 +65,7 @@ def engine_speed(
     path: Path, dtype: Dtype, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> "tuple[Speed, Memory | None]":
     """Speed of the embedded engine on a folder, and on a CPU how much of memory's it uses."""
+    from pvrt.hf.progress_bars import no_progress_bar
     from pvrt.tools.bench_model import measure, memory
     from pvrt_server.engine.engine import Engine
     from pvrt_server.engine.sampling import SamplingParams
@@ -73,7 +74,9 @@ def engine_speed(
 
     # The same prompt again and again, which must be read every time.
     options = ServeOptions.model_validate({"dtype": dtype.value, "prefix_reuse": False})
-    with Engine.load(path, options) as engine:
+    with no_progress_bar():
+        loaded = Engine.load(path, options)
+    with loaded as engine:
         prompt = [1 + i % 200 for i in range(prompt_tokens)]
 
         def generate(prompt_ids: Any, count: int) -> Any:

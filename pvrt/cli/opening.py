@@ -63,6 +63,7 @@ def open_folder(path: Path, dtype: Dtype, device: str) -> "Side":
 
     import pvrt
     from pvrt.format import grid
+    from pvrt.hf.progress_bars import no_progress_bar
     from pvrt.tools.compare import Side
     from pvrt.tools.held_out import longest_context
     from pvrt.tools.sizes import Curves, Sizes
@@ -74,7 +75,8 @@ def open_folder(path: Path, dtype: Dtype, device: str) -> "Side":
         wanted = wanted or _dtype(dtype, device)
         for place in sorted({"cpu", device}):  # it is loaded and decoded on the host
             _check_room(str(path), sizes.weights, wanted, place)
-        return pvrt.load(stored, dense=True, dtype=wanted or "auto").to(device)
+        with no_progress_bar():
+            return pvrt.load(stored, dense=True, dtype=wanted or "auto").to(device)
 
     return Side(
         str(path),

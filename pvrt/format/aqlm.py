@@ -185,11 +185,11 @@ def find_layers(tensors: Mapping[str, TensorInfo], schemes: LayerSchemes) -> dic
     for name in schemes.named:
         if f"{name}.codes" not in tensors:
             raise CheckpointError(f"{CONFIG_FILE} has a scheme for {name}, whose codes are missing")
-    return {name: _check_layer(name, tensors, schemes.of(name)) for name in names}
+    return {name: _check_layer(name, tensors, schemes) for name in names}
 
 
-def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | None) -> LayerInfo:
-    codes = tensors[f"{name}.codes"]
+def _check_layer(name: str, tensors: Mapping[str, TensorInfo], schemes: LayerSchemes) -> LayerInfo:
+    codes, scheme = tensors[f"{name}.codes"], schemes.of(name)
     if scheme is None:
         raise CheckpointError(f"{codes.file}: {CONFIG_FILE} has no scheme for {name}.codes")
     for part in PARTS:
@@ -208,6 +208,11 @@ def _check_layer(name: str, tensors: Mapping[str, TensorInfo], scheme: Scheme | 
         raise CheckpointError(
             f"{codes.file}: {name} has in_scales, which only embeddings and output heads may have; "
             "keep that layer dense"
+        )
+    if f"{name}.in_scales" in tensors and schemes.default is not None:
+        raise CheckpointError(
+            f"{codes.file}: {name} has in_scales, which readers of one scheme for all layers would "
+            f"leave out; list the layers of every scheme in {CONFIG_FILE}, under schemes"
         )
     optional = [part for part in ("bias", "in_scales") if f"{name}.{part}" in tensors]
     for part in ("codebooks", "scales", *optional):

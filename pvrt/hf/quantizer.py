@@ -28,11 +28,10 @@ from pvrt.format.config_block import parse_quantization_config
 from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
 from pvrt.format.grid import is_packed, is_quantised, open_checkpoint
 from pvrt.format.scheme import Scheme
-from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead, embedding_scale
+from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead
 from pvrt.modules.aqlm_layer import AQLMLayer, packs_on_arrival
-from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import module_name, unfuse, without_fusing
-from pvrt.modules.whole_model import decode_once, pack_model, quantized_layers
+from pvrt.modules.whole_model import decode_once, layer_in_codes, pack_model, quantized_layers
 from pvrt.versions import COMPRESSED_TENSORS
 
 if TYPE_CHECKING:
@@ -167,16 +166,13 @@ def _in_codes(
             f"{file}: {layer.name}.codes decode to {found[0]} x {found[1]}, config.json "
             f"describes {wanted[0]} x {wanted[1]}"
         )
-    if isinstance(dense, nn.Linear):
-        shape = dense.in_features, dense.out_features
-        return AQLMLinear(*shape, scheme, layer.has_bias, layer.has_in_scales)
-    scale = embedding_scale(dense)
-    if scale is None or scheme.out_group_size != 1:
+    module = layer_in_codes(dense, scheme, layer.has_bias, layer.has_in_scales)
+    if module is None:
         raise CheckpointError(
             f"{file}: {name} is a {type(dense).__name__}, which pvrt cannot look up in "
             f"codes of {scheme}"
         )
-    return AQLMEmbedding(*wanted, scheme, scale, layer.has_in_scales)
+    return module
 
 
 def _tie_heads(model: "PreTrainedModel") -> None:
@@ -195,13 +191,20 @@ def _tie_heads(model: "PreTrainedModel") -> None:
                 )
             model.set_submodule(target.rpartition(".")[0], TiedHead(embedding, head.bias))
             del pairs[target]
-    for module in model.modules():  # what `tie_weights` reads when it is called again
-        keys = getattr(module, "_tied_weights_keys", None)
-        if keys and "all_tied_weights_keys" in vars(module):
+            _forget_tied(model, source)
+
+
+def _forget_tied(model: nn.Module, tensor: str) -> None:
+    """Drop a tensor, which is gone, from what `tie_weights` reads when it is called again.
+
+    Its keys may be names of tensors or modules, or patterns of them, and are matched alike.
+    """
+    for name, module in model.named_modules():
+        keys, prefix = getattr(module, "_tied_weights_keys", None), f"{name}." if name else ""
+        if keys and "all_tied_weights_keys" in vars(module) and tensor.startswith(prefix):
+            own = tensor.removeprefix(prefix)
             module._tied_weights_keys = {
-                target: source
-                for target, source in keys.items()
-                if not isinstance(_owner(module, source), AQLMEmbedding)
+                target: source for target, source in keys.items() if not re.match(source, own)
             }
 
 
@@ -211,14 +214,6 @@ def _decode(model: "PreTrainedModel") -> None:
     for module in model.modules():
         vars(module).pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
-def _owner(model: nn.Module, key: str) -> nn.Module | None:
-    """The module of a tied tensor; None for a pattern."""
-    try:
-        return model.get_submodule(key.rpartition(".")[0])
-    except AttributeError:
-        return None
 
 
 def register() -> None:

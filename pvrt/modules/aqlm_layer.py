@@ -49,7 +49,7 @@ class _Shared:
 
     def __bool__(self) -> bool:
         """Whether any layer has yet to come."""
-        return bool(self._outputs)
+        return len(self._outputs) > 0
 
 
 def _version(x: Tensor) -> int | None:
@@ -70,13 +70,19 @@ def _clearing(*containers: dict[int, Tensor] | list[Tensor]) -> Callable[[object
 class PackedLayers:
     """One packed weight for layers that take the same input, and who of them is which.
 
-    dtype is that of their activations.
+    dtype is that of their activations, float_types are those of codebooks and scales.
 
     The first layer called with an input computes them all; the others take their part of that.
     """
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self.weight, self.bias, self.dtype = weight, bias, dtype
+    def __init__(
+        self,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        float_types: tuple[torch.dtype, torch.dtype],
+    ) -> None:
+        self.weight, self.bias, self.dtype, self.float_types = weight, bias, dtype, float_types
         self._shared: _Shared | None = None
 
     def forward(self, index: int, x: Tensor) -> Tensor:
@@ -168,6 +174,13 @@ class AQLMLayer(nn.Module):
         """Where the weight is."""
         return self.codes.device if self.packed is None else self.packed.weight.tensors[0].device
 
+    @property
+    def float_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """The types of codebooks and scales, packed or not."""
+        if self.packed is not None:
+            return self.packed.float_types
+        return self.codebooks.dtype, self.scales.dtype
+
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the codebooks; differentiable unless packed."""
         weight = aqlm_dequantize(*self.stored())
@@ -251,7 +264,7 @@ def pack(layers: Sequence[AQLMLayer], dtype: torch.dtype) -> PackedLayers | None
     bias = None
     if first.bias is not None:
         bias = torch.cat([layer.bias.detach() for layer in layers if layer.bias is not None])
-    packed = PackedLayers(weight, bias, dtype)
+    packed = PackedLayers(weight, bias, dtype, first.float_types)
     for index, layer in enumerate(layers):
         for name in PARTS:
             setattr(layer, name, None)

@@ -142,19 +142,28 @@ def time_dense(clock: Clock, x: Tensor, shape: Shape) -> float:
 def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
     """At most about a dozen launch configs worth measuring, all of which compile without spills."""
     found = []
-    if tokens <= 4 and shape.width == "8bit":
+    if tokens <= 4 and choose.takes(card, shape):
+        largest = 4 if tokens == 1 else 2
+        base = choose.fit(LaunchConfig("lut_cuda", 0, 256 * largest, 8, 0), card, shape, tokens)
+        found.append(base)
+        for rows in (256, 512, 1024)[:largest]:
+            tiles, stages = -(-shape.out_features // rows), -(-shape.blocks // 2)
+            for per_sm in (1, 2, 3):
+                steps = -(-stages // max(1, min(stages, round(per_sm * card.sms / tiles))))
+                found.append(replace(base, rows=rows, split=-(-stages // steps)))
+    elif tokens == 1 and shape.width == "8bit":
         whole = not split_codebooks(shape.num_codebooks)[1]
-        tiles = ((512, 4), (1024, 8), (512, 8), (2048, 16)) if tokens == 1 else ()
-        for rows, warps in (*tiles, (1024, 16)) if whole else ((512, 8), (1024, 16)):
+        for rows, warps in (
+            ((512, 4), (1024, 8), (512, 8), (2048, 16), (1024, 16))
+            if whole
+            else (
+                (512, 8),
+                (1024, 16),
+            )
+        ):
             found.append(choose.fit(LaunchConfig("lut", 0, rows, warps, 0), card, shape, tokens))
-        if tokens == 1 and whole and launch.gluon_gathers():
-            for rows in (1024, 2048):
-                found.append(
-                    choose.fit(LaunchConfig("lut_gluon", 0, rows, 8, 0), card, shape, tokens)
-                )
-        base = found[0] if tokens > 1 else found[1]
-        for split in {max(1, base.split // 2), min(shape.blocks, base.split * 2)} - {base.split}:
-            found.append(replace(base, split=split))
+        for split in (max(1, found[1].split // 2), min(shape.blocks, found[1].split * 2)):
+            found.append(replace(found[1], split=split))
     if tokens <= 4:
         found.append(choose.fit(LaunchConfig("direct", 0, 128, 4, 0), card, shape, tokens))
     if tokens <= 16:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.errors import SourceError
+from pvrt.kv_cache import cache_name
 
 #: Receives (done, total) of windows and prompts.
 Progress = Callable[[int, int], None]
@@ -142,8 +143,8 @@ def _continue(model: Any, prompt: Sequence[int], count: int, ends: set[int]) -> 
     )
     try:
         while len(tokens) < count and not ends.intersection(tokens[-1:]):
-            output = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=step, use_cache=True, **{cache_name(): cache})
+            cache = output[cache_name()]
             tokens.append(int(output.logits[0, -1].argmax()))
             step = torch.tensor([tokens[-1:]], device=model.device)
     finally:

@@ -62,11 +62,13 @@ class Layers:
         """Find embeddings and heads in codes by the names and shapes of a checkpoint's tensors.
 
         Where `tied`, a head that it does not hold is one with the embeddings of its shape. Raises
-        ServeError for factors of columns in any other layer.
+        ServeError for factors of columns in any other layer, and where one scheme has all layers.
         """
         for name in shapes:
             if name.endswith(".in_scales") and in_block(name):
                 raise ServeError(f"{name}: vLLM can scale the columns of embedding and head alone")
+            if name.endswith(".in_scales") and self._default is not None:
+                raise ServeError(f"{name}: {CONFIG_FILE} must list the layers of every scheme")
         stored = [name.removesuffix(".codes") for name in shapes if name.endswith(".codes")]
         names = (name for name in self._named or stored if not in_block(name))
         self._ends = []

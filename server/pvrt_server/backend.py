@@ -3,17 +3,17 @@
 What is printed before the start and what is then loaded both come from the `Decision`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pvrt.errors import ServeError
-from pvrt.format.aqlm import Checkpoint
 from pvrt.format.grid import GridCheckpoint
-from pvrt.format.scheme import Scheme
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_kernels.cpu import library
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS
-from pvrt_server.capacity import Capacity, Machine, WeightKind, gigabytes, weight_bytes
+from pvrt_server.capacity import Capacity, Machine, gigabytes, weight_bytes
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 
@@ -33,16 +33,18 @@ _GPU_BYTES = 1_500_000_000
 class Decision:
     """How a model is served.
 
-    reason completes "on this backend, because". dtype auto leaves the type to the backend. in_c
-    says that the embedded engine decodes in C (`cpu_model`), cache_tokens how many tokens' keys and
-    values it keeps for all sequences together.
+    reason completes "on this backend, because". dtype auto leaves the type to the backend.
+    weights says what becomes of them: layers of the schemes in `decoded` are decoded once, at load.
+    in_c says that the embedded engine decodes in C (`cpu_model`), cache_tokens how many tokens'
+    keys and values it keeps for all sequences together.
     """
 
     backend: Backend
     reason: str
     machine: Machine
     dtype: str
-    weights: WeightKind
+    weights: str
+    decoded: Sequence[Scheme | GridScheme]
     in_c: bool
     capacity: Capacity
     cache_tokens: int
@@ -75,7 +77,7 @@ def choose_backend(opened: OpenedModel, options: ServeOptions, machine: Machine)
     if local and dtype == "auto" and machine.device == "cpu":
         dtype = "float32"
     itemsize = _itemsize(opened, backend, dtype)
-    weights = _weights(opened, backend, machine)
+    decoded = _decoded(opened, backend, machine)
     in_c = (
         local
         and dtype == "float32"
@@ -87,7 +89,8 @@ def choose_backend(opened: OpenedModel, options: ServeOptions, machine: Machine)
             f"--max-num-seqs is {options.sequences}; this model runs at most {MOST_ROWS} "
             "sequences at once on a CPU"
         )
-    size = weight_bytes(opened.stored, weights, itemsize, in_c=in_c, on_cpu=machine.device == "cpu")
+    on_cpu = machine.device == "cpu"
+    size = weight_bytes(opened.stored, decoded, itemsize, in_c=in_c, on_cpu=on_cpu)
     cache = cache_shape(opened.config, itemsize)
     length = _wanted_length(opened, options, cache, backend)
     free = _bytes_for_cache(opened, machine, backend, size, cache)
@@ -97,7 +100,8 @@ def choose_backend(opened: OpenedModel, options: ServeOptions, machine: Machine)
     _check_length(options, capacity)
     budget = free // 2 if options.cache_bytes is None else free
     tokens = max(capacity.max_model_len, budget // max(1, cache.bytes_for(1)))
-    return Decision(backend, reason, machine, dtype, weights, in_c, capacity, tokens)
+    weights = _in_words(opened, decoded)
+    return Decision(backend, reason, machine, dtype, weights, decoded, in_c, capacity, tokens)
 
 
 def runs_in_c(config: Any, device: str) -> bool:
@@ -159,17 +163,25 @@ def _itemsize(opened: OpenedModel, backend: Backend, dtype: str) -> int:
     return _ITEMSIZE.get(dtype, 2)  # vLLM computes 32-bit checkpoints in 16 bits
 
 
-def _weights(opened: OpenedModel, backend: Backend, machine: Machine) -> WeightKind:
-    match opened.stored:
-        case GridCheckpoint():
-            return "decoded" if backend == "local" else "packed"
-        case Checkpoint(schemes=schemes):
-            fast = all(
-                isinstance(scheme, Scheme) and scheme.has_fast_kernel(machine.device)
-                for scheme in schemes
-            )
-            return "packed" if fast else "decoded"
-    return "dense"
+def _decoded(opened: OpenedModel, backend: Backend, machine: Machine) -> list[Scheme | GridScheme]:
+    """The schemes that have no kernel there. On GPUs vLLM leaves codes to the reference."""
+
+    def lacks_kernel(scheme: Scheme | GridScheme) -> bool:
+        if isinstance(scheme, GridScheme):
+            return backend == "local"
+        decodes = backend == "local" or machine.device == "cpu"
+        return decodes and not scheme.has_fast_kernel(machine.device)
+
+    return [scheme for scheme in opened.stored.schemes if lacks_kernel(scheme)]
+
+
+def _in_words(opened: OpenedModel, decoded: Sequence[Scheme | GridScheme]) -> str:
+    schemes = opened.stored.schemes
+    if not schemes:
+        return "dense"
+    if len(decoded) == len(schemes):
+        return "decoded"
+    return f"packed, {', '.join(map(str, decoded))} decoded" if decoded else "packed"
 
 
 def _wanted_length(

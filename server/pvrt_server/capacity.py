@@ -5,20 +5,18 @@ Counts from headers and free memory, before anything is loaded. `backend` decide
 
 import importlib.util
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from pvrt.device import cpu_features, default_device
 from pvrt.format.folder import StoredModel, TensorInfo
-from pvrt.format.scheme import Scheme
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.kv_cache import CacheShape
 from pvrt.memory import free_host_bytes
-
-#: What becomes of the weights: used as they are stored, looked up by our kernels, or decoded once.
-WeightKind = Literal["dense", "packed", "decoded"]
+from pvrt_kernels.cpu.decoder_program import Rounded
 
 
 @dataclass(frozen=True)
@@ -118,30 +116,48 @@ def gigabytes(size: float) -> str:
 
 
 def weight_bytes(
-    model: StoredModel, kind: WeightKind, itemsize: int, *, in_c: bool, on_cpu: bool
+    model: StoredModel,
+    decoded: Collection[Scheme | GridScheme],
+    itemsize: int,
+    *,
+    in_c: bool,
+    on_cpu: bool,
 ) -> int:
     """What a model's weights will take in memory.
 
-    itemsize is of the type that is computed in; in_c says that the embedded engine runs the model
-    in C, which keeps what is not quantised as narrow as it is stored.
+    Layers of the schemes in `decoded` are decoded once. itemsize is of the type that is computed
+    in; in_c says that the embedded engine runs the model in C, which keeps what is not quantised as
+    narrow as it is stored, and a dense head in int8 too.
     """
     tensors = dict(model.tensors)
-    total = 0
+    total = _rounded_bytes(model, decoded) if in_c else 0
     if in_c:
         for name in model.dense_bytes():
             if len(tensors[name].shape) == 2:
                 info = tensors.pop(name)
                 total += info.elements * info.float_bits // 8
-    if kind == "decoded":
-        for layer in model.layers.values():
+    for layer in model.layers.values():
+        if layer.scheme in decoded:
             total += layer.out_features * layer.in_features * itemsize
             for part in model.PARTS:
                 tensors.pop(f"{layer.name}.{part}", None)
-    elif on_cpu:  # the kernel of codes of up to 8 bits keeps codebooks as tables too, in float32
-        for layer in model.layers.values():
-            if isinstance(layer.scheme, Scheme) and layer.scheme.nbits_per_codebook <= 8:
-                total += 4 * tensors[f"{layer.name}.codebooks"].elements
+        elif on_cpu and isinstance(layer.scheme, Scheme) and layer.scheme.nbits_per_codebook <= 8:
+            # Their kernel keeps codebooks as tables too, in float32.
+            total += 4 * tensors[f"{layer.name}.codebooks"].elements
     return total + sum(_loaded_bytes(info, itemsize) for info in tensors.values())
+
+
+def _rounded_bytes(model: StoredModel, decoded: Collection[Scheme | GridScheme]) -> int:
+    """What the C program keeps beside a head that is dense; it may be the embedding."""
+    for end in ("lm_head", "embed_tokens"):
+        for layer in model.layers.values():
+            if layer.name.endswith(end):
+                coded = layer.scheme not in decoded
+                return 0 if coded else Rounded.nbytes(layer.out_features, layer.in_features)
+        for name, info in model.tensors.items():
+            if name.endswith(f"{end}.weight") and len(info.shape) == 2:
+                return Rounded.nbytes(*info.shape)
+    return 0
 
 
 def _loaded_bytes(info: TensorInfo, itemsize: int) -> int:

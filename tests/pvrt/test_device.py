@@ -15,6 +15,7 @@ from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.whole_model import pack_model
 from pvrt_kernels import aqlm_linear, reference
 from pvrt_kernels.gpu import launch
+from tests.fixtures.simulated_device import NAME
 from tests.fixtures.toy import random_layer, write_toy, write_toy_grid
 
 
@@ -42,7 +43,7 @@ def test_a_checkpoint_computes_there_what_it_does_on_the_cpu(
 
 def test_transformers_loads_a_checkpoint_onto_it(folder: Path, device: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
-    assert {parameter.device.type for parameter in model.parameters()} == {"sim"}
+    assert {parameter.device.type for parameter in model.parameters()} == {NAME}
     with torch.inference_mode():
         logits = model(tokens().to(device)).logits
         expected = pvrt.load(folder)(tokens()).logits
@@ -68,7 +69,7 @@ def test_the_layout_of_gpus_is_made_and_undone_on_the_device(scheme: str, device
     layer = random_layer(Scheme.parse(scheme), 24, 48)
     given = layer.codes.to(device), layer.codebooks[None].to(device), layer.scales.to(device)
     codes, codebooks, scales = launch.unpack(launch.pack(*given, [24]), 48)
-    assert {tensor.device.type for tensor in (codes, codebooks, scales)} == {"sim"}
+    assert {tensor.device.type for tensor in (codes, codebooks, scales)} == {NAME}
     x = torch.randn(70, 48, generator=torch.Generator().manual_seed(1))
     y = aqlm_linear(x.to(device), codes, codebooks, scales, None, [24])
     expected = reference.linear(x, layer.codes, layer.codebooks[None], layer.scales, None, [24])

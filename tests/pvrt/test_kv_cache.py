@@ -1,9 +1,11 @@
 """Arithmetic of serving: the key-value cache by layers, and the longest context in a memory."""
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, DynamicCache
 
-from pvrt.kv_cache import cache_shape
+from pvrt.kv_cache import cache_name, cache_shape
+from tests.fixtures.toy import toy_model
 
 
 def test_grouped_heads_keep_the_published_cache() -> None:
@@ -37,3 +39,12 @@ def test_the_longest_context_is_the_last_that_fits(context: int) -> None:
     room = cache.bytes_for(context)
     assert cache.longest_context(room) == context
     assert cache.longest_context(room - 1) == context - 1
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_models_take_and_give_caches_by_the_name_that_transformers_has() -> None:
+    model = toy_model("llama")
+    cache = DynamicCache(config=model.config)
+    output = model(torch.tensor([[1, 2, 3]]), use_cache=True, **{cache_name(): cache})
+    assert output[cache_name()] is cache
+    assert cache.get_seq_length() == 3

@@ -51,7 +51,7 @@ class ScriptedModel:
         self.generation_config = SimpleNamespace(eos_token_id=self.config.eos_token_id)
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self.bytes_per_token = 0
+        self.weight_bytes = self.bytes_per_token = 0
         self.gate = threading.Event()
         self.gate.set()
         self.hold_after: int | None = None

@@ -1,6 +1,7 @@
 """Capacity: sizes against the tensors that engines really hold, and the sentences."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from pvrt.errors import ServeError
+from pvrt.kv_cache import cache_name
+from pvrt.modules.whole_model import quantized_layers
 from pvrt_kernels.cpu import library
 from pvrt_server.backend import Decision, choose_backend
 from pvrt_server.capacity import Capacity, Machine
 from pvrt_server.engine.engine import Engine
-from pvrt_server.engine.models import weight_bytes
 from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
@@ -49,7 +51,9 @@ def test_the_weights_are_counted_as_the_engine_will_hold_them(
     parameters = sum(p.numel() for p in dense.parameters())
     matrices = sum(p.numel() for p in dense.parameters() if p.dim() == 2)
     local = fit(tmp_path / "dense", "local").weight_bytes
-    assert local == 4 * parameters - 2 * matrices
+    head = dense.lm_head.weight
+    rounded = head.numel() + 3 * 4 * len(head)  # in int8, with three numbers a row
+    assert local == 4 * parameters - 2 * matrices + rounded
     caplog.clear()
     with caplog.at_level("INFO"):
         Engine.load(tmp_path / "dense").close()
@@ -58,19 +62,40 @@ def test_the_weights_are_counted_as_the_engine_will_hold_them(
     assert local == pytest.approx(float(str(said[4])) * 1e6, rel=0.01)
     assert fit(tmp_path / "dense", "vllm").weight_bytes == 2 * parameters
     assert fit(tmp_path / "dense", "vllm", dtype="float32").weight_bytes == 4 * parameters
-    assert fit(tmp_path / "grid", "local").weight_bytes == 4 * parameters
+    assert fit(tmp_path / "grid", "local").weight_bytes == 4 * parameters + rounded
     assert fit(tmp_path / "grid", "vllm").weight_bytes < 1.1 * parameters
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma"])
-@pytest.mark.parametrize("embeddings", ["2x8g4", "1x16g8"])
-def test_embeddings_in_codes_are_counted_as_the_engine_will_hold_them(
-    tmp_path: Path, architecture: str, embeddings: str
+@pytest.mark.parametrize("embeddings", [None, "2x8g4", "1x16g8"])
+@pytest.mark.parametrize("decoded", [(), (4,), (4, 8)])
+def test_weights_are_counted_as_the_engine_holds_them(
+    tmp_path: Path,
+    architecture: str,
+    embeddings: str | None,
+    decoded: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_toy(tmp_path, architecture, embeddings=embeddings, dtype=torch.float16)
+    """Groups of these sizes have no kernel: their layers are decoded, and no others."""
+    monkeypatch.setattr(
+        "pvrt.format.scheme.has_fast_kernel",
+        lambda device, books, bits, group, out: group not in decoded,
+    )
+    schemes = {"q_proj": "3x8g4", "down_proj": "3x8g16"}
+    write_toy(tmp_path, architecture, embeddings=embeddings, schemes=schemes, dtype=torch.float16)
     with Engine.load(tmp_path) as engine:
-        held = weight_bytes(engine._runtime.model.model)  # type: ignore[attr-defined]
+        model: Any = engine._runtime.model
+        left = {layer.scheme.in_group_size for layer in quantized_layers(model.model).values()}
+        assert left == {4, 8, 16} - set(decoded)
+        held = model.weight_bytes
     assert fit(tmp_path, "local").weight_bytes == pytest.approx(held, rel=0.05)
+
+
+def test_the_report_names_what_is_decoded_which_vllm_does_on_cpus_alone(tmp_path: Path) -> None:
+    write_toy(tmp_path, schemes={"q_proj": "2x8g8o4"})
+    for engine in ("local", "vllm"):
+        assert decide(tmp_path, engine).weights == "packed, 2x8g8o4 decoded"
+    assert decide(tmp_path, "vllm", replace(ROOMY, device="cuda")).weights == "packed"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "deepseek_v3"])
@@ -78,7 +103,7 @@ def test_the_cache_is_counted_as_transformers_fills_it(tmp_path: Path, architect
     model = toy_model(architecture)
     model.save_pretrained(tmp_path)
     with torch.inference_mode():
-        cache = model(torch.randint(200, (1, 100)), use_cache=True).past_key_values
+        cache = model(torch.randint(200, (1, 100)), use_cache=True)[cache_name()]
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     found = fit(tmp_path, "local")
     # transformers keeps a window's last token but one: the new one makes it whole.

@@ -12,7 +12,7 @@ from pvrt_server.engine.sampling import SamplingParams
 from pvrt_server.engine.sequences import TokenEvent
 from pvrt_server.options import ServeOptions
 from tests.fixtures.c_library import without_c_library
-from tests.fixtures.simulated_device import TOTAL_BYTES
+from tests.fixtures.simulated_device import NAME, TOTAL_BYTES
 from tests.fixtures.toy import write_toy
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -47,7 +47,7 @@ def test_answers_are_those_of_the_cpu(
         ours = [answers(engine, params) for params in (GREEDY, DRAWN)]
     monkeypatch.setattr(capacity, "default_device", lambda: device)
     with Engine.load(tmp_path / "toy", options) as engine:
-        assert engine.device == "sim"
+        assert engine.device == NAME
         cache = engine._runtime.cache_tokens * shape.bytes_for(1)
         assert cache < TOTAL_BYTES  # of the device's memory, not the host's
         theirs = [answers(engine, params) for params in (GREEDY, DRAWN)]

@@ -71,7 +71,7 @@ def decision(device: Any = "cpu", free: int = 10**10, wanted: int = 512) -> Deci
     """A model of 1 GB that has 1 MB of cache per token and was made for 4096 tokens, on vLLM."""
     machine = Machine(device, free, 2 * 10**10)
     capacity = Capacity(10**9, CacheShape(((10**6, None),), 4096), free - 10**9, wanted)
-    return Decision("vllm", "it is installed", machine, "auto", "packed", False, capacity, 0)
+    return Decision("vllm", "it is installed", machine, "auto", "packed", [], False, capacity, 0)
 
 
 def command(toy: Path, decided: Decision | None = None, **options: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """Ranks: joining, stopping, dealing, choosing, and pieces of a run that are cut over them.
 
-Three gloo processes run once; what they learn together is in test_pv_tuning.py.
+Three gloo processes run once; what they learn together is in pv/test_ranks.py.
 """
 
 import json

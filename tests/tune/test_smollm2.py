@@ -20,6 +20,7 @@ from pvrt_tune.data.source_model import load_source
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
 from tests.fixtures.greedy import assert_greedy
+from tests.fixtures.progress_bars import counted_bars
 from tests.fixtures.vllm_generate import vllm_greedy
 
 pytestmark = pytest.mark.slow
@@ -46,7 +47,10 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = gguf()
     folder = tmp_path_factory.mktemp("smollm2")
     (folder / "text.txt").write_text(default_text()[:200_000])
-    tune(TuneJob(str(source), folder / "out", LEAST, str(folder / "text.txt")), lambda line: None)
+    with counted_bars() as bars:
+        job = TuneJob(str(source), folder / "out", LEAST, str(folder / "text.txt"))
+        tune(job, lambda line: None)
+    assert not bars
     return folder / "out"
 
 

@@ -208,7 +208,7 @@ class Program:
         if scores is not None:
             assert isinstance(weight, Tensor)
             self._kept.append(scores)
-            self.bytes_read += scores.rows.nbytes + scores.bounds.nbytes - weight.nbytes
+            self.bytes_read += scores.nbytes(*weight.shape) - weight.nbytes
             screen.kind = _KINDS["screen"]
             screen.bytes, screen.bounds = scores.rows.data_ptr(), scores.bounds.data_ptr()
         elif (
@@ -274,6 +274,11 @@ class Rounded:
 
     bounds [n, 3]: the scale of a row, the norm of its rounding error, the norm of the rounded row.
     """
+
+    @staticmethod
+    def nbytes(count: int, inputs: int) -> int:
+        """What rows [count, inputs] and their bounds take."""
+        return count * (inputs + 3 * 4)
 
     def __init__(self, weight: Tensor) -> None:
         count, inputs = weight.shape

@@ -6,7 +6,7 @@ A table is a JSON file for one kind of GPU, a list of rules that are tried in or
 
 A rule holds for up to `max_tokens` tokens (absent: any number), for one `scheme` or a width of
 codes ("8bit", "16bit"), and, where it says so, from `min_codebooks` on, and for one `layer`
-[out_features, in_features]. Kernels are lut, lut_gluon, direct and tile; dense, without rows and
+[out_features, in_features]. Kernels are lut_cuda, lut, direct and tile; dense, without rows and
 warps, decodes once and calls cuBLAS. `split` programs share a tile of rows; where a rule names
 none, it follows from the number of SMs.
 
@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 
+from pvrt_kernels.gpu import nvrtc
 from pvrt_kernels.gpu.layout import block_count
 
-KERNELS = ("lut", "lut_gluon", "direct", "tile", "dense")
+KERNELS = ("lut_cuda", "lut", "direct", "tile", "dense")
 MOST_TOKENS = 64  # of one program
+STAGE_BYTES = 32  # code bytes of a row that a table of lut_cuda serves
 # Sums that programs which share rows may keep at a time, 16 MiB: a layer that has more (the head of
 # a large vocabulary, for many tokens) has tiles enough to fill a card without sharing.
 MOST_SUMS = 1 << 22
@@ -41,6 +43,7 @@ class Gpu:
     name: str
     capability: tuple[int, int]
     sms: int
+    compiles_cuda: bool = False  # NVRTC is here
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def describe_gpu(device: torch.device) -> Gpu:
         return Gpu("interpreter", (8, 9), 4)
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    return Gpu(properties.name, capability, properties.multi_processor_count)
+    compiles = nvrtc.missing() is None
+    return Gpu(properties.name, capability, properties.multi_processor_count, compiles)
 
 
 def choose(
@@ -104,7 +108,7 @@ def choose(
             return DENSE
         return fit(LaunchConfig("direct", 0, 128, 4, 0), gpu, shape, tokens)
     for rule in rules(gpu.name):
-        if matches(rule, shape, tokens):
+        if matches(rule, shape, tokens) and (rule["kernel"] != "lut_cuda" or takes(gpu, shape)):
             if rule["kernel"] == "dense":
                 return DENSE
             config = LaunchConfig(
@@ -125,28 +129,65 @@ def matches(rule: dict[str, Any], shape: Shape, tokens: int) -> bool:
     )
 
 
+def takes(gpu: Gpu, shape: Shape) -> bool:
+    """Whether `csrc/lut_gemv.cu` can be compiled for a weight (in 16 bits)."""
+    return (
+        gpu.compiles_cuda
+        and shape.num_codebooks in (1, 2, 4)
+        and shape.group in (8, 16, 32)
+        and shape.width == "8bit"
+    )
+
+
 def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConfig:
     """Fill in tokens per program (from the batch) and, where it is 0, split (from the SMs)."""
-    largest = MOST_TOKENS if config.kernel == "tile" else 4
+    largest = {"tile": MOST_TOKENS, "lut": 1}.get(config.kernel, 4)
     least = 8 if config.kernel == "tile" else 1
     per_program = min(max(1 << (tokens - 1).bit_length(), least), largest)
     if tokens > per_program or tokens * shape.out_features > MOST_SUMS:
         return replace(config, tokens=per_program, split=1)
+    config = replace(config, tokens=per_program)
+    if config.split == 0 and config.kernel == "lut_cuda":
+        return shared_evenly(config, gpu, shape)
     if config.split == 0:
         if -(-shape.out_features // config.rows) * shape.blocks < gpu.sms:
-            config = halved(config, per_program)
+            config = halved(config)
         tiles = -(-shape.out_features // config.rows)
         split = best_split(tiles, shape.blocks, gpu.sms * max(1, _SLOTS // config.warps))
         config = replace(config, split=split)
-    return replace(config, tokens=per_program, split=min(config.split, shape.blocks))
+    return replace(config, split=min(config.split, shape.blocks))
 
 
-def halved(config: LaunchConfig, tokens: int) -> LaunchConfig:
-    """A smaller tile, for a layer too small to fill the card; `config` itself where there is none.
+def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
+    """The rows (at most the config's) and the split of lut_cuda that take the least time.
 
-    (Lookups for 2 or 4 tokens would lack registers with fewer warps.)
+    As measured on an H100 (benchmarks/results): an SM takes its programs one beside the other. A
+    stage costs it 6 for each row of a thread and word of a table, and 2 for the table; a program
+    costs 8 besides, and one alone does not keep an SM busy. The unit is 0.056 us.
     """
-    if config.warps <= 4 or (config.kernel != "tile" and tokens > 1):
+    threads, words = 32 * config.warps, (config.tokens + 1) // 2
+    stages = -(-shape.blocks * 16 // STAGE_BYTES)
+
+    def cost(rows: int, split: int) -> int:
+        tiles = -(-shape.out_features // rows)
+        programs = -(-tiles * split // gpu.sms)
+        steps = -(-stages // split)
+        look_up = 6 * words * (rows // threads) * steps
+        alone = look_up // 2 if programs == 1 else 0
+        return programs * (look_up + 2 * words * steps + 8) + alone + split // 2
+
+    rows, split = min(
+        ((config.rows >> halvings, split)
+         for halvings in range(3) if config.rows >> halvings >= threads
+         for split in range(1, min(stages, 64) + 1)),
+        key=lambda each: cost(*each),
+    )  # fmt: skip
+    return replace(config, rows=rows, split=split)
+
+
+def halved(config: LaunchConfig) -> LaunchConfig:
+    """A smaller tile, for a layer too small to fill the card, where there is one."""
+    if config.warps <= 4:
         return config
     return replace(config, rows=config.rows // 2, warps=config.warps // 2)
 

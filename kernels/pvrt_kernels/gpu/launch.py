@@ -1,7 +1,8 @@
-"""The packed kernels of NVIDIA GPUs: pack at load, then pick and launch Triton kernels.
+"""The packed kernels of NVIDIA GPUs: pack at load, then pick a kernel and launch it.
 
-Up to 4 tokens go to table lookups or direct decoding, up to the crossover of the card's table to
-tiles on tensor cores, more to a decoded scratch and cuBLAS (`choose.py`).
+Up to 4 tokens go to table lookups (CUDA, `native.py`; Triton) or direct decoding, up to the
+crossover of the card's table to tiles on tensor cores, more to a decoded scratch and cuBLAS
+(`choose.py`).
 
 Programs that share rows add up in a workspace of the device, which is zero between launches. So
 the products of one device must run in one order: on one stream, or on streams that wait for each
@@ -10,6 +11,7 @@ caller's back once `warm_up` has seen the layers, so that CUDA graphs can be cap
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pvrt_kernels.dispatch import PackedKernel, Problem, registry
-from pvrt_kernels.gpu import choose
+from pvrt_kernels.gpu import choose, native
 from pvrt_kernels.gpu.choose import Gpu, LaunchConfig, Shape
 from pvrt_kernels.gpu.layout import pack_codes, rest_bytes, split_codebooks, unpack_codes
 from pvrt_kernels.gpu.shared import shared
@@ -111,6 +113,8 @@ def config_for(flat: Tensor, packed: GpuBlocks) -> LaunchConfig:
     _, count, size, g = packed.codebooks.shape
     deterministic = torch.are_deterministic_algorithms_enabled()
     gpu = _gpu(flat.device)
+    if not packed.codebooks.dtype == packed.scales.dtype == flat.dtype:  # lut_cuda takes one type
+        gpu = replace(gpu, compiles_cuda=False)
     shape = Shape(count, size, g, packed.codes.shape[1], flat.shape[1])
     bucket = min(1 << (flat.shape[0] - 1).bit_length(), 1 << 16)
     if bucket > 64:
@@ -137,8 +141,13 @@ def launch(
     sums, arrived = shared.workspace(flat.device, tokens * rows if config.split > 1 else 1, tiles)
     if config.kernel == "direct":
         sums = flat.new_empty(config.split * tokens * rows, dtype=torch.float32)
-    grid = (tiles, config.split, -(-tokens // config.tokens))
     end1 = ends[2] if len(ends) > 2 else rows
+    if config.kernel == "lut_cuda":
+        with _on(flat.device):
+            bias = bias if bias is None else bias.to(flat.dtype)
+            native.launch(config, flat, packed, bias, y, (sums, arrived), tiles, (ends[1], end1))
+        return y
+    grid = (tiles, config.split, -(-tokens // config.tokens))
     with _on(flat.device):
         _kernel(config.kernel)[grid](
             flat,
@@ -316,19 +325,7 @@ def _gpu(device: torch.device) -> Gpu:
 def _choose(
     gpu: Gpu, shape: Shape, tokens: int, dtype: torch.dtype, deterministic: bool
 ) -> LaunchConfig:
-    config = choose.choose(gpu, shape, tokens, dtype, deterministic)
-    if config.kernel == "lut_gluon" and (
-        split_codebooks(shape.num_codebooks)[1] or not gluon_gathers()
-    ):
-        return LaunchConfig("lut", config.tokens, config.rows, config.warps, config.split)
-    return config
-
-
-def gluon_gathers() -> bool:
-    """Whether this Triton's Gluon can gather from shared memory (3.7.1 and newer)."""
-    from triton.experimental.gluon import language
-
-    return hasattr(language.shared_memory_descriptor, "gather")
+    return choose.choose(gpu, shape, tokens, dtype, deterministic)
 
 
 def _kernel(name: str) -> Any:
@@ -337,10 +334,6 @@ def _kernel(name: str) -> Any:
         from pvrt_kernels.gpu.lut_gemv import lut_gemv
 
         return lut_gemv
-    if name == "lut_gluon":
-        from pvrt_kernels.gpu.lut_gluon import lut_gluon
-
-        return lut_gluon
     if name == "direct":
         from pvrt_kernels.gpu.direct_gemv import direct_gemv
 

@@ -1,17 +1,15 @@
-"""Products of 8-bit codes with 1 to 4 tokens by table lookup; plain Triton.
+"""Products of 8-bit codes with one token by table lookup; plain Triton.
 
 y[n] = scale[n] * sum over the code bytes f of row n of  <codebook[f % M][code], x group[f // M]>.
-Every inner product with a codeword is computed once for all rows of a tile: each of the 16 bytes
-of a block gets a table of 256 sums, and a row costs 16 lookups and 16 additions per block, no
-decoding and no multiplication. `tl.gather` along a flat axis keeps the table in shared memory and
-reads it with LDS.32. (Along an axis short enough for one warp Triton makes thousands of shuffles of
-it: the axis must stay flat.)
+Every inner product of a codeword is computed once for all rows of a tile: each of the 16 bytes of a
+block gets a table of 256 sums, and a row costs 16 lookups and 16 additions per block, no decoding
+and no multiplication. `tl.gather` along a flat axis keeps the table in shared memory and reads it
+with LDS.32. (Along an axis short enough for one warp Triton makes thousands of shuffles of it: the
+axis must stay flat.) The table is made by multiplications in registers, since threads that hold
+neighbouring codewords store it without bank conflicts; lookups do meet in banks.
 
-One token has a table of float32, made by multiplications in registers, since threads that hold
-neighbouring codewords store it without bank conflicts. Of 2 or 4 tokens each lookup serves two,
-with both sums as float16 in one word: lookups are what limits the kernel. Their tables are small
-products on tensor cores; sums are first divided by a bound (largest |x| of the block times largest
-1-norm of a codeword), so that none can overflow.
+This kernel takes what `csrc/lut_gemv.cu` does not: other numbers of codebooks, groups of 4, and
+machines without NVRTC.
 """
 
 import triton
@@ -23,18 +21,6 @@ UNSPECIALISED = ["rows", "groups", "tokens", "end0", "end1", "split"]
 
 
 @triton.jit
-def unpack_half(words, shift: tl.constexpr):
-    """The float16 at bit `shift` of int32 words, as float32."""
-    return (words >> shift).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def pack_half(values):
-    """float32 values in [-1, 1] -> float16 in the low bits of int32 words."""
-    return values.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-
-
-@triton.jit
 def table_for_one(
     codebooks,
     x_ptr,
@@ -42,13 +28,12 @@ def table_for_one(
     groups,
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
-    DEPTH: tl.constexpr,
 ):
-    """Products of codebooks [V, DEPTH] with groups first ... of x, as a flat [GROUPS * V]."""
-    e = tl.arange(0, DEPTH)
+    """Products of codebooks [V, GROUP] with groups first ... of x, as a flat [GROUPS * V]."""
+    e = tl.arange(0, GROUP)
     columns = ()
     for j in tl.static_range(GROUPS):
-        group = first + j + tl.zeros((DEPTH,), dtype=tl.int32)  # of one value: masks whole loads
+        group = first + j + tl.zeros((GROUP,), dtype=tl.int32)  # of one value: masks whole loads
         x = tl.load(
             x_ptr + group * GROUP + e, mask=group < groups, other=0.0, eviction_policy="evict_last"
         )
@@ -67,23 +52,12 @@ def table_for_one(
 
 
 @triton.jit
-def table_for_two(codebooks, x0, x1, bound0, bound1):
-    """Products of codebooks [V, DEPTH] with x0 and x1 [DEPTH, COLUMNS] over their bounds.
-
-    Flat [COLUMNS * V]: two float16 in a word.
-    """
-    both = pack_half(tl.dot(codebooks, x0) * (1 / bound0))
-    both |= pack_half(tl.dot(codebooks, x1) * (1 / bound1)) << 16
-    return tl.reshape(tl.trans(both), (both.shape[0] * both.shape[1],))
-
-
-@triton.jit
 def load_codebooks(ptr, e, CODEBOOKS: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr):
-    """[CODEBOOKS * 256, DEPTH] codewords, zeros beyond SIZE and GROUP; e is 0 to DEPTH."""
+    """[CODEBOOKS * 256, GROUP] codewords, zeros beyond SIZE; e is 0 to GROUP."""
     v = tl.arange(0, CODEBOOKS * 256)
     return tl.load(
         ptr + (v // 256 * SIZE + v % 256)[:, None] * GROUP + e[None, :],
-        mask=(v % 256 < SIZE)[:, None] & (e < GROUP)[None, :],
+        mask=(v % 256 < SIZE)[:, None],
         other=0.0,
     )
 
@@ -131,31 +105,21 @@ def lut_gemv(
 ):
     """Grid (row tiles, split); program (i, s) sums blocks s, s + split, ... of ROWS rows.
 
-    x [tokens, groups * GROUP] with tokens <= TOKENS in (1, 2, 4); words [blocks, rows, 4] int32, 16
+    x [1, groups * GROUP], tokens and TOKENS 1; words [blocks, rows, 4] int32, 16
     bytes per row and block; rest as in `load_rest`; codebooks [PARTS, CODEBOOKS + REST, SIZE,
     GROUP], CODEBOOKS in (1, 2, 4), SIZE <= 256; scales and bias [rows]; y [tokens, rows]; partial
     and arrived as in `finish`.
     """
     part, row, end = row_tile(tl.program_id(0), rows, end0, end1, PARTS, ROWS)
     GROUPS: tl.constexpr = 16 // CODEBOOKS  # groups in a block
-    # The least that tl.dot takes are 8 columns and a depth of 16.
-    COLUMNS: tl.constexpr = GROUPS if GROUPS > 8 else 8
-    DEPTH: tl.constexpr = GROUP if (GROUP > 16 or TOKENS == 1) else 16
     n = row + tl.arange(0, ROWS)
-    e = tl.arange(0, DEPTH)
+    e = tl.arange(0, GROUP)
     own_codebooks = codebooks_ptr + part * ((CODEBOOKS + REST) * SIZE * GROUP)
     codebooks = load_codebooks(own_codebooks, e, CODEBOOKS, SIZE, GROUP)
     if REST > 0:
         more_codebooks = load_codebooks(
             own_codebooks + CODEBOOKS * SIZE * GROUP, e, REST, SIZE, GROUP
         )
-    if TOKENS > 1:
-        norm = tl.max(tl.sum(tl.abs(codebooks.to(tl.float32)), axis=1), axis=0)
-        if REST > 0:
-            more_norm = tl.max(tl.sum(tl.abs(more_codebooks.to(tl.float32)), axis=1), axis=0)
-            norm = tl.maximum(norm, more_norm)
-    group = tl.arange(0, COLUMNS)
-    inside = (e < GROUP)[:, None] & (group < GROUPS)[None, :]
     at = words_ptr + n.to(tl.int64)[:, None] * 4 + tl.arange(0, 4)[None, :]
     stride = rows.to(tl.int64) * 4
     first = tl.program_id(1)
@@ -163,7 +127,7 @@ def lut_gemv(
     codes = tl.load(
         at + first * stride, mask=(n < end)[:, None], other=0, eviction_policy="evict_first"
     )
-    sums = (tl.zeros((ROWS,), dtype=tl.float32),) * TOKENS
+    total = tl.zeros((ROWS,), dtype=tl.float32)
     for b in range(first, count, split):
         ahead = tl.load(
             at + (b + split) * stride,
@@ -171,55 +135,16 @@ def lut_gemv(
             other=0,
             eviction_policy="evict_first",
         )
-        index = table_index(codes, 4)
+        table = table_for_one(codebooks, x_ptr, b * GROUPS, groups, GROUPS, GROUP)
+        total += tl.sum(look_up(table, table_index(codes, 4), ROWS), axis=1)
         if REST > 0:
-            more_index = table_index(
-                load_rest(rest_ptr, b, n, n < end, rows, CODEBOOKS, REST), 4 * REST // CODEBOOKS
-            )
-        added = ()
-        if TOKENS == 1:
-            table = table_for_one(codebooks, x_ptr, b * GROUPS, groups, GROUPS, GROUP, DEPTH)
-            sum0 = sums[0] + tl.sum(look_up(table, index, ROWS), axis=1)
-            if REST > 0:
-                table = table_for_one(
-                    more_codebooks, x_ptr, b * GROUPS, groups, GROUPS, GROUP, DEPTH
-                )
-                sum0 += tl.sum(look_up(table, more_index, ROWS), axis=1)
-            added = (sum0,)
-        else:
-            j = (b * GROUPS + group)[None, :]
-            k = j * GROUP + e[:, None]
-            for pair in tl.static_range(TOKENS // 2):
-                here = x_ptr + 2 * pair * groups * GROUP + k
-                x0 = tl.load(
-                    here,
-                    mask=inside & (j < tl.where(2 * pair < tokens, groups, 0)),
-                    other=0.0,
-                    eviction_policy="evict_last",
-                )
-                x1 = tl.load(
-                    here + groups * GROUP,
-                    mask=inside & (j < tl.where(2 * pair + 1 < tokens, groups, 0)),
-                    other=0.0,
-                    eviction_policy="evict_last",
-                )
-                bound0 = tl.max(tl.max(tl.abs(x0.to(tl.float32)), axis=1), axis=0) * norm + 1e-30
-                bound1 = tl.max(tl.max(tl.abs(x1.to(tl.float32)), axis=1), axis=0) * norm + 1e-30
-                found = look_up(table_for_two(codebooks, x0, x1, bound0, bound1), index, ROWS)
-                sum0 = tl.sum(unpack_half(found, 0), axis=1)
-                sum1 = tl.sum(unpack_half(found, 16), axis=1)
-                if REST > 0:
-                    table = table_for_two(more_codebooks, x0, x1, bound0, bound1)
-                    found = look_up(table, more_index, ROWS)
-                    sum0 += tl.sum(unpack_half(found, 0), axis=1)
-                    sum1 += tl.sum(unpack_half(found, 16), axis=1)
-                sum0 = sums[2 * pair] + sum0 * bound0
-                sum1 = sums[2 * pair + 1] + sum1 * bound1
-                added = added + (sum0, sum1)  # noqa: RUF005 (Triton has no *added)
-        sums = added
+            more = load_rest(rest_ptr, b, n, n < end, rows, CODEBOOKS, REST)
+            table = table_for_one(more_codebooks, x_ptr, b * GROUPS, groups, GROUPS, GROUP)
+            index = table_index(more, 4 * REST // CODEBOOKS)
+            total += tl.sum(look_up(table, index, ROWS), axis=1)
         codes = ahead
     finish(
-        sums,
+        (total,),
         n,
         end,
         scales_ptr,

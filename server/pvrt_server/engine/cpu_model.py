@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pvrt.kv_cache import cache_name
 from pvrt.modules.aqlm_embedding import TiedHead
 from pvrt.modules.aqlm_layer import AQLMLayer, pack
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels.cpu import products
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS, Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight, aqlm_packed_linear
+from pvrt_server.engine.models import weight_bytes
 
 _FIRST_CAPACITY = 256
 _FEW_ROWS = 4
@@ -90,8 +92,13 @@ class CpuModel:
             if parameter.dim() == 1:
                 parameter.data = parameter.data.float()
         self._logits = torch.empty(self._rows, config.vocab_size)
+        # Rounded and looked through first, where only the largest logit is asked for.
+        self._scores = Rounded(self._head) if isinstance(self._head, Tensor) else None
         self._program = self._build()
         self.bytes_per_token = self._program.bytes_read
+        self.weight_bytes = weight_bytes(model)
+        if self._scores is not None:
+            self.weight_bytes += self._scores.rows.nbytes + self._scores.bounds.nbytes
         self._positions = 0  # that queries and keys can be rotated to
 
     def start(self) -> _State:
@@ -106,8 +113,8 @@ class CpuModel:
         cache = Cache(layers=[_Layer(layer, state.length) for layer in state.cache])
         output = self.model.model(
             inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
-            past_key_values=cache,
             use_cache=True,
+            **{cache_name(): cache},
         )
         state.length += len(tokens)
         x = output.last_hidden_state[0, len(tokens) - keep :]
@@ -193,8 +200,7 @@ class CpuModel:
         assert norm is not None
         if self._head_scales is not None:
             norm = norm * self._head_scales
-        scores = Rounded(self._head) if isinstance(self._head, Tensor) else None
-        program.logits(hidden, self._logits, self._head, norm, epsilon, scores)
+        program.logits(hidden, self._logits, self._head, norm, epsilon, self._scores)
         return program
 
 

@@ -9,7 +9,8 @@ import torch
 
 import pvrt
 from pvrt.errors import ServeError
-from pvrt.modules.whole_model import pack_model
+from pvrt.format.grid import GridCheckpoint
+from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
 from pvrt_server.engine.cpu_model import CpuModel
 from pvrt_server.engine.models import LanguageModel, TransformersModel, weight_bytes
@@ -40,7 +41,7 @@ def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision)
         opened.stored.scheme_names,
         str(model.dtype).removeprefix("torch."),
         model.device.type,
-        weight_bytes(model.model) / 1e6,
+        model.weight_bytes / 1e6,
         length,
         decision.cache_tokens,
         capacity.cache.bytes_for(1) / 1e3,
@@ -61,25 +62,26 @@ def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision)
 def _load_model(
     opened: OpenedModel, options: ServeOptions, decision: Decision
 ) -> CpuModel | TransformersModel:
+    stored = opened.stored
     # In C, weights that are not quantised need never be wider than they are stored.
-    as_stored = decision.in_c and decision.weights == "dense"
-    decoded = decision.weights == "decoded"
+    as_stored = decision.in_c and not stored.layers
     model: Any = pvrt.load(
-        opened.stored,
-        dense=decoded,
+        stored,
+        dense=isinstance(stored, GridCheckpoint),
         config=opened.config,
         dtype="auto" if as_stored else decision.dtype,
-    ).to(torch.device(decision.machine.device))
-    if decoded:
+    )
+    decode_once(model, decision.decoded)
+    model = model.to(torch.device(decision.machine.device))
+    pack_model(model, model.dtype)
+    if decision.decoded:
         _log.warning(
-            "no %s kernel for %s: the weights are decoded once and take %.0f MB in place of %.0f",
-            opened.stored.scheme_names,
+            "no %s kernel for %s: such weights are decoded once, all take %.0f MB in place of %.0f",
+            "+".join(map(str, decision.decoded)),
             decision.machine.device,
             weight_bytes(model) / 1e6,
-            opened.stored.file_bytes() / 1e6,
+            stored.file_bytes() / 1e6,
         )
-    else:
-        pack_model(model, model.dtype)
     return CpuModel(model, options.sequences) if decision.in_c else TransformersModel(model)
 
 

@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from pvrt.kv_cache import cache_name
 from pvrt.modules.whole_model import quantized_layers
 
 
@@ -29,6 +30,7 @@ class LanguageModel(Protocol):
     device: torch.device
     dtype: torch.dtype
     generation_config: Any
+    weight_bytes: int  # that are held
     bytes_per_token: int  # of weights that greedy decoding reads
 
     def start(self) -> Any:
@@ -78,7 +80,7 @@ class TransformersModel:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.generation_config = model.generation_config
-        self.bytes_per_token = weight_bytes(model)
+        self.weight_bytes = self.bytes_per_token = weight_bytes(model)
         if not getattr(model.config, "tie_word_embeddings", False):
             self.bytes_per_token -= weight_bytes(model.get_input_embeddings())
         self._batch = _Batch((), None)
@@ -96,9 +98,9 @@ class TransformersModel:
             self._batch = _Batch((), None)
         output = self.model(
             input_ids=torch.tensor([tokens], device=self.device),
-            past_key_values=state.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{cache_name(): state.cache},
         )
         state.length += len(tokens)
         logits: Tensor = output.logits[0]
@@ -118,11 +120,11 @@ class TransformersModel:
         batch, self._batch = self._batch, _Batch((), None)  # an error leaves none
         output = self.model(
             input_ids=torch.tensor(tokens, device=self.device)[:, None],
-            past_key_values=batch.cache,
             attention_mask=(places >= lengths.max() - lengths[:, None]).long(),
             position_ids=lengths[:, None],
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name(): batch.cache},
         )
         self._batch = batch
         for state in states:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import PvrtError
+from tests.fixtures.progress_bars import counted_bars
 from tests.fixtures.simulated_device import TOTAL_BYTES
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
 
@@ -61,6 +62,22 @@ def test_models_are_compared_in_every_form(place: Path, tmp_path: Path) -> None:
     assert coarse["parting"]["after_tokens"] < 6
     assert page.read_text().startswith("<!doctype html>")
     assert "report: " in done.stderr and "s left" in done.stderr
+
+
+def test_no_bars_of_others_come_between_the_lines(place: Path) -> None:
+    import pvrt
+
+    with counted_bars() as bars:
+        pvrt.load(place / "codes")
+        assert bars == ["Loading weights"]
+        options = ("--text", place / "text.txt", *SMALL)
+        assert (
+            run("compare", place / "dense", place / "codes", place / "grid", *options).exit_code
+            == 0
+        )
+        assert bars == ["Loading weights"]
+        pvrt.load(place / "codes")
+        assert bars == 2 * ["Loading weights"]  # as before
 
 
 def test_the_usual_prompts_are_questions_for_a_chat_model_alone(place: Path) -> None:

@@ -233,6 +233,15 @@ def test_broken_checkpoints_are_refused_before_weights_are_read(folder: Path, ca
         Checkpoint.open(folder)
 
 
+def test_scaled_columns_are_refused_where_one_scheme_has_all_layers(tmp_path: Path) -> None:
+    """Readers of the published block know no factors, and would decode another weight."""
+    write_toy(tmp_path, "llama", embeddings="2x8g8")
+    numbers = {"num_codebooks": 2, "nbits_per_codebook": 8, "in_group_size": 8, "out_group_size": 1}
+    configure(**numbers)(tmp_path)
+    with pytest.raises(CheckpointError, match=r"lm_head has in_scales, .* under schemes"):
+        Checkpoint.open(tmp_path)
+
+
 @pytest.mark.parametrize("value", [256, -129])
 def test_codes_out_of_range_are_refused_by_name(folder: Path, value: int) -> None:
     def change(tensors: dict[str, Tensor]) -> None:

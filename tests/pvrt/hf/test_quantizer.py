@@ -75,6 +75,23 @@ def test_embeddings_and_layers_of_several_schemes_load(tmp_path: Path, architect
     torch.testing.assert_close(logits(again), logits(dense), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("keys", [("lm_head", "model.embed_tokens"), (r"lm_h.*", r"^model\.embed")])
+def test_heads_are_tied_by_names_of_modules_and_patterns_too(
+    tmp_path: Path, keys: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", {keys[0]: keys[1]})
+    dense = write_toy(tmp_path, "llama-tied", embeddings="2x8g4")
+    model = pvrt.load(tmp_path)
+    model.tie_weights()
+    assert isinstance(model.lm_head, TiedHead)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-5)
+    model = pvrt.load(tmp_path, dense=True)
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gemma3_text"])
 def test_embeddings_in_codes_decode_once(tmp_path: Path, architecture: str) -> None:
     dense = write_toy(tmp_path / "a", architecture, embeddings="2x8g4")

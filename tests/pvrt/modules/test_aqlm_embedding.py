@@ -13,6 +13,7 @@ import pvrt
 from pvrt.format.scheme import Scheme
 from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead
 from pvrt.modules.aqlm_layer import pack
+from tests.fixtures.simulated_device import NAME
 from tests.fixtures.toy import random_layer, write_toy
 
 
@@ -68,7 +69,7 @@ def test_a_head_may_be_called_on_another_device(packed: bool, device: str) -> No
     if packed:
         pack([embedding], torch.float32)
     found = head.to(device)(x.to(device))
-    assert found.device.type == "sim"
+    assert found.device.type == NAME
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.format.scheme import Scheme
-from pvrt.modules import aqlm_layer
+from pvrt.modules import aqlm_layer, whole_model
 from pvrt.modules.aqlm_layer import pack
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.whole_model import pack_model
@@ -132,6 +132,27 @@ def test_siblings_share_one_weight_also_when_they_were_packed_alone() -> None:
     pack_model(model, torch.float64)
     assert model.q_proj.packed is model.v_proj.packed
     torch.testing.assert_close(model(x.double()).float(), y)
+
+
+@pytest.mark.parametrize("other", ["scheme", "type"])
+def test_siblings_that_cannot_share_a_weight_are_packed_once(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Attention()
+    if other == "scheme":
+        model.v_proj = AQLMLinear(32, 8, Scheme.parse("1x8g8"), bias=True)
+    else:
+        model.v_proj.double()
+    packs: list[int] = []
+
+    def counted(layers: list[AQLMLinear], dtype: torch.dtype) -> None:
+        packs.append(len(layers))
+        pack(layers, dtype)
+
+    monkeypatch.setattr(whole_model, "pack", counted)
+    for _ in range(2):
+        pack_model(model, torch.float32)
+        assert packs == [1, 1, 1, 1]
 
 
 @pytest.fixture(params=["inference_mode", "no_grad", "enable_grad"])

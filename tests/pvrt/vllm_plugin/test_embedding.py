@@ -152,6 +152,12 @@ def test_scaled_columns_in_a_block_are_refused() -> None:
         made.layers.read_ends({"model.layers.0.q_proj.in_scales": (HIDDEN,)}, tied=False)
 
 
+def test_scaled_columns_are_refused_where_one_scheme_has_all_layers() -> None:
+    made = AQLMConfig.from_config(quantization_config({"q_proj": Scheme.parse("2x8g8")}, []))
+    with pytest.raises(ServeError, match=r"^lm_head.in_scales: .* must list the layers"):
+        made.layers.read_ends({f"{HEAD}.in_scales": (HIDDEN,)}, tied=False)
+
+
 def test_embedding_and_head_have_schemes_of_their_own(ranks: Ranks) -> None:
     made, x = config({EMBEDDING: "2x8g4", HEAD: "3x8g8"}), torch.randn(3, HIDDEN)
     table, weight = source("2x8g4"), source("3x8g8", seed=1)

@@ -2,12 +2,14 @@ import logging
 import threading
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
 
 import pvrt
 from pvrt.errors import CheckpointError, ServeError
+from pvrt.modules.whole_model import quantized_layers
 from pvrt_server.engine.engine import Engine, Event, FailureEvent
 from pvrt_server.engine.sampling import SamplingParams
 from pvrt_server.engine.sequences import GenerationRequest, PromptEvent, TokenEvent
@@ -57,6 +59,20 @@ def test_a_device_without_a_kernel_decodes_once_and_says_so(
     said = [r.message for r in caplog.records if "decoded once" in r.message]
     assert len(said) == 1
     assert "no 2x8g8 kernel for cpu" in said[0]
+
+
+def test_layers_without_a_kernel_are_decoded_and_no_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_toy(tmp_path, schemes={"q_proj": "2x8g8o4"})
+    prompt = list(range(60, 90))
+    with caplog.at_level(logging.INFO, "pvrt_server"), Engine.load(tmp_path) as engine:
+        model: Any = engine._runtime.model
+        assert {str(layer.scheme) for layer in quantized_layers(model.model).values()} == {"2x8g8"}
+        found = tokens(engine, prompt)
+    assert found == transformers_answer(tmp_path, prompt, 24)
+    (said,) = (r.message for r in caplog.records if "decoded once" in r.message)
+    assert "no 2x8g8o4 kernel for cpu" in said
 
 
 def test_dtype_is_float32_on_cpu_unless_asked(toy: Path, tmp_path: Path) -> None:

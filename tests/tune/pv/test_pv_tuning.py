@@ -1,13 +1,10 @@
-"""PV-Tuning: representations, the loss, every strategy, resumed and sharded runs."""
+"""PV-Tuning: representations, the loss, every strategy, resumed runs."""
 
-import json
 import math
-import subprocess
-import sys
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +18,7 @@ from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import pv_step
-from pvrt_tune import parallel, shards
+from pvrt_tune import parallel
 from pvrt_tune.data.text import CalibrationData, Windows, from_model
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
@@ -310,10 +307,9 @@ SETTINGS = Recipe(
 )
 
 
-@pytest.fixture(scope="module")
-def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
-    folder = tmp_path_factory.mktemp("pv")
-    model = toy_model("llama")
+def problem_of(architecture: str, folder: Path) -> Problem:
+    """Embedding and output head of the student are in codes."""
+    model = toy_model(architecture)
     with torch.no_grad():  # logits worth learning: a random model is close to uniform
         model.get_output_embeddings().weight.mul_(8)
     model.save_pretrained(folder / "dense")
@@ -322,6 +318,11 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     tune(TuneJob(str(folder / "dense"), folder / "out", recipe), lambda line: None)
     tokens = from_model(model, Windows(40, 24, seed=1)).tokens
     return Problem(folder, tokens)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    return problem_of("llama", tmp_path_factory.mktemp("pv"))
 
 
 def codes_of(trainer: Trainer) -> dict[str, Tensor]:
@@ -586,115 +587,3 @@ def test_experts_without_tokens_have_gradients_too(tmp_path: Path) -> None:
     settings = loop_with(batch=1, microbatch=1, held_out=1)
     trainer = Problem(tmp_path, torch.tensor([[1], [2]])).trainer(settings)  # one token a step
     trainer.train_step()
-
-
-# ---- several processes ----
-
-RANK_SCRIPT = """
-import json, sys; sys.path[:0] = {paths!r}
-from dataclasses import replace
-from pathlib import Path
-import torch
-from pvrt_tune import parallel, shards
-from pvrt_tune.store import Store
-from tests.tune.pv.test_pv_tuning import Problem, curve, of_few
-torch.set_num_threads(1)
-with parallel.joined("cpu", print):
-    problem = Problem(Path({folder!r}), torch.load({tokens!r}))
-    run = Path({run!r})
-    trainer = problem.trainer(of_few({compute!r}), run)
-    kls = curve(trainer, 4)
-    state = Store(run, writes=parallel.rank() == 0)
-    shards.save(state, "pv-state-0000004", trainer.optimizer.tensors(), {{}})
-    trainer.settings = replace(trainer.settings, batch=2)
-    kls += curve(trainer, 2)
-    student = trainer.tensors()
-    if parallel.rank() == 0:
-        torch.save(student, run / "student.pt")
-        print(json.dumps(kls))
-"""
-
-
-def of_few(
-    compute: Literal["float32", "bfloat16"], microbatch: int = 3, batch: int = LOOP.batch
-) -> Recipe:
-    """Batches of 4 and 7 held-out windows, in passes of 3: nothing divides by 3 ranks.
-
-    In float32 codes move in the first steps. In bfloat16 they would follow the rounding errors of
-    gradients, and with them the losses.
-    """
-    recipe = steps_with(code_learning_rate=0.1 if compute == "float32" else 0.03)
-    few = replace(LOOP, batch=batch, microbatch=microbatch, held_out=7, compute=compute)
-    return replace(recipe, training=few)
-
-
-def curve(trainer: Trainer, steps: int) -> list[float]:
-    """Losses of some steps, and on held-out text before and after them."""
-    return [
-        trainer.held_out_kl(),
-        *(trainer.train_step()["train_kl"] for _ in range(steps)),
-        trainer.held_out_kl(),
-    ]
-
-
-def course(trainer: Trainer) -> list[float]:
-    """The losses of four steps, then of two whose batch is smaller than three ranks."""
-    kls = curve(trainer, 4)
-    trainer.settings = replace(trainer.settings, batch=2)
-    return kls + curve(trainer, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "compute"), [(3, "float32"), (2, "bfloat16")])
-def test_several_processes_learn_what_one_does(
-    problem: Problem, tmp_path: Path, ranks: int, compute: Literal["float32", "bfloat16"]
-) -> None:
-    """FSDP2 over gloo: rows, latents and the choice of groups are cut over the ranks.
-
-    Ranks add gradients up in another order. In bfloat16 that matters: it changes their last bits,
-    of which Adam makes whole steps where a gradient is close to zero. One process differs from
-    itself as much when it takes other numbers of windows at once: this scatter is the tolerance.
-    """
-    torch.save(problem.tokens, tmp_path / "tokens.pt")
-    script, run = tmp_path / "rank.py", tmp_path / "run"
-    run.mkdir()
-    script.write_text(
-        RANK_SCRIPT.format(
-            paths=sys.path,
-            folder=str(problem.folder),
-            tokens=str(tmp_path / "tokens.pt"),
-            run=str(run),
-            compute=compute,
-        )
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    alone = problem.trainer(of_few(compute))
-    before = codes_of(alone)
-    kls = json.loads(done.stdout.splitlines()[-1])
-    expected, tolerance = course(alone), 1e-4
-    if compute == "bfloat16":
-        for windows in (1, 2):
-            others = course(problem.trainer(of_few(compute, microbatch=windows)))
-            scatter = max(abs(a / b - 1) for a, b in zip(others, expected, strict=True))
-            tolerance = max(tolerance, 3 * scatter)
-        assert tolerance < 0.2
-    assert kls == pytest.approx(expected, rel=tolerance)
-    assert kls[:2] == pytest.approx(expected[:2], rel=1e-5 if compute == "float32" else 1e-3)
-    ours, theirs = torch.load(run / "student.pt"), alone.tensors()
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].shape == tensor.shape for name, tensor in theirs.items())
-    same = moved = 0
-    for name, codes in codes_of(alone).items():
-        moved += int((codes != before[name]).sum())
-        same += int((codes == ours[f"{name}.codes"])[codes != before[name]].sum())
-    if compute == "float32":
-        assert moved > 100 and same >= 0.9 * moved  # sums in another order may tip a tie
-    # One process goes on from what several saved, each its rows.
-    resumed, state = problem.trainer(of_few(compute, batch=2)), Store(run)
-    assert state.parts("pv-state-0000004") == ranks
-    resumed.step = 4
-    resumed.optimizer.resume(4, lambda tensors: shards.fill(state, "pv-state-0000004", tensors))
-    assert curve(resumed, 2) == pytest.approx(kls[-4:], rel=tolerance)

@@ -23,9 +23,10 @@ from pvrt_tune.pv.streamed import StreamedLinear, StreamedWeight
 from pvrt_tune.pv.trainer import Student, Trainer
 from pvrt_tune.settings import PVSettings, Recipe, TrainSettings
 from tests.fixtures.c_library import without_c_library
+from tests.fixtures.peaks import llama, toy
 from tests.fixtures.toy import toy_model
-from tests.tune.plan.test_peak_bytes import filled, llama, toy
-from tests.tune.plan.test_peak_bytes import student as with_random_codes
+from tests.tune.plan.test_training_bytes import filled
+from tests.tune.plan.test_training_bytes import student as with_random_codes
 
 TRAINING = TrainSettings(
     windows=12, steps=4, batch=4, microbatch=2, held_out=2, evaluate_every=2, compute="float32"

@@ -12,6 +12,7 @@ from math import ceil
 from typing import Any
 
 from pvrt.errors import RunError
+from pvrt.format.aqlm import PARTS
 from pvrt.format.scheme import Scheme
 from pvrt.format.write import WriteOptions
 from pvrt_tune.allocate.knapsack import Option, choose
@@ -50,17 +51,13 @@ class FileBudget:
 
     def unit_bits(self, unit: Unit, scheme: Scheme) -> int:
         """Bits of a unit's tensors in a scheme and of their entries in the header."""
-        header = 0
-        for name, (out, inputs) in zip(unit.names, unit.shapes, strict=True):
-            shapes: dict[str, tuple[int, ...]] = {
-                "codes": scheme.codes_shape(out, inputs),
-                "codebooks": scheme.codebooks_shape,
-                "scales": scheme.scales_shape(out),
-            }
-            if unit.block is None:
-                shapes["in_scales"] = (inputs,)
-            for leaf, shape in shapes.items():
-                header += _entry(f"{name}.{leaf}", shape, self.fixed_bits + 8 * self.weights)
+        parts = PARTS if unit.block is not None else (*PARTS, "in_scales")
+        largest = self.fixed_bits + 8 * self.weights
+        header = sum(
+            _entry(f"{name}.{part}", scheme.part_shape(part, *shape), largest)
+            for name, shape in zip(unit.names, unit.shapes, strict=True)
+            for part in parts
+        )
         return unit.bits(scheme, self.float_bits) + 8 * header
 
     def file_bits(self, schemes: Mapping[str, Scheme], units: Sequence[Unit]) -> int:

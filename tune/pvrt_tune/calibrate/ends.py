@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pvrt.errors import RunError
 from pvrt.format.scheme import Scheme
 from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead, embedding_scale
-from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.whole_model import layer_in_codes
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.data.source_model import fill
 from pvrt_tune.fit import additive
@@ -165,14 +165,9 @@ def put_ends(model: Any, piece: Piece, device: str) -> None:
     for name, noted in piece.report.items():
         scheme, old = Scheme.parse(noted["scheme"]), model.get_submodule(name)
         part = {key: piece.tensors[key] for key in piece.tensors if key.startswith(f"{name}.")}
-        dtype = part[f"{name}.codebooks"].dtype
-        if isinstance(old, nn.Embedding):
-            (rows, width), scale = old.weight.shape, embedding_scale(old)
-            assert scale is not None
-            new: nn.Module = AQLMEmbedding(rows, width, scheme, scale, True, dtype=dtype)
-        else:
-            bias = old.bias is not None
-            new = AQLMLinear(old.in_features, old.out_features, scheme, bias, True, dtype=dtype)
+        bias, dtype = f"{name}.bias" in part, part[f"{name}.codebooks"].dtype
+        new = layer_in_codes(old, scheme, bias, True, dtype)
+        assert new is not None
         tensors = {key.removeprefix(f"{name}."): t.to(device) for key, t in part.items()}
         fill(new, tensors, device)
         head = model.get_output_embeddings()

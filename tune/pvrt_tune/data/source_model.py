@@ -36,11 +36,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from pvrt.errors import CheckpointError, SourceError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
+from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 from pvrt_tune.data.bos import begin_as_stated
 
@@ -89,7 +90,7 @@ class Source:
         )
         before = {name: _get(self.model, name) for name in names}
         try:
-            with _no_progress_bar():
+            with no_progress_bar():
                 convert_and_load_state_dict_in_model(
                     self.model, {key: self._weights[key] for key in keys}, config, None
                 )
@@ -250,7 +251,7 @@ def _open_folder(name: str, folder: Path) -> Source:
 
 
 def _open_gguf(name: str, file: Path) -> Source:
-    with _one_sentence(file):
+    with _one_sentence(file), no_progress_bar():
         where = {"gguf_file": file.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
         begin_as_stated(tokenizer, file)
@@ -366,18 +367,6 @@ def _get(model: nn.Module, name: str) -> Any:
 def _set(model: nn.Module, name: str, tensor: Any) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, tensor)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws one for every call, and a run reads block by block."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

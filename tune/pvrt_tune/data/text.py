@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pvrt.errors import DataError
-from pvrt.kv_cache import cache_shape
+from pvrt.kv_cache import cache_name, cache_shape
 from pvrt.tools.perplexity import read_utf8
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".jsonl"}
@@ -371,8 +371,8 @@ def _sample(
     cache, step = None, tokens
     with torch.inference_mode():
         while tokens.shape[1] < length:
-            output = model(step.to(model.device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(step.to(model.device), use_cache=True, **{cache_name(): cache})
+            cache = output[cache_name()]
             probabilities = output.logits[:, -1].float().softmax(-1).cpu()
             step = torch.multinomial(probabilities, 1, generator=generator)
             tokens = torch.cat([tokens, step], 1)

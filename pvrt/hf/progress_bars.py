@@ -1,0 +1,18 @@
+"""transformers' progress bars, which commands with lines of progress of their own do without."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws none until the context ends; else it does whenever it reads weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

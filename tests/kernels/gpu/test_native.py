@@ -1,0 +1,122 @@
+"""The CUDA kernel without a GPU: its source compiled for the CPU and for every architecture."""
+
+import ctypes
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pvrt.format.scheme import Scheme
+from pvrt_kernels import reference
+from pvrt_kernels.gpu import launch, native, nvrtc
+from pvrt_kernels.gpu.choose import LaunchConfig
+
+HERE = Path(__file__).parent
+SOURCES = Path(native.__file__).parent / "csrc"
+HALF, BFLOAT = torch.float16, torch.bfloat16
+TOLERANCE = {HALF: 6e-4, BFLOAT: 3e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("native")
+
+
+@lru_cache(maxsize=64)
+def on_cpu(folder: Path, defined: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    library = folder / ("_".join(str(value) for _, value in defined) + ".so")
+    flags = [f"-D{name}={value}" for name, value in defined]
+    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{SOURCES}"]
+    subprocess.run([*command, *flags, str(HERE / "native_on_cpu.cpp"), "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("scheme", "sizes", "in_features", "dtype", "tokens", "split"),
+    [
+        ("2x8g8", [150], 136, HALF, 1, 1),
+        ("2x8g8", [150, 133, 5], 392, BFLOAT, 1, 3),
+        ("2x8g8", [150, 33], 392, HALF, 2, 2),
+        ("2x8g8", [150], 264, HALF, 3, 1),
+        ("1x8g8", [150], 520, HALF, 1, 2),
+        ("4x8g8", [150], 136, BFLOAT, 1, 1),
+        ("2x7g16", [150], 784, HALF, 1, 2),
+        ("1x8g32", [150], 3200, HALF, 1, 1),
+        ("4x8g16", [150], 400, HALF, 2, 1),
+        ("2x8g8", [150, 20], 520, HALF, 4, 2),
+        ("1x8g8", [150], 520, HALF, 4, 1),
+    ],
+)
+def test_products(
+    folder: Path,
+    scheme: str,
+    sizes: list[int],
+    in_features: int,
+    dtype: torch.dtype,
+    tokens: int,
+    split: int,
+) -> None:
+    form = Scheme.parse(scheme)
+    torch.manual_seed(in_features)
+    rows = sum(sizes)
+    codes = torch.randint(0, form.codebook_size, form.codes_shape(rows, in_features))
+    codebooks = torch.randn(len(sizes), *form.codebooks_shape).to(dtype)
+    scales = (torch.rand(form.scales_shape(rows)) + 0.5).to(dtype)
+    weight = reference.dequantize(codes, codebooks.double(), scales.double(), sizes)
+    packed = launch.pack(codes.to(form.code_dtype), codebooks, scales, sizes)
+    x, bias = torch.randn(tokens, in_features).to(dtype), torch.randn(rows).to(dtype)
+
+    config = LaunchConfig("lut_cuda", 1 << (tokens - 1).bit_length(), 128, 4, split)
+    defined = native.constants(
+        config, form.num_codebooks, form.codebook_size, form.in_group_size, dtype
+    )
+    library = on_cpu(folder, tuple(defined.items()))
+    tiles = sum(-(-size // config.rows) for size in sizes)
+    ends = [sum(sizes[: part + 1]) for part in range(len(sizes))] + [rows, rows]
+    partial, arrived = torch.zeros(tokens, rows), torch.zeros(tiles, dtype=torch.int32)
+    for _ in range(2):  # the second finds the workspace as the first left it
+        y = torch.full((tokens, rows), torch.nan, dtype=dtype)
+        tensors = (x, packed.codes, packed.codebooks, packed.scales, bias, y, partial, arrived)
+        in_a_bank = library.run(
+            *(pointer(tensor) for tensor in tensors),
+            *(rows, in_features // form.in_group_size, packed.codes.shape[0], tokens),
+            *(ends[0], ends[1], tiles, split),
+        )
+        expected = x.double() @ weight.double().T + bias.double()
+        assert (y.double() - expected).norm() / expected.norm() < TOLERANCE[dtype]
+        assert in_a_bank == (1 if tokens <= 2 else 2)
+    assert not partial.any()
+    assert not arrived.any()
+
+
+def needs_nvrtc() -> None:
+    reason = nvrtc.missing()
+    if reason is not None:
+        pytest.skip(f"no NVRTC: {reason}")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1024), (2, 512), (4, 512)])
+def test_the_source_compiles_for_every_architecture(
+    architecture: str, tokens: int, rows: int
+) -> None:
+    needs_nvrtc()
+    config = LaunchConfig("lut_cuda", tokens, rows, 8)
+    defined = native.constants(config, 2, 256, 8, BFLOAT)
+    assert nvrtc.compile_source("lut_gemv.cu", defined, architecture).startswith(b"\x7fELF")
+
+
+def test_a_source_that_does_not_compile_is_named() -> None:
+    needs_nvrtc()
+    config = LaunchConfig("lut_cuda", 1, 1024, 8)
+    defined = native.constants(config, 2, 256, 8, HALF) | {"THREADS": 0}
+    with pytest.raises(RuntimeError, match=r"lut_gemv.cu does not compile"):
+        nvrtc.compile_source("lut_gemv.cu", defined, "sm_90")
