@@ -69,6 +69,7 @@ def pv_step(item: Item) -> None:
     from pvrt_tune.plan.skeleton import model_shape
     from pvrt_tune.pv import trainer
     from pvrt_tune.pv.loss import Teacher
+    from pvrt_tune.pv.student import Student
     from pvrt_tune.settings import EFFORTS, TrainSettings
 
     width, inner, blocks, heads = item.some((4096, 11008, 4, 32), (64, 128, 2, 2))
@@ -124,7 +125,7 @@ def pv_step(item: Item) -> None:
             planned += 2 * shape.parameters  # the teacher, in bfloat16
             teacher, data = make()
             stream = own.training is not None and own.training.states == "host"
-            made = trainer.Student.of(student(), compute, stream=stream)
+            made = Student.of(student(), compute, stream=stream)
             steps = trainer.Trainer(made, teacher, data, own)
             del made
             steps.train_step()  # searches and compiles what later steps do not

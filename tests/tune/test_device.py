@@ -24,7 +24,8 @@ from pvrt_tune.plan import speed
 from pvrt_tune.plan.on_machine import plan_here
 from pvrt_tune.pv.loss import Teacher
 from pvrt_tune.pv.optimizer import STRATEGIES
-from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from tests.fixtures import simulated_device
 from tests.fixtures.c_library import without_c_library

@@ -22,42 +22,13 @@ from pvrt_tune.plan.cards import CARDS, assumed, named
 from pvrt_tune.plan.choose import plan_run
 from pvrt_tune.plan.memory_plan import Plan, Request
 from pvrt_tune.plan.report import misfits
-from pvrt_tune.pv import trainer
+from pvrt_tune.pv.student import Student
 from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, TrainSettings, TuneJob
-from tests.tune.plan.test_memory_plan import LLAMA_8B, config_only
+from tests.fixtures.shapes import LLAMA_8B, config_only, folder_of
 from tests.tune.test_device import LOOP, RECIPE, dense, small_measurements, weights
 
 __all__ = ["dense", "small_measurements"]  # fixtures
 
-TIED = {"tie_word_embeddings": True}
-#: What their config.json says, where it differs from Llama 3.1 8B.
-MODELS: dict[str, dict[str, Any]] = {
-    "1B": TIED
-    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
-    "3B": TIED
-    | {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-    },
-    "8B": {},
-    "14B": {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "vocab_size": 152064,
-    },
-    "70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
-}
 STANDARD = EFFORTS["standard"]
 USUAL: dict[str, Any] = {
     "microbatch": 4,
@@ -67,10 +38,6 @@ USUAL: dict[str, Any] = {
     "low_memory": False,
     "snapshots": True,
 }
-
-
-def folder_of(model: str, path: Path) -> Path:
-    return config_only(path / model, LLAMA_8B | MODELS[model])
 
 
 def planned(
@@ -277,13 +244,13 @@ def test_a_run_that_has_to_choose_ends_with_the_same_bytes_and_keeps_what_it_cho
     dense: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streamed: list[bool] = []
-    student = trainer.Student.of.__func__  # type: ignore[attr-defined]
+    student = Student.of.__func__  # type: ignore[attr-defined]
 
     def of(cls: Any, model: Any, compute: Any, *, stream: bool = False) -> Any:
         streamed.append(stream)
         return student(cls, model, compute, stream=stream)
 
-    monkeypatch.setattr(trainer.Student, "of", classmethod(of))
+    monkeypatch.setattr(Student, "of", classmethod(of))
     job = TuneJob(str(dense), tmp_path / "roomy", OPEN, device=device)
     tune(job, lambda line: None)
     free = pv_bytes(dense, OPEN, device) - 1

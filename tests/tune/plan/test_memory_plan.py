@@ -28,6 +28,7 @@ from pvrt_tune.settings import (
     TrainSettings,
     TuneJob,
 )
+from tests.fixtures.shapes import LLAMA_8B, config_only
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
 QUICK = Recipe(
@@ -37,26 +38,6 @@ QUICK = Recipe(
     finetune=FinetuneSettings(epochs=1),
 )
 ROOMY = Machine(host=10**12, device=10**12, disk=10**12)
-# The published config.json of Llama 3.1 8B, without what does not matter here.
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-
-
-def config_only(path: Path, config: dict[str, Any]) -> Path:
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config))
-    return path
 
 
 def plan_of(folder: Path, machine: Machine = ROOMY, **request: Any) -> Plan:

@@ -15,7 +15,8 @@ from pvrt_tune.model_blocks import find_blocks, linears
 from pvrt_tune.plan.skeleton import model_shape
 from pvrt_tune.pv import loss, trainer
 from pvrt_tune.pv.loss import Teacher
-from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import (
     PVSettings,
     Recipe,

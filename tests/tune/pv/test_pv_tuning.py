@@ -28,7 +28,8 @@ from pvrt_tune.pv.loss import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.pv.optimizer import STRATEGIES, WHOLE_PARTS, PVLayer, PVOptimizer
 from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentation, represent
 from pvrt_tune.pv.stage import teacher_of
-from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from pvrt_tune.store import Store
 from tests.fixtures.c_library import without_c_library

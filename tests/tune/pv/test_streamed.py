@@ -20,7 +20,8 @@ from pvrt_tune.pv.host_memory import HostMemory, Slabs, slab_bytes
 from pvrt_tune.pv.loss import Teacher
 from pvrt_tune.pv.representation import represent
 from pvrt_tune.pv.streamed import StreamedLinear, StreamedWeight
-from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import PVSettings, Recipe, TrainSettings
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.peaks import llama, toy

@@ -17,8 +17,9 @@ from pvrt_tune.plan.report import duration, gigabytes
 from pvrt_tune.plan.speed import Speed
 from pvrt_tune.settings import Recipe
 
-#: Snapshots of less are taken anyway; of more, only where a kill would cost more than an hour.
-_SMALL_BYTES, _LONG_SECONDS = 10e9, 3600
+#: Snapshots of less are taken anyway; of more, only where a kill would cost more than an hour, and
+#: where they leave enough of the free disk.
+_SMALL_BYTES, _LONG_SECONDS, _SHARE_OF_DISK = 10e9, 3600, 0.5
 #: How much longer may be waited for the result that does not differ.
 _PRICE = 2
 
@@ -133,7 +134,9 @@ def _with_snapshots(planner: Planner, way: Way, machine: Machine) -> Way:
     recipe = replace(way.recipe, training=replace(way.recipe.training, snapshots=True))
     phase = planner.pv(recipe, stream=way.stream)
     small = phase.disk_bytes - way.phase.disk_bytes <= _SMALL_BYTES
-    worth = small or way.phase.seconds > _LONG_SECONDS
+    worth = small or (
+        way.phase.seconds > _LONG_SECONDS and phase.disk_bytes <= _SHARE_OF_DISK * machine.disk
+    )
     return Way(recipe, way.stream, phase) if worth and phase.disk_bytes <= machine.disk else way
 
 

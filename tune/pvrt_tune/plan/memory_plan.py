@@ -222,7 +222,8 @@ class Planner:
         if training.snapshots:
             disk += 2 * self.snapshot_bytes(recipe)
             looks = training.steps // training.evaluate_every
-            seconds += looks * self.snapshot_bytes(recipe) / DISK_SPEED
+            one = self.snapshot_bytes(recipe) / DISK_SPEED
+            seconds += min(looks * one, one + seconds / trainer.SNAPSHOT_SPACING)
         host = at_hand
         if training.states == "host":
             host += optimizer.streamed_bytes(model, recipe.pv, item)

@@ -15,7 +15,8 @@ from pvrt_tune.machine import compute_dtype, release_memory
 from pvrt_tune.original import original
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher, check_head
-from pvrt_tune.pv.trainer import BEST, Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import BEST, Trainer
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe
 from pvrt_tune.store import Store
