@@ -207,7 +207,7 @@ def choices_of(out: Path) -> dict[str, Any]:
     Raises RunError for a damaged run.
     """
     file = out / RUN_FOLDER / FINGERPRINT_FILE
-    recipe = _read_fingerprint(file)["recipe"] if file.is_file() else {}
+    recipe = _read_fingerprint(file).get("recipe", {}) if file.is_file() else {}
     return {**(recipe.get("training") or {}), **recipe.get("pv", {})}
 
 

@@ -109,6 +109,29 @@ def test_calibration_of_70b_fits_24_gb_with_8_gb_of_host_memory(tmp_path: Path) 
     assert max(phase.host_bytes for phase in plan.phases) < 4e9
 
 
+def test_on_a_cpu_states_are_on_the_host_anyway(tmp_path: Path) -> None:
+    folder, speed = folder_of("1B", tmp_path), named("RTX 4060").speed()
+    recipe = replace(STANDARD, training=TrainSettings(compute="float32"))
+
+    def on_host(size: float) -> Plan:
+        here = Machine(int(size), None, 10**12)
+        request = Request(str(folder), recipe, "cpu", sampled=False)
+        plan = plan_run(load_skeleton(str(folder)), request, speed, here)
+        assert misfits(plan, here) == []
+        assert not {"states", "stream"} & chosen(plan).keys()
+        return plan
+
+    usual = on_host(1e12)
+    need = usual.peak("host_bytes").host_bytes
+    assert chosen(usual) == {"snapshots": False}
+    assert chosen(on_host(need)) == {"snapshots": False}
+    less = on_host(need - 1)
+    assert chosen(less).keys() & {"teacher_first", "microbatch", "recompute_activations"}
+    assert f"{(need - 1) / 1e9:.1f} GB that are free" in (less.chosen or "")
+    assert "low_memory" not in chosen(less)
+    assert chosen(on_host(0.6 * need))["low_memory"]
+
+
 def test_more_memory_never_takes_longer(tmp_path: Path) -> None:
     """But for the result that does not differ."""
     folder, speed = folder_of("3B", tmp_path), named("RTX 4090").speed()

@@ -20,6 +20,8 @@ from pvrt_tune.settings import Recipe
 #: Snapshots of less are taken anyway; of more, only where a kill would cost more than an hour, and
 #: where they leave enough of the free disk.
 _SMALL_BYTES, _LONG_SECONDS, _SHARE_OF_DISK = 10e9, 3600, 0.5
+#: What a way should take of a device, if there is such a way: allocators leave holes.
+_FULL = 0.95
 #: How much longer may be waited for the result that does not differ.
 _PRICE = 2
 
@@ -80,7 +82,9 @@ def _way(planner: Planner, streams: list[bool], machine: Machine) -> tuple[Way, 
     """The way to PV-tune, and the one that would be taken if there were no limits."""
     ways = sorted(_ways(planner, streams, _said(planner.recipe)), key=_cost)
     usual = ways[0]
-    fitting = (way for way in ways if _fits(way.phase, machine))
+    free = machine.device
+    roomy = machine if free is None else replace(machine, device=int(_FULL * free))
+    fitting = (way for way in ways if _fits(way.phase, roomy))
     way = next(fitting, None) or min(ways, key=lambda way: _lack(way.phase, machine))
     return _with_snapshots(planner, way, machine), usual
 
