@@ -21,9 +21,11 @@ from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.cards import CARDS, assumed, named
 from pvrt_tune.plan.choose import plan_run
 from pvrt_tune.plan.memory_plan import Plan, Request
+from pvrt_tune.plan.on_machine import plan_here
 from pvrt_tune.plan.report import misfits
 from pvrt_tune.pv.student import Student
 from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, TrainSettings, TuneJob
+from pvrt_tune.store import choices_of
 from tests.fixtures.shapes import LLAMA_8B, config_only, folder_of
 from tests.tune.test_device import LOOP, RECIPE, dense, small_measurements, weights
 
@@ -241,6 +243,28 @@ def test_a_card_that_nobody_named_is_a_slow_one_of_its_memory() -> None:
         assert one.memory < other.memory or one.half <= other.half
 
 
+def test_a_run_begun_before_there_was_a_choice_goes_on_as_it_was(tmp_path: Path) -> None:
+    """Its fingerprint has all that there was to say then."""
+    before = {n: v for n, v in USUAL.items() if n not in ("states", "snapshots", "low_memory")}
+    recipe = {"training": before, "pv": {"low_memory": True}}
+    (tmp_path / ".run").mkdir()
+    (tmp_path / ".run" / "fingerprint.json").write_text(json.dumps({"recipe": recipe}))
+    assert choices_of(tmp_path) == USUAL | {"low_memory": True}
+    folder = folder_of("8B", tmp_path)
+    job = TuneJob(str(folder), tmp_path, STANDARD, device="cuda")
+    report, problems = plan_here(job, card="RTX 4090", host_memory=96)
+    assert report["choices"] == USUAL | {"low_memory": True}
+    assert any("--restart finds what fits" in problem for problem in problems)
+    report, problems = plan_here(replace(job, restart=True), card="RTX 4090", host_memory=96)
+    assert report["choices"]["states"] == "host" and not any("PV" in each for each in problems)
+
+
+def test_a_card_is_no_cpu(tmp_path: Path) -> None:
+    job = TuneJob(str(folder_of("1B", tmp_path)), tmp_path, STANDARD, device="cpu")
+    with pytest.raises(RunError, match="--card is for GPUs"):
+        plan_here(job, card="H100")
+
+
 # ---- a run does what was chosen ----
 
 #: All but where states are is said.
@@ -290,6 +314,10 @@ def test_a_run_that_has_to_choose_ends_with_the_same_bytes_and_keeps_what_it_cho
     with pytest.raises(Stop):
         tune(job, until)
     assert lines[0].startswith("plan: ") and lines[1].startswith("chosen: latent weights")
+    # With less than it has begun with, it says what to do.
+    report, problems = plan_here(job, device_memory=0.6)
+    assert report["choices"]["states"] == "host"
+    assert any("device memory" in problem for problem in problems)
     # There is room again: the run goes on as it began.
     monkeypatch.setattr(Machine, "here", lambda device, out: machine(1000, 1000, 1000))
     lines.clear()

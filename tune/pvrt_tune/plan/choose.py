@@ -57,7 +57,7 @@ def plan_run(model: Any, request: Request, speed: Speed, machine: Machine) -> Pl
         chosen = _sentence(planner, way, usual, machine)
         hindrances = () if _fits(way.phase, machine) else _hindrances(planner, streams, machine)
     elif stream and not request.stream:
-        chosen = f"chosen to fit: {_STREAMED}"
+        chosen = f"chosen: {_streamed(planner)}"
     first = [planner.sampling(stream=stream)] if request.sampled else []
     return planner.plan(
         [*first, *planner.block_phases(activations), *tuning, planner.write()],
@@ -158,7 +158,9 @@ def _fits(phase: Phase, machine: Machine) -> bool:
     return _lack(phase, machine) <= 1
 
 
-_STREAMED = "the original model comes from the host block by block"
+def _streamed(planner: Planner) -> str:
+    size = gigabytes(planner.shape.itemsize * planner.shape.parameters)
+    return f"the original model of {size} comes from the host block by block"
 
 
 def _sentence(planner: Planner, way: Way, usual: Way, machine: Machine) -> str | None:
@@ -178,8 +180,7 @@ def _sentence(planner: Planner, way: Way, usual: Way, machine: Machine) -> str |
         for name, text in words.items()
         if asked.choices[name] is None and before[name] != after[name]
     ]
-    found += [_STREAMED] * (way.stream and not planner.request.stream)
-    parts = []
+    parts = [_streamed(planner)] * (way.stream and not planner.request.stream)
     if found:
         need, free = usual.phase.device_bytes, machine.device
         if free is None:

@@ -95,7 +95,8 @@ class Request:
     """What to plan: a run of `recipe` on a device ("cpu", "cuda" or "cuda:N").
 
     sampled: the model writes its own calibration text. gguf: the model is dequantised from a GGUF
-    file. activations, stream: as for `TuneJob`.
+    file. activations, stream: as for `TuneJob`. resumed: choices of the recipe are those of the run
+    that goes on.
     """
 
     model: str
@@ -105,6 +106,7 @@ class Request:
     gguf: bool = False
     activations: Literal["auto", "memory", "disk"] = "auto"
     stream: bool = False
+    resumed: bool = False
 
 
 class Planner:

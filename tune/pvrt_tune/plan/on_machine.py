@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from pvrt.device import default_device, is_here
+from pvrt.errors import RunError
 from pvrt_tune.allocate.needs import needs, stand_in
 from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
@@ -34,6 +35,7 @@ def plan_job(job: TuneJob, machine: Machine, rates: speed.Speed | None = None) -
         gguf=locate(job.model, weights=False).is_file(),
         activations=job.activations,
         stream=job.stream,
+        resumed=bool(chosen),
     )
     plan = _plan(request, machine, rates or speed.measure(job.device))
     return plan if job.seconds is None else plan.within(job.seconds)
@@ -50,8 +52,10 @@ def plan_here(
 
     The device of the job may be "auto": what `tune` would take here, or a GPU if its memory or name
     is given. card: one by name, which need not be here. A GPU that nobody names is assumed to be a
-    slow one of its memory. Raises RunError for a card of unknown name.
+    slow one of its memory. Raises RunError for a card of unknown name, and for one beside a CPU.
     """
+    if job.device == "cpu" and card is not None:
+        raise RunError("--card is for GPUs; leave --device cpu out")
     elsewhere = device_memory is not None or card is not None
     if job.device == "auto":
         job = replace(job, device="cuda" if elsewhere else default_device())

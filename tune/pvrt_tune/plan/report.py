@@ -35,6 +35,8 @@ def _advice(plan: Plan, phase: Phase, what: str) -> str:
     if phase.name == "sampling":
         return "give calibration text with --data, so that the model need not write it"
     if phase.name == "PV-Tuning" and plan.hindrances:
+        if plan.request.resumed:
+            return "this run has begun with other memory; --restart finds what fits"
         return f"leave {', '.join(plan.hindrances)} to the plan, which finds what fits"
     if phase.name == "PV-Tuning":
         return f"leave it out with --no-pv, or use a machine with more {what}"
