@@ -329,6 +329,19 @@ def test_a_run_that_has_to_choose_ends_with_the_same_bytes_and_keeps_what_it_cho
     assert "states: host" in (tmp_path / "small" / ".run" / "config.yaml").read_text()
 
 
+def test_a_run_whose_original_is_streamed_ends_with_the_same_bytes(
+    dense: Path, tmp_path: Path, device: str
+) -> None:
+    """The text that it writes, its states, and all that follows."""
+    for first in (False, True):
+        recipe = replace(OPEN, training=replace(LOOP, teacher_first=first))
+        job = TuneJob(str(dense), tmp_path / f"held {first}", recipe, device=device)
+        tune(job, lambda line: None)
+        job = replace(job, out=tmp_path / f"streamed {first}", stream=True)
+        tune(job, lambda line: None)
+        assert weights(job.out) == weights(tmp_path / f"held {first}")
+
+
 def test_without_snapshots_a_run_begins_pv_tuning_anew_to_the_same_bytes(
     dense: Path, tmp_path: Path, device: str
 ) -> None:

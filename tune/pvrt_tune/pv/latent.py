@@ -23,18 +23,11 @@ class Latent:
     (straight-through estimation), otherwise each step starts at the decoded weight. group: elements
     of a group. beta: how fast the running mean forgets. low_memory: B in bfloat16 with stochastic
     rounding and its second moment factored into rows and columns (arXiv 1804.04235): 2 bytes per
-    weight instead of 8. host: where both are kept between steps, if not on the weight's device.
+    weight instead of 8.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        group: int,
-        beta: float,
-        *,
-        accumulates: bool,
-        low_memory: bool,
-        host: HostMemory | None = None,
+        self, weight: Tensor, group: int, beta: float, *, accumulates: bool, low_memory: bool
     ) -> None:
         self._group, self._beta = group, beta
         kept = torch.bfloat16 if low_memory else torch.float32
@@ -47,9 +40,11 @@ class Latent:
         self.moments = {
             name: torch.zeros(size, device=weight.device) for name, size in sizes.items()
         }
-        if host is not None:
-            self.value = None if self.value is None else host.keep(self.value)
-            self.moments = {name: host.keep(moment) for name, moment in self.moments.items()}
+
+    def keep_on(self, host: HostMemory) -> None:
+        """Have all that is kept between steps in host memory."""
+        self.value = None if self.value is None else host.keep(self.value)
+        self.moments = {name: host.keep(moment) for name, moment in self.moments.items()}
 
     def step(
         self, decoded: Tensor, grad: Tensor, rate: float, generator: torch.Generator

@@ -101,8 +101,9 @@ class PVLayer:
                 settings.code_beta,
                 accumulates=self.strategy.accumulates,
                 low_memory=bool(settings.low_memory),
-                host=weight.host if isinstance(weight, StreamedWeight) else None,
             )
+            if isinstance(weight, StreamedWeight):
+                self.latent.keep_on(weight.host)
 
     def pull_back(self, grad: Tensor) -> dict[str, Tensor]:
         """Gradients of the continuous parameters, those of shared ones summed over ranks."""
