@@ -41,22 +41,23 @@ class Item:
     real_model: bool = False
 
 
-#: In order of importance.
+#: In order of importance. The first that has what it needs goes next.
 ITEMS = (
     Item("doctor", 60),
+    Item("loaded", 150, ("tune", "plan"), real_model=True),
+    Item("tune", 240, real_model=True),
     Item("toy", 150),
     Item("plan", 60, real_model=True),
-    Item("tune", 240, real_model=True),
-    Item("load_float16", 90, ("toy",)),
-    Item("load_bfloat16", 90, ("toy",)),
     Item("engine", 120, ("toy",)),
     Item("serve", 90, ("toy",)),
     Item("bench", 90, ("toy",)),
-    Item("loaded", 150, ("tune", "plan"), real_model=True),
-    Item("variants", 120, ("toy",)),
-    Item("layouts", 120),
+    Item("load_float16", 90, ("toy",)),
+    Item("load_bfloat16", 90, ("toy",)),
+    Item("sampling", 60, real_model=True),
     Item("layer_fit", 120),
     Item("pv_step", 90),
+    Item("variants", 120, ("toy",)),
+    Item("layouts", 120),
     Item("tests", 180),
 )
 
@@ -69,18 +70,32 @@ class Session:
     work: Path
     deadline: float
     results: dict[str, Any]
-    done: dict[str, threading.Event] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    waiting: list[Item]
+    running: set[str] = field(default_factory=set)
+    changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def run(self, item: Item) -> None:
-        """Wait for what an item needs, run it, record it."""
-        for name in item.needs:
-            if name in self.done:
-                self.done[name].wait()
-        try:
-            self.record(item, self.attempt(item))
-        finally:
-            self.done[item.name].set()
+    def work_through(self) -> None:
+        """Run items until none waits."""
+        while (item := self.take()) is not None:
+            try:
+                self.record(item, self.attempt(item))
+            finally:
+                with self.changed:
+                    self.running.remove(item.name)
+                    self.changed.notify_all()
+
+    def take(self) -> Item | None:
+        """The first item whose needs have been tried; waits for one. None when all are taken."""
+        with self.changed:
+            while self.waiting:
+                ahead = self.running | {item.name for item in self.waiting}
+                for item in self.waiting:
+                    if ahead.isdisjoint(item.needs):
+                        self.waiting.remove(item)
+                        self.running.add(item.name)
+                        return item
+                self.changed.wait()
+        return None
 
     def attempt(self, item: Item) -> dict[str, Any]:
         """The record of one item."""
@@ -115,7 +130,7 @@ class Session:
 
     def record(self, item: Item, record: dict[str, Any]) -> None:
         """Store an item and say how it went."""
-        with self.lock:
+        with self.changed:
             self.results["items"][item.name] = record
             text = json.dumps(self.results, indent=1) + "\n"
             staged = self.options.out / f"{NAME}.partial"
@@ -181,11 +196,11 @@ def main() -> None:
         work = (options.work or Path(temporary)).absolute()
         work.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + 60 * options.minutes
-        session = Session(options, work, deadline, {**describe(options), "items": {}})
         chosen = [item for item in chosen if options.model or not item.real_model]
-        session.done = {item.name: threading.Event() for item in chosen}
+        session = Session(options, work, deadline, {**describe(options), "items": {}}, chosen)
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(session.run, chosen))
+            for worker in [pool.submit(session.work_through) for _ in range(options.jobs)]:
+                worker.result()
     sys.exit(0 if all(item["passed"] for item in session.results["items"].values()) else 1)
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     items: dict[str, Callable[[Item], None]] = {
         **{f.__name__: f for f in (toy.doctor, toy.toy, toy.engine, toy.serve, toy.bench)},
         **{f.__name__: f for f in (toy.variants, toy.layouts, real.plan, real.tune, real.loaded)},
-        **{f.__name__: f for f in (shapes.layer_fit, shapes.pv_step, tests)},
+        **{f.__name__: f for f in (real.sampling, shapes.layer_fit, shapes.pv_step, tests)},
         "load_float16": partial(toy.load, dtype=torch.float16),
         "load_bfloat16": partial(toy.load, dtype=torch.bfloat16),
     }

@@ -163,7 +163,8 @@ def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
 
     As measured on an H100 (benchmarks/results): an SM takes its programs one beside the other. A
     stage costs it 6 for each row of a thread and word of a table, and 2 for the table; a program
-    costs 8 besides, and one alone does not keep an SM busy. The unit is 0.056 us.
+    costs 8 besides. Of one or two tokens two programs are to run at a time: a last one without a
+    second does not keep the SM busy. The unit is 0.056 us.
     """
     threads, words = 32 * config.warps, (config.tokens + 1) // 2
     stages = -(-shape.blocks * 16 // STAGE_BYTES)
@@ -173,7 +174,7 @@ def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
         programs = -(-tiles * split // gpu.sms)
         steps = -(-stages // split)
         look_up = 6 * words * (rows // threads) * steps
-        alone = look_up // 2 if programs == 1 else 0
+        alone = 2 * look_up // 3 if programs % 2 and words == 1 else 0
         return programs * (look_up + 2 * words * steps + 8) + alone + split // 2
 
     rows, split = min(

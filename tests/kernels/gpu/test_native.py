@@ -13,6 +13,7 @@ from pvrt.format.scheme import Scheme
 from pvrt_kernels import reference
 from pvrt_kernels.gpu import launch, native, nvrtc
 from pvrt_kernels.gpu.choose import LaunchConfig
+from tests.fixtures import aot
 
 HERE = Path(__file__).parent
 SOURCES = Path(native.__file__).parent / "csrc"
@@ -103,15 +104,21 @@ def needs_nvrtc() -> None:
         pytest.skip(f"no NVRTC: {reason}")
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"])
-@pytest.mark.parametrize(("tokens", "rows"), [(1, 1024), (2, 512), (4, 512)])
-def test_the_source_compiles_for_every_architecture(
-    architecture: str, tokens: int, rows: int
-) -> None:
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 1024), (1, 512), (1, 256), (2, 512), (4, 512)])
+def test_the_kernel_fits_every_architecture(architecture: int, tokens: int, rows: int) -> None:
     needs_nvrtc()
     config = LaunchConfig("lut_cuda", tokens, rows, 8)
     defined = native.constants(config, 2, 256, 8, BFLOAT)
-    assert nvrtc.compile_source("lut_gemv.cu", defined, architecture).startswith(b"\x7fELF")
+    code = nvrtc.compile_source("lut_gemv.cu", defined, f"sm_{architecture}")
+    binary = aot.read_binary(code, native.SHARED_BYTES)
+    assert binary.spill_bytes <= 48  # of a few registers, outside of the lookups
+    assert binary.registers * 256 * defined["BLOCKS"] <= aot.REGISTERS
+    assert binary.shared_bytes <= aot.SHARED_LIMIT[architecture] << 10
+    # One byte dot product and one load for each lookup, one addition for each token.
+    lookups = 32 * (rows // 256)
+    assert binary.count(r"IDP\.4A") == lookups
+    assert binary.count(r"LDS") - lookups in range(12)
 
 
 def test_a_source_that_does_not_compile_is_named() -> None:

@@ -353,8 +353,8 @@ def peak_bytes(config: Any, wanted: Windows, parameters: int, itemsize: int) -> 
     cache = cache_shape(config, itemsize)
     # Keys grow by being copied, one layer at a time; then values.
     growing = max(size * min(wanted.length, most or wanted.length) for size, most in cache.layers)
-    # Logits, the same in float32, and their softmax.
-    scores = config.get_text_config().vocab_size * (itemsize + 2 * 4)
+    # Logits, and their probabilities twice in int64.
+    scores = config.get_text_config().vocab_size * (itemsize + 2 * 8)
     windows: int = rows * (cache.bytes_for(wanted.length) + growing // 2 + scores)
     return itemsize * parameters + windows
 
@@ -362,19 +362,44 @@ def peak_bytes(config: Any, wanted: Windows, parameters: int, itemsize: int) -> 
 def _sample(
     model: Any, rows: int, length: int, generator: torch.Generator, shown: Callable[[int], None]
 ) -> Tensor:
-    """Tokens [rows, length]."""
+    """Tokens [rows, length]. Raises DataError where the model's logits are not numbers."""
     config = model.config.get_text_config()
     tokens = torch.randint(config.vocab_size, (rows, 1), generator=generator)
     if config.bos_token_id is not None and config.bos_token_id != config.eos_token_id:
         # The random second token spreads the windows over the model's subjects.
         tokens = torch.cat([torch.full_like(tokens, config.bos_token_id), tokens], 1)
-    cache, step = None, tokens
+    # All chance is drawn here, so that the device is not waited for after every token.
+    chances = torch.randint(_CHANCES, (rows, length), generator=generator).double() / _CHANCES
+    chances, cache, steps = chances.to(model.device), None, [tokens.to(model.device)]
+    broken = torch.tensor(False, device=model.device)
     with torch.inference_mode():
-        while tokens.shape[1] < length:
-            output = model(step.to(model.device), use_cache=True, **{cache_name(): cache})
+        for done in range(tokens.shape[1], length):
+            output = model(steps[-1], use_cache=True, **{cache_name(): cache})
             cache = output[cache_name()]
-            probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-            step = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat([tokens, step], 1)
-            shown(tokens.shape[1])
-    return tokens[:, :length].clone()
+            step, usable = _draw(output.logits[:, -1], chances[:, done : done + 1])
+            broken |= ~usable
+            steps.append(step)
+            shown(done + 1)
+    if broken:
+        raise DataError("cannot sample text: the model's outputs are not numbers; give --data")
+    return torch.cat(steps, 1)[:, :length].cpu()
+
+
+# A chance is a multiple of one part in _CHANCES, a probability of one part in _PARTS.
+_CHANCES = 1 << 48
+_PARTS = 1 << 40
+
+
+def _draw(logits: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [rows, 1] by logits [rows, vocabulary] and chances [rows, 1] float64 in [0, 1).
+
+    Also whether all logits are usable: numbers, not all of a row minus infinity.
+    """
+    # Whole numbers add up the same in any order, and their sums never fall: on every device, a
+    # token of no probability adds nothing, and is never drawn.
+    parts = logits.float().softmax(-1).mul_(_PARTS).nan_to_num_(0.0).long()
+    sums = parts.cumsum(-1)
+    del parts
+    whole = sums[:, -1:]
+    tokens = torch.searchsorted(sums, (chances * whole).long(), right=True)
+    return tokens.clamp_(max=logits.shape[1] - 1), whole.all()
