@@ -71,7 +71,7 @@ LOW = {"low_memory": True}
     ("model", "device", "host", "wanted", "most"),
     [
         # The bars: on cards that people own, in machines that they have.
-        ("1B", 8, 16, HOST | TWICE | {"stream": True}, 6.5),
+        ("1B", 8, 16, HOST | TWICE | {"stream": True}, 4.7),
         ("3B", 12, 32, HOST | FIRST | {"microbatch": 2}, 10.8),
         ("8B", 24, 32, HOST | FIRST | TWICE | LOW, 17.1),
         ("8B", 24, 96, HOST | FIRST | TWICE, 17.1),
