@@ -45,12 +45,17 @@ Linear = Callable[[Tensor], Tensor]
 
 
 class DecodeStep:
-    """Batch 1, `context` tokens in the KV cache; `bytes` is all that a step must read."""
+    """Batch 1, `context` tokens in the KV cache; `bytes` is all that a step must read.
+
+    linears, head: codebooks, codewords and group of the blocks' layers and of the output head; None
+    for dense weights.
+    """
 
     def __init__(
         self,
         llama: Llama,
-        scheme: tuple[int, int, int] | None,
+        linears: tuple[int, int, int] | None,
+        head: tuple[int, int, int] | None,
         context: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -58,9 +63,9 @@ class DecodeStep:
         self.llama, self.bytes = llama, 0
         self._dtype, self._device = dtype, device
         self.blocks = [
-            [self._linear(scheme, *shape) for shape in llama.linears] for _ in range(llama.layers)
+            [self._linear(linears, *shape) for shape in llama.linears] for _ in range(llama.layers)
         ]
-        self.head = self._linear(None, llama.vocabulary, llama.hidden)
+        self.head = self._linear(head, llama.vocabulary, llama.hidden)
         self.norm = torch.ones(llama.hidden, dtype=dtype, device=device)
         kv = (2, llama.layers, 1, llama.kv_heads, context, llama.head)
         self.cache = torch.randn(kv, device=device).to(dtype)

@@ -1,6 +1,7 @@
 """Every shipped GPU kernel compiled for every architecture: writes results/kernels_aot.json.
 
-    .venv/bin/python benchmarks/kernels_aot.py      # the installed Triton, 10 minutes
+    .venv/bin/python benchmarks/kernels_aot.py        # the installed Triton, 40 minutes
+    .venv/bin/python benchmarks/kernels_aot.py lut    # one kernel
 
 Needs no GPU. Fails when a binary spills, reads codes other than 16 bytes at a time where it is made
 to, or needs more registers or shared memory than an SM has. Turing (sm_75) is compiled for the one
@@ -20,7 +21,8 @@ from tests.fixtures import aot
 
 def main() -> None:
     """Compile all, print what is wrong, store the largest figures."""
-    variants = aot.shipped_variants()
+    asked = sys.argv[1:]
+    variants = [v for v in aot.shipped_variants() if not asked or v.config.kernel in asked]
     jobs = [(variant, arch) for variant in variants for arch in aot.ARCHITECTURES]
     jobs += [(variant, 75) for variant in variants if variant.config.kernel == "decode"]
     rows: dict[tuple[str, int], results.Row] = {}

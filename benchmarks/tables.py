@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import correlation, median
 from typing import Any
 
+import gpu_tables
 import tuning_tables
 import vllm_tables
 from markdown_table import Row, distinct, formatted, table, where
@@ -340,6 +341,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "server_conformance": server_conformance,
     "server_load": server_load,
     "server_load:throughput": server_throughput,
+    "gpu_nvidia_h100_80gb_hbm3:products": gpu_tables.products,
+    "gpu_nvidia_h100_80gb_hbm3:steps": gpu_tables.steps,
+    "gpu_nvidia_h100_80gb_hbm3:batches": gpu_tables.batches,
     "vllm_matrix:layouts": vllm_tables.layouts,
     "vllm_matrix:versions": vllm_tables.versions,
     "vllm_features": vllm_tables.features,
