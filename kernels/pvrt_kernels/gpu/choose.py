@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pvrt_kernels.gpu import nvrtc
-from pvrt_kernels.gpu.layout import block_count
+from pvrt_kernels.gpu.layout import block_count, split_codebooks
 
 KERNELS = ("lut_cuda", "lut", "direct", "tile", "dense")
 MOST_TOKENS = 64  # of one program
@@ -151,7 +151,7 @@ def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConf
         return shared_evenly(config, gpu, shape)
     if config.split == 0:
         if -(-shape.out_features // config.rows) * shape.blocks < gpu.sms:
-            config = halved(config)
+            config = halved(config, shape)
         tiles = -(-shape.out_features // config.rows)
         split = best_split(tiles, shape.blocks, gpu.sms * max(1, _SLOTS // config.warps))
         config = replace(config, split=split)
@@ -186,9 +186,13 @@ def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
     return replace(config, rows=rows, split=split)
 
 
-def halved(config: LaunchConfig) -> LaunchConfig:
-    """A smaller tile, for a layer too small to fill the card, where there is one."""
-    if config.warps <= 4:
+def halved(config: LaunchConfig, shape: Shape) -> LaunchConfig:
+    """A smaller tile, for a layer too small to fill the card, where there is one.
+
+    Lookups in tables of 3, 5 or 6 codebooks would lack registers with fewer warps.
+    """
+    odd = split_codebooks(shape.num_codebooks)[1] > 0
+    if config.warps <= 4 or (config.kernel == "lut" and odd):
         return config
     return replace(config, rows=config.rows // 2, warps=config.warps // 2)
 
