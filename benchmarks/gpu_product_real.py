@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from gpu_graphs import decode_rates
 from gpu_item import Item
 
 REAL = {
@@ -41,8 +42,9 @@ def real_options(item: Item) -> list[object]:
 
 def sampling(item: Item) -> None:
     """Text that the model writes itself: seconds, and the same for the same seed."""
+    from pvrt_tune.data.sampled import from_model
     from pvrt_tune.data.source_model import load_source
-    from pvrt_tune.data.text import Windows, from_model
+    from pvrt_tune.data.text import Windows
 
     with item.check("sampling"):
         assert item.model is not None
@@ -125,6 +127,7 @@ def loaded(item: Item) -> None:
     with item.check("bench"):
         options = ["--json", "--repeats", 3, "--new-tokens", item.some(64, 2)]
         item.note(bench=json.loads(item.pvrt("bench", "bench", out, *options)))
+    decode_rates(item, out, "auto")
     with item.check("serve"):
         options = ["--engine", "local", "--port", 0, "--check", "--log-level", "warning"]
         item.note(serve=item.pvrt("serve", "serve", out, *options).splitlines())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_graphs import decode_rates
 from gpu_item import HERE, Item
 
 sys.path.insert(0, str(HERE.parent))  # the tests' fixtures
@@ -160,6 +161,7 @@ def engine(item: Item) -> None:
                     for ids in answers:
                         assert len(ids) == 24, ids
                         assert_greedy(dense, prompt, ids, margin)
+    decode_rates(item, item.toy("llama"), "float32")
 
 
 def serve(item: Item) -> None:

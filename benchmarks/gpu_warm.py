@@ -35,7 +35,7 @@ from gpu_bench import TWO_BIT
 from pvrt.format.scheme import Scheme
 from pvrt.tools import bench_kernels
 from pvrt_kernels.gpu import choose, launch
-from pvrt_kernels.gpu.choose import DENSE, Gpu, LaunchConfig, Shape
+from pvrt_kernels.gpu.choose import CUDA, DENSE, Gpu, LaunchConfig, Shape
 
 HALF, TYPES = torch.float16, gpu_checks.TYPES
 #: `platform.architecture()` says less where no `file` command is: launchers are kept for both.
@@ -62,7 +62,7 @@ def binaries(card: Gpu) -> list[Binary]:
         dict.fromkeys(
             each._replace(config=replace(each.config, split=1))
             for each in found
-            if each.config.kernel != "lut_cuda"  # NVRTC's
+            if each.config.kernel not in CUDA  # NVRTC's
         )
     )
 

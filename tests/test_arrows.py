@@ -24,6 +24,7 @@ ARROWS = {
         hf, vllm_plugin, tools, __init__ <- cli <- __main__
     """,
     "pvrt_tune": """
+        adam <- calibrate
         parallel <- randomness <- calibrate
         progress <- settings, data, machine, parallel
         shapes <- data <- model_blocks

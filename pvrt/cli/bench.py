@@ -11,7 +11,9 @@ from typer.core import TyperGroup
 from pvrt.cli.shared import AsJson, Checkpoint, Dtype, say
 
 if TYPE_CHECKING:
-    from pvrt.tools.bench_model import Memory, Speed
+    import torch
+
+    from pvrt.tools.bench_model import Speed
 
 
 class _BenchGroup(TyperGroup):
@@ -41,7 +43,10 @@ def model(
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of the embedded engine, one request at a time (medians)."""
-    speed, read = engine_speed(path, dtype, prompt_tokens, new_tokens, repeats)
+    from pvrt.tools.bench_model import memory
+
+    speed, bytes_per_token, device = engine_speed(path, dtype, prompt_tokens, new_tokens, repeats)
+    read = memory(speed.decode_tokens_per_second, bytes_per_token, device)
     if as_json:
         more = {} if read is None else asdict(read)
         print(json.dumps({"model": str(path), **asdict(speed), **more}))
@@ -57,16 +62,21 @@ def model(
         print(
             f"{read.bytes_per_token / 1e6:.0f} MB of weights per token: "
             f"{read.bandwidth_fraction:.0%} of the {read.bytes_per_second / 1e9:.1f} GB/s that "
-            "this machine reads from memory"
+            f"this {'machine reads from' if device.type == 'cpu' else 'GPU copies in its'} memory"
         )
+    if speed.joules_per_token is not None:
+        print(f"{speed.joules_per_token:.3g} J of the GPU per new token, prompts included")
 
 
 def engine_speed(
     path: Path, dtype: Dtype, prompt_tokens: int, new_tokens: int, repeats: int
-) -> "tuple[Speed, Memory | None]":
-    """Speed of the embedded engine on a folder, and on a CPU how much of memory's it uses."""
+) -> "tuple[Speed, int, torch.device]":
+    """Speed of the embedded engine on a folder, weights in bytes that a token reads, and where."""
+    import torch
+
     from pvrt.hf.progress_bars import no_progress_bar
-    from pvrt.tools.bench_model import measure, memory
+    from pvrt.tools.bench_model import measure
+    from pvrt.tools.gpu_energy import energy_counter
     from pvrt_server.engine.engine import Engine
     from pvrt_server.engine.sampling import SamplingParams
     from pvrt_server.engine.sequences import TokenEvent
@@ -84,11 +94,10 @@ def engine_speed(
             events = engine.generate(prompt_ids, params)
             return (event for event in events if isinstance(event, TokenEvent))
 
-        speed = measure(generate, prompt, new_tokens, repeats)
-        read = None
-        if engine.device == "cpu":
-            read = memory(speed.decode_tokens_per_second, engine.bytes_per_token)
-    return speed, read
+        device = torch.device(engine.device)
+        energy = energy_counter(device)
+        speed = measure(generate, prompt, new_tokens, repeats, energy=energy)
+        return speed, engine.bytes_per_token, device
 
 
 @app.command("kernels")

@@ -125,7 +125,7 @@ def _speed(folder: Path) -> float | None:
 
     release_memory()  # the engine asks for what is free, too
     try:
-        speed, _ = engine_speed(folder, Dtype.auto, *_SPEED)
+        speed, *_ = engine_speed(folder, Dtype.auto, *_SPEED)
     except PvrtError as error:
         notice(f"{folder}: tokens per second cannot be measured: {error}")
         return None

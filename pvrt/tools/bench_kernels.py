@@ -142,7 +142,7 @@ def time_dense(clock: Clock, x: Tensor, shape: Shape) -> float:
 def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
     """At most about a dozen launch configs worth measuring, all of which compile without spills."""
     found = []
-    if tokens <= 4 and choose.takes(card, shape):
+    if tokens <= 4 and choose.takes("lut_cuda", card, shape):
         largest = 4 if tokens == 1 else 2
         base = choose.fit(LaunchConfig("lut_cuda", 0, 256 * largest, 8, 0), card, shape, tokens)
         found.append(base)
@@ -168,6 +168,14 @@ def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
         found.append(choose.fit(LaunchConfig("direct", 0, 128, 4, 0), card, shape, tokens))
     if tokens <= 16:
         found.append(choose.fit(LaunchConfig("tile", 0, 128, 4, 0), card, shape, tokens))
+    if 4 < tokens <= choose.MOST_TOKENS and choose.takes("tile_cuda", card, shape):
+        base = choose.fit(LaunchConfig("tile_cuda", 0, 256, 8, 0), card, shape, tokens)
+        found.append(base)
+        for rows in (128, 256):
+            tiles = -(-shape.out_features // rows)
+            for per_sm in (1, 2, 4):
+                split = max(1, min(shape.blocks, round(per_sm * card.sms / tiles)))
+                found.append(replace(base, rows=rows, split=split))
     if tokens > 4:
         found.append(choose.fit(LaunchConfig("tile", 0, 128, 8, 0), card, shape, tokens))
         found.append(DENSE)

@@ -1,7 +1,7 @@
 """Tokens per second of one request at a time: prefill and decode, medians of repeats.
 
-On a CPU also how near decoding comes to the speed of memory, which bounds it: a token reads every
-weight once.
+Also how near decoding comes to the speed of memory, which bounds it: a token reads every weight
+once.
 """
 
 import time
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
+
+import torch
 
 
 class Generator(Protocol):
@@ -19,7 +21,7 @@ class Generator(Protocol):
 
 @dataclass(frozen=True)
 class Memory:
-    """Weights read per token, what the same threads read from memory, and the share of that."""
+    """Weights read per token, what a measurement of memory reads, and the share of that."""
 
     bytes_per_token: int
     bytes_per_second: float
@@ -28,7 +30,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over `repeats` runs. ttft_seconds is the time to the first token."""
+    """Medians over `repeats` runs. ttft_seconds is the time to the first token, joules_per_token
+    the mean of all runs for a new token, prompts included.
+    """
 
     prompt_tokens: int
     new_tokens: int
@@ -37,6 +41,7 @@ class Speed:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     decode_spread: tuple[float, float]
+    joules_per_token: float | None = None
 
 
 def measure(
@@ -45,11 +50,15 @@ def measure(
     new_tokens: int,
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
+    energy: Callable[[], float] | None = None,
 ) -> Speed:
-    """Time `repeats` runs after one warm-up. Decode counts the tokens after the first one."""
+    """Time `repeats` runs after one warm-up. Decode counts the tokens after the first one.
+
+    clock counts seconds, energy joules.
+    """
     if new_tokens < 2 or repeats < 1:
         raise ValueError("a measurement needs at least 2 new tokens and 1 repeat")
-    first, rates = [], []
+    first, rates, used = [], [], 0.0
     for run in range(repeats + 1):
         started = clock()
         stamps = [clock() for _ in generate(prompt_ids, new_tokens)]
@@ -58,6 +67,8 @@ def measure(
         if run:
             first.append(stamps[0] - started)
             rates.append((len(stamps) - 1) / (stamps[-1] - stamps[0]))
+        elif energy is not None:
+            used = energy()
     ttft = median(first)
     return Speed(
         prompt_tokens=len(prompt_ids),
@@ -67,14 +78,23 @@ def measure(
         prefill_tokens_per_second=len(prompt_ids) / ttft,
         decode_tokens_per_second=median(rates),
         decode_spread=(min(rates), max(rates)),
+        joules_per_token=None if energy is None else (energy() - used) / (repeats * new_tokens),
     )
 
 
-def memory(tokens_per_second: float, bytes_per_token: int) -> Memory | None:
-    """How much of this machine's measured bandwidth a rate uses; None where nothing measures it."""
-    from pvrt_kernels.cpu import library
+def memory(tokens_per_second: float, bytes_per_token: int, device: torch.device) -> Memory | None:
+    """How much of a device's measured bandwidth a rate uses; None where nothing measures it.
 
-    if library.library() is None:
-        return None
-    found = library.read_bandwidth()
+    That of a CPU is of reading, that of a GPU of copying, bytes read and written together.
+    """
+    if device.type == "cuda":
+        from pvrt.tools.bench_kernels import copy_bandwidth
+
+        found = copy_bandwidth(device)
+    else:
+        from pvrt_kernels.cpu import library
+
+        if device.type != "cpu" or library.library() is None:
+            return None
+        found = library.read_bandwidth()
     return Memory(bytes_per_token, found, tokens_per_second * bytes_per_token / found)

@@ -23,19 +23,23 @@ from tests.fixtures.ranks import COUNTS, RANKS, SIZES, is_read, tensors
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
 
+def largest(scores: torch.Tensor, count: int) -> list[int]:
+    indices, chosen = top_share(scores, count)
+    return indices[chosen].tolist()
+
+
 @pytest.mark.parametrize("count", [1, 37, 999, 1000, 2000])
 def test_the_largest_scores_are_found(count: int) -> None:
     scores = torch.rand(1000, generator=torch.Generator().manual_seed(count))
     expected = set(scores.topk(min(count, 1000)).indices.tolist())
-    found = top_share(scores, count).tolist()
+    found = largest(scores, count)
     assert set(found) == expected and len(found) == len(expected)
 
 
 def test_scores_that_are_not_positive_are_left_out() -> None:
     scores = torch.tensor([0.0, 3.0, -1.0, 2.0, 0.0, 1.0])
-    assert set(top_share(scores, 5).tolist()) == {1, 3, 5}
-    assert len(top_share(torch.zeros(8), 3)) == 0
-    assert len(top_share(torch.empty(0), 3)) == 0
+    assert set(largest(scores, 5)) == {1, 3, 5}
+    assert largest(torch.zeros(8), 3) == largest(torch.empty(0), 3) == []
 
 
 def test_a_clusters_world_size_alone_is_no_call_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,18 +311,21 @@ def gather(rows: Rows) -> Tensor | None:
     return whole.view(-1, *local.shape[1:])[: rows.height]
 
 
-def top_share(scores: Tensor, count: int) -> Tensor:
-    """Indices here of the `count` largest positive scores over all ranks, in no order."""
+def top_share(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Indices here of the `count` largest scores over all ranks, in no order, and which of them
+    count: those above zero. How many there are depends on sizes alone, so nothing waits for a GPU.
+    """
     indices = _largest(scores, min(count, len(scores)))
     values = scores[indices]
+    chosen = values > 0
     if world() > 1:
         padded = values.new_full((count,), -1.0)
         padded[: len(values)] = values
         parts = [torch.empty_like(padded) for _ in range(world())]
         dist.all_gather(parts, padded)
         least = torch.cat(parts).topk(count).values[-1]
-        indices, values = indices[values >= least], values[values >= least]
-    return indices[values > 0]
+        chosen &= values >= least
+    return indices, chosen
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

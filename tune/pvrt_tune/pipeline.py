@@ -15,6 +15,7 @@ from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import parallel
 from pvrt_tune.allocate.stage import allocate, stored_schemes
 from pvrt_tune.calibrate.stage import calibrate
+from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
@@ -187,7 +188,7 @@ def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> Cali
     # Most CPUs only emulate 16-bit products.
     dtype = torch.float32 if job.device == "cpu" else None
     model = original(source, dtype, job)
-    data = calibration_text.from_model(model, _windows(recipe), progress)
+    data = sampled.from_model(model, _windows(recipe), progress)
     del model
     release_memory()
     store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})

@@ -6,9 +6,9 @@ A table is a JSON file for one kind of GPU, a list of rules that are tried in or
 
 A rule holds for up to `max_tokens` tokens (absent: any number), for one `scheme` or a width of
 codes ("8bit", "16bit"), and, where it says so, from `min_codebooks` on, and for one `layer`
-[out_features, in_features]. Kernels are lut_cuda, lut, direct and tile; dense, without rows and
-warps, decodes once and calls cuBLAS. `split` programs share a tile of rows; where a rule names
-none, it follows from the number of SMs.
+[out_features, in_features]. Kernels are lut_cuda, tile_cuda, lut, direct and tile; dense, without
+rows and warps, decodes once and calls cuBLAS. `split` programs share a tile of rows; where a rule
+names none, it follows from the number of SMs.
 
 The user's own table (`pvrt bench kernels --tune` measures one) comes before the one that pvrt
 brings for the card, and that before the rules for unknown cards (`configs/any.json`).
@@ -27,7 +27,8 @@ import torch
 from pvrt_kernels.gpu import nvrtc
 from pvrt_kernels.gpu.layout import block_count, split_codebooks
 
-KERNELS = ("lut_cuda", "lut", "direct", "tile", "dense")
+CUDA = ("lut_cuda", "tile_cuda")
+KERNELS = (*CUDA, "lut", "direct", "tile", "dense")
 MOST_TOKENS = 64  # of one program
 STAGE_BYTES = 32  # code bytes of a row that a table of lut_cuda serves
 # Sums that programs which share rows may keep at a time, 16 MiB: a layer that has more (the head of
@@ -108,7 +109,7 @@ def choose(
             return DENSE
         return fit(LaunchConfig("direct", 0, 128, 4, 0), gpu, shape, tokens)
     for rule in rules(gpu.name):
-        if matches(rule, shape, tokens) and (rule["kernel"] != "lut_cuda" or takes(gpu, shape)):
+        if matches(rule, shape, tokens) and takes(rule["kernel"], gpu, shape):
             if rule["kernel"] == "dense":
                 return DENSE
             config = LaunchConfig(
@@ -129,25 +130,27 @@ def matches(rule: dict[str, Any], shape: Shape, tokens: int) -> bool:
     )
 
 
-def takes(gpu: Gpu, shape: Shape) -> bool:
-    """Whether `csrc/lut_gemv.cu` can be compiled for a weight (in 16 bits)."""
-    return (
+def takes(kernel: str, gpu: Gpu, shape: Shape) -> bool:
+    """Whether a kernel can be had for a weight (in 16 bits): those of CUDA are for some."""
+    groups = {"lut_cuda": (8, 16, 32), "tile_cuda": (8, 16)}
+    return kernel not in CUDA or (
         gpu.compiles_cuda
         and shape.num_codebooks in (1, 2, 4)
-        and shape.group in (8, 16, 32)
+        and shape.group in groups[kernel]
         and shape.width == "8bit"
     )
 
 
 def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConfig:
     """Fill in tokens per program (from the batch) and, where it is 0, split (from the SMs)."""
-    largest = {"tile": MOST_TOKENS, "lut": 1}.get(config.kernel, 4)
-    least = 8 if config.kernel == "tile" else 1
+    tile = config.kernel in ("tile", "tile_cuda")
+    largest = MOST_TOKENS if tile else 1 if config.kernel == "lut" else 4
+    least = 8 if tile else 1
     per_program = min(max(1 << (tokens - 1).bit_length(), least), largest)
     if tokens > per_program or tokens * shape.out_features > MOST_SUMS:
         return replace(config, tokens=per_program, split=1)
     config = replace(config, tokens=per_program)
-    if config.split == 0 and config.kernel == "lut_cuda":
+    if config.split == 0 and config.kernel in CUDA:
         return shared_evenly(config, gpu, shape)
     if config.split == 0:
         if -(-shape.out_features // config.rows) * shape.blocks < gpu.sms:
@@ -159,27 +162,36 @@ def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConf
 
 
 def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
-    """The rows (at most the config's) and the split of lut_cuda that take the least time.
+    """The rows (at most the config's) and the split of a CUDA kernel that take the least time.
 
-    As measured on an H100 (benchmarks/results): an SM takes its programs one beside the other. A
-    stage costs it 6 for each row of a thread and word of a table, and 2 for the table; a program
-    costs 8 besides. Of one or two tokens two programs are to run at a time: a last one without a
-    second does not keep the SM busy. The unit is 0.056 us.
+    An SM takes its programs one beside the other. The unit is 0.056 us. lut_cuda as measured on an
+    H100 (benchmarks/results): a stage costs an SM 6 for each row of a thread and word of a table,
+    and 2 for the table; a program costs 8 besides. Of one or two tokens two programs are to run at
+    a time: a last one without a second does not keep the SM busy. tile_cuda is an estimate from
+    what it reads of shared memory: a block of codes costs 3 for each 16 rows of a warp, and 1 for
+    12 tokens; a program costs 24, and 2 for each 8 tokens.
     """
     threads, words = 32 * config.warps, (config.tokens + 1) // 2
-    stages = -(-shape.blocks * 16 // STAGE_BYTES)
+    lut = config.kernel == "lut_cuda"
+    stages = -(-shape.blocks * 16 // STAGE_BYTES) if lut else shape.blocks
+    least = threads if lut else threads // 2
 
-    def cost(rows: int, split: int) -> int:
+    def cost(rows: int, split: int) -> float:
         tiles = -(-shape.out_features // rows)
         programs = -(-tiles * split // gpu.sms)
         steps = -(-stages // split)
-        look_up = 6 * words * (rows // threads) * steps
-        alone = 2 * look_up // 3 if programs % 2 and words == 1 else 0
-        return programs * (look_up + 2 * words * steps + 8) + alone + split // 2
+        if lut:
+            work, others = 6 * words * (rows // threads) * steps, 2.0 * words * steps + 8
+            alone = 2 * work // 3 if programs % 2 and words == 1 else 0
+        else:
+            work = 3 * (rows // least) * steps
+            others = config.tokens / 12 * steps + 24 + config.tokens / 4
+            alone = work // 2 if programs == 1 else 0
+        return programs * (work + others) + alone + split // 2
 
     rows, split = min(
         ((config.rows >> halvings, split)
-         for halvings in range(3) if config.rows >> halvings >= threads
+         for halvings in range(3) if config.rows >> halvings >= least
          for split in range(1, min(stages, 64) + 1)),
         key=lambda each: cost(*each),
     )  # fmt: skip

@@ -113,7 +113,7 @@ def config_for(flat: Tensor, packed: GpuBlocks) -> LaunchConfig:
     _, count, size, g = packed.codebooks.shape
     deterministic = torch.are_deterministic_algorithms_enabled()
     gpu = _gpu(flat.device)
-    if not packed.codebooks.dtype == packed.scales.dtype == flat.dtype:  # lut_cuda takes one type
+    if not packed.codebooks.dtype == packed.scales.dtype == flat.dtype:  # CUDA takes one type
         gpu = replace(gpu, compiles_cuda=False)
     shape = Shape(count, size, g, packed.codes.shape[1], flat.shape[1])
     bucket = min(1 << (flat.shape[0] - 1).bit_length(), 1 << 16)
@@ -142,7 +142,7 @@ def launch(
     if config.kernel == "direct":
         sums = flat.new_empty(config.split * tokens * rows, dtype=torch.float32)
     end1 = ends[2] if len(ends) > 2 else rows
-    if config.kernel == "lut_cuda":
+    if config.kernel in choose.CUDA:
         with _on(flat.device):
             bias = bias if bias is None else bias.to(flat.dtype)
             native.launch(config, flat, packed, bias, y, (sums, arrived), tiles, (ends[1], end1))

@@ -1,4 +1,4 @@
-"""The table lookups of `csrc/lut_gemv.cu`: compiled at first use, and launched."""
+"""The CUDA kernels of csrc/, table lookups and tiles: compiled at first use, and launched."""
 
 import ctypes
 from dataclasses import dataclass, replace
@@ -11,8 +11,7 @@ from torch import Tensor
 from pvrt_kernels.gpu.choose import STAGE_BYTES, LaunchConfig
 from pvrt_kernels.gpu.nvrtc import checked, compile_source
 
-# Two tables with a word for each codeword and position, or one with two words.
-SHARED_BYTES = 2 * 256 * STAGE_BYTES * 4
+SOURCES = {"lut_cuda": "lut_gemv", "tile_cuda": "tile_gemm"}  # a file and its function
 _TYPES = (ctypes.c_void_p,) * 8 + (ctypes.c_int,) * 6
 
 
@@ -21,16 +20,28 @@ def constants(
 ) -> dict[str, int]:
     """The constants that the source is compiled with."""
     threads = 32 * config.warps
-    return {
+    common = {
         "CODEBOOKS": num_codebooks,
         "GROUP": group,
         "SIZE": size,
         "BF16": int(dtype == torch.bfloat16),
         "TOKENS": config.tokens,
         "THREADS": threads,
-        "ROWS": config.rows // threads,
-        "BLOCKS": 512 // threads if config.tokens < 4 else 1,
     }
+    if config.kernel == "lut_cuda":
+        blocks = 512 // threads if config.tokens < 4 else 1
+        return common | {"ROWS": config.rows // threads, "BLOCKS": blocks}
+    tiles = config.rows // (16 * config.warps)
+    return common | {"TILES": tiles, "BLOCKS": 2 if tiles * config.tokens <= 64 else 1}
+
+
+def shared_bytes(config: LaunchConfig, num_codebooks: int, group: int) -> int:
+    """Shared memory of a program."""
+    if (
+        config.kernel == "lut_cuda"
+    ):  # two tables with a word for each code and position, or one of two
+        return 2 * 256 * STAGE_BYTES * 4
+    return 256 * 128 + 2 * 32 * config.tokens * group // num_codebooks  # a table, x of two blocks
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Function:
 
     handle: Any
     threads: int
+    shared_bytes: int
 
     def start(self, grid: tuple[int, int], arguments: tuple[int, ...]) -> None:
         """Launch it on the current stream of the current device."""
@@ -46,7 +58,7 @@ class Function:
 
         checked(
             driver.cuLaunchKernel(
-                *(self.handle, *grid, 1, self.threads, 1, 1, SHARED_BYTES),
+                *(self.handle, *grid, 1, self.threads, 1, 1, self.shared_bytes),
                 *(torch.cuda.current_stream().cuda_stream, (arguments, _TYPES), 0),
             )
         )
@@ -59,15 +71,16 @@ def function(
     """The kernel for a device and for codebooks of (count, size, group), compiled at first call."""
     from cuda.bindings import driver
 
-    defined = constants(config, *codebooks, dtype)
+    defined, name = constants(config, *codebooks, dtype), SOURCES[config.kernel]
+    count, _, group = codebooks
+    needed = shared_bytes(config, count, group)
     major, minor = torch.cuda.get_device_capability(device)
-    module = checked(
-        driver.cuModuleLoadData(compile_source("lut_gemv.cu", defined, f"sm_{major}{minor}"))
-    )
-    handle = checked(driver.cuModuleGetFunction(module, b"lut_gemv"))
+    code = compile_source(f"{name}.cu", defined, f"sm_{major}{minor}")
+    module = checked(driver.cuModuleLoadData(code))
+    handle = checked(driver.cuModuleGetFunction(module, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    checked(driver.cuFuncSetAttribute(handle, attribute, SHARED_BYTES))
-    return Function(handle, 32 * config.warps)
+    checked(driver.cuFuncSetAttribute(handle, attribute, needed))
+    return Function(handle, 32 * config.warps, needed)
 
 
 def launch(

@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
+HEADER = "common.cuh"  # of all sources
 _log = logging.getLogger("pvrt")
 
 
@@ -35,10 +36,12 @@ def compile_source(name: str, defined: dict[str, int], architecture: str) -> byt
     """
     from cuda.bindings import nvrtc
 
-    source = (files("pvrt_kernels.gpu") / "csrc" / name).read_bytes()
-    program = checked(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []))
+    folder = files("pvrt_kernels.gpu") / "csrc"
+    header = (folder / HEADER).read_bytes()
+    arguments = ((folder / name).read_bytes(), name.encode(), 1, [header], [HEADER.encode()])
+    program = checked(nvrtc.nvrtcCreateProgram(*arguments))
     options = [f"-D{constant}={value}" for constant, value in defined.items()]
-    options += [f"--gpu-architecture={architecture}", "-std=c++17"]
+    options += [f"--gpu-architecture={architecture}", "-std=c++17", "-default-device"]  # lambdas
     done = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if int(done[0]):
         log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))

@@ -12,6 +12,8 @@ from pvrt.errors import ServeError
 from pvrt.format.grid import GridCheckpoint
 from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
+from pvrt_server.engine import cuda_graphs
+from pvrt_server.engine.captured_model import CapturedModel
 from pvrt_server.engine.cpu_model import CpuModel
 from pvrt_server.engine.models import LanguageModel, TransformersModel, weight_bytes
 from pvrt_server.engine.sampling import SamplingParams
@@ -82,7 +84,12 @@ def _load_model(
             weight_bytes(model) / 1e6,
             stored.file_bytes() / 1e6,
         )
-    return CpuModel(model, options.sequences) if decision.in_c else TransformersModel(model)
+    if decision.in_c:
+        return CpuModel(model, options.sequences)
+    if model.device.type == "cuda":
+        record = cuda_graphs.recorder(model.device)
+        return CapturedModel(model, record, decision.cache_tokens // 2)
+    return TransformersModel(model)
 
 
 def sampling_defaults(model: LanguageModel) -> SamplingParams:

@@ -58,18 +58,49 @@ def weight_bytes(model: Any) -> int:
     return sum(tensor.nbytes for tensor in [*model.parameters(), *tensors])
 
 
+#: Keys and values [1, heads, tokens, dim] of a sequence, by layer.
+Kept = list[tuple[Tensor, Tensor]]
+
+
 @dataclass(eq=False)
-class _State:
+class Sequenced:
+    """One sequence of a model of transformers."""
+
     cache: Any  # of transformers; None while the sequence is part of a batch
     length: int = 0
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Sequences whose keys and values are stacked, shorter ones padded at the beginning."""
+class Batch(Protocol):
+    """Sequences whose keys and values are together; they have no caches of their own."""
 
-    members: tuple[_State, ...]
+    @property
+    def members(self) -> Sequence[Sequenced]:
+        """The sequences."""
+
+    def kept(self, state: Sequenced, length: int) -> Kept:
+        """Views of the first keys and values of a member."""
+
+
+@dataclass(frozen=True)
+class _Stacked:
+    """Shorter sequences are padded at the beginning."""
+
+    members: tuple[Sequenced, ...]
     cache: Any
+
+    def kept(self, state: Sequenced, length: int) -> Kept:
+        """See Batch."""
+        row = self.members.index(state)
+        first = max(member.length for member in self.members) - state.length
+        return _part(self.cache, row, slice(first, first + length))
+
+
+NO_BATCH = _Stacked((), None)
+
+
+def _part(cache: Any, row: int, places: slice) -> Kept:
+    part = slice(row, row + 1), slice(None), places
+    return [(layer.keys[part], layer.values[part]) for layer in cache.layers]
 
 
 class TransformersModel:
@@ -83,19 +114,18 @@ class TransformersModel:
         self.weight_bytes = self.bytes_per_token = weight_bytes(model)
         if not getattr(model.config, "tie_word_embeddings", False):
             self.bytes_per_token -= weight_bytes(model.get_input_embeddings())
-        self._batch = _Batch((), None)
+        self._batch: Batch = NO_BATCH
 
-    def start(self) -> _State:
+    def start(self) -> Sequenced:
         """See LanguageModel."""
         # DynamicCache, not StaticCache: on CPU attention over a preallocated 2048 tokens costs
         # 180 ms per token for SmolLM2-135M where this costs 48 (float32, 2 cores).
-        return _State(DynamicCache(config=self.model.config))
+        return Sequenced(DynamicCache(config=self.model.config))
 
-    def read(self, state: _State, tokens: Sequence[int], keep: int) -> Tensor:
+    def read(self, state: Sequenced, tokens: Sequence[int], keep: int) -> Tensor:
         """See LanguageModel."""
         if state.cache is None:
-            self._unstack(self._batch.members)
-            self._batch = _Batch((), None)
+            self._disband()
         output = self.model(
             input_ids=torch.tensor([tokens], device=self.device),
             use_cache=True,
@@ -107,17 +137,18 @@ class TransformersModel:
         return logits.float()
 
     def step(
-        self, states: Sequence[_State], tokens: Sequence[int], argmax_only: bool = False
+        self, states: Sequence[Sequenced], tokens: Sequence[int], argmax_only: bool = False
     ) -> Tensor:
         """See LanguageModel."""
         if not all(self._is_plain(state) for state in states) or len(states) == 1:
             pairs = zip(states, tokens, strict=True)
             return torch.cat([self.read(state, (token,), 1) for state, token in pairs])
-        if self._batch.members != tuple(states):
-            self._batch = self._stack(tuple(states))
+        batch = self._batch
+        if not isinstance(batch, _Stacked) or batch.members != tuple(states):
+            batch = self._stack(tuple(states))
+        self._batch = NO_BATCH  # an error leaves none
         lengths = torch.tensor([state.length for state in states], device=self.device)
         places = torch.arange(int(lengths.max()) + 1, device=self.device)
-        batch, self._batch = self._batch, _Batch((), None)  # an error leaves none
         output = self.model(
             input_ids=torch.tensor(tokens, device=self.device)[:, None],
             attention_mask=(places >= lengths.max() - lengths[:, None]).long(),
@@ -132,34 +163,30 @@ class TransformersModel:
         logits: Tensor = output.logits[:, 0]
         return logits.float()
 
-    def copy(self, state: _State, length: int) -> _State | None:
+    def copy(self, state: Sequenced, length: int) -> Sequenced | None:
         """See LanguageModel."""
         if not self._is_plain(state):
             return None  # windows and recurrent states have forgotten what came before
-        return _State(self._cache(self._kept(state, length)), length)
+        return Sequenced(self._cache(self._kept(state, length)), length)
 
-    def _is_plain(self, state: _State) -> bool:
-        """Whether the cache holds keys and values of all tokens, and nothing else."""
-        cache = self._batch.cache if state.cache is None else state.cache
-        return all(type(layer) is DynamicLayer for layer in cache.layers)
+    def _is_plain(self, state: Sequenced) -> bool:
+        """Whether keys and values of all tokens are kept, and nothing else; batches are of such."""
+        return state.cache is None or all(type(x) is DynamicLayer for x in state.cache.layers)
 
-    def _kept(self, state: _State, length: int) -> list[tuple[Tensor, Tensor]]:
-        """Views of a sequence's first keys and values [1, heads, length, dim], by layer."""
-        row, first, cache = 0, 0, state.cache
-        if cache is None:
-            row, cache = self._batch.members.index(state), self._batch.cache
-            first = max(member.length for member in self._batch.members) - state.length
-        part = slice(row, row + 1), slice(None), slice(first, first + length)
-        return [(layer.keys[part], layer.values[part]) for layer in cache.layers]
+    def _kept(self, state: Sequenced, length: int) -> Kept:
+        """Views of a sequence's first keys and values."""
+        if state.cache is None:
+            return self._batch.kept(state, length)
+        return _part(state.cache, 0, slice(length))
 
-    def _cache(self, layers: list[tuple[Tensor, Tensor]]) -> Any:
+    def _cache(self, layers: Kept) -> Any:
         """A cache of its own that holds copies."""
         cache = DynamicCache(config=self.model.config)
         for index, (keys, values) in enumerate(layers):
             cache.update(keys.clone(), values.clone(), index)
         return cache
 
-    def _stack(self, states: tuple[_State, ...]) -> _Batch:
+    def _stack(self, states: tuple[Sequenced, ...]) -> _Stacked:
         longest = max(state.length for state in states)
         kept = [(self._kept(state, state.length), longest - state.length) for state in states]
         cache = DynamicCache(config=self.model.config)
@@ -173,8 +200,12 @@ class TransformersModel:
         self._unstack([state for state in self._batch.members if state not in states])
         for state in states:
             state.cache = None
-        return _Batch(states, cache)
+        return _Stacked(states, cache)
 
-    def _unstack(self, states: Sequence[_State]) -> None:
+    def _unstack(self, states: Sequence[Sequenced]) -> None:
         for state in states:
             state.cache = self._cache(self._kept(state, state.length))
+
+    def _disband(self) -> None:
+        self._unstack(self._batch.members)
+        self._batch = NO_BATCH

@@ -1,4 +1,5 @@
-// csrc/lut_gemv.cu as a program for the CPU: one thread of the system for each thread of a block.
+// A kernel of csrc/ (KERNEL in the file SOURCE) as a program for the CPU: one thread of the system
+// for each thread of a block.
 
 #include <algorithm>
 #include <barrier>
@@ -13,6 +14,7 @@
 #define ON_CPU
 #define __device__
 #define __global__
+#define __shared__ static
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
@@ -25,8 +27,7 @@ struct Index { int x, y; };
 
 static thread_local Index threadIdx;
 static Index blockIdx, gridDim;
-alignas(128) static char table[2 * 256 * 32 * 4];
-static bool last;
+alignas(128) static char table[96 << 10];
 static std::barrier<> *of_block, *of_warp[THREADS / 32];
 static std::mutex atomic;
 
@@ -40,6 +41,7 @@ template <class T> static T atomicAdd(T *at, T value) {
   return before;
 }
 static uint4 load_once(const uint4 *at) { return *at; }
+static uint32_t load_word(const uint32_t *at) { return *at; }
 static float as_float(uint16_t v) {
   _Float16 half;
   memcpy(&half, &v, 2);
@@ -80,6 +82,9 @@ static uint32_t pack_halves(float low, float high) { return as_half(low) | as_ha
 static uint32_t add_halves(uint32_t a, uint32_t b) {
   return pack_halves(as_float(a) + as_float(b), as_float(a >> 16) + as_float(b >> 16));
 }
+static uint32_t add_pairs(uint32_t a, uint32_t b) {
+  return narrow(widen(a) + widen(b)) | narrow(widen(a >> 16) + widen(b >> 16)) << 16;
+}
 static float half_of(uint32_t word, int which) { return as_float(which ? word >> 16 : word); }
 static uint32_t __float_as_uint(float v) {
   uint32_t bits;
@@ -87,12 +92,20 @@ static uint32_t __float_as_uint(float v) {
   return bits;
 }
 
-// The banks that the lanes of a warp read at each of their lookups.
-static thread_local std::vector<int> banks;
-static void read_words(uint32_t *words, uint32_t at) {
-  banks.push_back(at / 4 % 32);
-  memcpy(words, table + at, 4 * ((TOKENS + 1) / 2));
+// What the lanes of a warp read from shared memory, in order.
+struct Read { int bank, words; };
+static thread_local std::vector<Read> reads;
+static void read_shared(uint32_t *words, uint32_t at, int count) {
+  reads.push_back({int(at / 4 % 32), count});
+  memcpy(words, table + at, 4 * count);
 }
+static void read_words(uint32_t *words, uint32_t at) { read_shared(words, at, (TOKENS + 1) / 2); }
+static void read_piece(uint32_t (&words)[4], uint32_t at) { read_shared(words, at, 4); }
+static void copy_piece(uint32_t to, const void *from, bool really) {
+  if (really) memcpy(table + to, from, 16);
+  else memset(table + to, 0, 16);
+}
+static void await_copies() {}
 static float read_float(uint32_t at) {
   uint32_t word;
   read_words(&word, at);
@@ -112,8 +125,8 @@ static float of_other_lane(float v, int distance) {
 }
 
 // Operands in the order of the PTX manual, "Matrix Fragments for mma.m16n8k8" and "...m16n8k16".
-static void multiply(float *d, const uint32_t *a, const uint32_t *b) {
-  constexpr int A = GROUP >= 16 ? 4 : 2, B = A / 2;
+template <size_t A, size_t B>
+static void multiply(float *d, const uint32_t (&a)[A], const uint32_t (&b)[B]) {
   static float all_a[THREADS / 32][32][2 * A], all_b[THREADS / 32][32][2 * B];
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int i = 0; i < A; i++)
@@ -132,9 +145,10 @@ static void multiply(float *d, const uint32_t *a, const uint32_t *b) {
   of_warp[warp]->arrive_and_wait();
 }
 
-#include "lut_gemv.cu"
+#include SOURCE
 
-// Runs a grid. Returns the most lookups of a warp that met in one bank.
+// Runs a grid. Returns the most reads that met in one bank, of those served at a time: 32 of one
+// word, 16 of two, 8 of four.
 extern "C" int run(const u16 *x, const uint4 *blocks, const u16 *codebooks, const u16 *scales,
                    const u16 *bias, u16 *y, float *partial, int *arrived, int rows, int groups,
                    int count, int tokens, int end0, int end1, int tiles, int split) {
@@ -150,21 +164,23 @@ extern "C" int run(const u16 *x, const uint4 *blocks, const u16 *codebooks, cons
   for (int i = 0; i < tiles; i++)
     for (int s = 0; s < split; s++) {
       blockIdx = {i, s};
-      std::vector<std::vector<int>> read(THREADS);
+      std::vector<std::vector<Read>> read(THREADS);
       std::vector<std::thread> threads;
       for (int t = 0; t < THREADS; t++)
         threads.emplace_back([&, t] {
           threadIdx = {t, 0};
-          lut_gemv(x, blocks, codebooks, scales, bias, y, partial, arrived, rows, groups, count,
-                   tokens, end0, end1);
-          read[t] = banks;
+          KERNEL(x, blocks, codebooks, scales, bias, y, partial, arrived, rows, groups, count,
+                 tokens, end0, end1);
+          read[t] = reads;
         });
       for (auto &thread : threads) thread.join();
       for (int warp = 0; warp < THREADS; warp += 32)
         for (size_t step = 0; step < read[warp].size(); step++) {
-          int met[32] = {};
-          for (int lane = 0; lane < 32; lane++)  // of two words, 16 lanes are served at a time
-            worst = std::max(worst, ++met[read[warp + lane][step]]);
+          int met[32] = {}, words = read[warp][step].words;
+          for (int lane = 0; lane < 32; lane++) {
+            if (lane % (32 / words) == 0) std::fill(met, met + 32, 0);
+            worst = std::max(worst, ++met[read[warp + lane][step].bank]);
+          }
         }
     }
   return worst;

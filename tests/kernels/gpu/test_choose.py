@@ -129,8 +129,9 @@ def test_kernels_change_with_the_batch() -> None:
         deterministic = bool(options.get("deterministic", False))
         return choose.choose(ADA, SQUARE, tokens, dtype, deterministic).kernel
 
-    expected = ["lut_cuda", "lut_cuda", "tile", "tile", "dense"]
+    expected = ["lut_cuda", "lut_cuda", "tile_cuda", "tile_cuda", "dense"]
     assert [kernel(n) for n in (1, 4, 5, 64, 4096)] == expected
+    assert kernel(128) == "tile"
     assert kernel(1, deterministic=True) == "direct"
     assert kernel(8, deterministic=True) == "dense"
     assert kernel(1, dtype=torch.float32) == "direct"
@@ -138,13 +139,18 @@ def test_kernels_change_with_the_batch() -> None:
     assert choose.choose(turing, SQUARE, 1, torch.float16, False) == choose.DENSE
 
 
-def test_without_nvrtc_and_for_other_codes_triton_looks_up() -> None:
+def test_without_nvrtc_and_for_other_codes_triton_takes_over() -> None:
     bare = replace(ADA, compiles_cuda=False)
     assert choose.choose(bare, SQUARE, 1, torch.float16, False).kernel == "lut"
+    assert choose.choose(bare, SQUARE, 8, torch.float16, False).kernel == "tile"
+    assert (
+        choose.choose(ADA, Shape(1, 256, 32, 4096, 4096), 8, torch.float16, False).kernel == "tile"
+    )
     for scheme in ((3, 256, 8), (2, 256, 4)):
         shape = Shape(*scheme, 4096, 4096)
         assert choose.choose(ADA, shape, 1, torch.float16, False).kernel == "lut"
         assert choose.choose(ADA, shape, 2, torch.float16, False).kernel == "direct"
+        assert choose.choose(ADA, shape, 8, torch.float16, False).kernel == "tile"
     assert choose.choose(ADA, SQUARE, 1, torch.float32, False).kernel == "direct"
 
 

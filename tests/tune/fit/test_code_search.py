@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pvrt_tune.fit import code_search
 from pvrt_tune.fit.code_search import Cells, halve, in_metric, lowest, row_minima, weighted
 from pvrt_tune.fit.kmeans import Schedule, kmeans
 
@@ -109,3 +110,15 @@ def test_with_no_more_points_than_centres_every_point_is_one() -> None:
     centres, codes = kmeans(points, torch.ones(10, 4), 16, schedule, torch.Generator())
     assert torch.equal(centres[codes], points)
     assert not centres[10:].any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_many_rows_on_a_device_have_the_lowest_scores_too(
+    count: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(code_search, "_MANY_ROWS", 10)
+    generator = torch.Generator().manual_seed(7)
+    features, rows = (torch.randn(n, 4, generator=generator) for n in (50, 300))
+    expected = (features @ rows.T).topk(count, largest=False).indices.sort(1).values
+    found = lowest(features.to(device), rows.to(device), torch.zeros(300).to(device), count)
+    assert torch.equal(found.cpu().sort(1).values, expected)

@@ -12,12 +12,13 @@ from pvrt.format.scheme import Scheme, parse_scheme
 from pvrt_tune import write_checkpoint
 from pvrt_tune.calibrate import block_tuning, ends, stage
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
-from pvrt_tune.data import text
+from pvrt_tune.data import sampled
 from pvrt_tune.data.activations import Activations, in_memory, store_bytes
 from pvrt_tune.data.source_model import load_skeleton, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.fit import layer, table
 from pvrt_tune.fit.layer import empty_like, quantize_linear
+from pvrt_tune.fit.objective import feedback_bytes
 from pvrt_tune.model_blocks import find_blocks, linears, observe, observe_bytes, record_inputs
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.skeleton import model_shape
@@ -64,8 +65,11 @@ def test_a_layer_fit(place: str, scheme: str, shape: tuple[int, int]) -> None:
         quantize_linear(*made, recipe, torch.Generator().manual_seed(0), torch.bfloat16)
 
     given = 4 * inputs * (inputs + out)
-    stated = layer.peak_bytes(shape, parse_scheme(scheme), LEAST, place)
-    check(stated, peak(place, make, work) - given)
+    form = parse_scheme(scheme)
+    stated = layer.peak_bytes(shape, form, LEAST, place)
+    # The simulated device does not see cuSOLVER's workspace.
+    decided = feedback_bytes(inputs, place) > layer.peak_bytes(shape, form, LEAST, CPU)
+    check(stated, peak(place, make, work) - given, most=1.4 if decided else 1.25)
 
 
 @pytest.mark.parametrize("place", [CPU, DEVICE])
@@ -155,7 +159,7 @@ def test_block_tuning(place: str, tokens: int, changes: dict[str, Any], scheme: 
 
     measured = peak(place, make, work)
     streams = 2 * store_bytes((8, tokens // 4, shape.width)) * (place == CPU)
-    check(block_tuning.peak_bytes(shape.blocks[0], tokens), measured - streams, most=1.6)
+    check(block_tuning.peak_bytes(shape.blocks[0], tokens), measured - streams - TABLES, most=1.6)
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +206,10 @@ def test_sampling(place: str, windows: int, length: int, changes: dict[str, Any]
     measured = peak(
         place,
         lambda device: llama(**changes).to(device),
-        lambda made: text.from_model(made, wanted),
+        lambda made: sampled.from_model(made, wanted),
     )
     parameters = model_shape(model, Recipe()).parameters
-    check(text.peak_bytes(model.config, wanted, parameters, 4), measured)
+    check(sampled.peak_bytes(model.config, wanted, parameters, 4), measured)
 
 
 # ---- the checkpoint ----

@@ -19,7 +19,8 @@ from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize
 from pvrt_kernels.cpu import pv_step
 from pvrt_tune import parallel
-from pvrt_tune.data.text import CalibrationData, Windows, from_model
+from pvrt_tune.data.sampled import from_model
+from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
@@ -80,7 +81,7 @@ def test_one_codebook_finds_the_nearest_entry_of_all() -> None:
     every = scale[:, None, None] * book
     best = (every - target[:, None]).square().sum(2).min(1)
     torch.testing.assert_close((proposal.values - target).square().sum(1), best.values)
-    representation.assign(chosen, proposal)
+    representation.assign(chosen, proposal, torch.ones(len(chosen), dtype=torch.bool))
     torch.testing.assert_close(groups_of(representation)[chosen], proposal.values)
 
 
@@ -96,7 +97,7 @@ def test_a_proposal_is_never_further_away_and_means_what_it_says(scheme: str) ->
     old = (before[chosen] - target).square().sum(1)
     new = (proposal.values - target).square().sum(1)
     assert (new <= old + 1e-5).all() and (new < old - 1e-3).any()
-    representation.assign(chosen, proposal)
+    representation.assign(chosen, proposal, torch.ones(len(chosen), dtype=torch.bool))
     after = groups_of(representation)
     torch.testing.assert_close(after[chosen], proposal.values)
     torch.testing.assert_close(after[1::2], before[1::2])
@@ -128,7 +129,7 @@ def test_at_the_weight_itself_nothing_moves() -> None:
     codes = representation.codes.clone()
     everything = torch.arange(96)
     same = representation.nearest(groups_of(representation), everything)
-    representation.assign(everything, same)
+    representation.assign(everything, same, torch.ones(len(everything), dtype=torch.bool))
     assert torch.equal(codes, representation.codes)
 
 
@@ -180,7 +181,7 @@ def test_grids_decode_pull_back_and_round_each_weight(scheme: str) -> None:
         best = torch.minimum(best, (representation.decode() - target).abs())
     reached = (proposal.values - target.view(-1, 1)[chosen]).abs().squeeze(1)
     torch.testing.assert_close(reached, best.view(-1)[chosen])
-    representation.assign(chosen, proposal)
+    representation.assign(chosen, proposal, torch.ones(len(chosen), dtype=torch.bool))
     torch.testing.assert_close(representation.decode().view(-1, 1)[chosen], proposal.values)
 
 
@@ -379,7 +380,7 @@ def test_no_groups_need_no_search(scheme: str, stochastic: bool) -> None:
     assert proposal.values.shape == (0, representation.group_size)
     assert len(proposal.moves) == len(proposal.codes) == 0
     before = representation.decode()
-    representation.assign(none, proposal)
+    representation.assign(none, proposal, proposal.moves)
     assert torch.equal(representation.decode(), before)
 
 

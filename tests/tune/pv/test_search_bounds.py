@@ -47,8 +47,7 @@ def test_what_is_left_out_would_not_have_moved_while_codebooks_drift(stochastic:
         assert not bool((moving & ~movable).any())
         left_out += int((~movable).sum())
         moves += int(moving.sum())
-        searched = movable.nonzero().squeeze(1)
-        representation.assign(searched, best[searched])
+        representation.assign(everything, best, movable)
     assert moves > 100  # else the check above checks nothing
     assert left_out > 1000
 
@@ -58,11 +57,12 @@ def test_a_margin_shrinks_with_codebooks_and_grows_by_search_alone() -> None:
     bounds = SearchBounds(1, 3, books)
     near, far = torch.tensor([[0.4] * 3]), torch.tensor([[0.6] * 3])
     assert bounds.exceeded(near).all()
-    known, same = torch.tensor([0, 2]), torch.tensor([True, True])
-    bounds.learn(known, torch.tensor([0.5, 0.5]), same=same)
+    groups, known = torch.arange(3), torch.tensor([True, False, True])
+    bounds.learn(groups, torch.full((3,), 0.5), same=known, known=known)
     assert bounds.exceeded(near).tolist() == [[False, True, False]]
     assert bounds.exceeded(far).all()
-    bounds.learn(known, torch.tensor([0.1, 0.1]), same=torch.tensor([True, False]))
+    same = torch.tensor([True, True, False])
+    bounds.learn(groups, torch.full((3,), 0.1), same=same, known=known)
     assert bounds.exceeded(near).tolist() == [[False, True, True]]
     moved = books.clone()
     moved[0, 1, 0], moved[1, 3, 2] = 0.05, -0.06

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from pvrt_tune.adam import Adam
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.model_blocks import run_block
 from pvrt_tune.settings import FinetuneSettings
@@ -44,35 +45,26 @@ def finetune_block(
     parameters = [p for p in block.parameters() if p.is_floating_point()]
     for parameter in parameters:
         parameter.requires_grad_(True)
-    groups = [
-        {"params": [p], "lr": settings.learning_rate * float(p.detach().square().mean().sqrt())}
-        for p in parameters
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    steps = settings.epochs * len(train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1)))
-    )
+    sizes = torch.stack([p.detach().square().mean().sqrt() for p in parameters]).tolist()
+    optimizer = Adam(parameters, [settings.learning_rate * size for size in sizes], (0.9, 0.95))
+    step, steps = 0, settings.epochs * len(train)
+
+    def loss(batch: int) -> Tensor:
+        output = run_block(block, inputs[batch], arguments)
+        return (output - targets[batch]).square().mean()
 
     def held_out_error() -> float:
         with torch.no_grad():
-            errors = [
-                float((run_block(block, inputs[i], arguments) - targets[i]).square().mean())
-                for i in held_out
-            ]
-        return sum(errors) / len(errors)
+            return sum(float(loss(i)) for i in held_out) / len(held_out)
 
     power = sum(float(targets[i].square().mean()) for i in held_out) / len(held_out)
     first = best = held_out_error()
     best_state = [p.detach().clone() for p in parameters]
     for _ in range(settings.epochs):
         for i in torch.randperm(len(train), generator=generator).tolist():
-            output = run_block(block, inputs[train[i]], arguments)
-            loss = (output - targets[train[i]]).square().mean() / power
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
-            schedule.step()
+            torch.autograd.backward(loss(train[i]) / power)
+            optimizer.step(0.5 * (1 + math.cos(math.pi * step / steps)))
+            step += 1
         error = held_out_error()
         if not error < best:
             break
@@ -92,5 +84,6 @@ def peak_bytes(shape: BlockShape, tokens: int) -> int:
     # Autograd keeps weights on grids, and the steps that they are made of. Of one layer: decoded
     # weight, its gradient, and what the gradients of codebooks take.
     weights = 2 * 4 * shape.on_grids + 6 * 4 * shape.largest
-    # Between passes there are gradients, and what Adam divides by or a new best state.
-    return int(block + max(weights + 4 * tokens * shape.kept, 2 * 4 * shape.floats))
+    # Gradients come meanwhile. Between passes there are these, and what Adam divides by or a new
+    # best state.
+    return int(block + 4 * shape.floats + max(weights + 4 * tokens * shape.kept, 4 * shape.floats))

@@ -35,7 +35,7 @@ from pvrt_tune.fit.code_search import (
 )
 from pvrt_tune.fit.codebooks import cells_of, starts
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
-from pvrt_tune.fit.objective import Objective, column_blocks
+from pvrt_tune.fit.objective import Objective, column_blocks, feedback_bytes
 from pvrt_tune.settings import FitSettings
 
 # Power of the conditional second moment that weights k-means. Sweeps can still make up for a part
@@ -77,19 +77,13 @@ class AdditiveFit:
         # A row of zeros still needs a scale to divide by.
         self.scales = self.weight.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
         self.codebooks = self.weight.new_zeros(scheme.num_codebooks, self.size, self.g)
-        self.codes = torch.zeros(
-            out, self.groups, scheme.num_codebooks, dtype=torch.int64, device=weight.device
-        )
+        self.codes = weight.new_zeros(out, self.groups, scheme.num_codebooks, dtype=torch.int64)
 
     # ---- quantities ----
 
     def unscaled(self, codebooks: Tensor | None = None) -> Tensor:
         """Sum of the chosen codewords, [out, in]."""
-        codebooks = self.codebooks if codebooks is None else codebooks
-        total = F.embedding(self.codes[..., 0], codebooks[0])
-        for m in range(1, len(codebooks)):
-            total = total + F.embedding(self.codes[..., m], codebooks[m])
-        return total.reshape(self.weight.shape)
+        return self._value(self.codes, codebooks).reshape(self.weight.shape)
 
     def residual(self) -> Tensor:
         """W minus its quantised version, [out, in]."""
@@ -116,15 +110,17 @@ class AdditiveFit:
         """Factor that carries errors into later inputs, both in the order of `_columns`."""
         return self.objective.feedback(self.settings.damping, self._columns)
 
-    def _conditional(self, start: int) -> tuple[Tensor, Tensor]:
-        """Inverse of the factor's block at an ordered group, and the metric that it makes.
+    @cached_property
+    def _conditional(self) -> tuple[Tensor, Tensor]:
+        """Inverses of the factor's blocks at ordered groups, and the metrics that they make, both
+        [groups, g, g].
 
-        The metric [g, g] is the Schur complement of all later groups in H: the loss of a group's
-        error once those have made the best of it.
+        A metric is the Schur complement of all later groups in H: the loss of a group's error once
+        those have made the best of it.
         """
-        group = slice(start, start + self.g)
-        inverse = torch.linalg.inv(self._feedback[group, group])
-        return inverse, inverse @ inverse.T
+        square = self._feedback.view(self.groups, self.g, self.groups, self.g)
+        inverses = torch.linalg.inv(square.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        return inverses, inverses @ inverses.mT
 
     # ---- start ----
 
@@ -160,8 +156,7 @@ class AdditiveFit:
 
     def importance(self) -> Tensor:
         """Weight of every input in the start's k-means, [groups, g]."""
-        firsts = range(0, len(self.moment), self.g)
-        metrics = torch.stack([self._conditional(first)[1].diagonal() for first in firsts])
+        metrics = self._conditional[1].diagonal(dim1=1, dim2=2)
         importance = torch.empty_like(metrics)
         importance[self._order] = metrics.clamp_min(0).pow(_IMPORTANCE_POWER)
         return importance + 1e-6 * importance.mean()
@@ -171,13 +166,14 @@ class AdditiveFit:
     def assign_with_feedback(self) -> None:
         """Choose all codes group by group, carrying each group's error into the later groups."""
         upper, order = self._feedback, self._order.tolist()
+        inverses, metrics = self._conditional
         target = self.weight[:, self._columns]
         index = self._index()
         for start, stop in self._column_blocks():
             carried = torch.zeros(len(target), stop - start, device=target.device)
             for first in range(start, stop, self.g):
                 group = slice(first, first + self.g)
-                inverse, metric = self._conditional(first)
+                inverse, metric = inverses[first // self.g], metrics[first // self.g]
                 z = (target[:, group] @ metric) / self.scales
                 value = self._choose(order[first // self.g], z, metric, index)
                 error = (target[:, group] - self.scales * value) @ inverse
@@ -209,10 +205,13 @@ class AdditiveFit:
             product[:, :start] -= outside[:, :start]
             product[:, stop:] -= outside[:, stop:]
 
-    def _value(self, codes: Tensor) -> Tensor:
+    def _value(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
         """Unscaled decoded value [..., g] of codes [..., M]."""
-        parts = [codebook[codes[..., m]] for m, codebook in enumerate(self.codebooks)]
-        return torch.stack(parts).sum(0)
+        codebooks = self.codebooks if codebooks is None else codebooks
+        total = F.embedding(codes[..., 0], codebooks[0])
+        for m in range(1, len(codebooks)):
+            total += F.embedding(codes[..., m], codebooks[m])
+        return total
 
     def _index(self) -> list[Cells]:
         """Cells of large codebooks, cut anew because codewords move; else nothing."""
@@ -230,10 +229,10 @@ class AdditiveFit:
         """
         score = in_metric(metric)
         current = self.codes[:, group].unsqueeze(1)
-        choices = current
+        choices, value = current, self._value(current)
         visited = self._permutation(len(self.codebooks))
         for m in visited:
-            others = self._value(choices) - self.codebooks[m][choices[..., m]]
+            others = value - self.codebooks[m][choices[..., m]]
             left = (z.unsqueeze(1) - others @ metric).flatten(0, 1)
             count = 1 if m == visited[-1] else self.settings.beam
             # From several choices on, the best continuations of each are enough.
@@ -241,10 +240,10 @@ class AdditiveFit:
             found = self._best(m, left, score, each, index)
             choices = choices.repeat_interleave(found.shape[1], 1)
             choices[..., m] = found.reshape(len(z), -1)
-            choices = self._keep(choices, z, metric, count)
-        choices = self._keep(torch.cat([current, choices], 1), z, metric, 1)
+            choices, value = self._keep(choices, z, metric, count)
+        choices, value = self._keep(torch.cat([current, choices], 1), z, metric, 1)
         self.codes[:, group] = choices[:, 0]
-        return self._value(choices[:, 0])
+        return value[:, 0]
 
     def _best(self, m: int, z: Tensor, score: ScoreRows, count: int, index: list[Cells]) -> Tensor:
         """The `count` best codewords of codebook m for every z, [n, count]."""
@@ -252,14 +251,17 @@ class AdditiveFit:
             return index[m].lowest(z, self.codebooks[m], score, (self.settings.probes, count))
         return lowest(z, *score(self.codebooks[m]), count)
 
-    def _keep(self, choices: Tensor, z: Tensor, metric: Tensor, count: int) -> Tensor:
-        """The `count` best of joint choices [out, n, M]."""
-        if choices.shape[1] <= count:
-            return choices
+    def _keep(
+        self, choices: Tensor, z: Tensor, metric: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """The `count` best of joint choices [out, n, M], and their values [out, n, g]."""
         value = self._value(choices)
+        if choices.shape[1] <= count:
+            return choices, value
         loss = ((value @ metric - 2 * z.unsqueeze(1)) * value).sum(2)
-        best = loss.topk(count, 1, largest=False).indices
-        return choices.gather(1, best.unsqueeze(2).expand(-1, -1, choices.shape[2]))
+        best = loss.topk(count, 1, largest=False).indices.unsqueeze(2)
+        kept = choices.gather(1, best.expand(-1, -1, choices.shape[2]))
+        return kept, value.gather(1, best.expand(-1, -1, value.shape[2]))
 
     def fit_codebooks(self) -> None:
         """Conjugate gradients on the codebooks: the objective is quadratic in them."""
@@ -302,12 +304,10 @@ class AdditiveFit:
 
     def reseed_dead(self) -> int:
         """Move codewords that no group uses onto the groups of largest error."""
-        dead = [
-            (torch.bincount(self.codes[..., m].reshape(-1), minlength=self.size) == 0)
-            .nonzero()
-            .squeeze(1)
-            for m in range(len(self.codebooks))
-        ]
+        unused = torch.ones(len(self.codebooks), self.size, device=self.codes.device).bool()
+        for m, codewords in enumerate(unused):
+            codewords.index_fill_(0, self.codes[..., m].reshape(-1), False)
+        dead = [codewords.nonzero().squeeze(1) for codewords in unused]
         total = sum(len(codewords) for codewords in dead)
         if total:
             left = (self.residual() / self.scales).reshape(-1, self.g)
@@ -374,15 +374,16 @@ def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, de
     groups, cells = out * in_features // g, cells_of(scheme)
     # Joint choices of a group before the best are kept: what continues a beam, and the present one.
     beam = 0 if books == 1 else settings.beam * (1 if books == 2 else _CONTINUATIONS)
+    kept = max(1, min(beam, settings.beam))
 
     def search(queries: int, width: int) -> int:
         sizes = queries, width, scheme.codebook_size, cells
         return search_bytes(sizes, settings.probes, device)
 
     # Codes (int64), codebooks, scales, and orders of inputs.
-    kept = 8 * groups * books + 4 * books * scheme.codebook_size * g + 8 * (out + 2 * in_features)
+    state = 8 * groups * books + 4 * books * scheme.codebook_size * g + 8 * (out + 2 * in_features)
     peaks = (
-        3 * moment + weight,  # ordered, and two factors; points of k-means
+        feedback_bytes(in_features, device),
         # From here on with the factor that carries errors. k-means: points, weights and their
         # product become features of twice their length; then their search.
         moment + 5 * weight,
@@ -390,11 +391,10 @@ def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, de
         # Conjugate gradients: a product with H, and a matrix that sums groups by codeword (its
         # order, and ones) for every codebook.
         moment + 3 * weight + 20 * groups + 12 * groups * books,
-        # A sweep: E H, changes and a product of these; values of all choices, codeword by codeword,
-        # their sum, and what the search of the next codebook takes.
-        moment
-        + 3 * weight
-        + 4 * out * (beam + 1) * g * (2 * books + 1)
-        + search(out * max(1, min(beam, settings.beam)), g),
+        # A sweep: E H, changes and a product of these. Then a search for continuations: codes,
+        # values, and what they leave twice. Or losses of all choices: codes twice, and three more
+        # of the size of their values.
+        moment + 3 * weight + 4 * out * kept * (2 * books + 3 * g) + search(out * kept, g),
+        moment + 3 * weight + 4 * out * (beam + 1) * (4 * books + 4 * g),
     )
-    return kept + max(peaks)
+    return state + max(peaks)

@@ -19,6 +19,8 @@ ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
 _CPU_TILE, _GPU_TILE = 1 << 18, 1 << 26
 # Queries per small product of the second level.
 _CHUNK = 32
+# Rows of scores from which on a GPU finds several minima faster one by one.
+_MANY_ROWS = 1 << 14
 
 
 def in_metric(metric: Tensor) -> ScoreRows:
@@ -42,7 +44,7 @@ def lowest(features: Tensor, rows: Tensor, offset: Tensor, count: int = 1) -> Te
     found = []
     for part in torch.split(features, max(64, _tile(features) // len(rows))):
         found.append(_fewest(torch.addmm(offset, part, columns), count))
-    return torch.cat(found)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,7 @@ class Cells:
         probes = min(effort[0], len(coarse))
         found = []
         for part in torch.split(features, max(64, _tile(features) // len(coarse))):
-            near = torch.addmm(coarse_offset, part, coarse_columns)
-            cells = near.topk(probes, largest=False, sorted=False).indices
+            cells = _smallest(torch.addmm(coarse_offset, part, coarse_columns), probes)
             scores, codeword = _inside(part, cells, columns, offset)
             best = scores.topk(min(effort[1], probes), largest=False, sorted=False).indices
             found.append(self.members[cells.gather(1, best), codeword.gather(1, best)])
@@ -89,12 +90,10 @@ def _inside(
     """
     device = features.device
     flat = cells.reshape(-1)
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=len(columns))
-    chunks = (counts + _CHUNK - 1) // _CHUNK
+    cell, order = flat.sort(stable=True)
+    first_pair = torch.searchsorted(cell, torch.arange(len(columns) + 1, device=device))
+    chunks = (first_pair.diff() + _CHUNK - 1) // _CHUNK
     first_slot = (chunks.cumsum(0) - chunks) * _CHUNK
-    first_pair = counts.cumsum(0) - counts
-    cell = flat[order]
     slots = first_slot[cell] + torch.arange(len(flat), device=device) - first_pair[cell]
     owners = torch.repeat_interleave(torch.arange(len(columns), device=device), chunks)
     query = flat.new_zeros(len(owners) * _CHUNK)
@@ -107,8 +106,10 @@ def _inside(
         part = owners[start : start + step]
         span = slice(start * _CHUNK, (start + len(part)) * _CHUNK)
         block = features[query[span]].view(len(part), _CHUNK, -1)
-        product = torch.baddbmm(offset[part].unsqueeze(1), block, columns[part])
-        scores[span], codeword[span] = row_minima(product.view(-1, size))
+        # Without a name, so that it goes before the next one comes; they are the largest of all.
+        scores[span], codeword[span] = row_minima(
+            torch.baddbmm(offset[part].unsqueeze(1), block, columns[part]).view(-1, size)
+        )
     place = torch.empty_like(slots)
     place[order] = slots
     return scores[place].view(cells.shape), codeword[place].view(cells.shape)
@@ -132,8 +133,8 @@ def search_bytes(sizes: tuple[int, int, int, int], probes: int, device: str) -> 
     size = codewords // cells
     scored = min((pairs + _CHUNK * min(cells, pairs)) * size, tile)
     chunks = 4 * scored * (1 + width / size + width / _CHUNK)
-    # Scores of cells; fourteen int64 of every pair, counted.
-    return int(4 * part * cells + 112 * pairs + chunks + rows) + 8 * queries
+    # Scores of cells, gone before those of codewords come; fourteen int64 of every pair, counted.
+    return int(max(4 * part * cells, chunks) + 112 * pairs + rows) + 8 * queries
 
 
 def halve(points: Tensor, cells: int) -> Tensor:
@@ -158,13 +159,27 @@ def _tile(like: Tensor) -> int:
 
 def _fewest(scores: Tensor, count: int) -> Tensor:
     """Columns of the `count` lowest scores in every row of [n, K], which it overwrites."""
-    if count > 8 or (count > 1 and (scores.shape[1] > 256 or scores.device.type != "cpu")):
-        return scores.topk(count, largest=False, sorted=False).indices
+    if scores.device.type != "cpu" or count > 8 or (count > 1 and scores.shape[1] > 256):
+        return _smallest(scores, count)
     # A few vectorised minima in cache are cheaper than one scalar selection.
     found = [row_minima(scores)[1]]
     while len(found) < count:
         scores.scatter_(1, found[-1].unsqueeze(1), torch.inf)
         found.append((scores.amin(1).view(torch.int32) & 255).long())
+    return torch.stack(found, 1)
+
+
+def _smallest(scores: Tensor, count: int) -> Tensor:
+    """The same, with nothing counting as equal that is not."""
+    many = scores.device.type != "cpu" and len(scores) >= _MANY_ROWS
+    if count > 8 or (count > 1 and not many):
+        return scores.topk(count, largest=False, sorted=False).indices
+    # A GPU's selection takes a block of threads some ten microseconds for every row; a minimum
+    # takes no longer than reading the row.
+    found = [scores.min(1).indices]
+    while len(found) < count:
+        scores.scatter_(1, found[-1].unsqueeze(1), torch.inf)
+        found.append(scores.min(1).indices)
     return torch.stack(found, 1)
 
 

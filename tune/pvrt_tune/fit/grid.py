@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvrt.format.scheme import GridScheme
-from pvrt_tune.fit.objective import Objective, column_blocks
+from pvrt_tune.fit.objective import Objective, column_blocks, feedback_bytes
 from pvrt_tune.settings import FitSettings
 
 # Ranges tried between the smallest and largest weight of a group and this share of them.
@@ -268,15 +268,15 @@ class GridFit:
         )
 
 
-def peak_bytes(shape: tuple[int, int], scheme: GridScheme) -> int:
+def peak_bytes(shape: tuple[int, int], scheme: GridScheme, device: str) -> int:
     """Peak of one layer's fit [out, in] beyond its weight and moment in float32."""
     out, in_features = shape
     weight, moment = 4 * out * in_features, 4 * in_features**2
     # Of the ranges: scales and zeros (present, tried, and bounds of both), and losses.
     groups = 20 * weight // scheme.group_size
-    # The factors of H: ordered, and two factors. Later one of them is kept, with the codes, and
-    # rounding takes scales, zeros and steps of every weight.
-    return groups + max(3 * moment, moment + 6 * weight)
+    # The factors of H. Later one of them is kept, with the codes, and rounding takes scales, zeros
+    # and steps of every weight.
+    return groups + max(feedback_bytes(in_features, device), moment + 6 * weight)
 
 
 def fit_grid(

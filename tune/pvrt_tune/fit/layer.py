@@ -67,5 +67,5 @@ def peak_bytes(
 ) -> int:
     """Peak of `quantize_linear` for a layer [out, in], beyond its weight and moment in float32."""
     if isinstance(scheme, GridScheme):
-        return grid.peak_bytes(shape, scheme)
+        return grid.peak_bytes(shape, scheme, device)
     return additive.peak_bytes(shape, scheme, settings, device)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_tune import write_checkpoint
 from pvrt_tune.calibrate import block_tuning, ends, stage
-from pvrt_tune.data import text
+from pvrt_tune.data import sampled
 from pvrt_tune.data.activations import store_bytes
 from pvrt_tune.data.text import Windows
 from pvrt_tune.fit import layer
@@ -163,8 +163,8 @@ class Planner:
         windows = Windows(self.recipe.windows, self.recipe.length, self.recipe.seed)
         # Most CPUs only emulate 16-bit products.
         item = self.shape.itemsize if self.cuda else 4
-        peak = text.peak_bytes(self.config, windows, self.original(stream), item)
-        rows = text.rows_at_once(self.config, windows.count, windows.length)
+        peak = sampled.peak_bytes(self.config, windows, self.original(stream), item)
+        rows = sampled.rows_at_once(self.config, windows.count, windows.length)
         seconds = self.speed.sampling_seconds(self.shape, self.recipe, item, rows)
         passes = windows.length * ceil(windows.count / rows)
         seconds += self.streaming_seconds(item, passes) * stream

@@ -32,7 +32,10 @@ class Choice(NamedTuple):
 
 def values_of(codebooks: Tensor, codes: Tensor) -> Tensor:
     """codebooks [M, K, g], codes [..., M] int64 -> [..., g]."""
-    return torch.stack([codebook[codes[..., m]] for m, codebook in enumerate(codebooks)]).sum(0)
+    total = codebooks[0][codes[..., 0]]
+    for m in range(1, len(codebooks)):
+        total += codebooks[m][codes[..., m]]
+    return total
 
 
 def search_codes(wanted: Tensor, codebooks: Tensor, count: int = 1) -> Tensor:
@@ -66,6 +69,8 @@ def _beam_search(wanted: Tensor, codebooks: Tensor, count: int) -> Tensor:
         before = codes.repeat_interleave(codewords.shape[1], 1)
         codes = torch.cat([before, codewords.reshape(n, candidates, 1)], 2)
         kept = min(count if last else _BEAM, candidates)
+        if not last and kept == candidates:  # all stay, in whatever order
+            continue
         error = (left - later).square().sum(2)
         best = error.topk(kept, largest=False).indices.unsqueeze(2)
         left = left.gather(1, best.expand(-1, -1, g))
@@ -90,7 +95,7 @@ def new_codes(
     sums = values_of(codebooks, index)
     error = (wanted.unsqueeze(1) - sums).square().sum(2)
     # Where the present codes are among those found, they count once.
-    error[:, 1:][(found == present.unsqueeze(1)).all(2)] = torch.inf
+    error[:, 1:].masked_fill_((found == present.unsqueeze(1)).all(2), torch.inf)
     error, order = error.sort(dim=1, stable=True)
     row = torch.arange(len(order), device=order.device)
     root = error[:, :2].sqrt()

@@ -57,9 +57,10 @@ class Latent:
         bfloat16.
         """
 
-        def length(squares: Tensor) -> float:
-            size, direction = parallel.total(squares).sqrt()
-            return rate * float(size) / max(float(direction), 1e-30)
+        def length(squares: Tensor) -> Tensor:
+            size, direction = parallel.total(squares).sqrt().double()
+            ratio: Tensor = rate * size / direction.clamp_min(1e-30)
+            return ratio
 
         # Themselves where they are on the device.
         value = None if self.value is None else self.value.to(decoded.device)
@@ -68,13 +69,14 @@ class Latent:
         moment = moments.get("second_moment")
         if moment is not None and pv_step.can_step(target, grad, moment, decoded):
             distance = pv_step.latent_step(
-                target, grad, moment, decoded, self._group, self._beta, length
+                target, grad, moment, decoded, self._group, self._beta, lambda s: float(length(s))
             )
         else:
             root = self._root_moment(grad, moments).add_(_TINY)
             direction = torch.div(grad, root, out=root)
             norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
-            target.sub_(direction, alpha=length(norms.square_()))
+            # A number on the device: reading it would wait for all that is before it.
+            target.addcmul_(direction, length(norms.square_()).float(), value=-1)
             distance = torch.linalg.vector_norm((target - decoded).view(-1, self._group), dim=1)
         if value is not None and value.dtype is torch.bfloat16:
             value.copy_(_round_stochastically(target, generator))

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from pvrt.format.scheme import Scheme
 from pvrt_tune import parallel
+from pvrt_tune.adam import Adam
 from pvrt_tune.parallel import Rows
 from pvrt_tune.pv import code_search
 from pvrt_tune.pv.host_memory import slab_bytes
@@ -60,8 +61,6 @@ STRATEGIES: dict[StrategyName, Strategy] = {
 
 #: Parts of a layer's optimizer state that every rank has whole; the others have a layer's rows.
 WHOLE_PARTS = {"moment_columns", "searched_books", "books_moved"}
-#: What Adam keeps of a continuous tensor.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,14 @@ class PVLayer:
         shared = self.representation.shared()
         return {k: parallel.total(g) if k in shared else g for k, g in grads.items()}
 
-    def step(self, grad: Tensor, factor: float, generator: torch.Generator) -> int:
+    def step(self, grad: Tensor, factor: float, generator: torch.Generator) -> Tensor:
         """The V step after the continuous parameters have moved.
 
         grad: dL/dW [rows, in] float32. factor: of the learning rate's schedule. Returns how many
-        groups here changed their codes, and renews `weight`.
+        groups here changed their codes (a number on the device), and renews `weight`.
         """
         decoded = self.representation.decode()
-        changed = 0
+        changed = decoded.new_zeros((), dtype=torch.int64)
         if self.latent is not None:
             rate = self.settings.code_learning_rate * factor
             target, distance = self.latent.step(decoded, grad, rate, generator)
@@ -137,10 +136,11 @@ class PVLayer:
 
     def _move_codes(
         self, decoded: Tensor, target: Tensor, distance: Tensor, generator: torch.Generator
-    ) -> int:
+    ) -> Tensor:
         """Give groups the codes nearest to the target; `decoded` is brought up to date.
 
         distance [groups]: of the target from the decoded weight. Returns how many groups moved.
+        The number of candidates is all that a GPU is asked: searching the others would cost more.
         """
         g = self.representation.group_size
         draws = None
@@ -149,20 +149,18 @@ class PVLayer:
             draws = torch.rand(self.groups, generator=own, device=distance.device)
         candidates = self._candidates(distance, draws)
         drawn = None if draws is None else draws.index_select(0, candidates)
-        wanted, old = target.view(-1, g).index_select(0, candidates), decoded.view(-1, g)
+        wanted, now = target.view(-1, g).index_select(0, candidates), decoded.view(-1, g)
         proposal = self.representation.nearest(wanted, candidates, drawn)
         kept = proposal.moves
         if self._by_gain:
             left = (wanted - proposal.values).square().sum(1)
             gain = torch.where(kept, distance.index_select(0, candidates).square() - left, 0)
-            kept = torch.zeros_like(kept)
-            kept[parallel.top_share(gain, self._allowed)] = True
-        settled = (kept | ~proposal.moves).nonzero().squeeze(1)
-        self.representation.assign(candidates.index_select(0, settled), proposal[settled])
-        moved = kept.nonzero().squeeze(1)
-        new = proposal.values.index_select(0, moved)
-        old.index_copy_(0, candidates.index_select(0, moved), new)
-        return len(moved)
+            best, gains = parallel.top_share(gain, self._allowed)
+            kept = torch.zeros_like(kept).index_copy_(0, best, gains)
+        self.representation.assign(candidates, proposal, kept | ~proposal.moves)
+        old = now.index_select(0, candidates)
+        now.index_copy_(0, candidates, torch.where(kept.unsqueeze(1), proposal.values, old))
+        return kept.sum()
 
     def _candidates(self, distance: Tensor, draws: Tensor | None) -> Tensor:
         """Numbers of the groups to search, by how far each is from its target, and draws [groups]
@@ -173,7 +171,8 @@ class PVLayer:
         movable = self.representation.movable(distance, draws) if asks else distance > 0
         if self.strategy.subspace:
             count = self._allowed * self.settings.gain_pool
-            return parallel.top_share(torch.where(movable, distance, 0), count)
+            found, chosen = parallel.top_share(torch.where(movable, distance, 0), count)
+            return found[chosen]
         return movable.nonzero().squeeze(1)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -219,11 +218,8 @@ class PVOptimizer:
             name: settings.learning_rate * math.sqrt(squares[name] / max(counts[name], 1.0))
             for name in self.continuous
         }
-        groups = [{"params": [p], "lr": self.rates[n]} for n, p in self.continuous.items()]
-        self.adam = torch.optim.Adam(groups, betas=settings.betas)
-        for tensor in self.continuous.values():  # as Adam would at its first step
-            moments = {part: torch.zeros_like(tensor) for part in _MOMENTS}
-            self.adam.state[tensor] = {"step": torch.tensor(0.0), **moments}
+        rates = [self.rates[name] for name in self.continuous]
+        self.adam = Adam(list(self.continuous.values()), rates, settings.betas)
 
     def step(self, factor: float, generator: torch.Generator) -> StepReport:
         """One PV step from the student's gradients; `factor` scales both learning rates.
@@ -239,18 +235,16 @@ class PVOptimizer:
             if kept is not None:
                 kept.copy_(parallel.total(kept) / parallel.world())
         norm = self._clip()
-        for group, rate in zip(self.adam.param_groups, self.rates.values(), strict=True):
-            group["lr"] = rate * factor
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        changed = groups = 0
+        self.adam.step(factor)
+        changed, groups = [], 0
         started = time.perf_counter()
         for name, layer in self.layers.items():
-            changed += layer.step(self._gradient(name), factor, generator)
+            changed.append(layer.step(self._gradient(name), factor, generator))
             groups += layer.groups
             self.weights[name].grad = None
+        moved = int(torch.stack(changed).sum())  # the one number that waits for all layers
         seconds = time.perf_counter() - started
-        counts = parallel.total(torch.tensor([float(changed), float(groups)]))
+        counts = parallel.total(torch.tensor([float(moved), float(groups)]))
         return StepReport(norm, float(counts[0] / counts[1]), seconds)
 
     def _gradient(self, name: str) -> Tensor:
@@ -267,7 +261,8 @@ class PVOptimizer:
     def _sums(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars summed over ranks, but for tensors that every rank holds whole."""
         share = {n: 1 / parallel.world() if n in self.replicated else 1.0 for n in scalars}
-        stacked = torch.stack([value.cpu() * share[name] for name, value in scalars.items()])
+        stacked = torch.stack(list(scalars.values())).cpu()  # one wait for all
+        stacked *= torch.tensor(list(share.values()))
         return dict(zip(scalars, parallel.total(stacked).tolist(), strict=True))
 
     def _clip(self) -> float:
@@ -275,8 +270,7 @@ class PVOptimizer:
         grads = {n: t.grad for n, t in self.continuous.items() if t.grad is not None}
         norm = math.sqrt(sum(self._squares(grads).values()))
         if norm > self.settings.clip_norm:
-            for grad in grads.values():
-                grad.mul_(self.settings.clip_norm / norm)
+            torch._foreach_mul_(list(grads.values()), self.settings.clip_norm / norm)
         return norm
 
     # ---- state ----
@@ -302,9 +296,12 @@ class PVOptimizer:
                 part: Rows(tensor, None if part in WHOLE_PARTS else rows)
                 for part, tensor in layer.tensors().items()
             }
-        for name, tensor in self.continuous.items():
-            moments = self.adam.state[tensor]
-            state[name] = {part: self._rows(name, moments[part]) for part in _MOMENTS}
+        moments = zip(self.continuous, self.adam.averages, self.adam.squares, strict=True)
+        for name, average, square in moments:
+            state[name] = {
+                "exp_avg": self._rows(name, average),
+                "exp_avg_sq": self._rows(name, square),
+            }
         return state
 
     def tensors(self) -> dict[str, Rows]:
@@ -319,8 +316,7 @@ class PVOptimizer:
 
     def resume(self, number: int, fill: Callable[[Mapping[str, Rows]], None]) -> None:
         """Go on after step `number`; `fill` puts what was saved then into `tensors()`."""
-        for moments in self.adam.state.values():
-            moments["step"].fill_(number)
+        self.adam.counts = [number] * len(self.adam.counts)
         with torch.no_grad():
             fill(self.tensors())
         for layer in self.layers.values():

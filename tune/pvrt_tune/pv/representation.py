@@ -34,11 +34,6 @@ class Proposal:
     moves: Tensor
     bounds: Tensor | None = None
 
-    def __getitem__(self, chosen: Tensor) -> "Proposal":
-        """That of some of the groups, by mask or number."""
-        bounds = None if self.bounds is None else self.bounds[chosen]
-        return Proposal(self.codes[chosen], self.values[chosen], self.moves[chosen], bounds)
-
 
 class Representation(ABC):
     """A quantised weight [rows, in]; groups are runs of `group_size` inputs, row by row."""
@@ -76,8 +71,10 @@ class Representation(ABC):
         """
 
     @abstractmethod
-    def assign(self, groups: Tensor, proposal: Proposal) -> None:
-        """Give groups [n] the codes of a proposal, which may be those they have."""
+    def assign(self, groups: Tensor, proposal: Proposal, taken: Tensor) -> None:
+        """Give those of the groups [n] that are `taken` [n] the codes of a proposal, which may be
+        those they have. (A mask, because counting the taken ones would wait for a GPU.)
+        """
 
     @abstractmethod
     def movable(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
@@ -138,18 +135,16 @@ class AdditiveRepresentation(Representation):
         codebooks = self._codebooks()
         scale = self.scales.detach().reshape(-1, 1)[groups // self._groups_per_row]
         present = self._flat_codes.index_select(0, groups).long() & self._mask
-        wanted = target / scale
         # A scale of zero says nothing about codes: such groups want what they have.
-        idle = (scale.squeeze(1) == 0).nonzero().squeeze(1)
-        wanted[idle] = values_of(codebooks, present[idle])
+        wanted = torch.where(scale == 0, values_of(codebooks, present), target / scale)
         choice = new_codes(wanted, present, codebooks, draws)
         codes = choice.codes.to(self.codes.dtype)
         return Proposal(codes, choice.values * scale, choice.moves, choice.bounds)
 
-    def assign(self, groups: Tensor, proposal: Proposal) -> None:
+    def assign(self, groups: Tensor, proposal: Proposal, taken: Tensor) -> None:
         assert proposal.bounds is not None
-        self._bounds.learn(groups, proposal.bounds, same=~proposal.moves)
-        self._flat_codes[groups] = proposal.codes
+        self._bounds.learn(groups, proposal.bounds, same=~proposal.moves, known=taken)
+        _put(self._flat_codes, groups, proposal.codes, taken.unsqueeze(1))
 
     def movable(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
         self._bounds.follow(self._codebooks())
@@ -218,8 +213,8 @@ class GridRepresentation(Representation):
         values = (scale * (codes - zero)).unsqueeze(1)
         return Proposal(codes.to(self.codes.dtype), values, codes != present)
 
-    def assign(self, groups: Tensor, proposal: Proposal) -> None:
-        self.codes.view(-1)[groups] = proposal.codes
+    def assign(self, groups: Tensor, proposal: Proposal, taken: Tensor) -> None:
+        _put(self.codes.view(-1), groups, proposal.codes, taken)
 
     def movable(self, distance: Tensor, draws: Tensor | None = None) -> Tensor:
         # A step of the grid is a scale: the next code is nearer from half of one on.
@@ -228,6 +223,11 @@ class GridRepresentation(Representation):
         shape = *scale.shape[:2], self._group
         share = 0.5 if draws is None else draws.clamp(max=0.5).view(shape)
         return (distance.view(shape) > scale * share).view(-1)
+
+
+def _put(where: Tensor, rows: Tensor, values: Tensor, taken: Tensor) -> None:
+    """where[rows] = values, but only those that are taken."""
+    where[rows] = torch.where(taken, values, where[rows])
 
 
 def represent(layer: nn.Module, rows: slice = slice(None)) -> Representation:

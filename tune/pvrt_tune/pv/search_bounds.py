@@ -43,11 +43,14 @@ class SearchBounds:
             limits = limits * (2 * draws).clamp(max=1)
         return distance > limits
 
-    def learn(self, groups: Tensor, bound: Tensor, *, same: Tensor) -> None:
-        """Bounds [n] of groups by number [n]; where the value is the `same`, the larger holds."""
+    def learn(self, groups: Tensor, bound: Tensor, *, same: Tensor, known: Tensor) -> None:
+        """Bounds [n] of groups by number [n], of those that are `known` [n] alone; where the value
+        is the `same`, the larger holds.
+        """
         limits = self.limits.view(-1)
-        found = ((bound + self.moved) * _ROUNDED).bfloat16()
-        limits[groups] = torch.where(same, torch.maximum(found, limits[groups]), found)
+        before, found = limits[groups], ((bound + self.moved) * _ROUNDED).bfloat16()
+        found = torch.where(same, torch.maximum(found, before), found)
+        limits[groups] = torch.where(known, found, before)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name; only the limits have the layer's rows first."""

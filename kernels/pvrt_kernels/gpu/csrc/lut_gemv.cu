@@ -17,8 +17,7 @@
 //   TOKENS 1, 2 or 4; THREADS of a block, 128, 256 or 512; ROWS of a thread;
 //   BLOCKS that an SM should hold, which limits registers.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
+#include "common.cuh"
 
 constexpr int POSITIONS = 32;                          // code bytes in a stage
 constexpr int GROUPS = POSITIONS / CODEBOOKS;          // of x in a stage
@@ -37,64 +36,7 @@ constexpr int CODE_BYTES = 4 * POSITIONS * WORDS;
 // have.
 constexpr u32 OTHER_TABLE = TOKENS < 4 ? 256 * CODE_BYTES : 0;
 
-#ifndef ON_CPU  // tests/kernels/gpu/native_on_cpu.h has these for a CPU
-extern __shared__ __align__(128) char table[];
-
-__device__ __forceinline__ uint4 load_once(const uint4 *at) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(at));
-  return v;
-}
-
-// d [16, 8] += a [16, 8 or 16] b [8 or 16, 8]; one thread's part of each.
-__device__ __forceinline__ void multiply(float *d, const u32 *a, const u32 *b) {
-#if BF16
-#define OPERANDS "f32.bf16.bf16.f32"
-#else
-#define OPERANDS "f32.f16.f16.f32"
-#endif
-#if GROUP >= 16
-  asm("mma.sync.aligned.m16n8k16.row.col." OPERANDS
-      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  asm("mma.sync.aligned.m16n8k8.row.col." OPERANDS
-      " {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b[0]));
-#endif
-}
-
-__device__ __forceinline__ float widen(u16 v) {
-#if BF16
-  return __uint_as_float((u32)v << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
-  return f;
-#endif
-}
-
-__device__ __forceinline__ u16 narrow(float v) {
-  u16 h;
-#if BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(v));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
-#endif
-  return h;
-}
-
-__device__ __forceinline__ u32 dot_bytes(u32 a, u32 b, u32 c) { return __dp4a(a, b, c); }
-
-// 32-bit addresses of shared memory: with pointers, every lookup would add the table's own first.
-__device__ __forceinline__ u32 shared_address(const void *at) {
-  return (u32)__cvta_generic_to_shared(at);
-}
-
+#ifndef ON_CPU  // tests/kernels/gpu/native_on_cpu.cpp has these for a CPU
 __device__ __forceinline__ float read_float(u32 at) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
@@ -360,25 +302,15 @@ __device__ __forceinline__ void look_up(float *sums, Codes codes, u32 from, int 
 // Grid (tiles of THREADS * ROWS rows, split). Program (i, s) sums stages s, s + split, ...
 //
 // x [tokens, groups, GROUP], tokens <= TOKENS; blocks [count, rows] of 16 code bytes; codebooks
-// [partitions, CODEBOOKS, SIZE, GROUP]; partitions are rows [0, end0), [end0, end1), [end1, rows),
-// and no tile straddles two; scales [rows]; bias [rows] or null; y [tokens, rows]. With split > 1
-// programs add up in partial [tokens, rows], and the last to arrive writes y; both partial and
-// arrived [tiles] are zero before and after.
+// [partitions, CODEBOOKS, SIZE, GROUP]; end0 and end1 as in `row_tile`, the rest as in `Output`.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 lut_gemv(const u16 *__restrict__ x, const uint4 *__restrict__ blocks,
          const u16 *__restrict__ codebooks, const u16 *__restrict__ scales,
          const u16 *__restrict__ bias, u16 *__restrict__ y, float *partial, int *arrived, int rows,
          int groups, int count, int tokens, int end0, int end1) {
-#ifndef ON_CPU
-  __shared__ bool last;
-#endif
-  constexpr int TILE = THREADS * ROWS;
   int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  int tiles0 = (end0 + TILE - 1) / TILE, tiles1 = tiles0 + (end1 - end0 + TILE - 1) / TILE;
-  int tile = blockIdx.x, part = (tile >= tiles0) + (tile >= tiles1);
-  int begin = part == 0 ? 0 : part == 1 ? end0 : end1;
-  int end = part == 0 ? end0 : part == 1 ? end1 : rows;
-  int row = begin + (tile - (part == 0 ? 0 : part == 1 ? tiles0 : tiles1)) * TILE + thread;
+  auto [part, first, end] = row_tile(blockIdx.x, THREADS * ROWS, rows, end0, end1);
+  int row = first + thread;
   int key = row & 31;  // of all rows of this thread
   int stages = (count + 1) / 2, split = gridDim.y, stage = blockIdx.y;
 
@@ -424,35 +356,10 @@ lut_gemv(const u16 *__restrict__ x, const uint4 *__restrict__ blocks,
     for (int t = 0; t < TOKENS; t++) bounds[t] = next_bounds[t];
   }
 
-  if (split > 1) {
+  finish({scales, bias, y, partial, arrived, rows, tokens}, end, [&](auto visit) {
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
-      for (int t = 0; t < TOKENS; t++) {
-        int n = row + r * THREADS;
-        if (n < end && t < tokens) atomicAdd(partial + (long long)t * rows + n, sums[r][t]);
-      }
-    __threadfence();
-    __syncthreads();
-    if (thread == 0) last = atomicAdd(arrived + tile, 1) == split - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    if (thread == 0) arrived[tile] = 0;
-  }
-#pragma unroll
-  for (int r = 0; r < ROWS; r++)
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-      int n = row + r * THREADS;
-      if (n < end && t < tokens) {
-        long long at = (long long)t * rows + n;
-        float sum = sums[r][t];
-        if (split > 1) {
-          sum = __ldcg(partial + at);
-          partial[at] = 0;
-        }
-        y[at] = narrow(sum * widen(scales[n]) + (bias ? widen(bias[n]) : 0));
-      }
-    }
+      for (int t = 0; t < TOKENS; t++) visit(row + r * THREADS, t, sums[r][t]);
+  });
 }
