@@ -38,7 +38,12 @@ EVERYBODYS = (
 )
 OURS = {"pvrt", "pvrt_kernels", "pvrt_tune", "pvrt_server", "tests"}
 # Distributions that are not named as what they hold is imported.
-NAMES = {"yaml": "pyyaml", "llama_cpp": "llama-cpp-python", "numba": "aqlm"}
+NAMES = {
+    "cuda": "cuda-bindings",
+    "yaml": "pyyaml",
+    "llama_cpp": "llama-cpp-python",
+    "numba": "aqlm",
+}
 UNLOCKED = {"model", "peers"}  # a file's carrier; each in an environment of its own
 FINDERS = {"find_spec", "import_module", "importorskip", "__import__", "package"}
 

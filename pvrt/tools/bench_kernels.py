@@ -140,7 +140,7 @@ def time_dense(clock: Clock, x: Tensor, shape: Shape) -> float:
 
 
 def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
-    """At most about a dozen launch configs worth measuring, all of which compile without spills."""
+    """At most about a dozen launch configs worth measuring, which hardly spill registers."""
     found = []
     if tokens <= 4 and choose.takes("lut_cuda", card, shape):
         largest = 4 if tokens == 1 else 2
@@ -153,14 +153,8 @@ def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
                 found.append(replace(base, rows=rows, split=-(-stages // steps)))
     elif tokens == 1 and shape.width == "8bit":
         whole = not split_codebooks(shape.num_codebooks)[1]
-        for rows, warps in (
-            ((512, 4), (1024, 8), (512, 8), (2048, 16), (1024, 16))
-            if whole
-            else (
-                (512, 8),
-                (1024, 16),
-            )
-        ):
+        sizes = ((512, 4), (1024, 8), (512, 8), (2048, 16), (1024, 16))
+        for rows, warps in sizes if whole else ((512, 8), (1024, 16)):
             found.append(choose.fit(LaunchConfig("lut", 0, rows, warps, 0), card, shape, tokens))
         for split in (max(1, found[1].split // 2), min(shape.blocks, found[1].split * 2)):
             found.append(replace(found[1], split=split))
@@ -171,11 +165,8 @@ def candidates(card: Gpu, shape: Shape, tokens: int) -> list[LaunchConfig]:
     if 4 < tokens <= choose.MOST_TOKENS and choose.takes("tile_cuda", card, shape):
         base = choose.fit(LaunchConfig("tile_cuda", 0, 256, 8, 0), card, shape, tokens)
         found.append(base)
-        for rows in (128, 256):
-            tiles = -(-shape.out_features // rows)
-            for per_sm in (1, 2, 4):
-                split = max(1, min(shape.blocks, round(per_sm * card.sms / tiles)))
-                found.append(replace(base, rows=rows, split=split))
+        for rows in (128, 256, 512):
+            found += [replace(base, rows=rows, split=split) for split in (1, 2)]
     if tokens > 4:
         found.append(choose.fit(LaunchConfig("tile", 0, 128, 8, 0), card, shape, tokens))
         found.append(DENSE)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 import pvrt
@@ -159,6 +160,39 @@ def test_every_strategy_takes_the_steps_that_it_takes_on_the_cpu(
         assert other["changed"] == pytest.approx(one["changed"], abs=5e-4)  # 3 groups
     if strategy not in ("continuous", "linearized"):
         assert any(other["changed"] > 0 for _, other in figures)
+
+
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations whose results the host must wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masked = func is _aten.index.Tensor and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        result = func(*args, **(kwargs or {}))
+        left = func is _aten._to_copy.default and args[0].device != result.device
+        self.count += masked or left or func in _WAITING
+        return result
+
+
+_aten = torch.ops.aten
+_WAITING = {_aten._local_scalar_dense.default, _aten.nonzero.default, _aten.bincount.default}
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_step_waits_once_for_every_layer(
+    low_memory: bool, dense: Path, calibrated: Path, device: str
+) -> None:
+    ours = trainer(dense, calibrated, replace(RECIPE.pv, low_memory=low_memory), device)
+    optimizer = ours.optimizer
+    for weight in ours.student.weights().values():
+        weight.grad = torch.ones_like(weight)
+    with _Waits() as waits:  # type: ignore[no-untyped-call]
+        optimizer.step(1.0, torch.Generator().manual_seed(0))
+    draws = len(optimizer.layers) * low_memory  # seeds, from the CPU's generator
+    assert waits.count <= len(optimizer.layers) + draws + 3
 
 
 # ---- the whole run ----

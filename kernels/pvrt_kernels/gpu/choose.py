@@ -5,7 +5,7 @@ A table is a JSON file for one kind of GPU, a list of rules that are tried in or
     {"scheme": "2x8g8", "max_tokens": 1, "kernel": "lut", "rows": 1024, "warps": 8}
 
 A rule holds for up to `max_tokens` tokens (absent: any number), for one `scheme` or a width of
-codes ("8bit", "16bit"), and, where it says so, from `min_codebooks` on, and for one `layer`
+codes ("8bit", "16bit"), and, where it says so, from `min_rows` outputs on, and for one `layer`
 [out_features, in_features]. Kernels are lut_cuda, tile_cuda, lut, direct and tile; dense, without
 rows and warps, decodes once and calls cuBLAS. `split` programs share a tile of rows; where a rule
 names none, it follows from the number of SMs.
@@ -124,7 +124,7 @@ def matches(rule: dict[str, Any], shape: Shape, tokens: int) -> bool:
     return (
         tokens <= rule.get("max_tokens", tokens)
         and rule.get("scheme", shape.scheme) in (shape.scheme, shape.width)
-        and rule.get("min_codebooks", 1) <= shape.num_codebooks
+        and rule.get("min_rows", 1) <= shape.out_features
         and rule.get("layer", [shape.out_features, shape.in_features])
         == [shape.out_features, shape.in_features]
     )
@@ -151,7 +151,7 @@ def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConf
         return replace(config, tokens=per_program, split=1)
     config = replace(config, tokens=per_program)
     if config.split == 0 and config.kernel in CUDA:
-        return shared_evenly(config, gpu, shape)
+        return least_cost(config, gpu, shape)
     if config.split == 0:
         if -(-shape.out_features // config.rows) * shape.blocks < gpu.sms:
             config = halved(config, shape)
@@ -161,38 +161,34 @@ def fit(config: LaunchConfig, gpu: Gpu, shape: Shape, tokens: int) -> LaunchConf
     return replace(config, split=min(config.split, shape.blocks))
 
 
-def shared_evenly(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
+def least_cost(config: LaunchConfig, gpu: Gpu, shape: Shape) -> LaunchConfig:
     """The rows (at most the config's) and the split of a CUDA kernel that take the least time.
 
-    An SM takes its programs one beside the other. The unit is 0.056 us. lut_cuda as measured on an
-    H100 (benchmarks/results): a stage costs an SM 6 for each row of a thread and word of a table,
-    and 2 for the table; a program costs 8 besides. Of one or two tokens two programs are to run at
-    a time: a last one without a second does not keep the SM busy. tile_cuda is an estimate from
-    what it reads of shared memory: a block of codes costs 3 for each 16 rows of a warp, and 1 for
-    12 tokens; a program costs 24, and 2 for each 8 tokens.
+    As measured on an H100 (benchmarks/results): an SM takes its programs one beside the other. In
+    units of 0.056 us, a stage of lut_cuda costs an SM 6 for each row of a thread and word of a
+    table, and 2 for the table; a program costs 8 besides. Of one or two tokens two programs are to
+    run at a time: a last one without a second does not keep the SM busy. In units of 0.08 us, a
+    block of codes of tile_cuda costs 2 for each 128 rows, and 1 for each 8 tokens. Its programs do
+    not share rows: what they would add up costs more than it saves.
     """
     threads, words = 32 * config.warps, (config.tokens + 1) // 2
     lut = config.kernel == "lut_cuda"
     stages = -(-shape.blocks * 16 // STAGE_BYTES) if lut else shape.blocks
-    least = threads if lut else threads // 2
 
-    def cost(rows: int, split: int) -> float:
+    def cost(rows: int, split: int) -> int:
         tiles = -(-shape.out_features // rows)
         programs = -(-tiles * split // gpu.sms)
         steps = -(-stages // split)
-        if lut:
-            work, others = 6 * words * (rows // threads) * steps, 2.0 * words * steps + 8
-            alone = 2 * work // 3 if programs % 2 and words == 1 else 0
-        else:
-            work = 3 * (rows // least) * steps
-            others = config.tokens / 12 * steps + 24 + config.tokens / 4
-            alone = work // 2 if programs == 1 else 0
-        return programs * (work + others) + alone + split // 2
+        if not lut:
+            return programs * steps * (2 * rows // 128 + config.tokens // 8)
+        look_up = 6 * words * (rows // threads) * steps
+        alone = 2 * look_up // 3 if programs % 2 and words == 1 else 0
+        return programs * (look_up + 2 * words * steps + 8) + alone + split // 2
 
     rows, split = min(
         ((config.rows >> halvings, split)
-         for halvings in range(3) if config.rows >> halvings >= least
-         for split in range(1, min(stages, 64) + 1)),
+         for halvings in range(3) if config.rows >> halvings >= (threads if lut else 128)
+         for split in range(1, min(stages, 64) + 1 if lut else 2)),
         key=lambda each: cost(*each),
     )  # fmt: skip
     return replace(config, rows=rows, split=split)

@@ -101,7 +101,9 @@ def test_every_batch_has_a_config_that_fills_the_card(name: str, compiles_cuda: 
                 config = choose.choose(card, shape, tokens, torch.float16, False)
                 assert config.kernel != "dense"
                 programs = -(-out // config.rows) * config.split
-                assert programs >= min(128, -(-out // config.rows) * min(shape.blocks, 64)) * 0.7
+                # Sharing rows costs tile_cuda more than idle SMs do, as an H100 showed.
+                full = 0.5 if config.kernel == "tile_cuda" else 0.7
+                assert programs >= min(128, -(-out // config.rows) * min(shape.blocks, 64)) * full
                 assert config.split <= shape.blocks
                 assert config.tokens >= min(tokens, 64)
 
@@ -129,8 +131,10 @@ def test_kernels_change_with_the_batch() -> None:
         deterministic = bool(options.get("deterministic", False))
         return choose.choose(ADA, SQUARE, tokens, dtype, deterministic).kernel
 
-    expected = ["lut_cuda", "lut_cuda", "tile_cuda", "tile_cuda", "dense"]
+    expected = ["lut_cuda", "lut_cuda", "tile", "tile", "dense"]
     assert [kernel(n) for n in (1, 4, 5, 64, 4096)] == expected
+    large = Shape(2, 256, 8, 22016, 4096)
+    assert choose.choose(ADA, large, 16, torch.float16, False).kernel == "tile_cuda"
     assert kernel(128) == "tile"
     assert kernel(1, deterministic=True) == "direct"
     assert kernel(8, deterministic=True) == "dense"

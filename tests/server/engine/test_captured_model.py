@@ -2,21 +2,28 @@
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pvrt
 from pvrt.modules.whole_model import pack_model
 from pvrt_kernels.cpu import library, rounding
-from pvrt_server.engine.captured_model import CapturedModel
+from pvrt_server.engine import loading
+from pvrt_server.engine.captured_model import CapturedModel, _fused, _plain_norms
+from pvrt_server.engine.engine import Engine
 from pvrt_server.engine.models import TransformersModel
+from pvrt_server.engine.sampling import SamplingParams
+from pvrt_server.engine.sequences import TokenEvent
 from tests.fixtures import tape
+from tests.fixtures.c_library import without_c_library
 from tests.fixtures.instruction_sets import relative
-from tests.fixtures.toy import write_toy
+from tests.fixtures.toy import toy_model, write_toy
 
 ROOM = 4096
 NEAR = 1e-5  # float32, sums in another order
@@ -145,6 +152,55 @@ def test_few_buffers_are_kept(tmp_path: Path) -> None:
         assert [rows for rows, _ in both.models[0]._graphs] == kept
 
 
+def test_an_engine_answers_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come and go, prompts that begin alike."""
+    write_toy(tmp_path, "llama")
+    texts = ["Hello", "Hello, how are you today, all of you?", "Hello, how are you today, then?"]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    made: list[CapturedModel] = []
+
+    def captured(model: Any) -> CapturedModel:
+        made.append(CapturedModel(model, tape.record, ROOM))
+        return made[0]
+
+    def answers() -> list[list[int]]:
+        with without_c_library(), Engine.load(tmp_path) as engine:
+            ids = [engine.codec.encode(text) for text in texts]
+
+            def answer(prompt: list[int]) -> list[int]:
+                events = engine.generate(prompt, params)
+                return [event.token_id for event in events if isinstance(event, TokenEvent)]
+
+            with ThreadPoolExecutor(3) as pool:
+                return [*pool.map(answer, ids), *map(answer, reversed(ids))]
+
+    expected = answers()
+    monkeypatch.setattr(loading, "TransformersModel", captured)
+    assert answers() == expected
+    assert (1, 256) in made[0]._graphs
+
+
+class OffsetNorm(LlamaRMSNorm):  # type: ignore[misc]
+    """Its weights are zero where they change nothing, as Gemma's."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + super().forward(x) / self.weight
+
+
+@pytest.mark.parametrize(("architecture", "plain"), [("qwen3", 9), ("llama", 5)])
+def test_plain_norms_are_found_and_given_back(architecture: str, plain: int) -> None:
+    model = toy_model(architecture)
+    model.model.norm = OffsetNorm(128)
+    hooked = model.model.layers[0].input_layernorm
+    hooked.forward = hooked.forward
+    found = _plain_norms(model)
+    assert len(found) == plain - 2
+    with _fused(found):
+        assert all("forward" in vars(norm) for norm in found)
+    assert not any("forward" in vars(norm) for norm in found)
+    assert "forward" in vars(hooked)
+
+
 def frozen(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A recorder that runs nothing again."""
     result = compute()
@@ -164,10 +220,6 @@ def fails(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
-def is_full(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
 @torch.inference_mode()
 def test_what_cannot_be_recorded_goes_through_transformers(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -184,23 +236,32 @@ def test_what_cannot_be_recorded_goes_through_transformers(
     )
 
 
+@pytest.mark.parametrize("enough", [True, False])
 @torch.inference_mode()
-def test_too_little_memory_ends_larger_graphs_only(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_too_little_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture, enough: bool) -> None:
+    """Other graphs make room; where that is not enough, larger steps alone are not recorded."""
     both = Both(loaded(tmp_path))
+    captured = both.models[0]
+
+    def record(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        rows = len(compute())
+        if rows > 2 and (captured._graphs or not enough):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tape.record(compute)
+
+    captured._record = record
     for name in "abc":
         both.read(name, [5, 6, 7])
-    both.step("ab")
-    both.models[0]._record = is_full
     with caplog.at_level(logging.WARNING, "pvrt_server"):
-        for names in ("abc", "abc", "ab", "a"):
+        for names in ("ab", "abc", "abc"):
             both.step(names)
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        "4 sequences of 256 tokens are decoded without a CUDA graph",
-        "1 sequences of 256 tokens are decoded without a CUDA graph",
-    ]
-    assert set(both.models[0]._graphs) == {(2, 256)}
+        assert set(captured._graphs) == ({(4, 256)} if enough else set())
+        for names in ("ab", "abc"):
+            both.step(names)
+    messages = [record.getMessage() for record in caplog.records]
+    refused = "4 x 256 tokens are decoded without a CUDA graph: CUDA out of memory"
+    assert messages == ([] if enough else [refused])
+    assert (2, 256) in captured._graphs
 
 
 @pytest.mark.parametrize(

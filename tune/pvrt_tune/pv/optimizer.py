@@ -339,7 +339,8 @@ def latent_bytes(model: ModelShape, settings: PVSettings) -> int:
 
 def state_bytes(model: ModelShape, trained: int) -> int:
     """What a step needs besides, and a resumed run, with `trained` continuous numbers."""
-    bounds = 2 * sum(block.groups for block in model.blocks)
+    # Of searches: a limit of every group, and the codebooks that they hold for.
+    bounds = sum(2 * block.groups + 4 * block.floats for block in model.blocks)
     # Continuous numbers have two moments of Adam.
     return bounds + sum(block.codes for block in model.blocks) + 3 * 4 * trained
 

@@ -218,6 +218,7 @@ tile_gemm(const u16 *__restrict__ x, const uint4 *__restrict__ blocks,
       load_codes(codes[i], from, split, rows, block < count ? left : 0);
       buffer ^= ROOM;
     }
+  await_copies();
   finish({scales, bias, y, partial, arrived, rows, tokens}, own.end, [&](auto visit) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
