@@ -23,7 +23,7 @@ import torch
 
 import pvrt
 from pvrt.tools.perplexity import perplexity, read_text, windows
-from pvrt_tune.data import text as calibration_text
+from pvrt_tune.data import sampled
 from pvrt_tune.data.source_model import load_source
 from pvrt_tune.data.text import Windows
 from pvrt_tune.fit import additive
@@ -96,10 +96,10 @@ def main() -> None:
     model = str(quickstart.smollm2())
     source = load_source(model)
     tokens = windows(validation, source.tokenizer, 2048, WINDOWS)
-    sampled = calibration_text.from_model(
+    written = sampled.from_model(
         source.dense(torch.float32), Windows(BASE.samples, BASE.length, BASE.seed)
     )
-    calibration_text.from_model = lambda *args: sampled
+    sampled.from_model = lambda *args: written
     if not rows:
         original = perplexity(source.dense(torch.float32), tokens).value
         rows = [{"variant": "original", "perplexity": original}]

@@ -42,8 +42,9 @@ def real_options(item: Item) -> list[object]:
 
 def sampling(item: Item) -> None:
     """Text that the model writes itself: seconds, and the same for the same seed."""
+    from pvrt_tune.data.sampled import from_model
     from pvrt_tune.data.source_model import load_source
-    from pvrt_tune.data.text import Windows, from_model
+    from pvrt_tune.data.text import Windows
 
     with item.check("sampling"):
         assert item.model is not None

@@ -73,6 +73,7 @@ def pv_step(item: Item) -> None:
     from pvrt_tune.plan.skeleton import model_shape
     from pvrt_tune.pv import trainer
     from pvrt_tune.pv.loss import Teacher
+    from pvrt_tune.pv.student import Student
     from pvrt_tune.settings import EFFORTS, TrainSettings
 
     width, inner, blocks, heads = item.some((4096, 11008, 4, 32), (64, 128, 2, 2))
@@ -114,9 +115,12 @@ def pv_step(item: Item) -> None:
 
     with torch.device("meta"):
         shape = model_shape(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), recipe)
+    host = replace(recipe, training=replace(loop, states="host"))
     variants = {
         "usual": recipe,
+        "states on the host": host,
         "low memory": replace(recipe, pv=replace(recipe.pv, low_memory=True)),
+        "low memory on the host": replace(host, pv=replace(recipe.pv, low_memory=True)),
     }
     compute = torch.float32 if item.dry else torch.bfloat16
     for name, own in variants.items():
@@ -124,6 +128,9 @@ def pv_step(item: Item) -> None:
             planned = trainer.peak_bytes(shape, own, compute.itemsize, item.device)
             planned += 2 * shape.parameters  # the teacher, in bfloat16
             teacher, data = make()
-            steps = trainer.Trainer(trainer.Student.of(student(), compute), teacher, data, own)
+            stream = own.training is not None and own.training.states == "host"
+            made = Student.of(student(), compute, stream=stream)
+            steps = trainer.Trainer(made, teacher, data, own)
+            del made
             steps.train_step()  # searches and compiles what later steps do not
             item.note(steps={name: measured(item, name, planned, steps.train_step)})

@@ -25,7 +25,8 @@ from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher
 from pvrt_tune.pv.stage import calibrated
-from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import Trainer
 
 MODEL = "smollm2-135m"
 

@@ -35,8 +35,9 @@ from pvrt.format.scheme import GridScheme, parse_scheme
 from pvrt.modules.whole_model import decode_once
 from pvrt.tools.perplexity import perplexity, read_text, windows
 from pvrt_tune.calibrate.stage import calibrate
+from pvrt_tune.data.sampled import from_model
 from pvrt_tune.data.source_model import Source, load_source
-from pvrt_tune.data.text import CalibrationData, Windows, documents, from_model, from_text
+from pvrt_tune.data.text import CalibrationData, Windows, documents, from_text
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.pv.optimizer import STRATEGIES
 from pvrt_tune.pv.stage import calibrated, pv_tune, tuned_tensors

@@ -14,6 +14,7 @@ from statistics import correlation, median
 from typing import Any
 
 import gpu_tables
+import tuning_tables
 import vllm_tables
 from markdown_table import Row, distinct, formatted, table, where
 
@@ -225,21 +226,6 @@ def _ranks(values: Iterable[float]) -> list[int]:
     return [sorted(found).index(value) for value in found]
 
 
-def plan(rows: list[Row]) -> str:
-    """One line per run, one column per phase: measured peak, and predicted over measured."""
-    phases = ("sampling", "block pass", "layer fit", "block fine-tune", "PV-Tuning", "write")
-
-    def cell(model: str, phase: str) -> str:
-        for row in where(rows, model=model, phase=phase):
-            return f"{row['ratio']:.2f} of {row['measured_bytes'] / 1e6:.0f} MB"
-        return ""
-
-    models = distinct(rows, "model")
-    return table(
-        ("predicted / measured", *phases), ([m, *(cell(m, p) for p in phases)] for m in models)
-    )
-
-
 def cpu_decode(rows: list[Row]) -> str:
     """One line per model, engine, format and number of threads."""
     return formatted(
@@ -344,7 +330,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "allocation": allocation,
     "allocation:sensitivity": sensitivity,
     "pareto": pareto,
-    "plan": plan,
+    "plan": tuning_tables.plan,
+    "fits": tuning_tables.fits,
     "pv_strategies": pv_strategies,
     "pv_step": pv_step,
     "kernels_aot": kernels_aot,

@@ -30,6 +30,7 @@ ARROWS = {
         shapes <- data <- model_blocks
         settings <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
+        settings, model_blocks <- original <- pv
         run, fit <- calibrate
         run <- write_checkpoint
         data <- model_card <- pipeline

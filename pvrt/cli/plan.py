@@ -49,6 +49,9 @@ def plan(
     device_memory: Annotated[
         float | None, typer.Option(min=0, help="GB of GPU memory (default: what is free here).")
     ] = None,
+    card: Annotated[
+        str | None, typer.Option(help='Plan for a card by name, like "RTX 4090", not here or here.')
+    ] = None,
     activations: ActivationsOption = Activations.auto,
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +68,9 @@ def plan(
     changes = Changes(scheme, samples, length, pv=pv, embeddings=embeddings, bits=bits)
     recipe, seconds = build(effort.value, config, changes, limit, notice)
     job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds)
-    report, problems = plan_here(job, host_memory=host_memory, device_memory=device_memory)
+    report, problems = plan_here(
+        job, host_memory=host_memory, device_memory=device_memory, card=card
+    )
     if as_json:
         print(json.dumps({**report, "problems": problems}))
     else:

@@ -25,7 +25,8 @@ from pvrt_tune.plan import speed
 from pvrt_tune.plan.on_machine import plan_here
 from pvrt_tune.pv.loss import Teacher
 from pvrt_tune.pv.optimizer import STRATEGIES
-from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from tests.fixtures import simulated_device
 from tests.fixtures.c_library import without_c_library
@@ -124,12 +125,20 @@ def calibrated(dense: Path) -> Path:
 
 
 def trainer(dense: Path, calibrated: Path, pv: PVSettings, device: str) -> Trainer:
+    """One that has a past: LAMB's first step is as long in every group, so that rounding alone
+    would decide which of them move.
+    """
     tokens = torch.randint(0, 256, (12, 16), generator=torch.Generator().manual_seed(3))
     teacher = pvrt.load(dense, dtype="float32").to(device)
     data = CalibrationData(tokens, "random")
     states = Teacher(teacher, data, 4, lambda number: None, lambda number, kept: None)
     student = pvrt.load(calibrated, dtype="float32").to(device)
-    return Trainer(Student.of(student, torch.float32), states, data, replace(RECIPE, pv=pv))
+    made = Trainer(Student.of(student, torch.float32), states, data, replace(RECIPE, pv=pv))
+    past = torch.Generator().manual_seed(5)
+    for layer in made.optimizer.layers.values():
+        for moment in layer.latent.moments.values() if layer.latent else ():
+            moment.copy_(torch.rand(moment.shape, generator=past) * 1e-4)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -139,7 +148,7 @@ def trainer(dense: Path, calibrated: Path, pv: PVSettings, device: str) -> Train
 def test_every_strategy_takes_the_steps_that_it_takes_on_the_cpu(
     strategy: StrategyName, low_memory: bool, dense: Path, calibrated: Path, device: str
 ) -> None:
-    rate = {"stochastic": 0.005, "subspace": 0.3}.get(strategy, 0.1)
+    rate = 0.005 if strategy == "stochastic" else 0.2
     pv = replace(RECIPE.pv, strategy=strategy, low_memory=low_memory, code_learning_rate=rate)
     with without_c_library():
         ours = trainer(dense, calibrated, pv, "cpu")
@@ -178,7 +187,7 @@ def test_a_step_waits_once_for_every_layer(
 ) -> None:
     ours = trainer(dense, calibrated, replace(RECIPE.pv, low_memory=low_memory), device)
     optimizer = ours.optimizer
-    for weight in optimizer.weights.values():
+    for weight in ours.student.weights().values():
         weight.grad = torch.ones_like(weight)
     with _Waits() as waits:  # type: ignore[no-untyped-call]
         optimizer.step(1.0, torch.Generator().manual_seed(0))
@@ -189,21 +198,32 @@ def test_a_step_waits_once_for_every_layer(
 # ---- the whole run ----
 
 
+#: Its search is exact, or its own near ties would tell the results apart; and PV-Tuning improves
+#: on them.
+WHOLE = replace(
+    RECIPE,
+    scheme="1x8g8",
+    pv=replace(RECIPE.pv, learning_rate=2e-3, code_learning_rate=0.2),
+)
+
+
 @pytest.fixture(scope="module")
 def whole(dense: Path) -> tuple[Path, list[str]]:
     """A whole run on the device, and its progress lines."""
     out = dense.parent / "whole"
     with simulated_device.simulated_device() as name, pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "_GPU_SIZES", (64, 64, 64))
-        return out, run(dense, out, RECIPE, name)
+        return out, run(dense, out, WHOLE, name)
 
 
 def test_a_whole_run_ends_where_the_cpus_does(
     dense: Path, whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
-    run(dense, tmp_path / "cpu", RECIPE, "cpu")
+    run(dense, tmp_path / "cpu", WHOLE, "cpu")
     ours, theirs = manifest(tmp_path / "cpu"), manifest(whole[0])
     assert theirs["data"] == ours["data"]  # the text that the model wrote
+    curve = theirs["pv"]["curves"]
+    assert theirs["pv"]["step"] > 0 and curve[-1]["changed"] > 0
     assert theirs["pv"]["held_out_kl"] == pytest.approx(ours["pv"]["held_out_kl"], rel=0.05)
 
 
@@ -245,7 +265,7 @@ def test_a_run_that_is_stopped_in_both_stages_ends_with_the_same_bytes(
 
         return report
 
-    job = TuneJob(str(dense), tmp_path / "out", RECIPE, device=device)
+    job = TuneJob(str(dense), tmp_path / "out", WHOLE, device=device)
     for line in ("block 1/2", "PV step 4/"):
         with pytest.raises(Stop):
             tune(job, until(line))

@@ -25,6 +25,7 @@ from pvrt.errors import CheckpointError, DataError, RunError, SourceError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.modules.whole_model import quantized_layers
 from pvrt_tune.calibrate import stage
+from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.text import Windows
 from pvrt_tune.pipeline import tune
@@ -592,14 +593,10 @@ def test_missing_text_is_named(tmp_path: Path) -> None:
 
 def test_text_sampled_from_the_model_is_repeatable_and_follows_it() -> None:
     model = toy_model("llama")
-    first = calibration_text.from_model(model, Windows(8, 24, seed=0))
+    first = sampled.from_model(model, Windows(8, 24, seed=0))
     assert first.tokens.shape == (8, 24)
-    assert torch.equal(
-        first.tokens, calibration_text.from_model(model, Windows(8, 24, seed=0)).tokens
-    )
-    assert not torch.equal(
-        first.tokens, calibration_text.from_model(model, Windows(8, 24, seed=1)).tokens
-    )
+    assert torch.equal(first.tokens, sampled.from_model(model, Windows(8, 24, seed=0)).tokens)
+    assert not torch.equal(first.tokens, sampled.from_model(model, Windows(8, 24, seed=1)).tokens)
     uniform = torch.randint(0, model.config.vocab_size, (8, 24))
     with torch.inference_mode():
         losses = [float(model(ids, labels=ids).loss) for ids in (first.tokens, uniform)]

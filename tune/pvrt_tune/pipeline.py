@@ -15,12 +15,14 @@ from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt_tune import parallel
 from pvrt_tune.allocate.stage import allocate, stored_schemes
 from pvrt_tune.calibrate.stage import calibrate
+from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.model_card import discard
+from pvrt_tune.original import original
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.plan.report import misfits, summary
 from pvrt_tune.progress import Clock, Report
@@ -47,9 +49,10 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     with parallel.joined(job.device, report) as group:
         job = replace(job, device=group.device)
         run = group.first(lambda: _calibrated(job, report))
-        # Read once: what another rank reads at the same name may be another text.
-        data = parallel.agreed(None if run is None else run.data)
-        run = run or _follow(job, data)
+        # Read and chosen once: what another rank reads at the same name may be another text.
+        known = parallel.agreed(None if run is None else (run.data, run.settings))
+        if run is None:
+            run = _follow(group.device, known)
         if run.store.finished:
             report(f"{job.out} is already complete; --restart tunes it again")
         else:
@@ -90,14 +93,17 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     return run
 
 
-def _follow(job: TuneJob, data: CalibrationData | None) -> Run:
-    """The run that the first process has prepared with `data`, for the others.
+def _follow(device: str, known: tuple[CalibrationData, TuneJob] | None) -> Run:
+    """The run that the first process has prepared, for the others, from its text and its job.
 
     Raises RunError when the output folder is not the first process's.
     """
+    if known is None:
+        raise unseen()
+    data, job = known[0], replace(known[1], device=device)
     source = load_source(job.model)
     store = Store(job.out / RUN_FOLDER, writes=False)
-    if data is None or not store.events:
+    if not store.events:
         raise unseen()
     schemes = stored_schemes(store) or {}
     return Run(job, source, find_blocks(source.model), data, store, _silent, schemes)
@@ -116,8 +122,10 @@ def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
     if complete:
         group.first(lambda: run.store.finish({"blocks": len(run.blocks.blocks)}))
     else:
+        training = run.recipe.training
+        again = "goes on" if training and training.snapshots else "begins PV-Tuning anew"
         out = run.settings.out
-        run.report(f"the time is over: {out} holds the best so far, the same command goes on")
+        run.report(f"the time is over: {out} holds the best so far, the same command {again}")
 
 
 def _write(run: Run) -> None:
@@ -147,17 +155,20 @@ def _windows(recipe: Recipe) -> Windows:
 
 
 def _planned(job: TuneJob, report: Report) -> TuneJob:
-    """Say what the run will need, before any weight is read, and settle where activations go.
+    """Say what the run will need, before any weight is read, and settle what is left open.
 
     Raises RunError when it does not fit here.
     """
     machine = Machine.here(job.device, job.out)
     plan = plan_job(job, machine)
     report(summary(plan))
+    if plan.chosen is not None:
+        report(plan.chosen)
     problems = misfits(plan, machine)
     if problems and not job.force:
         raise RunError("\n".join((*problems, "--force tries nevertheless")))
-    return replace(job, activations=plan.activations)
+    recipe = job.recipe.with_choices(plan.request.recipe.choices)
+    return replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream)
 
 
 def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> CalibrationData:
@@ -176,8 +187,8 @@ def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> Cali
     report(f"no --data given: sampling {recipe.windows} x {recipe.length} tokens from the model")
     # Most CPUs only emulate 16-bit products.
     dtype = torch.float32 if job.device == "cpu" else None
-    model = source.dense(dtype, job.device)
-    data = calibration_text.from_model(model, _windows(recipe), progress)
+    model = original(source, dtype, job)
+    data = sampled.from_model(model, _windows(recipe), progress)
     del model
     release_memory()
     store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})

@@ -140,9 +140,10 @@ class Store:
         saved = {e["name"] for e in self.events if e["event"] == "piece"}
         return sorted(n for n in saved if n.startswith(prefix) and self.file(n).is_file())
 
-    def keep_last(self, prefix: str) -> None:
-        """Drop all pieces of a prefix but the last by name, which replaces them."""
-        for name in self.names(prefix)[:-1] if self.writes else ():
+    def keep_last(self, prefix: str, count: int = 1) -> None:
+        """Drop all pieces of a prefix but the last ones by name, which replace them."""
+        names = self.names(prefix)
+        for name in names[: max(0, len(names) - count)] if self.writes else ():
             for part in range(self.parts(name)):
                 self.file(name, part).unlink(missing_ok=True)
 
@@ -200,6 +201,16 @@ def has_piece(out: Path, name: str) -> bool:
     return (out / RUN_FOLDER / "pieces" / f"{name}.safetensors").is_file()
 
 
+def choices_of(out: Path) -> dict[str, Any]:
+    """What the run in an output folder has chosen, by name; nothing where there is none.
+
+    Raises RunError for a damaged run.
+    """
+    file = out / RUN_FOLDER / FINGERPRINT_FILE
+    recipe = _read_fingerprint(file).get("recipe", {}) if file.is_file() else {}
+    return {**(recipe.get("training") or {}), **recipe.get("pv", {})}
+
+
 def check_output(out: Path, *, resume: bool) -> None:
     """Raise RunError where a run's folder cannot be: asked before anything of the model is read.
 
@@ -244,7 +255,6 @@ def open_store(
         first = stored.pop("versions", None)
         recipe = stored.get("recipe")
         if isinstance(recipe, dict):
-            recipe = renewed(recipe) if is_old(recipe) else recipe
             stored["recipe"] = {"embeddings": "keep", **recipe}  # what runs of version 0.1 did
         different = _differences(stored, json.loads(json.dumps(fingerprint)))
         if different:
@@ -299,6 +309,12 @@ def _read_fingerprint(file: Path) -> dict[str, Any]:
         raise RunError(f"{file} is damaged ({error}); start again with --restart") from error
     if not isinstance(stored, dict):
         raise RunError(f"{file} is damaged; start again with --restart")
+    recipe = stored.get("recipe")
+    if isinstance(recipe, dict):
+        recipe = renewed(recipe) if is_old(recipe) else recipe
+        if recipe.get("training"):  # what runs did before there was a choice
+            recipe["training"] = {"states": "device", "snapshots": True, **recipe["training"]}
+        stored["recipe"] = recipe
     return stored
 
 

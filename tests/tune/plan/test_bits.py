@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pvrt.cli import app
-from tests.tune.plan.test_memory_plan import LLAMA_8B, config_only
+from tests.fixtures.shapes import LLAMA_8B, config_only
 
 
 def planned(path: Path, *options: str) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from pvrt.format.scheme import Scheme, parse_scheme
 from pvrt_tune import write_checkpoint
 from pvrt_tune.calibrate import block_tuning, ends, stage
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
-from pvrt_tune.data import text
+from pvrt_tune.data import sampled
 from pvrt_tune.data.activations import Activations, in_memory, store_bytes
 from pvrt_tune.data.source_model import load_skeleton, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
@@ -206,10 +206,10 @@ def test_sampling(place: str, windows: int, length: int, changes: dict[str, Any]
     measured = peak(
         place,
         lambda device: llama(**changes).to(device),
-        lambda made: text.from_model(made, wanted),
+        lambda made: sampled.from_model(made, wanted),
     )
     parameters = model_shape(model, Recipe()).parameters
-    check(text.peak_bytes(model.config, wanted, parameters, 4), measured)
+    check(sampled.peak_bytes(model.config, wanted, parameters, 4), measured)
 
 
 # ---- the checkpoint ----

@@ -15,7 +15,8 @@ from pvrt_tune.model_blocks import find_blocks, linears
 from pvrt_tune.plan.skeleton import model_shape
 from pvrt_tune.pv import loss, trainer
 from pvrt_tune.pv.loss import Teacher
-from pvrt_tune.pv.trainer import Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import (
     PVSettings,
     Recipe,
@@ -75,7 +76,7 @@ def test_the_original_model_at_work(length: int) -> None:
         lambda device: teacher(llama().to(device), 16, length),
         lambda made: made.prepare([0]),
     )
-    check(loss.teacher_bytes(shape, length, 4) + states, measured)
+    check(loss.teacher_bytes(shape, length, 4, shape.parameters) + states, measured)
 
 
 TRAINING = TrainSettings(windows=8, steps=2, batch=4, microbatch=2, held_out=2, compute="float32")
@@ -102,6 +103,11 @@ RECIPES = {
     "grid": replace(BASE, scheme="w2g64"),
     "large codebooks": replace(BASE, scheme="1x12g8"),
     "tables in codes": replace(BASE, embeddings="auto"),
+    "streamed": trained(states="host"),
+    "streamed, low memory": replace(trained(states="host"), pv=PVSettings(low_memory=True)),
+    "streamed, recomputed, tables in codes": replace(
+        trained(states="host", recompute_activations=True), embeddings="auto"
+    ),
     "dense numbers beside tables in codes": replace(
         trained(freeze_embeddings=False), embeddings="auto"
     ),
@@ -117,11 +123,14 @@ def test_training(place: str, name: str) -> None:
     windows, length = recipe.windows, recipe.length
     if place == DEVICE and length > 16:
         pytest.skip("the simulated device has no fused attention")
+    if place == CPU and recipe.training.states == "host":
+        pytest.skip("states are where the device is")
 
     def make(device: str) -> Trainer:
         at_work = teacher(llama(**changes).to(device), windows, length)
         at_work.finish(lambda done, total: None)
-        made = Student.of(student(recipe, device, changes), torch.float32)
+        stream = recipe.training is not None and recipe.training.states == "host"
+        made = Student.of(student(recipe, device, changes), torch.float32, stream=stream)
         return Trainer(made, at_work, at_work.data, recipe)
 
     def work(made: Trainer) -> None:

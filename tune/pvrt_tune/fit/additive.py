@@ -76,19 +76,13 @@ class AdditiveFit:
         # A row of zeros still needs a scale to divide by.
         self.scales = self.weight.square().mean(1, keepdim=True).sqrt().clamp_min(1e-8)
         self.codebooks = self.weight.new_zeros(scheme.num_codebooks, self.size, self.g)
-        self.codes = torch.zeros(
-            out, self.groups, scheme.num_codebooks, dtype=torch.int64, device=weight.device
-        )
+        self.codes = weight.new_zeros(out, self.groups, scheme.num_codebooks, dtype=torch.int64)
 
     # ---- quantities ----
 
     def unscaled(self, codebooks: Tensor | None = None) -> Tensor:
         """Sum of the chosen codewords, [out, in]."""
-        codebooks = self.codebooks if codebooks is None else codebooks
-        total = F.embedding(self.codes[..., 0], codebooks[0])
-        for m in range(1, len(codebooks)):
-            total = total + F.embedding(self.codes[..., m], codebooks[m])
-        return total.reshape(self.weight.shape)
+        return self._value(self.codes, codebooks).reshape(self.weight.shape)
 
     def residual(self) -> Tensor:
         """W minus its quantised version, [out, in]."""
@@ -210,11 +204,12 @@ class AdditiveFit:
             product[:, :start] -= outside[:, :start]
             product[:, stop:] -= outside[:, stop:]
 
-    def _value(self, codes: Tensor) -> Tensor:
+    def _value(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
         """Unscaled decoded value [..., g] of codes [..., M]."""
-        total = self.codebooks[0][codes[..., 0]]
-        for m in range(1, len(self.codebooks)):
-            total += self.codebooks[m][codes[..., m]]
+        codebooks = self.codebooks if codebooks is None else codebooks
+        total = F.embedding(codes[..., 0], codebooks[0])
+        for m in range(1, len(codebooks)):
+            total += F.embedding(codes[..., m], codebooks[m])
         return total
 
     def _index(self) -> list[Cells]:

@@ -29,21 +29,20 @@ class Objective:
         if all later inputs make the best of it, by taking e / U_ii * U[i, later] off their targets
         (GPTQ, arXiv 2210.17323). damping: share of mean(diag H) added to the diagonal.
         """
-        damped = self.moment.clone() if order is None else self.moment[order][:, order]
-        damped.diagonal().add_(damping * damped.diagonal().mean() + 1e-12)
-        factor = torch.linalg.cholesky(damped)
-        del damped  # five more of its size would be too many
-        inverse = torch.cholesky_inverse(factor)
-        del factor
-        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        # Each takes the place of the one before: those of wide layers are gigabytes.
+        factor = self.moment.clone() if order is None else self.moment[order][:, order]
+        factor.diagonal().add_(damping * factor.diagonal().mean() + 1e-12)
+        factor = torch.linalg.cholesky(factor)
+        factor = torch.cholesky_inverse(factor)
+        upper: Tensor = torch.linalg.cholesky(factor, upper=True)
         return upper
 
 
 def feedback_bytes(in_features: int, device: str) -> int:
     """Peak of `Objective.feedback` on "cpu" or a GPU: matrices of H's size."""
-    # A factor, the inverse, and on GPUs a copy of the factor. cuSOLVER's workspace was nearly a
+    # A factor and the inverse; on GPUs a copy of the factor, and cuSOLVER's workspace was nearly a
     # fourth one for 11,008 inputs on an H100, where torch's counts left 0.9 of one unexplained.
-    return (3 if device == "cpu" else 4) * 4 * in_features**2
+    return (2 if device == "cpu" else 4) * 4 * in_features**2
 
 
 def column_blocks(in_features: int, unit: int, wanted: int) -> Iterator[tuple[int, int]]:

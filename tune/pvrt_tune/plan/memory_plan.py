@@ -7,18 +7,19 @@ runs. What is counted is memory that the run itself must have: pages of mapped m
 top where there is room, and go when there is none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, Literal
 
 from pvrt.kv_cache import CacheShape, cache_shape
 from pvrt_tune import write_checkpoint
 from pvrt_tune.calibrate import block_tuning, ends, stage
-from pvrt_tune.data import text
+from pvrt_tune.data import sampled
 from pvrt_tune.data.activations import store_bytes
 from pvrt_tune.data.text import Windows
 from pvrt_tune.fit import layer
-from pvrt_tune.machine import Machine, compute_dtype
+from pvrt_tune.machine import compute_dtype
 from pvrt_tune.model_blocks import batch_size, observe_bytes
 from pvrt_tune.plan.skeleton import Result, model_shape, result_of
 from pvrt_tune.plan.speed import Speed
@@ -35,6 +36,8 @@ CUDA_HOST_BYTES = 1_000_000_000
 CUDA_DEVICE_BYTES = 700_000_000
 #: Bytes per second that a disk takes, synced and hashed.
 DISK_SPEED = 3e8
+#: Bytes per second that are read from a disk which is fit for such a model.
+READ_SPEED = 2e9
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Phases of a run in order, the result, and what serving it takes."""
+    """Phases of a run in order, the result, and what serving it takes.
+
+    request: with nothing left open. stream: as for `TuneJob`. chosen: a sentence on what was left
+    open, if not all of it is as usual.
+    """
 
     request: "Request"
     activations: Literal["memory", "disk"]
+    stream: bool
+    chosen: str | None
+    hindrances: tuple[str, ...]
     parameters: int
     blocks: int
     phases: tuple[Phase, ...]
@@ -85,7 +95,8 @@ class Request:
     """What to plan: a run of `recipe` on a device ("cpu", "cuda" or "cuda:N").
 
     sampled: the model writes its own calibration text. gguf: the model is dequantised from a GGUF
-    file. activations: as for `TuneJob`.
+    file. activations, stream: as for `TuneJob`. resumed: choices of the recipe are those of the run
+    that goes on.
     """
 
     model: str
@@ -94,26 +105,19 @@ class Request:
     sampled: bool = True
     gguf: bool = False
     activations: Literal["auto", "memory", "disk"] = "auto"
+    stream: bool = False
+    resumed: bool = False
 
 
-def plan_run(model: Any, request: Request, speed: Speed, machine: Machine) -> Plan:
-    """Plan a run over a skeleton; "auto" keeps activations in memory if the machine has it.
+class Planner:
+    """Phases of a request whose scheme is known, as its choices would have them.
 
-    Raises SourceError when the model has no blocks.
+    host: bytes of host memory, which may keep the model's files.
     """
-    kept: Literal["memory", "disk"] = "disk" if request.activations == "disk" else "memory"
-    plan = _Planner(model, request, speed, kept).plan()
-    if request.activations == "auto" and plan.peak("host_bytes").host_bytes > machine.host:
-        return _Planner(model, request, speed, "disk").plan()
-    return plan
 
-
-class _Planner:
-    def __init__(
-        self, model: Any, request: Request, speed: Speed, activations: Literal["memory", "disk"]
-    ) -> None:
+    def __init__(self, model: Any, request: Request, speed: Speed, host: int) -> None:
         self.config, self.request, self.speed = model.config, request, speed
-        self.recipe, self.activations = request.recipe, activations
+        self.recipe, self.free = request.recipe, host
         self.cuda = request.device != "cpu"
         self.shape = shape = model_shape(model, self.recipe)
         self.result = result_of(model, self.recipe, shape)
@@ -122,18 +126,29 @@ class _Planner:
         self.host += TOKENIZER_BYTES * shape.vocabulary
         self.host += shape.itemsize * shape.parameters + GGUF_BYTES if request.gguf else 0
 
-    def plan(self) -> Plan:
-        first = [self.sampling()] if self.request.sampled else []
+    def plan(self, phases: Sequence[Phase], **choices: Any) -> Plan:
+        """A plan of these phases; choices: the fields of `Plan` that are chosen."""
         return Plan(
-            self.request,
-            self.activations,
-            self.shape.parameters,
-            len(self.shape.blocks),
-            (*first, *self.block_phases(), *self.pv(), self.write()),
-            self.result,
-            cache_shape(self.config),
-            self.speed.basis,
+            parameters=self.shape.parameters,
+            blocks=len(self.shape.blocks),
+            phases=tuple(phases),
+            result=self.result,
+            cache=cache_shape(self.config),
+            basis=self.speed.basis,
+            **choices,
         )
+
+    def original(self, stream: bool) -> int:
+        """Numbers of the original model that are in memory when all of it computes."""
+        blocks = [block.parameters for block in self.shape.blocks]
+        return self.shape.parameters - (sum(blocks) - max(blocks)) * stream
+
+    def streaming_seconds(self, item: int, passes: int) -> float:
+        """Time in which all blocks come from the host so many times."""
+        blocks = self.shape.parameters - self.shape.outside
+        size, bus = item * blocks, self.speed.bus
+        kept = self.request.gguf or self.free - self.host > size
+        return size * passes / (bus if kept else min(bus, READ_SPEED))
 
     def phase(
         self, name: str, device: int, seconds: float, *, host: int = 0, disk: int = 0
@@ -143,24 +158,26 @@ class _Planner:
             return Phase(name, device + CUDA_DEVICE_BYTES, self.host + host, disk, seconds)
         return Phase(name, 0, self.host + host + device, disk, seconds)
 
-    def sampling(self) -> Phase:
+    def sampling(self, *, stream: bool) -> Phase:
         """The whole model writes text, some windows at once."""
         windows = Windows(self.recipe.windows, self.recipe.length, self.recipe.seed)
         # Most CPUs only emulate 16-bit products.
         item = self.shape.itemsize if self.cuda else 4
-        peak = text.peak_bytes(self.config, windows, self.shape.parameters, item)
-        rows = text.rows_at_once(self.config, windows.count, windows.length)
-        seconds = self.speed.sampling_seconds(self.shape.parameters, item, self.recipe, rows)
+        peak = sampled.peak_bytes(self.config, windows, self.original(stream), item)
+        rows = sampled.rows_at_once(self.config, windows.count, windows.length)
+        seconds = self.speed.sampling_seconds(self.shape, self.recipe, item, rows)
+        passes = windows.length * ceil(windows.count / rows)
+        seconds += self.streaming_seconds(item, passes) * stream
         return self.phase("sampling", peak, seconds)
 
-    def block_phases(self) -> Iterator[Phase]:
+    def block_phases(self, activations: Literal["memory", "disk"]) -> Iterator[Phase]:
         """One pass over the blocks, as its three parts; each is the peak over all blocks."""
         recipe, model = self.recipe, self.shape
         blocks, scheme, device = model.blocks, recipe.parsed_scheme, self.request.device
         batch = batch_size(recipe.samples) * recipe.length
         # What enters the block at hand, and what its dense original makes of it.
         streams = 2 * store_bytes((recipe.samples, recipe.length, model.width))
-        kept = streams if self.activations == "memory" else 0
+        kept = streams if activations == "memory" else 0
         place = {"host": kept, "disk": model.stored + streams - kept}
         passes = max(observe_bytes(block, batch, model.width) for block in blocks)
         # On a CPU embeddings are read where the file is mapped.
@@ -186,26 +203,48 @@ class _Planner:
             seconds = sum(self.speed.table_seconds(table, recipe) for table in model.ends)
             yield self.phase("embedding fit", peak, seconds, **place)
 
-    def pv(self) -> Iterator[Phase]:
-        """PV-Tuning: the whole student, and the original model unless it goes first."""
-        recipe, model = self.recipe, self.shape
-        training = recipe.training
-        if training is None:
-            return
-        item = compute_dtype(training.compute, self.request.device).itemsize
+    def pv(self, recipe: Recipe, *, stream: bool) -> Phase:
+        """PV-Tuning by a settled recipe: the whole student, and the original model unless it goes
+        first.
+        """
+        model, training = self.shape, recipe.training
+        assert training is not None
+        item = self.compute_bytes
         student = trainer.peak_bytes(model, recipe, item, self.request.device)
         own = model.itemsize if self.cuda else item
-        teacher = loss.teacher_bytes(model, recipe.length, own)
+        original = self.original(stream)
+        teacher = loss.teacher_bytes(model, recipe.length, own, original)
         # At work the student needs more than the teacher, which waits for it or is gone.
-        together = student + own * model.parameters
-        peak = max(student, teacher) if training.teacher_first else max(together, teacher)
+        waiting = own * (loss.head_weights(model) if training.teacher_first else original)
         at_hand, states = loss.states_bytes(model, recipe)
-        trained = model.trained(embeddings=not training.freeze_embeddings)
-        saved = optimizer.state_bytes(model, recipe.pv, trained) + model.stored
-        # The newest state and best student are complete before older ones go.
-        disk = 2 * saved + states + model.stored
-        seconds = self.speed.pv_seconds(model, recipe)
-        yield self.phase("PV-Tuning", peak, seconds, host=at_hand, disk=disk)
+        seconds = self.speed.pv_seconds(model, recipe, item)
+        seconds += self.streaming_seconds(own, loss.passes(recipe)) * stream
+        # Best student and snapshot are complete before older ones go, and OUT can be served.
+        disk = 3 * model.stored + states + self.result.file_bytes
+        if training.snapshots:
+            disk += 2 * self.snapshot_bytes(recipe)
+            looks = training.steps // training.evaluate_every
+            one = self.snapshot_bytes(recipe) / DISK_SPEED
+            seconds += min(looks * one, one + seconds / trainer.SNAPSHOT_SPACING)
+        host = at_hand
+        if training.states == "host":
+            host += optimizer.streamed_bytes(model, recipe.pv, item)
+        peak = max(student + waiting, teacher)
+        return self.phase("PV-Tuning", peak, seconds, host=host, disk=disk)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number that the student computes with."""
+        training = self.recipe.training
+        assert training is not None
+        return compute_dtype(training.compute, self.request.device).itemsize
+
+    def snapshot_bytes(self, recipe: Recipe) -> int:
+        """All that a step of PV-Tuning needs, on disk."""
+        assert recipe.training is not None
+        trained = self.shape.trained(embeddings=not recipe.training.freeze_embeddings)
+        latents = optimizer.latent_bytes(self.shape, recipe.pv)
+        return optimizer.state_bytes(self.shape, trained) + latents
 
     def write(self) -> Phase:
         """The checkpoint beside the pieces it is made of."""

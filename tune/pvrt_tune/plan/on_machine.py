@@ -4,65 +4,83 @@ from dataclasses import replace
 from typing import Any
 
 from pvrt.device import default_device, is_here
+from pvrt.errors import RunError
 from pvrt_tune.allocate.needs import needs, stand_in
 from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import check_divisible, find_blocks
 from pvrt_tune.plan import speed
-from pvrt_tune.plan.memory_plan import Plan, Request, plan_run
+from pvrt_tune.plan.cards import A100, assumed, named
+from pvrt_tune.plan.choose import plan_run
+from pvrt_tune.plan.memory_plan import Plan, Request
 from pvrt_tune.plan.report import describe, misfits
 from pvrt_tune.settings import TuneJob
-from pvrt_tune.store import has_piece
+from pvrt_tune.store import choices_of, has_piece
 
 
-def plan_job(job: TuneJob, machine: Machine) -> Plan:
-    """The plan of one call of `tune` on this machine.
+def plan_job(job: TuneJob, machine: Machine, rates: speed.Speed | None = None) -> Plan:
+    """The plan of one call of `tune` on this machine, or with the rates of another.
 
     The model writes its text unless the job names some, or the run in `job.out` has kept what it
-    wrote.
+    wrote. What the recipe leaves open stays as that run has chosen it.
 
     Raises SourceError for a model that cannot be read or a scheme that does not divide its layers.
     """
+    chosen = {} if job.restart else choices_of(job.out)
     request = Request(
         job.model,
-        job.recipe,
+        job.recipe.with_choices(chosen),
         job.device,
         job.data is None and (job.restart or not has_piece(job.out, "calibration")),
         gguf=locate(job.model, weights=False).is_file(),
         activations=job.activations,
+        stream=job.stream,
+        resumed=bool(chosen),
     )
-    plan = _plan(request, machine)
+    plan = _plan(request, machine, rates or speed.measure(job.device))
     return plan if job.seconds is None else plan.within(job.seconds)
 
 
 def plan_here(
-    job: TuneJob, *, host_memory: float | None = None, device_memory: float | None = None
+    job: TuneJob,
+    *,
+    host_memory: float | None = None,
+    device_memory: float | None = None,
+    card: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """(description, why it does not fit) of a run; memory in GB, default what is free here.
 
-    The device of the job may be "auto": what `tune` would take here, or a GPU if its memory is
-    given.
+    The device of the job may be "auto": what `tune` would take here, or a GPU if its memory or name
+    is given. card: one by name, which need not be here. A GPU that nobody names is assumed to be a
+    slow one of its memory. Raises RunError for a card of unknown name, and for one beside a CPU.
     """
+    if job.device == "cpu" and card is not None:
+        raise RunError("--card is for GPUs; leave --device cpu out")
+    elsewhere = device_memory is not None or card is not None
     if job.device == "auto":
-        job = replace(job, device="cuda" if device_memory is not None else default_device())
-    machine = Machine.here(job.device if is_here(job.device) else "cpu", job.out)
+        job = replace(job, device="cuda" if elsewhere else default_device())
+    here = is_here(job.device) and card is None
+    machine = Machine.here(job.device if here else "cpu", job.out)
+    rates = None
+    if job.device != "cpu" and not here:
+        known = named(card) if card is not None else assumed(device_memory or A100.memory)
+        rates = known.speed("" if card is not None else " (assumed; --card names another)")
+        machine = replace(machine, device=int((device_memory or known.memory) * 1e9))
+    elif job.device != "cpu" and device_memory is not None:
+        machine = replace(machine, device=int(device_memory * 1e9))
     if host_memory is not None:
         machine = replace(machine, host=int(host_memory * 1e9))
-    if device_memory is not None and job.device != "cpu":
-        machine = replace(machine, device=int(device_memory * 1e9))
-    plan = plan_job(job, machine)
+    plan = plan_job(job, machine, rates)
     memory = machine.host if machine.device is None else machine.device
     return describe(plan, memory), misfits(plan, machine)
 
 
-def _plan(request: Request, machine: Machine) -> Plan:
+def _plan(request: Request, machine: Machine, rates: speed.Speed) -> Plan:
     model, bits = load_skeleton(request.model), request.recipe.bits
     if bits is not None:
         recipe = replace(request.recipe, scheme=stand_in(bits))
         request = replace(request, recipe=recipe)
     check_divisible(find_blocks(model), request.recipe.parsed_scheme)
-    here = is_here(request.device)
-    rates = speed.measure(request.device) if here else speed.GPU_OF_A100_CLASS
     plan = plan_run(model, request, rates, machine)
     return plan if bits is None else _shared_out(plan, model, rates)
 

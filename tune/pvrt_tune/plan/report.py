@@ -34,11 +34,12 @@ def _advice(plan: Plan, phase: Phase, what: str) -> str:
         return "free some, or give --out on another disk"
     if phase.name == "sampling":
         return "give calibration text with --data, so that the model need not write it"
+    if phase.name == "PV-Tuning" and plan.hindrances:
+        if plan.request.resumed:
+            return "this run has begun with other memory; --restart finds what fits"
+        return f"leave {', '.join(plan.hindrances)} to the plan, which finds what fits"
     if phase.name == "PV-Tuning":
-        return (
-            "leave it out with --no-pv, or save memory with low_memory, teacher_first and "
-            "recompute_activations in a --config file (docs/tuning.md)"
-        )
+        return f"leave it out with --no-pv, or use a machine with more {what}"
     if plan.activations == "memory" and what == "host memory" and phase.name != "write":
         return "keep hidden states on disk with --activations disk, or lower --samples"
     if phase.name in ("block pass", "block fine-tune"):
@@ -70,6 +71,9 @@ def describe(plan: Plan, memory: int) -> dict[str, Any]:
         "parameters": plan.parameters,
         "blocks": plan.blocks,
         "activations": plan.activations,
+        "stream": plan.stream,
+        "choices": plan.request.recipe.choices,
+        "chosen": plan.chosen,
         "phases": [asdict(phase) for phase in plan.phases],
         "peak": {
             what: max(getattr(phase, what) for phase in plan.phases)
@@ -92,6 +96,7 @@ def as_text(report: dict[str, Any]) -> str:
     result, serving = report["result"], report["serving"]
     lines = [
         report["summary"],
+        *filter(None, [report["chosen"]]),
         f"{report['model']}: {report['parameters'] / 1e9:.2f} billion weights in "
         f"{report['blocks']} blocks, scheme {report['scheme']} on {report['device']}",
         f"{'phase':16}{'device':>10}{'host':>10}{'disk':>10}{'time':>9}",

@@ -13,20 +13,26 @@ from pvrt.format.scheme import GridScheme
 from pvrt_tune.fit.codebooks import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.fit.table import FITTED_ON
+from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pv.loss import windows_seen
+from pvrt_tune.pv.optimizer import latent_bytes
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape, TableShape
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates of a device: float32 products and code search in operations per second (counted as
-    `fit_products` and `fit_search` do), memory in bytes read per second. `basis`: whence.
+    """Rates of a device: products in float32 and code search in operations per second (counted as
+    `fit_products` and `fit_search` do); products in the 16-bit type that it computes in, if it
+    does; memory in bytes read per second, and the bus from and to the host (each way). `basis`:
+    whence.
     """
 
     products: float
+    half: float
     search: float
     memory: float
+    bus: float
     basis: str
 
     def fit_seconds(self, out: int, in_features: int, recipe: Recipe) -> float:
@@ -42,11 +48,17 @@ class Speed:
         codes = self.fit_seconds(rows, width, replace(whole, fit=again))
         return self.fit_seconds(min(rows, FITTED_ON), width, whole) + codes
 
-    def sampling_seconds(self, parameters: int, itemsize: int, recipe: Recipe, rows: int) -> float:
-        """Time in which the model writes all windows, `rows` at once."""
-        read = itemsize * parameters / self.memory
-        step = max(read, 2.0 * rows * parameters / self.products)
+    def sampling_seconds(self, model: ModelShape, recipe: Recipe, item: int, rows: int) -> float:
+        """Time in which the model writes all windows, `rows` at once, with numbers of `item` bytes
+        that are in memory.
+        """
+        read = item * model.parameters / self.memory
+        step = max(read, 2.0 * rows * model.parameters / self.rate(item))
         return recipe.length * ceil(recipe.windows / rows) * step
+
+    def rate(self, itemsize: int) -> float:
+        """Products per second in numbers of so many bytes."""
+        return self.half if itemsize == 2 else self.products
 
     def pass_seconds(self, model: ModelShape, recipe: Recipe) -> float:
         """Time of all blocks' forward passes, and of their inputs' second moments."""
@@ -61,10 +73,12 @@ class Speed:
         work = rounds * sum(block.active for block in model.blocks)
         return 2.0 * recipe.samples * recipe.length * work / self.products
 
-    def pv_seconds(self, model: ModelShape, recipe: Recipe) -> float:
-        """Time of PV-Tuning: the original model's pass, steps, and looks at held-out text."""
-        settings = recipe.training
-        assert settings is not None
+    def pv_seconds(self, model: ModelShape, recipe: Recipe, itemsize: int) -> float:
+        """Time of PV-Tuning: the original model's pass, steps, and looks at held-out text; the
+        student computes in `itemsize` bytes a number.
+        """
+        settings = recipe.settled.training
+        assert settings is not None and settings.microbatch is not None
         blocks, head = model.parameters - model.outside, model.vocabulary * model.width
         seen = settings.steps * settings.batch
         looks = settings.steps // settings.evaluate_every + 1
@@ -74,13 +88,21 @@ class Speed:
             + seen * (passes * blocks + 3 * head)
             + looks * settings.held_out * (blocks + 2 * head)
         )
-        return 2.0 * recipe.length * work / self.products
+        seconds = 2.0 * recipe.length * work / self.rate(itemsize)
+        weights = sum(block.weights for block in model.blocks)
+        seconds += settings.steps * weights * _STEP_BYTES / self.memory
+        if settings.states == "host":
+            # Gradients come once and go twice, and twice more for every further pass. States come
+            # and go.
+            parts = ceil(settings.batch / settings.microbatch)
+            moved = (3 + 2 * (parts - 1)) * itemsize * weights + 2 * latent_bytes(model, recipe.pv)
+            seconds += settings.steps * moved / self.bus
+        return seconds
 
 
-#: For planning where there is no GPU to measure: a card of the A100's class, half of what its data
-#: sheet says (19.5 TFLOP/s in float32, 2.0 TB/s). Search writes and reads scores: 16 operations
-#: per 8 bytes.
-GPU_OF_A100_CLASS = Speed(9.7e12, 2e12, 1e12, "half the data sheet of an A100, not measured")
+#: What a step reads and writes per weight, about: decoding twice, pulling gradients back, a step of
+#: Adam's kind in float32, and the search for codes.
+_STEP_BYTES = 80
 
 # What is measured: a square matrix, and outputs and inputs of a layer. On a CPU the layer has the
 # size of SmolLM2's; a GPU needs a larger one to be busy.
@@ -116,6 +138,13 @@ def measure(device: str) -> Speed:
     products = 2.0 * size**3 / _best(lambda: square @ square, device)
     vector = torch.randn(size, 1, generator=generator).to(device)
     memory = 4.0 * size**2 / _best(lambda: square @ vector, device)
+    half, bus = products, memory
+    if compute_dtype("auto", device) is torch.bfloat16:
+        low = square.bfloat16()
+        half = 2.0 * size**3 / _best(lambda: low @ low, device)
+    if device != "cpu":
+        host = torch.empty(square.shape, pin_memory=torch.device(device).type == "cuda")
+        bus = host.nbytes / _best(lambda: square.copy_(host), device)
     base = Recipe()
     recipe = replace(base, fit=replace(base.fit, rounds=2, kmeans_iterations=4))
     linear = nn.Linear(inputs, out, bias=False, device=device)
@@ -126,7 +155,7 @@ def measure(device: str) -> Speed:
     )
     left = max(seconds - fit_products(out, inputs, recipe) / products, seconds / 4)
     search = fit_search(out, inputs, recipe) / left
-    return Speed(products, search, memory, f"measured on this {device} just now")
+    return Speed(products, half, search, memory, bus, f"measured on this {device} just now")
 
 
 def _best(work: Callable[[], object], device: str, repeats: int = 3) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pvrt_kernels.cpu import pv_step
 from pvrt_tune import parallel
+from pvrt_tune.pv.host_memory import HostMemory
 from pvrt_tune.randomness import branch
 
 # Keeps a direction finite where a gradient was always zero; pv_step.c has the same.
@@ -40,6 +41,11 @@ class Latent:
             name: torch.zeros(size, device=weight.device) for name, size in sizes.items()
         }
 
+    def keep_on(self, host: HostMemory) -> None:
+        """Have all that is kept between steps in host memory."""
+        self.value = None if self.value is None else host.keep(self.value)
+        self.moments = {name: host.keep(moment) for name, moment in self.moments.items()}
+
     def step(
         self, decoded: Tensor, grad: Tensor, rate: float, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
@@ -56,39 +62,51 @@ class Latent:
             ratio: Tensor = rate * size / direction.clamp_min(1e-30)
             return ratio
 
-        target = decoded.clone() if self.value is None else self.value.float()
-        moment = self.moments.get("second_moment")
+        # Themselves where they are on the device.
+        value = None if self.value is None else self.value.to(decoded.device)
+        moments = {name: moment.to(decoded.device) for name, moment in self.moments.items()}
+        target = decoded.clone() if value is None else value.float()
+        moment = moments.get("second_moment")
         if moment is not None and pv_step.can_step(target, grad, moment, decoded):
             distance = pv_step.latent_step(
                 target, grad, moment, decoded, self._group, self._beta, lambda s: float(length(s))
             )
         else:
-            root = self._root_moment(grad).add_(_TINY)
+            root = self._root_moment(grad, moments).add_(_TINY)
             direction = torch.div(grad, root, out=root)
             norms = torch.stack([torch.linalg.vector_norm(part) for part in (target, direction)])
             # A number on the device: reading it would wait for all that is before it.
             target.addcmul_(direction, length(norms.square_()).float(), value=-1)
             distance = torch.linalg.vector_norm((target - decoded).view(-1, self._group), dim=1)
-        if self.value is not None and self.value.dtype is torch.bfloat16:
-            self.value.copy_(_round_stochastically(target, generator))
+        if value is not None and value.dtype is torch.bfloat16:
+            value.copy_(_round_stochastically(target, generator))
+        _put_back(self.value, value)
+        for name, moved in moments.items():
+            _put_back(self.moments[name], moved)
         return target, distance
 
-    def _root_moment(self, grad: Tensor) -> Tensor:
+    def _root_moment(self, grad: Tensor, moments: dict[str, Tensor]) -> Tensor:
         """Root of the running mean of squared gradients, or of its factors (a new tensor)."""
         beta = self._beta
-        if "second_moment" in self.moments:
-            kept = self.moments["second_moment"]
+        if "second_moment" in moments:
+            kept = moments["second_moment"]
             return kept.mul_(beta).addcmul_(grad, grad, value=1 - beta).sqrt()
         square = grad.square()
-        rows = self.moments["moment_rows"].lerp_(square.mean(1), 1 - beta)
+        rows = moments["moment_rows"].lerp_(square.mean(1), 1 - beta)
         columns = parallel.total(square.sum(0)) / self._rows
-        self.moments["moment_columns"].lerp_(columns, 1 - beta)
+        moments["moment_columns"].lerp_(columns, 1 - beta)
         mean = parallel.total(rows.sum()) / self._rows
-        return torch.outer(rows, self.moments["moment_columns"] / mean.clamp_min(1e-30)).sqrt_()
+        return torch.outer(rows, moments["moment_columns"] / mean.clamp_min(1e-30)).sqrt_()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resumed run needs, by name."""
         return self.moments if self.value is None else {"latent": self.value, **self.moments}
+
+
+def _put_back(kept: Tensor | None, moved: Tensor | None) -> None:
+    """Bring what is kept elsewhere up to date."""
+    if kept is not None and moved is not None and kept is not moved:
+        kept.copy_(moved)
 
 
 def _round_stochastically(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ So the original's final hidden states are what is kept (exact, and smaller than 
 logits), and both models' logits exist for one chunk of tokens at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvrt.errors import RunError
+from pvrt.modules.aqlm_embedding import TiedHead
+from pvrt.modules.aqlm_layer import AQLMLayer
+from pvrt_kernels import aqlm_dequantize
 from pvrt_tune import parallel
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.settings import Recipe
-from pvrt_tune.shapes import ModelShape
+from pvrt_tune.shapes import ModelShape, TableShape
 from pvrt_tune.store import unseen
 
 CHUNK_BYTES = 64 << 20
@@ -32,22 +35,29 @@ _TOGETHER = 4
 class Head:
     """The output head: logits = cap * tanh(multiplier * (h W^T + b) / cap), where there is a cap.
 
-    weight [vocabulary, width], bias [vocabulary] or None.
+    weight [vocabulary, width], bias [vocabulary] or None. gradient [vocabulary, width] float32 or
+    None: what gradients of a decoded weight are added to.
     """
 
     weight: Tensor
     bias: Tensor | None
     multiplier: float
     cap: float | None
+    gradient: Tensor | None = None
 
     @classmethod
-    def of(cls, model: Any) -> "Head":
-        """The head of a causal language model, as its config describes it."""
+    def of(cls, model: Any, dtype: torch.dtype | None = None) -> "Head":
+        """The head of a causal language model, as its config describes it.
+
+        One in codes is decoded into a weight without gradients, in `dtype` or its own type.
+        """
         linear, config = model.get_output_embeddings(), model.config.get_text_config()
         multiplier = getattr(config, "logit_scale", None) or 1.0
         multiplier /= getattr(config, "logits_scaling", None) or 1.0
         cap = getattr(config, "final_logit_softcapping", None)
-        return cls(linear.weight, linear.bias, float(multiplier), cap)
+        table = table_of(linear)
+        weight = linear.weight if table is None else decoded(table, dtype)
+        return cls(weight, linear.bias, float(multiplier), cap)
 
     def to(self, dtype: torch.dtype) -> "Head":
         """The head with its weight in a type, without gradients."""
@@ -65,6 +75,45 @@ class Head:
         if self.cap is not None:
             grad.mul_(1 - (logits / self.cap).square())
         return grad if self.multiplier == 1.0 else grad.mul_(self.multiplier)
+
+
+def table_of(head: nn.Module) -> AQLMLayer | None:
+    """What an output head in codes multiplies by; None for a dense one."""
+    layer = head.embedding if isinstance(head, TiedHead) else head
+    return layer if isinstance(layer, AQLMLayer) and layer.packed is None else None
+
+
+def decoded(table: AQLMLayer, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of a table in codes, without gradients, decoded a part at a time."""
+    dtype, codes = dtype or table.codebooks.dtype, table.codes
+    shape = table.out_features, table.in_features
+    weight = torch.empty(shape, dtype=dtype, device=codes.device)
+    with torch.no_grad():
+        for rows, part in _parts(table):
+            weight[rows] = part
+    return weight
+
+
+def pull_back(table: AQLMLayer, grad: Tensor) -> None:
+    """Add the gradient [vocabulary, width] of a decoded table to its codebooks and scales."""
+    for rows, part in _parts(table):
+        part.backward(grad[rows])  # type: ignore[no-untyped-call]
+
+
+def _parts(table: AQLMLayer) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a table, decoded."""
+    count = max(1, CHUNK_BYTES // (4 * table.in_features))
+    for start in range(0, table.out_features, count):
+        rows = slice(start, start + count)
+        weight = aqlm_dequantize(table.codes[rows], table.codebooks, table.scales[rows])
+        yield rows, weight if table.in_scales is None else weight * table.in_scales
+
+
+def head_bytes(head: TableShape, itemsize: int) -> int:
+    """Peak of an output head in codes at work, decoded with `itemsize` bytes a number: with its
+    gradient, and parts that are decoded and pulled back.
+    """
+    return (itemsize + 4) * head.weights + 4 * min(CHUNK_BYTES, 4 * head.weights)
 
 
 def final_hidden(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -120,11 +169,17 @@ class _ChunkedKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, head: Head, target: Tensor, target_head: Head
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        heads: tuple[Head, Head],
+        target: Tensor,
+        factor: float,
     ) -> Tensor:
         """hidden, target [n, width], and heads of their type; `weight` is what the gradient of the
         student's is for.
         """
+        head, target_head = heads
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
@@ -137,12 +192,14 @@ class _ChunkedKL(torch.autograd.Function):
             given = F.log_softmax(logits, -1)
             chance = wanted.exp()
             total += (chance * wanted.sub_(given)).sum(dtype=torch.float64)
-            if grad_hidden is None and grad_weight is None:
+            if grad_hidden is None and grad_weight is None and head.gradient is None:
                 continue
             grad = head.pull_back(given.exp_().sub_(chance).div_(len(hidden)), logits)
             grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ head.weight
+            if head.gradient is not None:
+                head.gradient.addmm_(grad.T.float(), hidden[part].float(), alpha=factor)
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T.to(weight.dtype), hidden[part].to(weight.dtype))
         ctx.grads = grad_hidden, grad_weight
@@ -156,15 +213,19 @@ class _ChunkedKL(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def kl_loss(hidden: Tensor, head: Head, target: Tensor, target_head: Head) -> Tensor:
+def kl_loss(
+    hidden: Tensor, head: Head, target: Tensor, target_head: Head, factor: float = 1.0
+) -> Tensor:
     """KL(original || student) in nats, mean over tokens; differentiable by hidden and head weight.
 
     hidden [n, width] and `head` of the student; target [n, width'] and `target_head` of the
-    original, used in the dtype of hidden. Memory: a few chunks of at most 64 MiB of logits.
+    original, used in the dtype of hidden. Memory: a few chunks of at most 64 MiB of logits. The
+    gradient of a decoded weight, times `factor`, is added to `head.gradient` here and now.
     """
     dtype = hidden.dtype
+    heads = head.to(dtype), target_head.to(dtype)
     loss: Tensor = _ChunkedKL.apply(  # type: ignore[no-untyped-call]
-        hidden, head.weight, head.to(dtype), target.to(dtype), target_head.to(dtype)
+        hidden, head.weight, heads, target.to(dtype), factor
     )
     return loss
 
@@ -267,12 +328,24 @@ class Teacher:
         return torch.cat(parts)
 
 
-def teacher_bytes(model: ModelShape, length: int, itemsize: int) -> int:
-    """Peak of a teacher at work on the device, the original model with it; windows of `length`."""
+def teacher_bytes(model: ModelShape, length: int, itemsize: int, original: int) -> int:
+    """Peak of a teacher at work on the device; windows of `length`. With it are as many numbers of
+    the original model.
+    """
     # Hidden states that come in, as normed, the residual, and the last windows'; the outputs of the
     # widest sibling layers, and what is made of them.
     states = 4 * model.width + 1.5 * max(block.widest for block in model.blocks)
-    return itemsize * (model.parameters + int(_TOGETHER * length * states))
+    return itemsize * (original + int(_TOGETHER * length * states))
+
+
+def head_weights(model: ModelShape) -> int:
+    """Numbers that a teacher keeps when it is done."""
+    return model.vocabulary * model.width
+
+
+def passes(recipe: Recipe) -> int:
+    """How often a teacher runs the original model."""
+    return -(-windows_seen(recipe) // _TOGETHER)
 
 
 def windows_seen(recipe: Recipe) -> int:

@@ -26,8 +26,10 @@ from pvrt_tune import parallel
 from pvrt_tune.adam import Adam
 from pvrt_tune.parallel import Rows
 from pvrt_tune.pv import code_search
+from pvrt_tune.pv.host_memory import slab_bytes
 from pvrt_tune.pv.latent import Latent
 from pvrt_tune.pv.representation import Representation
+from pvrt_tune.pv.streamed import StreamedWeight
 from pvrt_tune.randomness import branch
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName
 from pvrt_tune.shapes import ModelShape
@@ -76,13 +78,16 @@ class PVLayer:
     """One quantised weight in training: its representation, the student's parameter and B.
 
     `weight` is the parameter [rows, in] that the student computes with (of a sharded run: the local
-    rows); it always holds the decoded representation, rounded to its own type.
+    rows); it always holds the decoded representation, rounded to its own type. A streamed one holds
+    nothing, and its host memory has B.
     """
 
-    def __init__(self, representation: Representation, weight: Tensor, settings: PVSettings):
+    def __init__(
+        self, representation: Representation, weight: Tensor | StreamedWeight, settings: PVSettings
+    ) -> None:
         self.representation, self.weight, self.settings = representation, weight, settings
         self.strategy = STRATEGIES[settings.strategy]
-        self.groups = weight.numel() // representation.group_size
+        self.groups = representation.groups
         # Groups of the whole layer that may change in a step.
         everywhere = float(parallel.total(torch.tensor(float(self.groups))))
         self._allowed = math.ceil(settings.fraction * everywhere)
@@ -94,8 +99,10 @@ class PVLayer:
                 representation.group_size,
                 settings.code_beta,
                 accumulates=self.strategy.accumulates,
-                low_memory=settings.low_memory,
+                low_memory=bool(settings.low_memory),
             )
+            if isinstance(weight, StreamedWeight):
+                self.latent.keep_on(weight.host)
 
     def pull_back(self, grad: Tensor) -> dict[str, Tensor]:
         """Gradients of the continuous parameters, those of shared ones summed over ranks."""
@@ -115,9 +122,17 @@ class PVLayer:
             rate = self.settings.code_learning_rate * factor
             target, distance = self.latent.step(decoded, grad, rate, generator)
             changed = self._move_codes(decoded, target, distance, generator)
-        with torch.no_grad():
-            self.weight.copy_(decoded)
+        self._renew(decoded)
         return changed
+
+    def renew(self) -> None:
+        """Decode the representation into `weight`."""
+        self._renew(self.representation.decode())
+
+    def _renew(self, decoded: Tensor) -> None:
+        if not isinstance(self.weight, StreamedWeight):
+            with torch.no_grad():
+                self.weight.copy_(decoded)
 
     def _move_codes(
         self, decoded: Tensor, target: Tensor, distance: Tensor, generator: torch.Generator
@@ -170,21 +185,23 @@ class PVOptimizer:
     """All quantised layers and all dense parameters of a student.
 
     `weights` are the parameters [out, in] that the student computes with, by layer name, holding
-    the decoded representations; `dense` its other trainable parameters. Both collect gradients.
+    the decoded representations, or streamed; `dense` its other trainable parameters. Both collect
+    gradients.
     """
 
     def __init__(
         self,
         representations: Mapping[str, Representation],
-        weights: Mapping[str, nn.Parameter],
+        weights: Mapping[str, nn.Parameter | StreamedWeight],
         dense: Mapping[str, nn.Parameter],
         settings: PVSettings,
     ) -> None:
         self.weights, self.settings = weights, settings
-        self.layers = {
-            name: PVLayer(representation, _local(weights[name]), settings)
-            for name, representation in representations.items()
-        }
+        self.layers = {}
+        for name, representation in representations.items():
+            weight = weights[name]
+            here = weight if isinstance(weight, StreamedWeight) else _local(weight)
+            self.layers[name] = PVLayer(representation, here, settings)
         self.continuous: dict[str, Tensor] = dict(dense)
         # Held whole by every rank: shared codebooks, and what is not decoded.
         self.replicated, self.whole_dense = set(dense), sorted(dense)
@@ -302,8 +319,8 @@ class PVOptimizer:
         self.adam.counts = [number] * len(self.adam.counts)
         with torch.no_grad():
             fill(self.tensors())
-            for layer in self.layers.values():
-                layer.weight.copy_(layer.representation.decode())
+        for layer in self.layers.values():
+            layer.renew()
 
     def _rows(self, name: str, tensor: Tensor) -> Rows:
         """What is here of a continuous tensor or one of its moments."""
@@ -312,16 +329,33 @@ class PVOptimizer:
         return Rows(tensor.detach(), height)
 
 
-def state_bytes(model: ModelShape, settings: PVSettings, trained: int) -> int:
-    """What a step needs and a resumed run, with `trained` continuous numbers."""
+def latent_bytes(model: ModelShape, settings: PVSettings) -> int:
+    """Latent weights and their second moments."""
     strategy, weights = STRATEGIES[settings.strategy], sum(block.weights for block in model.blocks)
     latent = (2 if settings.low_memory else 4) * strategy.accumulates
     moment = (0 if settings.low_memory else 4) * strategy.moves_codes
+    return (latent + moment) * weights
+
+
+def state_bytes(model: ModelShape, trained: int) -> int:
+    """What a step needs besides, and a resumed run, with `trained` continuous numbers."""
     # Of searches: a limit of every group, and the codebooks that they hold for.
     bounds = sum(2 * block.groups + 4 * block.floats for block in model.blocks)
     # Continuous numbers have two moments of Adam.
-    codes = sum(block.codes for block in model.blocks)
-    return (latent + moment) * weights + bounds + codes + 3 * 4 * trained
+    return bounds + sum(block.codes for block in model.blocks) + 3 * 4 * trained
+
+
+def streamed_bytes(model: ModelShape, settings: PVSettings, itemsize: int) -> int:
+    """Host memory of streamed weights: gradients of `itemsize` bytes a number, then all that is
+    kept of latent weights.
+    """
+    strategy, low = STRATEGIES[settings.strategy], bool(settings.low_memory)
+    shapes = [shape for block in model.blocks for shape in block.linears]
+    sizes = [itemsize * out * inputs for out, inputs in shapes]
+    for out, inputs in shapes if strategy.moves_codes else ():
+        sizes += [(2 if low else 4) * out * inputs] * strategy.accumulates
+        sizes += [4 * out, 4 * inputs] if low else [4 * out * inputs]
+    return slab_bytes(tuple(sizes))
 
 
 def step_bytes(model: ModelShape, recipe: Recipe, device: str) -> int:
@@ -334,7 +368,7 @@ def step_bytes(model: ModelShape, recipe: Recipe, device: str) -> int:
     searched = int(share * largest / group_size)
     # In float32: gradient, decoded weight and target; then direction and a difference, or what
     # rounds at random; or else the values that groups want and find, and their search.
-    step = 4 * (2 + settings.low_memory) * largest
+    step = 4 * (2 + bool(settings.low_memory)) * largest
     search = 4 * 4 * searched * group_size
     if isinstance(scheme, Scheme):
         search += code_search.peak_bytes(searched, scheme, device)

@@ -39,6 +39,7 @@ class Representation(ABC):
     """A quantised weight [rows, in]; groups are runs of `group_size` inputs, row by row."""
 
     group_size: int
+    groups: int
 
     @abstractmethod
     def continuous(self) -> dict[str, Tensor]:
@@ -102,6 +103,7 @@ class AdditiveRepresentation(Representation):
         self.scales = layer.scales.detach()[rows].float().clone()
         self._flat_codes = self.codes.view(-1, self.codes.shape[2])
         self._groups_per_row = self.codes.shape[1]
+        self.groups = len(self._flat_codes)
         self._mask = layer.scheme.codebook_size - 1
         self._bounds = SearchBounds(len(self.codes), self._groups_per_row, self._codebooks())
 
@@ -163,6 +165,7 @@ class GridRepresentation(Representation):
 
     def __init__(self, layer: GridLinear, rows: slice = slice(None)) -> None:
         self.codes = layer.codes.detach()[rows].clone()
+        self.groups = self.codes.numel()
         self.scales = layer.scales.detach()[rows].float().clone()
         self._levels = layer.scheme.levels
         self._width, self._group = layer.in_features, layer.scheme.group_size

@@ -12,9 +12,11 @@ from pvrt_tune.calibrate.ends import put_ends
 from pvrt_tune.calibrate.stage import rebuild
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.machine import compute_dtype, release_memory
+from pvrt_tune.original import original
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher, check_head
-from pvrt_tune.pv.trainer import BEST, Student, Trainer
+from pvrt_tune.pv.student import Student
+from pvrt_tune.pv.trainer import BEST, Trainer
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe
 from pvrt_tune.store import Store
@@ -33,15 +35,16 @@ def pv_tune(run: Run, deadline: float | None) -> bool:
     data = run.data if settings.separate_documents else replace(run.data, positions=None)
     # Ranks on unlike machines would answer differently.
     compute = parallel.agreed(compute_dtype(settings.compute, run.device))
-    original = run.source.dense(compute if run.device == "cpu" else None, run.device)
+    model = original(run.source, compute if run.device == "cpu" else None, run.settings)
     sample = data.tokens[:1, :32].to(run.device)
-    check_head(original, sample, separate_documents=settings.separate_documents)
-    teacher = teacher_of(original, data, run.store)
-    del original
+    check_head(model, sample, separate_documents=settings.separate_documents)
+    teacher = teacher_of(model, data, run.store)
+    del model
     if settings.teacher_first:
         teacher.finish(_progress(len(data), report))
         release_memory()
-    trainer = Trainer(Student.of(calibrated(run), compute), teacher, data, recipe)
+    student = Student.of(calibrated(run), compute, stream=settings.states == "host")
+    trainer = Trainer(student, teacher, data, recipe)
     report(_start_line(recipe, data))
     return trainer.run(run.store, report, deadline).complete
 

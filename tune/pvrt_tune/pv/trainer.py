@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvrt.modules.aqlm_layer import AQLMLayer
-from pvrt.modules.aqlm_linear import AQLMLinear
-from pvrt.modules.experts import ExpertList
 from pvrt_tune import parallel, shards
 from pvrt_tune.data.text import CalibrationData
-from pvrt_tune.fit.grid import GridLinear
-from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.progress import Report
-from pvrt_tune.pv.loss import Head, Teacher, final_hidden, kl_bytes, kl_loss, on_device
-from pvrt_tune.pv.optimizer import PVOptimizer, state_bytes, step_bytes
-from pvrt_tune.pv.representation import Representation, represent
+from pvrt_tune.pv.loss import (
+    Head,
+    Teacher,
+    head_bytes,
+    kl_bytes,
+    kl_loss,
+    pull_back,
+    table_of,
+)
+from pvrt_tune.pv.optimizer import PVOptimizer, latent_bytes, state_bytes, step_bytes
+from pvrt_tune.pv.streamed import StreamedWeight
+from pvrt_tune.pv.student import Student
 from pvrt_tune.randomness import seeded
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
@@ -31,75 +35,8 @@ BEST, STATE = "pv-best-", "pv-state-"
 #: that steps may take (looks at held-out text and saved states take the rest).
 _PROBES = {3 << doubling for doubling in range(32)}
 _SHARE_OF_STEPS = 0.9
-
-
-@dataclass
-class Student:
-    """A model that computes with decoded weights, and the representations behind them.
-
-    compute: the type of decoded weights, which are copies, and of products (by autocast); a sharded
-    run keeps float32 shards and gathers them in that type.
-    """
-
-    model: Any
-    representations: dict[str, Representation]
-    compute: torch.dtype
-
-    @classmethod
-    def of(cls, model: Any, compute: torch.dtype) -> "Student":
-        """Decode the quantised layers of all blocks of a float32 model into trainable weights, in
-        place. Embedding and output head stay as they are: their codes do not move.
-
-        In a run of several ranks, decoded weights are sharded and every rank represents its rows.
-        """
-        kept = compute if parallel.world() == 1 else torch.float32
-        ends = (model.get_input_embeddings(), model.get_output_embeddings())
-        representations = {}
-        for name, module in list(model.named_modules()):
-            if isinstance(module, ExpertList):  # every weight must have a gradient, on every rank
-                module.all_compute = True
-            if not isinstance(module, AQLMLinear | GridLinear) or module in ends:
-                continue
-            bias = module.bias is not None
-            dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
-            whole = represent(module)
-            dense.weight = nn.Parameter(whole.decode().to(kept))
-            if module.bias is not None:
-                dense.bias = module.bias
-            model.set_submodule(name, dense)
-            rows = parallel.rows_of(module.out_features)
-            representations[name] = whole if parallel.world() == 1 else represent(module, rows)
-        student = cls(model, representations, compute)
-        device = next(model.parameters()).device.type
-        parallel.shard(find_blocks(model).blocks, student.weights().values(), device, compute)
-        return student
-
-    def final_hidden(self, data: CalibrationData) -> Tensor:
-        """What enters the output head for windows of text, [windows, length, width]."""
-        device = next(self.model.parameters()).device
-        low = self.compute is torch.bfloat16
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            hidden = final_hidden(self.model, *on_device(data, device))
-        return hidden.to(self.compute)
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """The decoded weights by layer name."""
-        return {name: self.model.get_parameter(f"{name}.weight") for name in self.representations}
-
-    def dense(self, freeze_embeddings: bool) -> dict[str, nn.Parameter]:
-        """All other parameters that are trained, by name. freeze_embeddings leaves out embedding
-        and output head, except what they have of codebooks and scales.
-        """
-        decoded = {id(weight) for weight in self.weights().values()}
-        if freeze_embeddings:
-            ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-            dense = [end for end in ends if end is not None and not isinstance(end, AQLMLayer)]
-            decoded |= {id(p) for end in dense for p in end.parameters()}
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) not in decoded and parameter.is_floating_point()
-        }
+#: How many times as long as a snapshot takes there is none.
+SNAPSHOT_SPACING = 10
 
 
 @dataclass(frozen=True)
@@ -125,6 +62,7 @@ class Trainer:
     def __init__(
         self, student: Student, teacher: Teacher, data: CalibrationData, recipe: Recipe
     ) -> None:
+        recipe = recipe.settled
         assert recipe.training is not None
         settings = recipe.training
         self.student, self.teacher, self.settings, self.seed = (
@@ -134,6 +72,7 @@ class Trainer:
             recipe.seed,
         )
         self.data, self.held_out = data, settings.held_out
+        self._at_once = settings.microbatch or settings.batch
         model = student.model
         model.requires_grad_(False)
         weights = student.weights()
@@ -145,8 +84,10 @@ class Trainer:
                 parameter.data = parameter.data.to(student.compute)
         if settings.recompute_activations:
             _recompute_activations(model)
-        self.optimizer = PVOptimizer(student.representations, weights, dense, recipe.pv)
+        tuned: dict[str, nn.Parameter | StreamedWeight] = {**weights, **student.streamed}
+        self.optimizer = PVOptimizer(student.representations, tuned, dense, recipe.pv)
         self.step, self.steps = 0, settings.steps
+        self._snapshot = 0.0, 0.0  # seconds that the last took, and when it ended
         self.curves: list[dict[str, float]] = []
 
     def run(self, store: Store, report: Report, deadline: float | None = None) -> Outcome:
@@ -169,7 +110,8 @@ class Trainer:
                 self._plan(deadline, pace, report)
             if self.step % self.settings.evaluate_every == 0 or self.step >= self.steps:
                 self._evaluate(store, report, {**figures, "left": pace * (self.steps - self.step)})
-                self._save(store)
+                if self.settings.snapshots and self._snapshot_is_due():
+                    self._save(store)
         kls = [row["held_out_kl"] for row in self.curves]
         return Outcome(
             kls[0],
@@ -190,17 +132,21 @@ class Trainer:
         batch = self._batch(self.step)
         self.teacher.prepare(batch)
         loss = torch.zeros((), dtype=torch.float64)
-        head = passed = Head.of(self.student.model)
-        if not head.weight.is_leaf:  # decoded once, and its gradient goes back to codebooks once
-            passed = replace(head, weight=head.weight.detach().requires_grad_())
-        for numbers, share in parallel.dealt(batch, self.settings.microbatch):
-            part = self._loss(numbers, passed)
+        model, world = self.student.model, parallel.world()
+        head, table = Head.of(model, self.student.compute), table_of(model.get_output_embeddings())
+        if table is not None:  # decoded once, and its gradient goes back to codebooks once
+            shape, device = head.weight.shape, head.weight.device
+            head = replace(head, gradient=torch.zeros(shape, device=device))
+        for numbers, share in parallel.dealt(batch, self._at_once):
             # Gradients of a sharded run are means over ranks.
-            (part * share * parallel.world()).backward()  # type: ignore[no-untyped-call]
+            part = self._loss(numbers, head, share * world)
+            (part * share * world).backward()  # type: ignore[no-untyped-call]
             loss += part.item() * share
-        if passed is not head:
-            head.weight.backward(passed.weight.grad)  # type: ignore[no-untyped-call]
-        del head, passed  # before the step
+        gradient = head.gradient
+        del head  # before the step
+        if table is not None and gradient is not None:
+            pull_back(table, gradient)
+            del gradient
         generator = seeded(self.seed, f"V step {self.step}")
         outcome = self.optimizer.step(self.settings.factor(self.step, self.steps), generator)
         self.step += 1
@@ -218,18 +164,18 @@ class Trainer:
         self.teacher.prepare(numbers)
         kls = torch.zeros(self.held_out, dtype=torch.float64)
         with torch.no_grad():
-            head = Head.of(self.student.model)  # decoded where it is in codes
+            head = Head.of(self.student.model, self.student.compute)
             for (number,), share in parallel.dealt(numbers, 1):
                 kl = float(self._loss([number], head))
                 kls[number] = kl if share else 0.0
         # A sum of one number and zeros: the mean is the same over any number of ranks.
         return float(parallel.total(kls).mean())
 
-    def _loss(self, numbers: list[int], head: Head) -> Tensor:
-        """Mean KL over windows of `data` by number; `head` is the student's."""
+    def _loss(self, numbers: list[int], head: Head, factor: float = 1.0) -> Tensor:
+        """Mean KL over windows of `data` by number, as `kl_loss`; `head` is the student's."""
         hidden = self.student.final_hidden(self.data[numbers])
         target = self.teacher.hidden(numbers).to(hidden.device).flatten(0, 1)
-        return kl_loss(hidden.flatten(0, 1), head, target, self.teacher.head)
+        return kl_loss(hidden.flatten(0, 1), head, target, self.teacher.head, factor)
 
     def _batch(self, step: int) -> list[int]:
         """Windows of a step: in order at first, in a new random order every epoch."""
@@ -274,10 +220,17 @@ class Trainer:
         whole = {name: parallel.gather(rows) for name, rows in self.optimizer.student().items()}
         return {name: tensor for name, tensor in whole.items() if tensor is not None}
 
+    def _snapshot_is_due(self) -> bool:
+        """Whether the last snapshot, unless it was quick, is so long ago as it should be."""
+        taken, ended = self._snapshot
+        waited = taken < 1 or time.monotonic() - ended > SNAPSHOT_SPACING * taken
+        return parallel.agreed(waited)
+
     def _save(self, store: Store) -> None:
-        name = f"{STATE}{self.step:07d}"
+        name, started = f"{STATE}{self.step:07d}", time.monotonic()
         shards.save(store, name, self.optimizer.tensors(), self._report())
         store.keep_last(STATE)
+        self._snapshot = time.monotonic() - started, time.monotonic()
 
     def _report(self) -> dict[str, Any]:
         return {"steps": self.steps, "curves": self.curves}
@@ -285,6 +238,8 @@ class Trainer:
     def _resume(self, store: Store) -> None:
         name = shards.newest(store, STATE)
         if name is None:
+            # What a run without snapshots had found before a kill may come from other steps.
+            store.keep_last(BEST, 0)
             return
         saved = store.noted(name)
         self.step = int(name.rpartition("-")[2])
@@ -294,32 +249,42 @@ class Trainer:
 
 
 def peak_bytes(model: ModelShape, recipe: Recipe, itemsize: int, device: str) -> int:
-    """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number."""
+    """Peak of a `Trainer` on "cpu" or a GPU; its student computes in `itemsize` bytes a number.
+
+    Where states are on the host, `streamed_bytes` are there.
+    """
+    recipe = recipe.settled
     settings, tokens = recipe.training, recipe.length
     assert settings is not None
-    tokens *= settings.microbatch
+    tokens *= settings.microbatch or settings.batch
     trained = model.trained(embeddings=not settings.freeze_embeddings)
-    # Decoded weights with gradients; what is frozen in their type; the optimizer's state; and
-    # gradients of what it trains.
-    student = 2 * itemsize * sum(block.weights for block in model.blocks) + 4 * trained
-    student += itemsize * model.dense * settings.freeze_embeddings
+    largest = max(block.largest for block in model.blocks)
+    # What is frozen in its type; the optimizer's state; and gradients of what it trains.
+    student = itemsize * model.dense * settings.freeze_embeddings
     student += sum(table.codes for table in model.ends)
-    if model.ends:
-        # A head in codes is decoded for a step, and its columns scaled; gradients of it, of all
-        # passes so far and of this one, come decoded.
-        student += 4 * 4 * model.ends[-1].weights
-    elif not settings.freeze_embeddings:
+    student += state_bytes(model, trained) + 4 * trained
+    step = step_bytes(model, recipe, device)
+    decoded = 0
+    if settings.states == "host":
+        # A layer's weight as it is decoded, and its gradients so far and now. In its step, what
+        # comes from the host: its moment or B, and the gradient before it is float32.
+        decoded = (4 + 3 * itemsize) * largest
+        step += (4 + itemsize) * largest
+    else:
+        # Decoded weights with gradients.
+        student += 2 * itemsize * sum(block.weights for block in model.blocks)
+        student += latent_bytes(model, recipe.pv)
+    if not model.ends and not settings.freeze_embeddings:
         student += 3 * 4 * model.vocabulary * model.width
-    student += state_bytes(model, recipe.pv, trained)
-    # What blocks leave for the backward pass, then the loss; or else the step.
+    # What blocks leave for the backward pass, then the loss; or else the step, without a head.
     kept = sum(block.kept for block in model.blocks)
     if settings.recompute_activations:
         kept = len(model.blocks) * model.width + max(block.kept for block in model.blocks)
-    passes = itemsize * tokens * kept + kl_bytes(model, tokens, itemsize)
+    passes = itemsize * tokens * kept + max(decoded, kl_bytes(model, tokens, itemsize))
+    passes += head_bytes(model.ends[-1], itemsize) if model.ends else 0
     # Adam divides all at once on a GPU; large codebooks need as much while gradients reach them.
-    largest = max(block.largest for block in model.blocks)
     divided = 4 * trained + 3 * 4 * largest
-    return student + int(max(passes, step_bytes(model, recipe, device), divided))
+    return student + int(max(passes, step, divided))
 
 
 def _recompute_activations(model: Any) -> None:

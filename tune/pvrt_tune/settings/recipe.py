@@ -1,5 +1,6 @@
 """What a tuning run is asked to do: the recipe, its presets by effort, and the job."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,36 +58,55 @@ class FinetuneSettings:
 class TrainSettings:
     """The loop around the PV step.
 
-    windows: of training text. steps: optimizer steps; batch: windows per step, computed
-    `microbatch` at a time. held_out: windows that only choose the best state, looked at every
-    `evaluate_every` steps; training ends after `patience` looks without a new best. warmup: share
-    of the steps in which the learning rates rise; they fall to zero at the end. freeze_embeddings
-    keeps embeddings and output head. compute: what the student computes in; whatever is trained or
-    decoded stays float32 behind it, and "auto" is bfloat16 where the processor multiplies that.
-    teacher_first: all of the original model's states are computed before the student is made, so
-    that the two are never in memory together (with a time limit, some for nothing).
+    windows: of training text. steps: optimizer steps; batch: windows per step. held_out: windows
+    that only choose the best state, looked at every `evaluate_every` steps; training ends after
+    `patience` looks without a new best. warmup: share of the steps in which the learning rates
+    rise; they fall to zero at the end. freeze_embeddings keeps embeddings and output head. compute:
+    what the student computes in; whatever is trained or decoded stays float32 behind it, and "auto"
+    is bfloat16 where the processor multiplies that.
     separate_documents: documents that share a window do not see each other.
+
+    The rest decides memory and time. None leaves it to the plan, and where nobody plans it is what
+    costs least time. microbatch: windows computed at once. recompute_activations: of a pass only
+    the inputs of blocks are kept for the backward pass. teacher_first: all of the original model's
+    states are computed before the student is made, so that the two are never in memory together
+    (with a time limit, some for nothing). states: where latent weights, moments and gradients of
+    quantised weights are. With "host" the device has one layer's at a time, and decodes a weight
+    whenever it is used. snapshots: the optimizer's state is saved with every look at held-out text;
+    without, PV-Tuning begins anew after a kill.
     """
 
     windows: Count = 256
     steps: Count = 200
     batch: Count = 4
-    microbatch: Count = 4
     held_out: Count = 8
     evaluate_every: Count = 20
     patience: Count = 6
     warmup: Ramp = 0.05
     freeze_embeddings: Flag = True
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    recompute_activations: Flag = False
-    teacher_first: Flag = False
     separate_documents: Flag = False
+    microbatch: Count | None = None
+    recompute_activations: Flag | None = None
+    teacher_first: Flag | None = None
+    states: Literal["device", "host"] | None = None
+    snapshots: Flag | None = None
 
     def factor(self, step: int, steps: int) -> float:
         """Learning-rate factor of step `step` (from 0) of `steps`: linear up, then down to zero."""
         warm = max(1, round(self.warmup * steps))
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
 
+
+#: Settings of PV-Tuning that a plan chooses where a recipe leaves them open.
+CHOICES = (
+    "microbatch",
+    "recompute_activations",
+    "teacher_first",
+    "states",
+    "snapshots",
+    "low_memory",
+)
 
 #: What embeddings are put in unless a recipe says otherwise: the first whose groups divide them.
 EMBEDDINGS = ("4x8g8", "2x8g4")
@@ -114,7 +134,7 @@ class PVSettings:
     codes would win, among this many times as many candidates; 1 chooses by distance alone, as
     published, and moves half as many for groups that cannot move stay chosen. low_memory: B in
     bfloat16 with stochastic rounding and its second moment factored into rows and columns (arXiv
-    1804.04235): 2 bytes per weight instead of 8.
+    1804.04235): 2 bytes per weight instead of 8. None leaves that to the plan.
     """
 
     strategy: StrategyName = "subspace-straight-through"
@@ -124,7 +144,7 @@ class PVSettings:
     code_beta: Decay = 0.95
     fraction: Share = 0.01
     gain_pool: Count = 4
-    low_memory: Flag = False
+    low_memory: Flag | None = None
     clip_norm: Positive = 1.0
 
 
@@ -228,6 +248,31 @@ class Recipe:
         first = 0 if self.training is None else self.training.held_out
         return slice(first, first + self.samples)
 
+    @property
+    def settled(self) -> "Recipe":
+        """The recipe with what costs least time in the place of what is left open."""
+        if self.training is None:
+            return self
+        usual = {"microbatch": min(4, self.training.batch), "states": "device", "snapshots": True}
+        usual |= dict.fromkeys(("recompute_activations", "teacher_first", "low_memory"), False)
+        return self.with_choices(usual)
+
+    @property
+    def choices(self) -> dict[str, Any]:
+        """What decides memory and time of PV-Tuning, by name; None is left open."""
+        values = asdict(self.training) | asdict(self.pv) if self.training is not None else {}
+        return {name: values[name] for name in CHOICES if name in values}
+
+    def with_choices(self, chosen: Mapping[str, Any]) -> "Recipe":
+        """The recipe with choices by name in the place of what is left open."""
+        open_ = {k: chosen[k] for k, v in self.choices.items() if v is None and k in chosen}
+        if not open_:
+            return self
+        assert self.training is not None
+        step = {name: open_.pop(name) for name in ("low_memory",) if name in open_}
+        training, pv = replace(self.training, **open_), replace(self.pv, **step)
+        return replace(self, training=training, pv=pv)
+
     def record(self) -> dict[str, Any]:
         """What decides the result, by name: the settings of PV-Tuning's steps and of sharing bits
         out do not where neither is done.
@@ -265,6 +310,8 @@ class TuneJob:
     """One call of `tune`: what to compress, with what text, to where, and how to start.
 
     activations: where hidden states are kept, "memory" or "disk" ("auto": memory if they fit).
+    stream: where all of the original model computes, its blocks come from the host one by one
+    (False is for all that fits; a plan may say otherwise).
     force: start although the plan says that it does not fit.
     seconds: time limit in all; the best checkpoint by then is left, and the same job goes on later.
     """
@@ -275,6 +322,7 @@ class TuneJob:
     data: str | None = None
     device: str = "cpu"
     activations: Literal["auto", "memory", "disk"] = "auto"
+    stream: bool = False
     seconds: float | None = None
     resume: bool = False
     restart: bool = False

@@ -6,7 +6,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pvrt.errors import DataError
-from pvrt_tune.data.text import Windows, from_model
+from pvrt_tune.data.sampled import from_model
+from pvrt_tune.data.text import Windows
 from tests.fixtures.toy import toy_model
 
 ROWS = 4000
