@@ -167,6 +167,7 @@ def joined(device: str, report: Report) -> Iterator[Group]:
     )
     try:
         yield Group(device, PrefixStore("pvrt", store))
+        dist.barrier()  # no process leaves while another still speaks to it
     finally:
         dist.destroy_process_group()
 

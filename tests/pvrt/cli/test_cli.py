@@ -54,7 +54,7 @@ def options(command: str) -> set[str]:
 
 def test_plan_takes_every_option_of_tune_that_a_plan_depends_on() -> None:
     assert options("tune") - options("plan") == {"seed", "resume", "restart", "force", "report"}
-    assert options("plan") - options("tune") == {"host_memory", "device_memory", "as_json"}
+    assert options("plan") - options("tune") == {"host_memory", "device_memory", "card", "as_json"}
 
 
 def test_the_choices_of_tune_are_those_of_its_settings() -> None:
