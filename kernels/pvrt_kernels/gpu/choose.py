@@ -94,7 +94,7 @@ def describe_gpu(device: torch.device) -> Gpu:
         return Gpu("interpreter", (8, 9), 4)
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    compiles = nvrtc.missing() is None
+    compiles = nvrtc.missing(capability) is None
     return Gpu(properties.name, capability, properties.multi_processor_count, compiles)
 
 

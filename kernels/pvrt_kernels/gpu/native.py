@@ -39,7 +39,7 @@ def shared_bytes(config: LaunchConfig, num_codebooks: int, group: int) -> int:
     """Shared memory of a program."""
     if (
         config.kernel == "lut_cuda"
-    ):  # two tables with a word for each code and position, or one of two
+    ):  # two tables of one word for each code and position, or one of two words
         return 2 * 256 * STAGE_BYTES * 4
     return 256 * 128 + 2 * 32 * config.tokens * group // num_codebooks  # a table, x of two blocks
 

@@ -13,17 +13,19 @@ HEADER = "common.cuh"  # of all sources
 _log = logging.getLogger("pvrt")
 
 
-@lru_cache(maxsize=1)
-def missing() -> str | None:
-    """What is missing to compile kernels, in words, logged once; None where nothing is."""
+@lru_cache(maxsize=16)
+def missing(capability: tuple[int, int]) -> str | None:
+    """What is missing to compile kernels for a GPU, in words, logged once; None if nothing is."""
     try:
         from cuda.bindings import driver, nvrtc  # noqa: F401
 
-        checked(nvrtc.nvrtcVersion())
+        if capability[0] * 10 + capability[1] not in checked(nvrtc.nvrtcGetSupportedArchs()):
+            raise RuntimeError("this NVRTC is older than the GPU")
     except Exception as error:  # a library that is not there raises RuntimeError
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         _log.warning(
-            "slower Triton kernels are used: cuda-bindings or NVRTC is missing (%s)", reason
+            "slower Triton kernels are used: cuda-bindings or a fitting NVRTC is missing (%s)",
+            reason,
         )
         return reason
     return None

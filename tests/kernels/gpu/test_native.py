@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_products(
 
 
 def needs_nvrtc() -> None:
-    reason = nvrtc.missing()
+    reason = nvrtc.missing((9, 0))
     if reason is not None:
         pytest.skip(f"no NVRTC: {reason}")
 
@@ -149,3 +150,16 @@ def test_a_source_that_does_not_compile_is_named() -> None:
     defined = native.constants(config, 2, 256, 8, HALF) | {"THREADS": 0}
     with pytest.raises(RuntimeError, match=r"lut_gemv.cu does not compile"):
         nvrtc.compile_source("lut_gemv.cu", defined, "sm_90")
+
+
+def test_a_gpu_newer_than_nvrtc_and_a_machine_without_it_are_told_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs_nvrtc()
+    assert nvrtc.missing((8, 6)) is None
+    assert "older than the GPU" in str(nvrtc.missing((99, 0)))
+    nvrtc.missing.cache_clear()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "cuda.bindings", None)
+        assert "ModuleNotFoundError" in str(nvrtc.missing((9, 0)))
+    nvrtc.missing.cache_clear()

@@ -287,6 +287,20 @@ class Stop(Exception):
     pass
 
 
+def stopped_in_pv_tuning(job: TuneJob) -> list[str]:
+    """What a run reports until its second step of PV-Tuning, at which it is stopped."""
+    lines: list[str] = []
+
+    def until(line: str) -> None:
+        lines.append(line)
+        if line.startswith("PV step 2/"):
+            raise Stop
+
+    with pytest.raises(Stop):
+        tune(job, until)
+    return lines
+
+
 def test_a_run_that_has_to_choose_ends_with_the_same_bytes_and_keeps_what_it_chose(
     dense: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,16 +317,8 @@ def test_a_run_that_has_to_choose_ends_with_the_same_bytes_and_keeps_what_it_cho
     free = pv_bytes(dense, OPEN, device) - 1
     small = Machine(10**12, free, 10**12)
     monkeypatch.setattr(Machine, "here", lambda device, out: small)
-    lines: list[str] = []
-
-    def until(line: str) -> None:
-        lines.append(line)
-        if line.startswith("PV step 2/"):
-            raise Stop
-
     job = replace(job, out=tmp_path / "small")
-    with pytest.raises(Stop):
-        tune(job, until)
+    lines = stopped_in_pv_tuning(job)
     assert lines[0].startswith("plan: ") and lines[1].startswith("chosen: latent weights")
     # With less than it has begun with, it says what to do.
     report, problems = plan_here(job, device_memory=0.6)
@@ -348,16 +354,8 @@ def test_without_snapshots_a_run_begins_pv_tuning_anew_to_the_same_bytes(
     training = replace(LOOP, snapshots=False)
     job = TuneJob(str(dense), tmp_path / "whole", replace(OPEN, training=training), device=device)
     tune(job, lambda line: None)
-    lines: list[str] = []
-
-    def until(line: str) -> None:
-        lines.append(line)
-        if line.startswith("PV step 2/"):
-            raise Stop
-
     job = replace(job, out=tmp_path / "stopped")
-    with pytest.raises(Stop):
-        tune(job, until)
+    lines = stopped_in_pv_tuning(job)
     pieces = sorted(path.name for path in (job.out / ".run" / "pieces").iterdir())
     assert not any(name.startswith("pv-state") for name in pieces)
     lines.clear()
