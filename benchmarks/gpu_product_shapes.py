@@ -69,11 +69,11 @@ def pv_step(item: Item) -> None:
     from pvrt.format.scheme import Scheme
     from pvrt.modules.aqlm_linear import AQLMLinear
     from pvrt_tune.data.text import CalibrationData
+    from pvrt_tune.distil import trainer
+    from pvrt_tune.distil.loss import Teacher
+    from pvrt_tune.distil.student import Student
     from pvrt_tune.model_blocks import find_blocks, linears
     from pvrt_tune.plan.skeleton import model_shape
-    from pvrt_tune.pv import trainer
-    from pvrt_tune.pv.loss import Teacher
-    from pvrt_tune.pv.student import Student
     from pvrt_tune.settings import EFFORTS, TrainSettings
 
     width, inner, blocks, heads = item.some((4096, 11008, 4, 32), (64, 128, 2, 2))

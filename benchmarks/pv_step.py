@@ -22,11 +22,11 @@ from pv_strategies import FOLDER, SUBJECTS, Bench, say
 
 from pvrt_tune.data.source_model import load_source
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.distil.loss import TEACHER_CHUNK, Teacher
+from pvrt_tune.distil.stage import calibrated
+from pvrt_tune.distil.student import Student
+from pvrt_tune.distil.trainer import Trainer
 from pvrt_tune.machine import compute_dtype
-from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher
-from pvrt_tune.pv.stage import calibrated
-from pvrt_tune.pv.student import Student
-from pvrt_tune.pv.trainer import Trainer
 
 MODEL = "smollm2-135m"
 

@@ -38,10 +38,10 @@ from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data.sampled import from_model
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows, documents, from_text
+from pvrt_tune.distil.stage import calibrated, pv_tune, tuned_tensors
+from pvrt_tune.distil.trainer import STATE
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.pv.optimizer import STRATEGIES
-from pvrt_tune.pv.stage import calibrated, pv_tune, tuned_tensors
-from pvrt_tune.pv.trainer import STATE
 from pvrt_tune.run import Run
 from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from pvrt_tune.store import Store

@@ -24,18 +24,18 @@ ARROWS = {
         hf, vllm_plugin, tools, __init__ <- cli <- __main__
     """,
     "pvrt_tune": """
-        adam <- calibrate
         parallel <- randomness <- calibrate
         progress <- settings, data, machine, parallel
         shapes <- data <- model_blocks
         settings <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
-        settings, model_blocks <- original <- pv
-        run, fit <- calibrate
+        settings, model_blocks <- original <- distil
+        parallel, randomness, fit <- pv
+        run, fit, pv <- calibrate
         run <- write_checkpoint
         data <- model_card <- pipeline
-        store, parallel <- shards <- pv
-        calibrate, write_checkpoint <- pv, allocate <- plan <- pipeline <- __init__
+        store, parallel <- shards <- distil
+        calibrate, write_checkpoint <- distil, allocate <- plan <- pipeline <- __init__
     """,
     "pvrt_server": """
         errors, options, templates <- opened <- capacity <- backend <- engine <- api

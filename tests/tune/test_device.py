@@ -19,14 +19,14 @@ from transformers import AutoConfig
 import pvrt
 from pvrt.format.aqlm import Checkpoint
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.distil.loss import Teacher
+from pvrt_tune.distil.student import Student
+from pvrt_tune.distil.trainer import Trainer
 from pvrt_tune.machine import Machine, compute_dtype
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan import speed
 from pvrt_tune.plan.on_machine import plan_here
-from pvrt_tune.pv.loss import Teacher
 from pvrt_tune.pv.optimizer import STRATEGIES
-from pvrt_tune.pv.student import Student
-from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from tests.fixtures import simulated_device
 from tests.fixtures.c_library import without_c_library

@@ -19,6 +19,7 @@ from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
+from pvrt_tune.distil.stage import pv_tune, tuned_tensors
 from pvrt_tune.machine import Machine, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.model_card import discard
@@ -26,7 +27,6 @@ from pvrt_tune.original import original
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.plan.report import misfits, summary
 from pvrt_tune.progress import Clock, Report
-from pvrt_tune.pv.stage import pv_tune, tuned_tensors
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from pvrt.cli import app
 from pvrt.errors import RunError
 from pvrt_tune.data.source_model import load_skeleton
+from pvrt_tune.distil.student import Student
 from pvrt_tune.machine import Machine
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.cards import CARDS, assumed, named
@@ -23,7 +24,6 @@ from pvrt_tune.plan.choose import plan_run
 from pvrt_tune.plan.memory_plan import Plan, Request
 from pvrt_tune.plan.on_machine import plan_here
 from pvrt_tune.plan.report import misfits
-from pvrt_tune.pv.student import Student
 from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, TrainSettings, TuneJob
 from pvrt_tune.store import choices_of
 from tests.fixtures.shapes import LLAMA_8B, config_only, folder_of

@@ -10,13 +10,13 @@ from torch import nn
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune.calibrate.ends import put_ends, schemes_of_ends
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.distil import loss, trainer
+from pvrt_tune.distil.loss import Teacher
+from pvrt_tune.distil.student import Student
+from pvrt_tune.distil.trainer import Trainer
 from pvrt_tune.fit.layer import empty_like
 from pvrt_tune.model_blocks import find_blocks, linears
 from pvrt_tune.plan.skeleton import model_shape
-from pvrt_tune.pv import loss, trainer
-from pvrt_tune.pv.loss import Teacher
-from pvrt_tune.pv.student import Student
-from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import (
     PVSettings,
     Recipe,

@@ -21,16 +21,16 @@ from pvrt_kernels.cpu import pv_step
 from pvrt_tune import parallel
 from pvrt_tune.data.sampled import from_model
 from pvrt_tune.data.text import CalibrationData, Windows
+from pvrt_tune.distil import loss as distill
+from pvrt_tune.distil.loss import Head, Teacher, check_head, final_hidden, kl_loss
+from pvrt_tune.distil.stage import teacher_of
+from pvrt_tune.distil.student import Student
+from pvrt_tune.distil.trainer import Trainer
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.pipeline import tune
-from pvrt_tune.pv import loss as distill
-from pvrt_tune.pv.loss import Head, Teacher, check_head, final_hidden, kl_loss
 from pvrt_tune.pv.optimizer import STRATEGIES, WHOLE_PARTS, PVLayer, PVOptimizer
 from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentation, represent
-from pvrt_tune.pv.stage import teacher_of
-from pvrt_tune.pv.student import Student
-from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from pvrt_tune.store import Store
 from tests.fixtures.c_library import without_c_library

@@ -13,15 +13,15 @@ from pvrt.format.scheme import Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_tune import parallel
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.distil.loss import Teacher
+from pvrt_tune.distil.student import Student
+from pvrt_tune.distil.trainer import Trainer
 from pvrt_tune.parallel import Rows
 from pvrt_tune.plan.skeleton import model_shape
 from pvrt_tune.pv import host_memory, optimizer
 from pvrt_tune.pv.host_memory import HostMemory, Slabs, slab_bytes
-from pvrt_tune.pv.loss import Teacher
 from pvrt_tune.pv.representation import represent
 from pvrt_tune.pv.streamed import StreamedLinear, StreamedWeight
-from pvrt_tune.pv.student import Student
-from pvrt_tune.pv.trainer import Trainer
 from pvrt_tune.settings import PVSettings, Recipe, TrainSettings
 from tests.fixtures.c_library import without_c_library
 from tests.fixtures.peaks import llama, toy

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pvrt_tune.adam import Adam
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.model_blocks import run_block
+from pvrt_tune.pv.adam import Adam
 from pvrt_tune.settings import FinetuneSettings
 from pvrt_tune.shapes import BlockShape
 

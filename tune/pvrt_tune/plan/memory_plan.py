@@ -18,12 +18,13 @@ from pvrt_tune.calibrate import block_tuning, ends, stage
 from pvrt_tune.data import sampled
 from pvrt_tune.data.activations import store_bytes
 from pvrt_tune.data.text import Windows
+from pvrt_tune.distil import loss, trainer
 from pvrt_tune.fit import layer
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.model_blocks import batch_size, observe_bytes
 from pvrt_tune.plan.skeleton import Result, model_shape, result_of
 from pvrt_tune.plan.speed import Speed
-from pvrt_tune.pv import loss, optimizer, trainer
+from pvrt_tune.pv import optimizer
 from pvrt_tune.settings import Recipe
 
 #: Python with torch and transformers; each entry of the tokenizer's vocabulary with its merge; what

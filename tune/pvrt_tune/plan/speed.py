@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from pvrt.format.scheme import GridScheme
+from pvrt_tune.distil.loss import windows_seen
 from pvrt_tune.fit.codebooks import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.fit.table import FITTED_ON
 from pvrt_tune.machine import compute_dtype
-from pvrt_tune.pv.loss import windows_seen
 from pvrt_tune.pv.optimizer import latent_bytes
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape, TableShape

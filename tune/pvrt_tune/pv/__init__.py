@@ -1,1 +1,1 @@
-"""PV-Tuning (arXiv 2405.14852) of the whole model."""
+"""P and V steps of quantised weights (arXiv 2405.14852), whatever the loss."""

@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 
 from pvrt.format.scheme import Scheme
 from pvrt_tune import parallel
-from pvrt_tune.adam import Adam
 from pvrt_tune.parallel import Rows
 from pvrt_tune.pv import code_search
+from pvrt_tune.pv.adam import Adam
 from pvrt_tune.pv.host_memory import slab_bytes
 from pvrt_tune.pv.latent import Latent
 from pvrt_tune.pv.representation import Representation

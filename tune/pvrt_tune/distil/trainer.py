@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from pvrt_tune import parallel, shards
 from pvrt_tune.data.text import CalibrationData
-from pvrt_tune.progress import Report
-from pvrt_tune.pv.loss import (
+from pvrt_tune.distil.loss import (
     Head,
     Teacher,
     head_bytes,
@@ -20,9 +19,10 @@ from pvrt_tune.pv.loss import (
     pull_back,
     table_of,
 )
+from pvrt_tune.distil.student import Student
+from pvrt_tune.progress import Report
 from pvrt_tune.pv.optimizer import PVOptimizer, latent_bytes, state_bytes, step_bytes
 from pvrt_tune.pv.streamed import StreamedWeight
-from pvrt_tune.pv.student import Student
 from pvrt_tune.randomness import seeded
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape

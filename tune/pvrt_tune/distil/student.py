@@ -12,10 +12,10 @@ from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
 from pvrt_tune import parallel
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.distil.loss import final_hidden, on_device
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.pv.host_memory import HostMemory
-from pvrt_tune.pv.loss import final_hidden, on_device
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.pv.streamed import StreamedLinear, StreamedWeight
 

@@ -11,12 +11,12 @@ from pvrt_tune import parallel
 from pvrt_tune.calibrate.ends import put_ends
 from pvrt_tune.calibrate.stage import rebuild
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.distil.loss import TEACHER_CHUNK, Teacher, check_head
+from pvrt_tune.distil.student import Student
+from pvrt_tune.distil.trainer import BEST, Trainer
 from pvrt_tune.machine import compute_dtype, release_memory
 from pvrt_tune.original import original
 from pvrt_tune.progress import Clock, Report
-from pvrt_tune.pv.loss import TEACHER_CHUNK, Teacher, check_head
-from pvrt_tune.pv.student import Student
-from pvrt_tune.pv.trainer import BEST, Trainer
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe
 from pvrt_tune.store import Store

@@ -35,7 +35,7 @@ SCRIPT = """
 import signal, sys; sys.path[:0] = {paths!r}
 from pathlib import Path
 from tests.fixtures.strike import strike
-from tests.tune.pv.test_stage import RECIPE
+from tests.tune.distil.test_stage import RECIPE
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import TuneJob
 {before}
@@ -112,7 +112,7 @@ def test_a_time_limit_plans_the_steps_and_leaves_the_best_so_far(
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + 600 * next(looks), perf_counter=time.perf_counter
     )
-    monkeypatch.setattr("pvrt_tune.pv.trainer.time", clock)
+    monkeypatch.setattr("pvrt_tune.distil.trainer.time", clock)
     out = tmp_path / "out"
     lines: list[str] = []
     tune(TuneJob(str(dense), out, long, seconds=36_000.0), lines.append)
@@ -134,7 +134,7 @@ def test_a_slow_start_does_not_shorten_the_run(
     clock = SimpleNamespace(
         monotonic=lambda: time.monotonic() + next(looks), perf_counter=time.perf_counter
     )
-    monkeypatch.setattr("pvrt_tune.pv.trainer.time", clock)
+    monkeypatch.setattr("pvrt_tune.distil.trainer.time", clock)
     lines: list[str] = []
     tune(TuneJob(str(dense), tmp_path / "out", long, seconds=24_000.0), lines.append)
     first, *later = (int(line.split()[0]) for line in lines if "fit into the time" in line)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pvrt_tune import shards
-from pvrt_tune.pv.trainer import Trainer
+from pvrt_tune.distil.trainer import Trainer
 from pvrt_tune.settings import Recipe
 from pvrt_tune.store import Store
 from tests.tune.pv.test_pv_tuning import LOOP, Problem, codes_of, problem_of, steps_with
@@ -24,7 +24,7 @@ import torch
 from pvrt_tune import parallel, shards
 from pvrt_tune.store import Store
 from tests.tune.pv.test_pv_tuning import Problem
-from tests.tune.pv.test_ranks import curve, of_few
+from tests.tune.distil.test_ranks import curve, of_few
 torch.set_num_threads(1)
 with parallel.joined("cpu", print):
     problem = Problem(Path({folder!r}), torch.load({tokens!r}))

@@ -2,7 +2,7 @@
 
 import torch
 
-from pvrt_tune.adam import Adam
+from pvrt_tune.pv.adam import Adam
 
 SHAPES = [(3, 5), (7,), ()]
 

@@ -1,0 +1,1 @@
+"""PV-Tuning of the whole model against the original (arXiv 2405.14852)."""
