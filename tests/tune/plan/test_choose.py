@@ -33,6 +33,7 @@ __all__ = ["dense", "small_measurements"]  # fixtures
 
 STANDARD = EFFORTS["standard"]
 USUAL: dict[str, Any] = {
+    "move_codes": True,
     "microbatch": 4,
     "recompute_activations": False,
     "teacher_first": False,

@@ -175,7 +175,7 @@ class Planner:
         """One pass over the blocks, as its three parts; each is the peak over all blocks."""
         recipe, model = self.recipe, self.shape
         blocks, scheme, device = model.blocks, recipe.parsed_scheme, self.request.device
-        batch = batch_size(recipe.samples) * recipe.length
+        batch = batch_size(recipe.samples, recipe.length) * recipe.length
         # What enters the block at hand, and what its dense original makes of it.
         streams = 2 * store_bytes((recipe.samples, recipe.length, model.width))
         kept = streams if activations == "memory" else 0
@@ -183,7 +183,8 @@ class Planner:
         passes = max(observe_bytes(block, batch, model.width) for block in blocks)
         # On a CPU embeddings are read where the file is mapped.
         start = stage.start_bytes(model, batch) if self.cuda else 0
-        seconds = self.speed.pass_seconds(model, recipe)
+        item = compute_dtype(recipe.finetune.compute, device).itemsize
+        seconds = self.speed.pass_seconds(model, recipe, item)
         yield self.phase("block pass", max(passes, start), seconds, **place)
         fits = max(
             4 * block.parameters
@@ -194,8 +195,8 @@ class Planner:
         layers = [shape for block in blocks for shape in block.linears]
         seconds = sum(self.speed.fit_seconds(*shape, recipe) for shape in layers)
         yield self.phase("layer fit", fits, seconds, **place)
-        tuning = max(block_tuning.peak_bytes(block, batch) for block in blocks)
-        seconds = self.speed.tuning_seconds(model, recipe)
+        tuning = block_tuning.peak_bytes(model, recipe, batch, item, device)
+        seconds = self.speed.tuning_seconds(model, recipe, item)
         yield self.phase("block fine-tune", tuning, seconds, **place)
         if model.ends:
             peak = max(
