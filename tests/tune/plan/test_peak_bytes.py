@@ -19,7 +19,14 @@ from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.fit import layer, table
 from pvrt_tune.fit.layer import empty_like, quantize_linear
 from pvrt_tune.fit.objective import feedback_bytes
-from pvrt_tune.model_blocks import find_blocks, linears, observe, observe_bytes, record_inputs
+from pvrt_tune.model_blocks import (
+    batch_size,
+    find_blocks,
+    linears,
+    observe,
+    observe_bytes,
+    record_inputs,
+)
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.skeleton import model_shape
 from pvrt_tune.run import Run
@@ -193,7 +200,8 @@ def test_the_start(dense: Path, tmp_path: Path, length: int) -> None:
     def make(device: str) -> Run:
         return a_run(dense, tmp_path, recipe, device)
 
-    check(stage.start_bytes(shape, 4 * length), peak(DEVICE, make, stage._start))
+    batch = batch_size(recipe.samples, length) * length
+    check(stage.start_bytes(shape, batch), peak(DEVICE, make, stage._start))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def _start(run: Run) -> Stream:
 def start_bytes(model: ModelShape, tokens: int) -> int:
     """Peak of `_start` on a GPU, besides the two stores of hidden states; batches of `tokens`."""
     # Embeddings; hidden states as embedded and in float32; rotary tables, which are narrower.
-    return model.itemsize * model.first + tokens * model.width * (model.itemsize + 4 + 1)
+    return model.itemsize * model.first + tokens * model.width * (model.itemsize + 4 + 2)
 
 
 def _dense(run: Run, index: int) -> nn.Module:

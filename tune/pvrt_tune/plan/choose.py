@@ -75,13 +75,16 @@ def plan_run(model: Any, request: Request, speed: Speed, machine: Machine) -> Pl
 
 
 def _planner(model: Any, request: Request, speed: Speed, machine: Machine) -> Planner:
-    """A planner whose recipe says whether block tuning moves codes: if there is room for it."""
+    """A planner whose recipe says whether block tuning moves codes: it does, unless calibration
+    fits only without.
+    """
+    planners = []
     for codes in (True, False):
         recipe = request.recipe.with_choices({"move_codes": codes})
-        planner = Planner(model, replace(request, recipe=recipe), speed, machine.host)
-        if all(_fits(phase, machine) for phase in planner.block_phases("disk")):
-            break
-    return planner
+        planners.append(Planner(model, replace(request, recipe=recipe), speed, machine.host))
+        if all(_fits(phase, machine) for phase in planners[-1].block_phases("disk")):
+            return planners[-1]
+    return planners[0]
 
 
 def _activations(planner: Planner, machine: Machine) -> Literal["memory", "disk"]:
