@@ -389,4 +389,4 @@ def test_codes_stay_in_block_tuning_where_their_latent_weights_do_not_fit(tmp_pa
     assert small.chosen is not None and "codes stay in block tuning" in small.chosen
     assert not misfits(small, machine(32, 512, 400))
     said = replace(recipe, finetune=replace(recipe.finetune, move_codes=True))
-    assert misfits(planned(folder, machine(24, 512, 400), said), machine(32, 512, 400))
+    assert misfits(planned(folder, machine(32, 512, 400), said), machine(32, 512, 400))

@@ -97,7 +97,7 @@ class Request:
 
     sampled: the model writes its own calibration text. gguf: the model is dequantised from a GGUF
     file. activations, stream: as for `TuneJob`. resumed: choices of the recipe are those of the run
-    that goes on.
+    that goes on. calibrated: a checkpoint takes the place of calibration.
     """
 
     model: str
@@ -108,6 +108,7 @@ class Request:
     activations: Literal["auto", "memory", "disk"] = "auto"
     stream: bool = False
     resumed: bool = False
+    calibrated: bool = False
 
 
 class Planner:
@@ -172,7 +173,11 @@ class Planner:
         return self.phase("sampling", peak, seconds)
 
     def block_phases(self, activations: Literal["memory", "disk"]) -> Iterator[Phase]:
-        """One pass over the blocks, as its three parts; each is the peak over all blocks."""
+        """One pass over the blocks, as its three parts; each is the peak over all blocks. None
+        where a checkpoint takes their place.
+        """
+        if self.request.calibrated:
+            return
         recipe, model = self.recipe, self.shape
         blocks, scheme, device = model.blocks, recipe.parsed_scheme, self.request.device
         batch = batch_size(recipe.samples, recipe.length) * recipe.length

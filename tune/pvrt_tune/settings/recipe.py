@@ -335,6 +335,7 @@ class TuneJob:
     (False is for all that fits; a plan may say otherwise).
     force: start although the plan says that it does not fit.
     seconds: time limit in all; the best checkpoint by then is left, and the same job goes on later.
+    start: a checkpoint of `model` whose codes PV-Tuning begins with, in the place of calibration.
     """
 
     model: str
@@ -345,6 +346,7 @@ class TuneJob:
     activations: Literal["auto", "memory", "disk"] = "auto"
     stream: bool = False
     seconds: float | None = None
+    start: Path | None = None
     resume: bool = False
     restart: bool = False
     force: bool = False
