@@ -105,20 +105,32 @@ class Checkpoint(StoredModel):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises CheckpointError when missing or not a JSON object."""
+    """config.json of a model folder.
+
+    Raises CheckpointError when it is missing or no JSON object, and for a folder that holds pipes
+    or devices, which readers of its other files would wait for without end.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds {CONFIG_FILE}")
-    return _read_json_object(folder / CONFIG_FILE)
+    for entry in sorted(folder.iterdir()):
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise CheckpointError(f"{entry} is neither a file nor a folder")
+    config = read_json_object(folder / CONFIG_FILE)
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: architectures must be a list of names")
+    return config
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
+    """What a file holds. Raises CheckpointError when it is missing or no JSON object."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{file} is missing: not a model folder, or not written to its end"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} must hold a JSON object, found {type(value).__name__}")
@@ -140,7 +152,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX_FILE
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-    weight_map = _read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     files = []
