@@ -15,7 +15,6 @@ either. Everything else is a plain tensor; config.json says the schemes (config_
 Checkpoints are data: safetensors only, and everything read is checked before it is used.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,17 @@ from torch import Tensor
 
 from pvrt.errors import CheckpointError
 from pvrt.format.config_block import CONFIG_FILE, LayerSchemes, parse_quantization_config
-from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo, in_block
+from pvrt.format.folder import (
+    LayerInfo,
+    StoredModel,
+    TensorInfo,
+    in_block,
+    read_json_object,
+)
 from pvrt.format.scheme import Scheme
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MANIFEST_FILE = "pvrt.json"
 #: The tensors that a layer in codes cannot do without.
 PARTS = ("codes", "codebooks", "scales")
 
@@ -120,21 +124,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{folder / CONFIG_FILE}: architectures must be a list of names")
     return config
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """What a file holds. Raises CheckpointError when it is missing or no JSON object."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} is missing: not a model folder, or not written to its end"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, found {type(value).__name__}")
-    return value
 
 
 def weight_files(folder: Path) -> list[Path]:

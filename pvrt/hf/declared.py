@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from pvrt.errors import CheckpointError, PvrtError
-from pvrt.format.aqlm import read_json_object
 from pvrt.format.config_block import CONFIG_FILE
-from pvrt.format.folder import StoredModel
+from pvrt.format.folder import StoredModel, read_json_object
 
 _Made = TypeVar("_Made")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # Settings that transformers makes as many modules for, or list entries, as they say.
-_COUNTS = re.compile(r"(num_.*)?n?_?layers?|num_hidden_layers")
+_COUNTS = re.compile(r"(num_.*_|n_)?layers?")
 
 
 def read_with(where: Path, read: Callable[..., _Made], *arguments: Any, **options: Any) -> _Made:
