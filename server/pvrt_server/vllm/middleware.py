@@ -17,6 +17,7 @@ from pvrt_server.api.responses import error_body
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 from pvrt_server.vllm.error_envelope import Envelope
+from pvrt_server.vllm.grammar_budget import GrammarBudget
 from pvrt_server.web.page import Page, model_card
 
 _KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own, so that its check and ours agree
@@ -29,7 +30,7 @@ class Frontend(Auth):
 
     def __init__(self, app: ASGIApp) -> None:
         given = json.loads(os.environ[_VARIABLE])
-        page = Page(Envelope(ModelCards(app)), given["card"])
+        page = Page(Envelope(ModelCards(GrammarBudget(app))), given["card"])
         key = os.environ.get(_KEY_VARIABLE) or None
         super().__init__(page, api_key=key, bounds=Bounds(**given["bounds"]))
 
