@@ -3,6 +3,7 @@
 # make test-fast     without the tests that start vLLM or take seconds each: training, whole tuning
 #                    runs, kills and resumes, compilers, browsers, Triton's interpreter
 # make check         format, lint, types, and the shape of the sources (benchmarks/structure.py)
+# make fuzz          10,000 mutated checkpoints, from a random seed on (MUTANTS=n)
 # make doctor        what is missing or mismatched on this machine
 # make machines      run quickstart and tests, and record them as this machine's row
 # make lock          renew constraints.txt: the newest versions that fit together
@@ -17,7 +18,9 @@ LOCK   := .venv-lock
 # A file's tests stay in one process, for they share what its fixtures build.
 PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-fast check doctor machines lock test-newest clean
+MUTANTS ?= 10000
+
+.PHONY: quickstart test test-fast fuzz check doctor machines lock test-newest clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py
@@ -27,6 +30,9 @@ test: $(VENV)/dev.stamp
 
 test-fast: $(VENV)/dev.stamp
 	$(BIN)/$(PYTEST) -m "not slow and not vllm"
+
+fuzz: $(VENV)/dev.stamp
+	PVRT_FUZZ=$(MUTANTS) PVRT_FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest tests/fuzz -n auto -q
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

@@ -27,7 +27,7 @@ ARROWS = {
         parallel <- randomness <- calibrate
         progress <- settings, data, machine, parallel
         shapes <- data <- model_blocks
-        settings <- store <- run
+        settings, lock <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
         settings, model_blocks <- original <- distil
         parallel, randomness, fit <- pv

@@ -21,6 +21,9 @@ def inspect(
 
     opened = open_checkpoint(path)
     if verify:
+        from pvrt.hf.declared import check_tensors, read_config_of
+
+        check_tensors(opened, read_config_of(opened))
         opened.verify()
     report = describe(opened)
     print(json.dumps(report) if as_json else as_text(report))

@@ -37,6 +37,13 @@ def serve(
         str | None,
         typer.Option(envvar="PVRT_API_KEY", help="Key that clients must send."),
     ] = None,
+    allowed_hosts: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, with commas, that clients may call the server by, beside localhost and "
+            "numbers (default: on 127.0.0.1 without a key none, else any)."
+        ),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning, error or critical.")
     ] = "info",

@@ -15,7 +15,6 @@ either. Everything else is a plain tensor; config.json says the schemes (config_
 Checkpoints are data: safetensors only, and everything read is checked before it is used.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,17 @@ from torch import Tensor
 
 from pvrt.errors import CheckpointError
 from pvrt.format.config_block import CONFIG_FILE, LayerSchemes, parse_quantization_config
-from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo, in_block
+from pvrt.format.folder import (
+    LayerInfo,
+    StoredModel,
+    TensorInfo,
+    in_block,
+    read_json_object,
+)
 from pvrt.format.scheme import Scheme
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MANIFEST_FILE = "pvrt.json"
 #: The tensors that a layer in codes cannot do without.
 PARTS = ("codes", "codebooks", "scales")
 
@@ -105,24 +109,21 @@ class Checkpoint(StoredModel):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder. Raises CheckpointError when missing or not a JSON object."""
+    """config.json of a model folder.
+
+    Raises CheckpointError when it is missing or no JSON object, and for a folder that holds pipes
+    or devices, which readers of its other files would wait for without end.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder that holds {CONFIG_FILE}")
-    return _read_json_object(folder / CONFIG_FILE)
-
-
-def _read_json_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{file} is missing: not a model folder, or not written to its end"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, found {type(value).__name__}")
-    return value
+    for entry in sorted(folder.iterdir()):
+        if entry.exists() and not entry.is_file() and not entry.is_dir():
+            raise CheckpointError(f"{entry} is neither a file nor a folder")
+    config = read_json_object(folder / CONFIG_FILE)
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: architectures must be a list of names")
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -140,7 +141,7 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
     index = folder / INDEX_FILE
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-    weight_map = _read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
     files = []

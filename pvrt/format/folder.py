@@ -1,5 +1,7 @@
 """A model folder, whatever the layout of its layers: headers and what they add up to."""
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from pvrt.errors import CheckpointError
 from pvrt.format.scheme import GridScheme, Scheme
+
+MANIFEST_FILE = "pvrt.json"
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,30 @@ class StoredModel:
         return bits + layer.has_in_scales * layer.in_features * float_bits
 
     def verify(self) -> None:
-        """Read every tensor once. Raises CheckpointError at the first that is not sound."""
+        """Read every tensor, and compare it with its SHA-256 in pvrt.json where there is one.
+
+        Raises CheckpointError at the first that is not sound.
+        """
         for name in self.layers:
             self.read_layer(name)
-        for name in self.tensors.keys() - self._weights():
-            self.read(name)
+        hashes = self._hashes()
+        for name in self.tensors if hashes else self.tensors.keys() - self._weights():
+            tensor, file = self.read(name), self.tensors[name].file
+            if hashes and tensor_sha256(tensor) != hashes.get(name):
+                raise CheckpointError(
+                    f"{file}: {name} is not what was written, by its SHA-256 in {MANIFEST_FILE}; "
+                    "copy or download it again"
+                )
+        if lost := hashes.keys() - self.tensors.keys():
+            raise CheckpointError(f"{self.path} lacks {min(lost)}, which {MANIFEST_FILE} names")
+
+    def _hashes(self) -> dict[str, str]:
+        """The SHA-256 of every tensor, as written; none in folders that are not ours."""
+        file = self.path / MANIFEST_FILE
+        hashes = read_json_object(file).get("tensor_sha256", {}) if file.exists() else {}
+        if not isinstance(hashes, dict):
+            raise CheckpointError(f"{file}: tensor_sha256 must map names to hashes")
+        return hashes
 
     def linear_bits_per_weight(self) -> float:
         """Bits per weight over the quantised linears of all blocks, all that decoding needs
@@ -139,3 +162,24 @@ class StoredModel:
 
     def _quantised_weights(self) -> int:
         return sum(layer.out_features * layer.in_features for layer in self.layers.values())
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """What a file holds. Raises CheckpointError when it is missing or no JSON object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file} is missing: not a model folder, or not written to its end"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, found {type(value).__name__}")
+    return value
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a CPU tensor's bytes."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -1,6 +1,5 @@
 """Writing a checkpoint folder: everything or nothing of it appears."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -9,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pvrt.errors import CheckpointError
-from pvrt.format.aqlm import INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE
+from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE
 from pvrt.format.atomic import as_json, sync, write_synced
 from pvrt.format.config_block import CONFIG_FILE
+from pvrt.format.folder import MANIFEST_FILE, tensor_sha256
 
 FORMAT_VERSION = 1
 
@@ -124,9 +123,3 @@ def _commit(staging: Path, folder: Path) -> None:
     for file in files:
         os.replace(file, folder / file.name)
     sync(folder)
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -23,11 +23,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from pvrt.errors import CheckpointError
-from pvrt.format.aqlm import check_codes, find_layers, read_config, read_headers
-from pvrt.format.config_block import parse_quantization_config
+from pvrt.format.aqlm import check_codes, find_layers, read_headers
+from pvrt.format.config_block import is_aqlm, parse_quantization_config
 from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
-from pvrt.format.grid import is_packed, is_quantised, open_checkpoint
+from pvrt.format.grid import is_packed, is_quantised, open_folder
 from pvrt.format.scheme import Scheme
+from pvrt.hf.declared import check_loaded, check_tensors, read_config_of, read_with
 from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead
 from pvrt.modules.aqlm_layer import AQLMLayer, packs_on_arrival
 from pvrt.modules.experts import module_name, unfuse, without_fusing
@@ -62,6 +63,7 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
     requires_calibration = True
     _experts: Sequence[str] = ()
     _dtypes: dict[str, torch.dtype]
+    _shapes: dict[str, torch.Size]
     quantization_config: AqlmBlock
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -89,6 +91,7 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
                 model.set_submodule(name, module.requires_grad_(False))
         _tie_heads(model)
         self._dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
+        self._shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: "PreTrainedModel | None" = None
@@ -107,9 +110,7 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
                 parameter.data = parameter.data.to(self._dtypes[name])
         for name, module in quantized_layers(model).items():
             check_codes(module.codes, module.scheme, f"{name}.codes")
-            for part in (module.codebooks, module.scales, module.in_scales):
-                if part is not None and not bool(torch.isfinite(part).all()):
-                    raise CheckpointError(f"{name} holds codebooks or scales that are not finite")
+        check_loaded(model, self._shapes, Path(str(model.config._name_or_path)))
         if packs_on_arrival(model.device):  # as layers do that arrive by .to(device)
             pack_model(model, model.dtype)
 
@@ -250,17 +251,16 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     register()
-    if isinstance(path, StoredModel):
-        folder, config = path.path, path.config
-    else:
-        folder = Path(path)
-        config = read_config(folder)
-        if is_quantised(config):
-            open_checkpoint(folder, config)  # its errors name file and tensor
+    stored = path if isinstance(path, StoredModel) else open_folder(path)
+    folder, config = stored.path, stored.config
     if is_packed(config):
         _need_compressed_tensors(folder)
-    kwargs.setdefault("dtype", "auto")
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
+    kwargs = {"dtype": "auto", "config": None, **kwargs}
+    kwargs["config"] = kwargs["config"] or read_config_of(stored)
+    shapes = check_tensors(stored, kwargs["config"])
+    model, report = read_with(
+        folder, AutoModelForCausalLM.from_pretrained, folder, output_loading_info=True, **kwargs
+    )
     problems = {
         "missing": report["missing_keys"],
         "of another shape": report["mismatched_keys"],
@@ -270,6 +270,8 @@ def load_model(
         if names:
             first = sorted(str(name) for name in names)[0]
             raise CheckpointError(f"{folder}: {len(names)} tensors are {what}, first {first}")
+    if not is_aqlm(config):  # whose quantizer does the same
+        check_loaded(model, shapes, folder)
     if dense and is_quantised(config):
         if is_packed(config):
             _decode_grids(model)

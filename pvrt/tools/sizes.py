@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pvrt.format.aqlm import MANIFEST_FILE
-from pvrt.format.folder import StoredModel
+from pvrt.format.folder import MANIFEST_FILE, StoredModel
 
 
 @dataclass(frozen=True)

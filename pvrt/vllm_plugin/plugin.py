@@ -22,6 +22,7 @@ from pvrt.versions import require_supported_vllm
 from pvrt.vllm_plugin.context import Context, DecodingNotice
 from pvrt.vllm_plugin.layers import Layers
 from pvrt.vllm_plugin.linear import AQLMLinearMethod
+from pvrt.vllm_plugin.parent import end_with_parent
 from pvrt.vllm_plugin.versions import (
     building,
     checkpoint_shapes,
@@ -34,6 +35,7 @@ def register() -> None:
     """Make quant_method "aqlm" known to vLLM; harmless when repeated, in any of its processes."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
+    end_with_parent()
     register_quantization_config("aqlm")(AQLMConfig)
 
 

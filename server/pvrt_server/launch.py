@@ -88,7 +88,7 @@ def _warn(opened: OpenedModel, options: ServeOptions) -> None:
             "the original model's chat_template.jinja is copied into the folder",
             opened.path,
         )
-    if options.api_key is None and options.host not in ("127.0.0.1", "localhost", "::1"):
+    if options.api_key is None and not options.local:
         _log.warning("%s can be reached by others and there is no --api-key", options.host)
 
 

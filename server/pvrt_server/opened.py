@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pvrt.errors import ServeError
 from pvrt.format.folder import StoredModel
 from pvrt.format.grid import open_folder
 from pvrt_server.templates import chat_template
@@ -33,18 +32,11 @@ class OpenedModel:
 def open_model(folder: Path) -> OpenedModel:
     """Open a model folder, quantised or dense. No weights are read.
 
-    Raises CheckpointError for a folder that is not sound, and ServeError for a kind of model that
-    transformers does not know.
+    Raises CheckpointError for a folder that is not sound, or that transformers does not know.
     """
-    from transformers import AutoConfig, __version__
+    from pvrt.hf.declared import check_tensors, read_config_of  # seconds of transformers
 
     stored = open_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except ValueError as error:
-        kind = stored.config.get("model_type")
-        raise ServeError(
-            f"transformers {__version__} cannot read {folder}/config.json, whose model_type is "
-            f"{kind!r} ({str(error).splitlines()[0]}); pip install --upgrade transformers"
-        ) from error
+    config = read_config_of(stored)
+    check_tensors(stored, config)
     return OpenedModel(stored, config, chat_template(folder))

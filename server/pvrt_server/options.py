@@ -41,9 +41,12 @@ class ServeOptions(BaseModel):
     None is what the model was made for, or what fits. max_num_seqs sequences run at once, and
     max_num_queued_reqs requests run or wait. port 0 takes any free one. check tests the server when
     it is ready, and ends it. extra are flags for vLLM itself; they come last and override ours.
-    max_body_bytes bounds a request. Streams carry an SSE comment whenever nothing else was sent for
-    sse_keep_alive_seconds, because proxies cut connections that are silent while a long prompt is
-    read.
+    max_body_bytes bounds a request, whose headers and whose body must each be there within
+    request_seconds. Without a key, a server of this machine alone answers those that call it by a
+    number, as localhost, or by one of allowed_hosts (names, with commas); others may be pages of a
+    browser whose names were made to lead here. allowed_hosts binds servers of other addresses, too.
+    Streams carry an SSE comment whenever nothing else was sent for sse_keep_alive_seconds, because
+    proxies cut connections that are silent while a long prompt is read.
 
     The embedded engine alone, without flags:
 
@@ -68,6 +71,8 @@ class ServeOptions(BaseModel):
     check: bool = False
     extra: tuple[str, ...] = ()
     max_body_bytes: _Count = 16 << 20  # a prompt of a million tokens as a list of numbers fits
+    request_seconds: Annotated[float, Field(gt=0)] = 60
+    allowed_hosts: str | None = None
     sse_keep_alive_seconds: Annotated[float, Field(gt=0)] = 15
     prefill_chunk: _Count = 512
     cache_bytes: Annotated[int | None, Field(ge=0)] = None
@@ -78,6 +83,19 @@ class ServeOptions(BaseModel):
         """http://host:port, where this machine reaches the server."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def hosts(self) -> tuple[str, ...] | None:
+        """Names that requests may call the server by, beside numbers and localhost; None is any."""
+        if self.allowed_hosts is None and (self.api_key is not None or not self.local):
+            return None
+        names = (self.allowed_hosts or "").lower().split(",")
+        return tuple(name.strip() for name in names if name.strip())
+
+    @property
+    def local(self) -> bool:
+        """Whether nobody but this machine can reach the server."""
+        return self.host in ("127.0.0.1", "localhost", "::1")
 
     @property
     def sequences(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from pvrt_server.api.app import create_app
+from pvrt_server.api.connection import protocol
 from pvrt_server.engine.engine import Engine
 from pvrt_server.engine.sampling import SamplingParams
 from pvrt_server.engine.sequences import Runtime
@@ -151,7 +152,7 @@ def post_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
     """What a POST is on the wire; the server closes after its answer."""
     lines = [
         f"POST {path} HTTP/1.1".encode(),
-        b"Host: x",
+        b"Host: localhost",
         b"Content-Type: application/json",
         f"Content-Length: {len(body)}".encode(),
         b"Connection: close",
@@ -163,8 +164,9 @@ def post_bytes(path: str, body: bytes, *headers: bytes) -> bytes:
 @contextmanager
 def serving(engine: Engine, **options: Any) -> Iterator[Server]:
     """Serve an engine as "toy" while the block runs."""
-    app = create_app(engine, ServeOptions(served_model_name="toy", **options))
-    config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=30)
+    chosen = ServeOptions(served_model_name="toy", **options)
+    app, http = create_app(engine, chosen), protocol(chosen.request_seconds)
+    config = uvicorn.Config(app, port=0, http=http, log_level="error", timeout_graceful_shutdown=30)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

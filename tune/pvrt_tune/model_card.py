@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-from pvrt.format.aqlm import MANIFEST_FILE
 from pvrt.format.config_block import is_aqlm
-from pvrt.format.folder import StoredModel
+from pvrt.format.folder import MANIFEST_FILE, StoredModel
 from pvrt.tools.compare import Comparison
 from pvrt.versions import COMPRESSED_TENSORS
 from pvrt_tune.data.provenance import Provenance

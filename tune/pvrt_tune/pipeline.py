@@ -10,7 +10,6 @@ import torch
 import pvrt
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
-from pvrt.format.atomic import write_synced
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
@@ -79,7 +78,7 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     store = open_store(job, _fingerprint(job, source, text), versions, report)
     if store.finished:
         return Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
-    write_synced(store.folder / "config.yaml", as_yaml(job.recipe).encode())
+    store.put("config.yaml", as_yaml(job.recipe).encode())
     data = text or _sampled(job, source, store, report)
     release_memory()  # of reading the model and its text
     run = Run(job, source, blocks, data, store, report)

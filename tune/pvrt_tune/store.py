@@ -2,7 +2,9 @@
 
     OUT/.run/fingerprint.json   model, data and recipe; resume refuses anything else
     OUT/.run/journal.jsonl      one line per finished piece, with the SHA-256 of its file, per
-                                checkpoint written, and per set of versions that took part
+                                checkpoint written, and per set of versions that took part; each
+                                with a checksum of its own
+    OUT/.run/lock               the process at work, which holds a lock on it
     OUT/.run/pieces/block-00007.safetensors
 
 Files are written to a temporary name, synced and renamed; a piece counts only when the journal
@@ -25,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pvrt.errors import RunError
-from pvrt.format.atomic import as_json, sync, try_writing, write_synced
+from pvrt.format.atomic import as_json, replace, sync, try_writing
+from pvrt_tune.lock import LOCK_FILE, hold
 from pvrt_tune.progress import Report
 from pvrt_tune.settings import TuneJob
 from pvrt_tune.settings.files import is_old, renewed
@@ -33,6 +36,7 @@ from pvrt_tune.settings.files import is_old, renewed
 RUN_FOLDER = ".run"
 FINGERPRINT_FILE = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
+_KEYS = ("event", "name", "sha256", "parts", "report", "versions")  # of an event
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,12 @@ class Store:
         event: dict[str, Any] = {"event": "piece", "name": name, "sha256": hashes[0]}
         if len(hashes) > 1:
             event["parts"] = list(hashes)
+        self._append({**event, "report": report})
+
+    def put(self, name: str, content: bytes) -> None:
+        """Keep a file beside the journal, for people. Raises RunError when the disk refuses."""
         try:
-            self._append({**event, "report": report})
+            replace(self.folder / name, content)
         except OSError as error:
             raise _refused(name, self.folder, error) from error
 
@@ -167,11 +175,14 @@ class Store:
         return next(events, None)
 
     def _append(self, event: dict[str, Any]) -> None:
-        if self.writes:
-            with (self.folder / _JOURNAL).open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(event) + "\n")
-                handle.flush()
-                os.fsync(handle.fileno())
+        try:
+            if self.writes:
+                with (self.folder / _JOURNAL).open("a", encoding="utf-8") as handle:
+                    handle.write(json.dumps({**event, "check": _check(event)}) + "\n")
+                    handle.flush()
+                    os.fsync(handle.fileno())
+        except OSError as error:
+            raise _refused(event.get("name", _JOURNAL), self.folder, error) from error
         self.events.append(event)
 
 
@@ -245,7 +256,8 @@ def open_store(
     folder = out / RUN_FOLDER
     file = folder / FINGERPRINT_FILE
     check_output(out, resume=job.resume)
-    if job.restart and folder.is_dir():
+    hold(folder)
+    if job.restart:
         try:
             _discard(folder)
         except OSError as error:
@@ -265,10 +277,7 @@ def open_store(
             )
         return _go_on(Store(folder), first, versions, report)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".partial")
-        write_synced(temporary, as_json(fingerprint))
-        os.replace(temporary, file)
+        replace(file, as_json(fingerprint))
     except OSError as error:
         raise RunError(f"cannot write to {out} ({error}); give another output folder") from error
     return _go_on(Store(folder), None, versions, report)
@@ -280,7 +289,7 @@ def _discard(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        else:
+        elif path.name != LOCK_FILE:
             path.unlink()
 
 
@@ -331,11 +340,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 
 
 def _read_journal(file: Path, *, repair: bool) -> list[dict[str, Any]]:
-    """Events up to the first line that a kill cut short, which `repair` removes."""
+    """Events up to the first line that a kill cut short or that is not as it was written.
+
+    `repair` removes the rest: what it noted is made again.
+    """
     events: list[dict[str, Any]] = []
     if not file.is_file():
         return events
-    sound = 0
+    sound, sealed = 0, False  # the first lines of older runs have no checksums
     for line in file.read_bytes().splitlines(keepends=True):
         try:
             event = json.loads(line)
@@ -343,12 +355,21 @@ def _read_journal(file: Path, *, repair: bool) -> list[dict[str, Any]]:
             break
         if not isinstance(event, dict) or not line.endswith(b"\n"):
             break
-        events.append(event)
+        check = event.pop("check", None)
+        sealed = sealed or check is not None
+        if sealed and check != _check(event):
+            break
+        events.append({key: event[key] for key in event if key in _KEYS})
         sound += len(line)
     if repair and sound < file.stat().st_size:  # a new line must not be glued to half a one
         with file.open("r+b") as handle:
             handle.truncate(sound)
     return events
+
+
+def _check(event: Mapping[str, Any]) -> str:
+    """The checksum of a line of the journal."""
+    return hashlib.sha256(json.dumps(event).encode()).hexdigest()[:16]
 
 
 def _sha256(file: Path) -> str:

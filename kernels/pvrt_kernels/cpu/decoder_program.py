@@ -68,7 +68,7 @@ class Program:
         self._tails: list[Operation] = []
         self._room = torch.empty(0)
         self._rows = 1
-        self._vocabulary = 0  # 0: nothing is embedded, and tokens mean nothing
+        self._vocabulary = 0
         self._longest = 0
         self.bytes_read = 0  # of weights, in one run with argmax_only
 
@@ -98,12 +98,12 @@ class Program:
         fields: dict[str, Any] = {"out": y.shape[1], "stride": y.stride(0), "y": y, "scale": scale}
         if isinstance(weight, Tensor):
             assert in_scales is None
-            self._vocabulary = weight.shape[0]
+            fields["inputs"] = self._vocabulary = weight.shape[0]
             self._add("embed", weight=weight, dtype=library.TYPES[weight.dtype], **fields)
             return
         packed = weight.tensors
         assert isinstance(packed, products.CpuTiles | products.CpuWords), weight.kernel
-        self._vocabulary = packed.fp32_scales.shape[0]
+        fields["inputs"] = self._vocabulary = packed.fp32_scales.shape[0]
         view = products.plain_view(packed, weight.in_features)
         self._kept += [weight, view]
         columns = {} if in_scales is None else {"norm": in_scales}
@@ -229,7 +229,7 @@ class Program:
         for op in self._operations:
             if op.kind == _KINDS["attend"]:
                 op.cosine, op.sine = cosine.data_ptr(), sine.data_ptr()
-                op.rotary = cosine.shape[1]
+                op.inputs, op.rotary = cosine.shape
         self._angles = (cosine, sine)
         self._arrays = []
 
@@ -237,15 +237,10 @@ class Program:
         """Run everything for the next token of each sequence; results are in the first rows of y.
 
         With argmax_only the logits are right in their largest one, and no other reaches it.
-        Raises IndexError for a token that the embedding does not have.
+        Raises IndexError for a token that the embedding does not have, and for a position beyond a
+        cache or the angles.
         """
         threads, rows = torch.get_num_threads(), len(steps)
-        for step in steps:
-            if self._vocabulary and not 0 <= step.token < self._vocabulary:
-                raise IndexError(
-                    f"there is no token {step.token}: the vocabulary has 0 to "
-                    f"{self._vocabulary - 1}"
-                )
         assert 0 < rows <= min(self._rows, MOST_ROWS)
         if not self._arrays:
             count = len(self._operations) + 1
@@ -258,7 +253,7 @@ class Program:
         sequences = (_Sequence * rows)(
             *(_Sequence(s.cache.data_ptr(), s.cache.shape[3], s.token, s.position) for s in steps)
         )
-        library.library().pvrt_run_program(
+        wrong = library.library().pvrt_run_program(
             self._arrays[argmax_only],
             len(self._operations) + 1,
             sequences,
@@ -267,6 +262,12 @@ class Program:
             self._room.shape[1],
             threads,
         )
+        if wrong >= 0:
+            token, position, _ = steps[wrong]
+            if self._vocabulary and not 0 <= token < self._vocabulary:
+                most = self._vocabulary - 1
+                raise IndexError(f"there is no token {token}: the vocabulary has 0 to {most}")
+            raise IndexError(f"there is no position {position} in a cache or among the angles")
 
 
 class Rounded:

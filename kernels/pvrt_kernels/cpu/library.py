@@ -89,7 +89,6 @@ def library() -> Any:
         "huge_pages",
         "tiled_linear",
         "plain_linear",
-        "decode_rows",
         "tile_codes",
         "dense_linear",
         "run_program",
@@ -101,6 +100,7 @@ def library() -> Any:
         "latent_step",
     ):
         getattr(lib, f"pvrt_{name}").restype = None
+    lib.pvrt_run_program.restype = lib.pvrt_decode_rows.restype = _LONG
     lib.pvrt_run_program.argtypes = [_VOID, _LONG, _VOID, _LONG, _VOID, _LONG, _LONG]
     lib.pvrt_use_threads.argtypes = [_VOID, _VOID]
     lib.pvrt_use_threads(*torch_threads())

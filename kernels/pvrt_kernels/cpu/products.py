@@ -304,11 +304,15 @@ def dequantize(
 def _decoded(
     weight: PlainWeight, count: int, in_features: int, rows: Tensor | None = None
 ) -> Tensor:
-    """The first `count` rows in fp32, or those of int64 numbers [count]; all must be there."""
+    """The first `count` rows in fp32, or those of int64 numbers [count].
+
+    Raises IndexError if one is not there.
+    """
     y = torch.empty(count, in_features)
-    library.library().pvrt_decode_rows(
+    if library.library().pvrt_decode_rows(
         ctypes.byref(weight), _pointer(rows), 0, count, y.data_ptr(), torch.get_num_threads()
-    )
+    ):
+        raise IndexError("a row was asked for that the weight does not have")
     return y
 
 

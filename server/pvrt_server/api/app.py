@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
 import pvrt
-from pvrt_server.api.auth import Auth
+from pvrt_server.api.auth import Auth, Bounds
 from pvrt_server.api.exception_handlers import ERROR_RESPONSES, add_handlers, error_response
 from pvrt_server.api.messages import template_messages
 from pvrt_server.api.requests import (
@@ -59,7 +59,8 @@ def create_app(engine: Engine, options: ServeOptions) -> FastAPI:
     _add_routes(app, _Api(engine, options))
     add_handlers(app)
     app.add_middleware(Page, card=model_card(engine.opened))
-    app.add_middleware(Auth, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
+    bounds = Bounds(options.max_body_bytes, options.request_seconds, options.hosts)
+    app.add_middleware(Auth, api_key=options.api_key, bounds=bounds)
     return app
 
 

@@ -1,6 +1,12 @@
-"""What a request meets before it is read: the API key, and a bound on its size."""
+"""What a request meets before it is read: the name it calls us by, the API key, bounds on its size
+and on the time that it takes to arrive.
+"""
 
+import asyncio
 import hmac
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
@@ -13,13 +19,22 @@ from pvrt_server.api.responses import error_body
 _OPEN = frozenset({"/health", "/"})
 
 
-class Auth:
-    """ASGI middleware that answers 401 and 413 before any work is done."""
+@dataclass(frozen=True)
+class Bounds:
+    """What requests must keep to, as `ServeOptions` has it."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, max_body_bytes: int) -> None:
+    max_body_bytes: int
+    request_seconds: float
+    hosts: Sequence[str] | None
+
+
+class Auth:
+    """ASGI middleware that answers 401, 403, 408 and 413 before any work is done."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, bounds: Bounds) -> None:
         self._app = app
         self._header = None if api_key is None else f"Bearer {api_key}".encode()
-        self._max_body_bytes = max_body_bytes
+        self._bounds = bounds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -32,18 +47,33 @@ class Auth:
             await refusal(scope, receive, send)
             return
         received = 0
+        deadline: float | None = asyncio.get_running_loop().time() + self._bounds.request_seconds
 
         async def counting() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                said = f"the body was not there within {self._bounds.request_seconds:g} seconds"
+                close = {"Connection": "close"}
+                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, said, close) from None
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+            if received > self._bounds.max_body_bytes:
                 raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, self._too_large())
+            if not message.get("more_body"):
+                deadline = None  # what comes now is the client's leaving
             return message
 
         await self._app(scope, counting, send)
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if self._bounds.hosts is not None and not _may_call_us(host, self._bounds.hosts):
+            message = f"this server does not answer to {host!r}; --allowed-hosts lets it"
+            return JSONResponse(
+                error_body(message, "invalid_request_error", None, "forbidden_host"), 403
+            )
         given = headers.get(b"authorization", b"")
         if (
             self._header is not None
@@ -55,10 +85,26 @@ class Auth:
             body = error_body(message, "authentication_error", None, "invalid_api_key")
             return JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
+        if length.isdigit() and int(length) > self._bounds.max_body_bytes:
             body = error_body(self._too_large(), "invalid_request_error", None, "too_large")
             return JSONResponse(body, 413)
         return None
 
     def _too_large(self) -> str:
-        return f"the request body is larger than {self._max_body_bytes} bytes"
+        return f"the request body is larger than {self._bounds.max_body_bytes} bytes"
+
+
+def _may_call_us(host: str, allowed: Sequence[str]) -> bool:
+    """Whether a Host header is a number, a name of this machine, or one that is allowed.
+
+    A page of a browser reaches us under its own name, once that leads here. Numbers lead nowhere
+    else, and a request without the header is no browser's.
+    """
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if name in ("", "localhost", *allowed) or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from pvrt_server.api.app import create_app
+from pvrt_server.api.connection import protocol
 from pvrt_server.backend import Decision
 from pvrt_server.engine.engine import Engine
 from pvrt_server.opened import OpenedModel
@@ -41,6 +42,7 @@ class _Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(engine, options),
+                http=protocol(options.request_seconds),
                 log_level=options.log_level,
                 access_log=not options.check,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,

@@ -4,15 +4,16 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from pvrt_server.api.body import Body
 from pvrt_server.errors import RequestError
 
 # What clients send back from earlier answers; templates have no use for it.
 _IGNORED = frozenset({"refusal", "annotations", "audio"})
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Body):
     """`tool_calls[i].function` of a message."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -31,7 +32,7 @@ class CalledFunction(BaseModel):
         return {"name": self.name, "arguments": arguments}
 
 
-class ToolCall(BaseModel):
+class ToolCall(Body):
     """`tool_calls[i]` of a message."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -41,7 +42,7 @@ class ToolCall(BaseModel):
     function: CalledFunction
 
 
-class Message(BaseModel):
+class Message(Body):
     """One message of a conversation."""
 
     model_config = ConfigDict(strict=True, extra="allow")

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 
+from pvrt_server.api.body import Body
 from pvrt_server.api.messages import Message
 from pvrt_server.api.tool_params import ResponseFormat, ToolChoice, ToolParams
+from pvrt_server.engine.engine import check_sequences
 from pvrt_server.engine.sampling import MAX_LOGPROBS, SamplingParams
 from pvrt_server.errors import RequestError
 
@@ -48,7 +50,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
 }
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """`stream_options`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -57,7 +59,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = None  # pads chunks on OpenAI's own service
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Body):
     """The fields that completions and chat completions share."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
@@ -137,7 +139,9 @@ class CompletionRequest(GenerateRequest):
         if self.prompt == []:
             raise RequestError("prompt is an empty list", "prompt")
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return cast(Sequence[str | list[int]], [self.prompt] if one else self.prompt)
+        prompts = cast(Sequence[str | list[int]], [self.prompt] if one else self.prompt)
+        check_sequences(len(prompts) * self.choices)  # before any of them is tokenised
+        return prompts
 
     def sampling(self, defaults: SamplingParams) -> SamplingParams:
         """See GenerateRequest."""
@@ -190,7 +194,7 @@ class ChatRequest(GenerateRequest):
         return replace(super().sampling(defaults), max_tokens=max_tokens, logprobs=logprobs)
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Body):
     """The body of POST /tokenize: a prompt, or messages for the chat template (as in vLLM)."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -205,7 +209,7 @@ class TokenizeRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(Body):
     """The body of POST /detokenize (as in vLLM)."""
 
     model_config = ConfigDict(strict=True, extra="forbid")

@@ -17,6 +17,7 @@ from pvrt_server.engine.sequences import PromptEvent, TokenEvent
 from pvrt_server.engine.text import TextCodec
 
 DONE = b"data: [DONE]\n\n"
+_LONGEST = 1000  # characters of an error
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -286,7 +287,8 @@ def merge(deltas: Sequence[Delta]) -> Delta:
 
 
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    """OpenAI's error envelope."""
+    """OpenAI's error envelope. A message may quote what was sent, and is cut where it is long."""
+    message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

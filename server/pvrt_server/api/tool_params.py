@@ -2,13 +2,14 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from pvrt_server.api.body import Body
 from pvrt_server.api.tools import Function, Tools, offered, tool_form
 from pvrt_server.errors import RequestError
 
 
-class FunctionParams(BaseModel):
+class FunctionParams(Body):
     """`tools[i].function`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -19,7 +20,7 @@ class FunctionParams(BaseModel):
     strict: bool | None = None
 
 
-class ToolParams(BaseModel):
+class ToolParams(Body):
     """`tools[i]`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -28,7 +29,7 @@ class ToolParams(BaseModel):
     function: FunctionParams
 
 
-class ChosenFunction(BaseModel):
+class ChosenFunction(Body):
     """`tool_choice.function`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -36,7 +37,7 @@ class ChosenFunction(BaseModel):
     name: str
 
 
-class ToolChoice(BaseModel):
+class ToolChoice(Body):
     """`tool_choice` where it names one function."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -45,7 +46,7 @@ class ToolChoice(BaseModel):
     function: ChosenFunction
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Body):
     """`response_format.json_schema`. The schema is always enforced, strict or not."""
 
     model_config = ConfigDict(strict=True, extra="forbid", populate_by_name=True)
@@ -56,7 +57,7 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Body):
     """`response_format`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")

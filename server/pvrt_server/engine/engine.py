@@ -37,6 +37,14 @@ _SHUTTING_DOWN = "the server is shutting down"
 MAX_SEQUENCES = 2048
 
 
+def check_sequences(count: int) -> None:
+    """Raise RequestError for more answers than one request may ask for."""
+    if count > MAX_SEQUENCES:
+        raise RequestError(
+            f"{count} answers were asked for at once; the most is {MAX_SEQUENCES}", "n"
+        )
+
+
 class Engine:
     """Runs jobs on a worker thread. Close it, or use it in a with statement.
 
@@ -160,10 +168,7 @@ class Engine:
         request that cannot run, BusyError when there are too many, EngineStoppedError when the
         engine takes no more.
         """
-        if len(requests) > MAX_SEQUENCES:
-            raise RequestError(
-                f"{len(requests)} answers were asked for at once; the most is {MAX_SEQUENCES}", "n"
-            )
+        check_sequences(len(requests))
         for request in requests:
             self.check(request)
         job = Job(self._runtime, requests, on_event, self._scheduler.discard)

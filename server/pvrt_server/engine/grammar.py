@@ -12,6 +12,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
+from pvrt_server.engine.grammar_check import check_grammar
 from pvrt_server.errors import RequestError
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class GrammarCompiler:
         return self._compile(LLMatcher.grammar_from_lark(grammar), field)
 
     def _compile(self, grammar: str, field: str) -> Callable[[], Grammar]:
+        check_grammar(grammar, field)
         tokenizer = self._load()
         if problem := LLMatcher.validate_grammar(grammar, tokenizer):
             reason = " ".join(problem.split())

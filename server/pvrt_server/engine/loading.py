@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import pvrt
-from pvrt.errors import ServeError
+from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.grid import GridCheckpoint
+from pvrt.hf.declared import read_with
+from pvrt.modules.aqlm_layer import AQLMLayer
 from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
 from pvrt_server.engine import cuda_graphs
@@ -52,7 +54,7 @@ def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision)
         model=model,
         codec=codec,
         eos_ids=_eos_ids(model, codec),
-        vocabulary=opened.config.get_text_config().vocab_size,
+        vocabulary=_vocabulary(model.model),
         max_model_len=length,
         prefill_chunk=options.prefill_chunk,
         max_sequences=options.sequences,
@@ -105,12 +107,20 @@ def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        return read_with(folder, AutoTokenizer.from_pretrained, folder)
+    except CheckpointError as error:
         raise ServeError(
-            f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]}); copy "
-            "tokenizer.json and tokenizer_config.json of the original model into it"
+            f"no tokenizer can be read: {error}; copy tokenizer.json and tokenizer_config.json of "
+            "the original model into it"
         ) from error
+
+
+def _vocabulary(model: Any) -> int:
+    """The tokens that a model can read and write, whatever its tokenizer has."""
+    embedding = model.get_input_embeddings()
+    packed = isinstance(embedding, AQLMLayer)
+    rows: int = embedding.out_features if packed else embedding.weight.shape[0]
+    return min(rows, int(model.config.get_text_config().vocab_size))
 
 
 def _eos_ids(model: Any, codec: TextCodec) -> frozenset[int]:

@@ -7,15 +7,17 @@ comes through the environment. `frontend_environment` writes it, `Frontend` read
 
 import json
 import os
+from dataclasses import asdict
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pvrt_server.api.auth import Auth
+from pvrt_server.api.auth import Auth, Bounds
 from pvrt_server.api.responses import error_body
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 from pvrt_server.vllm.error_envelope import Envelope
+from pvrt_server.vllm.grammar_budget import GrammarBudget
 from pvrt_server.web.page import Page, model_card
 
 _KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own, so that its check and ours agree
@@ -28,14 +30,15 @@ class Frontend(Auth):
 
     def __init__(self, app: ASGIApp) -> None:
         given = json.loads(os.environ[_VARIABLE])
-        page = Page(Envelope(ModelCards(app)), given["card"])
+        page = Page(Envelope(ModelCards(GrammarBudget(app))), given["card"])
         key = os.environ.get(_KEY_VARIABLE) or None
-        super().__init__(page, api_key=key, max_body_bytes=given["max_body_bytes"])
+        super().__init__(page, api_key=key, bounds=Bounds(**given["bounds"]))
 
 
 def frontend_environment(opened: OpenedModel, options: ServeOptions) -> dict[str, str]:
     """The variables that `Frontend` reads in the process of vLLM's server."""
-    given = {"card": model_card(opened), "max_body_bytes": options.max_body_bytes}
+    bounds = Bounds(options.max_body_bytes, options.request_seconds, options.hosts)
+    given = {"card": model_card(opened), "bounds": asdict(bounds)}
     # The key is no flag of vLLM's: anybody can read those.
     key = {} if options.api_key is None else {_KEY_VARIABLE: options.api_key}
     return {_VARIABLE: json.dumps(given), **key}

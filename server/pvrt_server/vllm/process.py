@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from pvrt.errors import ServeError
+from pvrt.vllm_plugin.parent import SERVER_VARIABLE
 from pvrt_server.backend import Decision
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import GRACE_SECONDS, KEEP_ALIVE_SECONDS, ServeOptions
@@ -117,6 +118,7 @@ def vllm_environment(
         "VLLM_LOGGING_LEVEL": options.log_level.upper(),
         "VLLM_NO_USAGE_STATS": "1",  # nothing leaves this machine unasked
         **environment,
+        SERVER_VARIABLE: str(os.getpid()),
         **frontend_environment(opened, options),
     }
     if decision.machine.device == "cpu" and not options.gives(*_MEMORY_FLAGS):

@@ -1,5 +1,6 @@
 """Single rows of packed weights, and the decoder program that embeds and ends with them."""
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import reference
 from pvrt_kernels.cpu import library as cpu
-from pvrt_kernels.cpu import rounding
+from pvrt_kernels.cpu import products, rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_rows
 from tests.fixtures.instruction_sets import natively, relative, using
@@ -184,6 +185,35 @@ def test_a_token_beyond_the_vocabulary_is_refused(quantised: bool, token: int) -
     cache = torch.empty(1, 2, 1, 1, 1)
     with pytest.raises(IndexError, match=f"no token {token}: the vocabulary has 0 to 39"):
         program.run([Step(3, 0, cache), Step(token, 0, cache)])
+
+
+@needs_library
+@pytest.mark.parametrize(("position", "angles"), [(-1, 4), (3, 4), (2, 2)])
+def test_a_position_beyond_cache_or_angles_is_refused(position: int, angles: int) -> None:
+    x, y = torch.zeros(1, 3 * 8), torch.zeros(1, 8)
+    program, same = Program(), torch.eye(8)
+    program.attend(x, y, heads=1, kv_heads=1, dim=8, scale=1)
+    program.logits(y, y.clone(), same, torch.ones(8), 1e-5)
+    program.rotate(torch.ones(angles, 8), torch.zeros(angles, 8))
+    with pytest.raises(IndexError, match=f"no position {position}"):
+        program.run([Step(0, position, torch.zeros(1, 2, 1, 3, 8))])
+
+
+@needs_library
+@pytest.mark.parametrize(
+    "first, count, rows", [(0, 51, None), (-1, 2, None), (0, 1, [50]), (0, 2, [3, -1])]
+)
+def test_the_library_itself_refuses_rows_that_are_not_there(
+    first: int, count: int, rows: list[int] | None
+) -> None:
+    weight = packed(random_layer(Scheme.parse("2x8g4"), 50, 32))
+    assert isinstance(weight.tensors, products.CpuTiles)
+    view = products.plain_view(weight.tensors, 32)
+    numbers, y = torch.tensor(rows or [0]), torch.full((64, 32), 7.0)
+    given = numbers.data_ptr() if rows else None
+    decode = cpu.library().pvrt_decode_rows
+    assert decode(ctypes.byref(view), given, first, count, y.data_ptr(), 1) == 1
+    assert bool((y == 7).all())
 
 
 @pytest.mark.slow

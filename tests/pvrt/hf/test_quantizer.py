@@ -206,7 +206,7 @@ def test_a_config_of_another_width_is_refused(tmp_path: Path) -> None:
     write_toy(tmp_path, "llama")
     wide = 2 * json.loads((tmp_path / "config.json").read_text())["intermediate_size"]
     edit(tmp_path, intermediate_size=wide)
-    with pytest.raises(CheckpointError, match=r"codes decode to .* config.json describes"):
+    with pytest.raises(CheckpointError, match=r"codes makes .* config.json describes"):
         pvrt.load(tmp_path)
 
 

@@ -31,7 +31,7 @@ def guarded(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
         routes=[Route(p, lambda _: PlainTextResponse("from vLLM"), methods=methods) for p in paths]
     )
     app.add_middleware(Frontend)
-    return TestClient(app)
+    return TestClient(app, base_url="http://localhost")
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def client(toy: Path, monkeypatch: pytest.MonkeyPatch) -> TestClient:
     }.items():
         app.add_route(path, endpoint, methods=["GET"])
     app.add_middleware(Frontend)
-    return TestClient(app)
+    return TestClient(app, base_url="http://localhost")
 
 
 def test_a_model_is_found_by_its_name(client: TestClient) -> None:
@@ -114,3 +114,10 @@ def test_the_key_guards_what_vllm_leaves_open(guarded: TestClient) -> None:
     assert guarded.options("/v1/models").text == "from vLLM"
     # The page is one path, not a prefix.
     assert guarded.get("//v1/models").status_code == 401
+
+
+def test_a_page_whose_name_leads_here_is_not_answered(client: TestClient) -> None:
+    assert client.get("/v1/models", headers={"Host": "localhost:8000"}).status_code == 200
+    refused = client.get("/v1/models", headers={"Host": "attacker.example"})
+    assert refused.status_code == 403
+    assert refused.json()["error"]["code"] == "forbidden_host"

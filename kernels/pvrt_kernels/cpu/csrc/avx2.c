@@ -3,6 +3,14 @@
 #ifdef PVRT_X86
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #include <immintrin.h>
+#include <string.h>
+
+/* Of codes, which may begin at any address. */
+static inline uint64_t eight_bytes(const uint8_t *codes) {
+    uint64_t word;
+    memcpy(&word, codes, sizeof word);
+    return word;
+}
 
 static inline __attribute__((always_inline)) void tables(
     const float *restrict books, const float *restrict x, int groups, int group, int count,
@@ -154,7 +162,7 @@ static void lookup8(const uint8_t *codes, const uint8_t *next, const float *t8, 
         __m256 s4 = _mm256_loadu_ps(acc + 32), s5 = _mm256_loadu_ps(acc + 40);
         __m256 s6 = _mm256_loadu_ps(acc + 48), s7 = _mm256_loadu_ps(acc + 56);
         for (int k = 0; k < tables; k++, t += ENTRIES * LANES, c += TILE) {
-            uint64_t word = *(const uint64_t *)c, even = (word << 5) & field;
+            uint64_t word = eight_bytes(c), even = (word << 5) & field;
             uint64_t odd = (word >> 3) & field;
             ADD8(s0, even);
             ADD8(s1, odd);
@@ -236,7 +244,7 @@ static void rows4_2x8(const plain_weight *w, const float *books, const float *x,
     __m256 a0 = _mm256_setzero_ps(), a1 = a0, a2 = a0, a3 = a0, b0 = a0, b1 = a0, b2 = a0, b3 = a0;
 #define ROW(r, a, b)                                                                               \
     {                                                                                              \
-        uint64_t word = *(const uint64_t *)(c + (r) * stride), even = (word << 5) & field;         \
+        uint64_t word = eight_bytes(c + (r) * stride), even = (word << 5) & field;                 \
         uint64_t odd = (word >> 3) & field;                                                        \
         FMA8(a, x0, even, books); FMA8(b, x0, odd, second); even >>= 16, odd >>= 16;                       \
         FMA8(a, x1, even, books); FMA8(b, x1, odd, second); even >>= 16, odd >>= 16;                       \

@@ -189,7 +189,8 @@ void decode_part(const job *job, int64_t index);
 enum { EMBED, TILED, PLAIN, DENSE, ATTEND, GATE, SCREEN, DECODE, SCREEN_TILED };
 
 /* x, y: fp32 [rows][in] and [rows][stride]. norm: root-mean-square norm weights that x passes first
- * (NULL: none), or what DECODE multiplies columns by. cosine, sine: [positions][rotary].
+ * (NULL: none), or what DECODE multiplies columns by. cosine, sine: [positions][rotary]. in: inputs;
+ * of EMBED and DECODE the rows that there are, of ATTEND the positions.
  * bytes: the weight again, rounded to int8 times bounds[row][0]; bounds[row][1] and [2]: norms of
  * the row's rounding error and of the rounded row. */
 typedef struct {

@@ -270,16 +270,31 @@ static void enter(void *data) {
     }
 }
 
+/* Whether a sequence's token is one of the embedding, its position one of its cache and angles. */
+static int in_bounds(const program *p, const sequence *s) {
+    for (const operation *o = p->operations; o < p->operations + p->count; o++) {
+        if ((o->kind == EMBED || o->kind == DECODE) && (s->token < 0 || s->token >= o->in)) return 0;
+        if (o->kind == ATTEND &&
+            (s->position < 0 || s->position >= s->capacity || s->position >= o->in))
+            return 0;
+    }
+    return 1;
+}
+
 /* Run a program for the next tokens of `rows` sequences, at most MOST_ROWS. room:
  * [threads][room_floats] fp32: enough for rows * (2 * the longest normed input + 1), and for
- * ATTEND_ROWS * (position + 1) scores of every sequence. */
-API void pvrt_run_program(const operation *operations, int64_t count, const sequence *sequences,
+ * ATTEND_ROWS * (position + 1) scores of every sequence. Returns -1; or the number of a sequence
+ * whose token or position is not there, and nothing is run. */
+API int64_t pvrt_run_program(const operation *operations, int64_t count, const sequence *sequences,
                           int64_t rows, float *room, int64_t room_floats, int64_t threads) {
     program p = {.operations = operations, .count = count, .sequences = sequences, .rows = rows,
                  .room = room, .room_floats = room_floats};
+    for (int64_t t = 0; t < rows; t++)
+        if (!in_bounds(&p, sequences + t)) return t;
     if (parallel && team_size && threads > 1) {
         parallel(enter, &p, (unsigned)(threads < 256 ? threads : 256), 0);
-        return;
+        return -1;
     }
     for (int64_t i = 0; i < count; i++) operate(&p, operations + i, 0, 1);
+    return -1;
 }

@@ -50,12 +50,19 @@ void decode_part(const job *job, int64_t index) {
 }
 
 /* Rows [first, first + count) of a weight, decoded and scaled, fp32 [count][in]; or those that
- * `rows` [count] names, in its order, if it is not NULL. All must be there. */
-API void pvrt_decode_rows(const plain_weight *w, const int64_t *rows, int64_t first, int64_t count,
-                          float *y, int64_t threads) {
+ * `rows` [count] names, in its order, if it is not NULL. Returns 0; or 1 and decodes none, if one of
+ * them is not there. */
+API int64_t pvrt_decode_rows(const plain_weight *w, const int64_t *rows, int64_t first,
+                             int64_t count, float *y, int64_t threads) {
+    int64_t all = 0;
+    for (int64_t p = 0; p < w->parts; p++) all += w->rows[p];
+    if (!rows && count && (first < 0 || count < 0 || first > all - count)) return 1;
+    for (int64_t k = 0; rows && k < count; k++)
+        if (rows[k] < 0 || rows[k] >= all) return 1;
     decode_job work = {.job = {.part = decode_part, .parts = threads < count ? threads : count},
                        .weight = w, .rows = rows, .first = first, .count = count, .y = y};
     run(&work.job, threads);
+    return 0;
 }
 
 /* Ask for large pages where weights will be written: reading them misses fewer translations. Only a

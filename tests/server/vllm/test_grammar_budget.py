@@ -1,0 +1,65 @@
+"""Grammars before vLLM sees them, over a stand-in for it that says what it read."""
+
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from pvrt_server.vllm.grammar_budget import GrammarBudget
+
+
+def pattern(letter: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": f".*{letter}.{{20}}{letter}.*"}
+
+
+BOMB = {"type": "string", "allOf": [pattern(chr(97 + i)) for i in range(20)]}
+GOOD = {"type": "object", "properties": {"a": {"type": "integer"}}}
+WAYS: dict[str, Any] = {
+    "response_format": lambda schema: {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    },
+    "structured_outputs": lambda schema: {"structured_outputs": {"json": schema}},
+    "text": lambda schema: {"text": {"format": {"type": "json_schema", "schema": schema}}},
+    "tools": lambda schema: {"tools": [{"function": {"name": "f", "parameters": schema}}]},
+}
+
+
+@pytest.fixture(scope="module")
+def client() -> TestClient:
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
+    return TestClient(GrammarBudget(app))
+
+
+@pytest.mark.parametrize("field", WAYS)
+def test_a_schema_that_costs_too_much_does_not_reach_vllm(client: TestClient, field: str) -> None:
+    good = client.post("/", json=WAYS[field](GOOD))
+    assert (good.status_code, good.json()) == (200, WAYS[field](GOOD))
+    bad = client.post("/", json=WAYS[field](BOMB))
+    assert bad.status_code == 400
+    assert f"{field} cannot be enforced: it is too complex" in bad.text
+    assert bad.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"[" * 100_000,
+        b'{"tools": 5, "response_format": []}',
+        b'{"tools": [5, {"function": 7}], "structured_outputs": {"json": "{", "regex": 5}}',
+        b'{"response_format": {"json_schema": {"schema": {"type": "nosuch"}}}}',
+        b"x" * 1_000_000,
+    ],
+)
+def test_what_is_not_ours_to_judge_reaches_vllm_as_it_is(client: TestClient, body: bytes) -> None:
+    answer = client.post("/", content=body)
+    assert (answer.status_code, answer.content) == (200, body)
