@@ -37,6 +37,8 @@ def open_original(model: str, dtype: Dtype, device: str) -> "Side":
     from pvrt_tune.data.source_model import load_source, locate
 
     source, place = load_source(model), locate(model)
+    for line in source.notes:
+        notice(line)
     weights = sum(parameter.numel() for parameter in source.model.parameters())
 
     def load(wanted: "torch.dtype | None") -> Any:
@@ -80,10 +82,10 @@ def open_folder(path: Path, dtype: Dtype, device: str) -> "Side":
 
     return Side(
         str(path),
-        AutoTokenizer.from_pretrained(path),
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False),
         load,
         sizes,
-        longest_context(AutoConfig.from_pretrained(path)),
+        longest_context(AutoConfig.from_pretrained(path, trust_remote_code=False)),
         stored.scheme_names if stored.layers else None,
         Curves.of(stored),
         lambda: _speed(path),

@@ -259,7 +259,7 @@ def load_model(
             open_checkpoint(folder, config)  # its errors name file and tensor
     if is_packed(config):
         _need_compressed_tensors(folder)
-    kwargs.setdefault("dtype", "auto")
+    kwargs = {"dtype": "auto", "trust_remote_code": False, **kwargs}
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **kwargs)
     problems = {
         "missing": report["missing_keys"],

@@ -40,7 +40,7 @@ def open_model(folder: Path) -> OpenedModel:
 
     stored = open_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:
         kind = stored.config.get("model_type")
         raise ServeError(

@@ -16,6 +16,7 @@ from pvrt.errors import RunError, SourceError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
+from pvrt_tune.data.stored_weights import all_finite
 from pvrt_tune.shapes import BlockShape
 
 
@@ -260,7 +261,7 @@ def observe(
     An expert sees only the tokens routed to it. With n of them, fewer than the floor n0 = in (H has
     full rank from there on), its moment is filled up with the mean over all experts' tokens:
     H = (sum of x x^T + (n0 - n) H_all) / n0. Without any token it is H_all. A layer is left out
-    when no token at all reached it or its fellow experts.
+    when no token at all reached it or its fellow experts. Raises RunError for inputs that overflow.
     """
     moments: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -281,6 +282,11 @@ def observe(
         if id(moment) not in done:
             moment /= counts[name]
             done.add(id(moment))
+            if not all_finite(moment):
+                raise RunError(
+                    f"the inputs of {name} are too large: their squares overflow float32; the "
+                    "block's weights are damaged"
+                )
     return moments
 
 

@@ -105,7 +105,7 @@ def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ServeError(
             f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]}); copy "
