@@ -30,9 +30,10 @@ ARROWS = {
         settings <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
         settings, model_blocks <- original <- distil
+        model_blocks <- model_calls <- calibrate
         parallel, randomness, fit <- pv
         run, fit, pv <- calibrate
-        run <- write_checkpoint
+        run, side_files <- write_checkpoint
         data <- model_card <- pipeline
         store, parallel <- shards <- distil
         calibrate, write_checkpoint <- distil, allocate <- plan <- pipeline <- __init__

@@ -116,7 +116,7 @@ def test_a_rarely_used_expert_gets_the_moment_of_all(folders: Path, rare: int) -
     experts = model.model.layers[0].mlp.experts
     hidden = torch.randn(1, 300, 128, generator=torch.Generator().manual_seed(1))
     block = Routed(experts, rare)
-    moments = observe(block, Activations(hidden, 1, "cpu"), {})
+    moments = observe(block, Activations(hidden, 1, "cpu"), [{}] * len(hidden))
     x = hidden[0]
     everything = x.T @ x / 300
     torch.testing.assert_close(moments["experts.2.w1"], everything)  # saw no token

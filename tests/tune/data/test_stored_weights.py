@@ -159,7 +159,8 @@ def test_a_stray_file_beside_shards_is_refused(
 
 def test_a_block_whose_inputs_overflow_ends_the_run(tmp_path: Path) -> None:
     from pvrt_tune.data.activations import Activations, in_memory
-    from pvrt_tune.model_blocks import find_blocks, observe, record_inputs
+    from pvrt_tune.model_blocks import find_blocks, observe
+    from pvrt_tune.model_calls import record_inputs
 
     written(tmp_path)
     edit(tmp_path, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e30))

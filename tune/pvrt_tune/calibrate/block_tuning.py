@@ -4,6 +4,7 @@ Codes stay fixed (arXiv 2401.06118, section 3, phase 3).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,12 @@ class FinetuneReport:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a block is to do: hidden states before and after it, and its other keyword arguments."""
+    """What a block is to do: hidden states before and after it, and its other keyword arguments by
+    batch."""
 
     inputs: Activations
     targets: Activations
-    arguments: dict[str, Any]
+    arguments: Sequence[dict[str, Any]]
 
 
 def finetune_block(
@@ -50,7 +52,7 @@ def finetune_block(
     step, steps = 0, settings.epochs * len(train)
 
     def loss(batch: int) -> Tensor:
-        output = run_block(block, inputs[batch], arguments)
+        output = run_block(block, inputs[batch], arguments[batch])
         return (output - targets[batch]).square().mean()
 
     def held_out_error() -> float:

@@ -338,6 +338,7 @@ def _left_out(name: str, model: Any, keys: Sequence[str]) -> list[str]:
 
 def _skeleton(config: Any, dtype: torch.dtype, where: Path) -> tuple[Any, list[Any]]:
     """A model without weights, its experts one by one, and how weights of files become its."""
+    config._attn_implementation = None  # of the machine that wrote it
     with _one_sentence(where):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
