@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import run_block
@@ -173,6 +174,8 @@ class _Codes:
         self._block, self._compute = block, compute
         modules = list(block.named_modules())
         self._layers = {n: m for n, m in modules if isinstance(m, AQLMLinear | GridLinear)}
+        self._experts = [m for _, m in modules if isinstance(m, ExpertList)]
+        self._all_compute(True)  # every weight must have a gradient
         self._representations: dict[str, Representation] = {}
         weights: dict[str, nn.Parameter | StreamedWeight] = {}
         for name, layer in self._layers.items():
@@ -207,12 +210,18 @@ class _Codes:
 
     def finish(self) -> None:
         """Leave the block as it now is, quantised and without gradients."""
+        self._all_compute(False)
         for parameter in self._trained:
             parameter.requires_grad_(False)
         for name, layer in self._layers.items():
             self._block.set_submodule(name, layer.requires_grad_(False))
             for part, tensor in self._representations[name].tensors().items():
                 layer.get_parameter(part).data = tensor.detach()
+
+    def _all_compute(self, every: bool) -> None:
+        """Whether experts compute that no token of a batch reaches."""
+        for experts in self._experts:
+            experts.all_compute = every
 
 
 def steps_of(settings: FinetuneSettings) -> PVSettings:
