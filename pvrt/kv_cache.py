@@ -51,13 +51,15 @@ def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
     Layers of linear attention keep a state that does not grow.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    count, longest = text.num_hidden_layers, getattr(text, "max_position_embeddings", None)
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:  # no attention at all
+        return CacheShape(((0, None),) * count, longest or 1 << 20)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     per_token = 2 * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
     if getattr(text, "kv_lora_rank", None):
         per_token = (text.kv_lora_rank + text.qk_rope_head_dim) * itemsize
     window = getattr(text, "sliding_window", None)
-    count = text.num_hidden_layers
     kinds = (
         getattr(text, "layer_types", None)
         or ["sliding_attention" if window else "full_attention"] * count
@@ -66,4 +68,4 @@ def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
         (0 if "linear" in kind else per_token, window if "sliding" in kind else None)
         for kind in kinds
     )
-    return CacheShape(layers, getattr(text, "max_position_embeddings", None) or 1 << 20)
+    return CacheShape(layers, longest or 1 << 20)

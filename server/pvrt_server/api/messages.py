@@ -1,11 +1,11 @@
 """The messages of a conversation: from a request to what chat templates expect."""
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from pvrt.messages import arguments_of, text_of
 from pvrt_server.api.body import Body
 from pvrt_server.errors import RequestError
 
@@ -24,7 +24,7 @@ class CalledFunction(Body):
     def for_template(self, where: str) -> dict[str, Any]:
         """With arguments as an object. Raises RequestError."""
         try:
-            arguments = json.loads(self.arguments or "{}")
+            arguments = arguments_of(self.arguments)
         except ValueError as error:
             raise RequestError(
                 f"{where}.arguments is not JSON: {error}", f"{where}.arguments"
@@ -84,24 +84,12 @@ class Message(Body):
         return {"role": role, "content": self._text(f"{where}.content"), **kept}
 
     def _text(self, where: str) -> str:
-        if self.content is None:
-            if self.tool_calls:
-                return ""
-            raise RequestError(f"{where} is missing; every message needs text", where)
-        if isinstance(self.content, str):
-            return self.content
-        texts = []
-        for part in self.content:
-            if part.get("type") != "text":
-                raise RequestError(
-                    f"{where} has a part of type {part.get('type')!r}; only text is supported",
-                    where,
-                    "unsupported_parameter",
-                )
-            if not isinstance(part.get("text"), str):
-                raise RequestError(f"{where} has a text part without a text", where)
-            texts.append(part["text"])
-        return "\n".join(texts)
+        if self.content is None and self.tool_calls:
+            return ""
+        try:
+            return text_of(self.content)
+        except ValueError as error:
+            raise RequestError(f"{where} {error}", where, "unsupported_parameter") from error
 
 
 def template_messages(messages: Sequence[Message], template: str | None) -> list[dict[str, Any]]:

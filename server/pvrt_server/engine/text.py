@@ -4,8 +4,10 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from pvrt.tools.perplexity import beginning
 from pvrt_server.errors import RequestError
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class TextCodec:
         return self._tokenizer
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text; special=True adds what the tokenizer puts around one (BOS).
+        """Token ids of a text; special=True adds what the tokenizer puts before one (BOS).
 
         Raises RequestError for a string that is no text, which JSON can write, and for one beyond
         `bound`.
@@ -123,8 +125,13 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"{field} holds half a surrogate pair: {error}", field) from error
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
-        return ids
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return [*self._beginning, *ids] if special else ids
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        """What the tokenizer puts before a text. What it puts after one would end a prompt."""
+        return beginning(self._tokenizer)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""

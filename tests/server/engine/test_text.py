@@ -2,6 +2,7 @@ import random
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from pvrt_server.engine.text import StopFilter, TextCodec
@@ -152,3 +153,17 @@ def test_a_false_start_inside_a_stop_string_does_not_hide_it() -> None:
         ("a", False),
         ("", True),
     ]
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A <|end|>", "$A <|end|>"])
+def test_prompts_begin_as_texts_do_and_are_never_ended(template: str) -> None:
+    tokenizer = toy_tokenizer()
+    specials = [("<s>", tokenizer.bos_token_id), ("<|end|>", tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=specials
+    )
+    codec, plain = TextCodec(tokenizer), tokenizer("ab", add_special_tokens=False).input_ids
+    start = [tokenizer.bos_token_id] if "<s>" in template else []
+    assert codec.encode("ab") == [*start, *plain]
+    assert codec.encode("") == start
+    assert codec.encode("ab", special=False) == plain
