@@ -214,8 +214,8 @@ class _Api:
         """What the answer must follow: the form of calls, a JSON schema, or nothing."""
         grammars = self._engine.grammars
         rules = None if tools is None else tools.grammar(schema)
-        if rules is not None:
-            return grammars.lark(rules, "tools")
+        if tools is not None and rules is not None:
+            return grammars.lark(rules, "tools", tools.rule_names)
         return None if schema is None else grammars.json_schema(schema, "response_format")
 
     def _card(self) -> dict[str, Any]:
