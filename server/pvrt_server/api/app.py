@@ -15,7 +15,6 @@ from starlette.responses import JSONResponse, Response
 import pvrt
 from pvrt_server.api.auth import Auth
 from pvrt_server.api.exception_handlers import ERROR_RESPONSES, add_handlers, error_response
-from pvrt_server.api.messages import template_messages
 from pvrt_server.api.requests import (
     ChatRequest,
     CompletionRequest,
@@ -115,15 +114,8 @@ class _Api:
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("send either prompt or messages", "prompt")
         codec = self._engine.codec
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
         if body.messages is not None:
-            ids = await asyncio.to_thread(
-                codec.encode_chat,
-                template_messages(body.messages, codec.template(tools)),
-                tools=tools,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                template_kwargs=body.chat_template_kwargs,
-            )
+            ids = await asyncio.to_thread(body.encode, codec)
         else:
             special = body.add_special_tokens is not False
             ids = await asyncio.to_thread(codec.encode, body.prompt or "", special=special)
@@ -148,7 +140,9 @@ class _Api:
         prompts: list[list[int]] = []
         echoes: list[Echo | None] = []
         for prompt in body.prompts():
-            if isinstance(prompt, str):
+            if isinstance(prompt, str) and body.suffix:
+                ids = await asyncio.to_thread(codec.encode_gap, prompt, body.suffix)
+            elif isinstance(prompt, str):
                 ids = await asyncio.to_thread(codec.encode, prompt)
             else:
                 ids = prompt
@@ -168,15 +162,8 @@ class _Api:
         body.refuse_unsupported()
         params = body.sampling(self._engine.defaults)
         codec = self._engine.codec
-        given = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-        template = codec.template(given)
-        tools = offer(template, body.tools, body.tool_choice, body.parallel_tool_calls)
-        ids = await asyncio.to_thread(
-            codec.encode_chat,
-            template_messages(body.messages, template),
-            tools=None if tools is None else given,
-            template_kwargs=body.chat_template_kwargs,
-        )
+        tools = offer(codec, body.tools, body.tool_choice, body.parallel_tool_calls)
+        ids = await asyncio.to_thread(body.encode, codec, tools is not None)
         serializer = ChatSerializer(codec, bool(body.logprobs), tools)
         requests = await self._requests(body, [ids], params, tools)
         return await self._answer(body, request, serializer, requests)
@@ -204,7 +191,7 @@ class _Api:
         requests: Sequence[GenerationRequest],
     ) -> Response:
         once = sum(len(each.prompt_ids) for each in requests) // body.choices
-        usage = Usage(once, body.choices, in_stream=body.include_usage)
+        usage = Usage(once, body.choices, body.usage_in_stream)
         stream = bool(body.stream)
         return await self._responder.answer(requests, serializer, request, usage, stream=stream)
 

@@ -48,16 +48,17 @@ class Delta:
         return not (self.text or self.tokens or self.finish_reason or self.calls)
 
 
+#: Where a stream tells its usage: nowhere, in a last chunk, or in every chunk.
+UsageInStream = Literal["nowhere", "at the end", "everywhere"]
+
+
 @dataclass
 class Usage:
-    """Token counts of a request with a number of choices per prompt.
-
-    in_stream says whether a stream ends with them.
-    """
+    """Token counts of a request with a number of choices per prompt."""
 
     prompt_tokens: int
     choices: int = 1
-    in_stream: bool = False
+    in_stream: UsageInStream = "nowhere"
     completion_tokens: int = 0
     cached_tokens: int = 0
 
@@ -67,6 +68,12 @@ class Usage:
             self.completion_tokens += 1
         elif event.index % self.choices == 0:  # a prompt counts once
             self.cached_tokens += event.cached
+
+    def of_chunk(self) -> dict[str, Any]:
+        """The field that a chunk has: null up to the last, where only the last has usage."""
+        if self.in_stream == "nowhere":
+            return {}
+        return {"usage": self.body() if self.in_stream == "everywhere" else None}
 
     def body(self) -> dict[str, Any]:
         """The `usage` object."""

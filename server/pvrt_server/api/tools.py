@@ -6,7 +6,6 @@ A model writes calls in the form that its chat template shows. Two forms are rea
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,18 +126,3 @@ def tool_form(template: str | None) -> ToolForm:
         "tools",
         "unsupported_parameter",
     )
-
-
-def offered(
-    form: ToolForm, functions: Sequence[Function], choice: str | None, parallel: bool
-) -> Tools:
-    """Tools under a tool_choice: "auto", "required" or the name of a function."""
-    if choice in (None, "auto", "required"):
-        most = None if parallel else 1
-        return Tools(form, tuple(functions), choice == "required", most)
-    chosen = tuple(function for function in functions if function.name == choice)
-    if not chosen:
-        raise RequestError(
-            f"tool_choice names {choice!r}, which is not among the tools", "tool_choice"
-        )
-    return Tools(form, chosen, must_call=True, most_calls=1)

@@ -115,5 +115,11 @@ def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 def _eos_ids(model: Any, codec: TextCodec) -> frozenset[int]:
     ids = model.generation_config.eos_token_id
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in [*listed, codec.eos_id] if token is not None)
+    listed = [*(ids if isinstance(ids, list) else [ids]), codec.eos_id]
+    turn = codec.end_of_turn
+    if turn is not None and turn not in listed:
+        _log.warning(
+            "answers end at %s, as in the chat template: the checkpoint's eos_token_id lacks it",
+            codec.token_text(turn),
+        )
+    return frozenset(token for token in [*listed, turn] if token is not None)

@@ -10,7 +10,7 @@ import pydantic
 import pytest
 
 from pvrt_server.api.tool_stream import CallDelta, ToolStream
-from pvrt_server.api.tools import HERMES, LLAMA3, Function, Tools, offered, tool_form
+from pvrt_server.api.tools import HERMES, LLAMA3, Function, Tools, tool_form
 from pvrt_server.engine.engine import Engine
 from pvrt_server.errors import RequestError
 from tests.server.running import Server, scripted_engine, serving
@@ -35,6 +35,17 @@ TOOLS: Any = [
     },
     {"type": "function", "function": {"name": "time"}},
 ]
+LONG: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "minLength": 90}},
+            "required": ["city"],
+        },
+    },
+}
 HERMES_TEMPLATE = (
     "{% if tools %}<|system|>{% for tool in tools %}"
     "{{ tool.function.name }}: {{ tool.function.description }} {% endfor %}"
@@ -131,8 +142,6 @@ def test_the_template_shows_the_form_of_calls() -> None:
         tool_form("{{ messages }}")
     with pytest.raises(RequestError, match="does not read"):
         tool_form("{% if tools %}<tool_call><function=example>")
-    with pytest.raises(RequestError, match="not among the tools"):
-        offered(HERMES, FUNCTIONS, "other", True)
 
 
 def with_tools(engine: Engine) -> Engine:
@@ -212,10 +221,35 @@ def test_tools_and_earlier_calls_reach_the_template(calls: Server) -> None:
     assert text.endswith("<tool_call>weatherKiel</tool_call><|tool|>rain")
     response = calls.post("/v1/chat/completions", {"messages": messages, "tools": TOOLS})
     assert response.json()["usage"]["prompt_tokens"] == len(tokens)
-    messages[1]["tool_calls"][0]["function"]["arguments"] = "{"
-    refused = calls.post("/v1/chat/completions", {"messages": messages, "tools": TOOLS})
-    assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "city"),
+    [
+        ('{"city": "Kiel"}', "Kiel"),
+        ({"city": "Kiel"}, "Kiel"),
+        ('{"city": "Ki', "Ki"),
+        ('{"city', ""),
+        *((text, "") for text in ("", None, "null", "[1]", "Paris", "{}")),
+    ],
+)
+def test_calls_come_back_however_they_were_cut(calls: Server, arguments: Any, city: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "go", "arguments": arguments}}
+    messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    tokens = calls.post("/tokenize", {"messages": messages, "tools": TOOLS}).json()["tokens"]
+    text = calls.post("/detokenize", {"tokens": tokens}).json()["prompt"]
+    assert text.endswith(f"<tool_call>go{city}</tool_call>")
+
+
+def test_a_call_that_this_server_cut_can_be_sent_back(random: Server) -> None:
+    client = random.client()
+    options: Any = {"model": "toy", "tools": [LONG], "tool_choice": "required", "max_tokens": 60}
+    cut = client.chat.completions.create(messages=HELLO, **options).choices[0]
+    assert cut.finish_reason == "length"
+    assert cut.message.tool_calls
+    answer = {"role": "tool", "tool_call_id": cut.message.tool_calls[0].id, "content": "bad"}
+    messages: Any = [*HELLO, cut.message, answer]
+    assert client.chat.completions.create(messages=messages, **options).choices
 
 
 @pytest.mark.parametrize(
@@ -368,3 +402,40 @@ def test_a_schema_that_cannot_be_is_blamed_on_its_tool(random: Server) -> None:
     assert caught.value.param == "tools"
     assert "greet" not in caught.value.message
     assert "guidance" not in caught.value.message
+
+
+def test_only_allowed_tools_are_called(random: Server) -> None:
+    def allow(*names: str) -> Any:
+        functions = [{"type": "function", "function": {"name": name}} for name in names]
+        return {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "required", "tools": functions},
+        }
+
+    options: Any = {"model": "toy", "messages": HELLO, "tools": [GREET, SIZE], "max_tokens": 200}
+    create = random.client().chat.completions.create
+    answer = create(**options, tool_choice=allow("size"), parallel_tool_calls=False)
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function" and call.function.name == "size"
+    with pytest.raises(openai.BadRequestError, match="not among the tools"):
+        create(**options, tool_choice=allow("other"))
+
+
+LLAMA3_TEMPLATE = (
+    '{% if tools %}{"name": function name, "parameters": ...}{% endif %}'
+    "{% for message in messages %}{% if message.tool_calls %}"
+    "{% if not message.tool_calls|length == 1 %}{{ raise_exception('one call') }}{% endif %}"
+    "{% endif %}{{ message.content }}{% endfor %}"
+)
+
+
+def test_a_template_that_takes_one_call_a_turn_gets_one(toy: Path) -> None:
+    engine = Engine.load(toy)
+    engine.codec.tokenizer.chat_template = LLAMA3_TEMPLATE
+    with serving(engine) as server:
+        options: Any = {"model": "toy", "messages": HELLO, "tools": [GREET, SIZE]}
+        answer = server.client().chat.completions.create(
+            **options, tool_choice="required", max_tokens=300
+        )
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert len(answer.choices[0].message.tool_calls or []) == 1
