@@ -176,7 +176,7 @@ def test_what_clients_keep_with_messages_is_no_part_of_the_prompt(
 
 
 def test_an_answer_of_nothing_can_be_sent_back(says: Server) -> None:
-    nothing = {"role": "assistant", "content": None, "tool_calls": []}
+    nothing: Any = {"role": "assistant", "content": None, "tool_calls": []}
     assert says.post(CHAT, {"messages": [*HELLO, nothing, *HELLO]}).status_code == 200
 
 
