@@ -22,7 +22,7 @@ from pvrt_server.engine.engine import Engine
 from pvrt_server.engine.sequences import GenerationRequest
 from pvrt_server.errors import EngineStoppedError, GenerationError, RequestError
 
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Responder:
             raise
         if stream:
             chunks = self._stream(generation, serializer, usage)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
+            return StreamingResponse(chunks, media_type="text/event-stream", headers=SSE_HEADERS)
         deltas: list[list[Delta]] = [[] for _ in requests]
         async for event in generation.events():
             if event is not None:

@@ -72,7 +72,7 @@ class Tools:
             # Free text, until it opens a call: lazy lexemes end at their first match.
             end = json.dumps(f"\n{self.form.end}")
             return (
-                f"start: (opening body {end})* TEXT\n"
+                f'start: (opening "\\n" body {end})* TEXT\n'
                 f"opening[lazy]: TEXT {json.dumps(self.form.begin)}\n"
                 f"TEXT: /(.|\\n)*/\n{self._body_rules()}"
             )

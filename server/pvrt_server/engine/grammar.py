@@ -82,6 +82,10 @@ class Grammar:
             raise GrammarError(error)
 
 
+#: Makes a fresh grammar for each answer.
+GrammarFactory = Callable[[], Grammar]
+
+
 class GrammarError(ArithmeticError):
     """A grammar that got stuck: its limits were reached while an answer followed it."""
 
@@ -93,13 +97,13 @@ class GrammarCompiler:
         self._parts = (tokenizer, vocabulary, sorted(eos_ids))
         self._tokenizer: LLTokenizer | None = None
 
-    def json_schema(self, schema: dict[str, Any], field: str) -> Callable[[], Grammar]:
+    def json_schema(self, schema: dict[str, Any], field: str) -> GrammarFactory:
         """Answers that are JSON of a schema. Raises RequestError naming `field`."""
         return self.lark(f"start: {json_rule(schema, field)}", field)
 
     def lark(
         self, rules: str, field: str, names: Mapping[str, str] | None = None
-    ) -> Callable[[], Grammar]:
+    ) -> GrammarFactory:
         """Answers of a grammar in llguidance's Lark, one rule a line.
 
         Raises RequestError naming `field` and, in words, what `names` says of the rule at fault.
