@@ -66,4 +66,21 @@ def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
         (0 if "linear" in kind else per_token, window if "sliding" in kind else None)
         for kind in kinds
     )
-    return CacheShape(layers, getattr(text, "max_position_embeddings", None) or 1 << 20)
+    return CacheShape(layers, _longest(text))
+
+
+def _longest(text: Any) -> int:
+    """The longest context that a config's rotary embedding was scaled for, as vLLM counts it.
+
+    `max_position_embeddings` often stays the original's where a card says to add a rope scaling.
+    """
+    longest: int = getattr(text, "max_position_embeddings", None) or 1 << 20
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor = rope.get("factor") or 1
+    match rope.get("rope_type"):
+        case "yarn":
+            original = rope.get("original_max_position_embeddings") or longest
+            return max(longest, int(original * factor))
+        case "linear" | "dynamic":
+            return int(longest * factor)
+    return longest  # llama3 and longrope are counted in it already; so are scalings by layer type

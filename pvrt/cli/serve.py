@@ -37,6 +37,10 @@ def serve(
         str | None,
         typer.Option(envvar="PVRT_API_KEY", help="Key that clients must send."),
     ] = None,
+    allowed_origins: Annotated[
+        str | None,
+        typer.Option(help="Origins whose pages may call the server, with commas; * for all."),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning, error or critical.")
     ] = "info",

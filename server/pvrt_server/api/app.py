@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 import pvrt
 from pvrt_server.api.auth import Auth
 from pvrt_server.api.chat import for_choice, prepare
+from pvrt_server.api.doorway import doorway
 from pvrt_server.api.exception_handlers import ERROR_RESPONSES, add_handlers, error_response
 from pvrt_server.api.requests import (
     ChatRequest,
@@ -55,6 +56,7 @@ def create_app(engine: Engine, options: ServeOptions) -> FastAPI:
     add_handlers(app)
     app.add_middleware(Page, card=model_card(engine.opened))
     app.add_middleware(Auth, api_key=options.api_key, max_body_bytes=options.max_body_bytes)
+    app.add_middleware(doorway, allowed_origins=options.origins)
     return app
 
 
@@ -74,6 +76,7 @@ def _add_routes(app: FastAPI, api: "_Api") -> None:
         "GET /v1/responses/{name}/input_items": responses.input_items,
         "POST /tokenize": api.tokenize,
         "POST /detokenize": api.detokenize,
+        "GET /tokenizer_info": api.tokenizer_info,
     }
     for route, endpoint in routes.items():
         method, path = route.split()
@@ -130,6 +133,9 @@ class _Api:
         self.check_model(body.model)
         self._engine.check_tokens("tokens", body.tokens)
         return {"prompt": await asyncio.to_thread(self._engine.codec.decode, body.tokens)}
+
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return {**self._engine.codec.info(), "model_max_length": self._engine.max_model_len}
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)

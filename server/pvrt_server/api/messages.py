@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from pvrt_server.errors import RequestError
 from pvrt_server.notices import say_once
@@ -16,6 +15,9 @@ _WANTED = ("function_call", "prefix")
 # Types of parts, and the field that holds the text; thoughts of earlier turns are not read again.
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
+
+
+_JSON: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 class CalledFunction(BaseModel):
@@ -31,7 +33,9 @@ class CalledFunction(BaseModel):
         arguments: Any = self.arguments
         if isinstance(arguments, str):
             try:
-                arguments = from_json(arguments, allow_partial="trailing-strings")
+                arguments = _JSON.validate_json(
+                    arguments, experimental_allow_partial="trailing-strings"
+                )
             except ValueError:
                 arguments = None
         return {"name": self.name, "arguments": arguments if isinstance(arguments, dict) else {}}

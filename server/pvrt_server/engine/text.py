@@ -61,6 +61,14 @@ class TextCodec:
         """The tokenizer of transformers."""
         return self._tokenizer
 
+    def info(self) -> dict[str, Any]:
+        """What clients build prompts with: the template, and the special tokens by their roles."""
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            "chat_template": self.template(),
+            **self._tokenizer.special_tokens_map,
+        }
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text; special=True adds what the tokenizer puts around one (BOS).
 
