@@ -23,6 +23,11 @@ class ChatTemplate:
         # A request may set variables of the template, not choose another one or its own output.
         self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
 
+    @property
+    def known(self) -> bool:
+        """Whether there is one."""
+        return bool(self._tokenizer.chat_template)
+
     def source(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
         """The template for conversations with or without tools; None where there is none."""
         try:
@@ -47,7 +52,7 @@ class ChatTemplate:
             raise RequestError(
                 f"chat_template_kwargs must not set {reserved[0]}", "chat_template_kwargs"
             )
-        if not self._tokenizer.chat_template:
+        if not self.known:
             raise RequestError(
                 "this checkpoint has no chat template: send a prompt to /v1/completions, or put "
                 "the chat_template.jinja of the original model into its folder",
@@ -91,3 +96,12 @@ class ChatTemplate:
         except RequestError:
             return False
         return True
+
+
+class MistralTemplate(ChatTemplate):
+    """What mistral-common writes for a conversation; there is no text of a template."""
+
+    known = True
+
+    def source(self, tools: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """None: forms of tool calls cannot be told."""

@@ -2,8 +2,9 @@
 
 import logging
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
 from pvrt_server.engine import cuda_graphs
 from pvrt_server.engine.captured_model import CapturedModel
+from pvrt_server.engine.chat_template import MistralTemplate
 from pvrt_server.engine.cpu_model import CpuModel
 from pvrt_server.engine.models import LanguageModel, TransformersModel, weight_bytes
 from pvrt_server.engine.sampling import SamplingParams
@@ -22,15 +24,12 @@ from pvrt_server.engine.text import TextCodec
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _log = logging.getLogger("pvrt_server")
 
 
 def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision) -> Runtime:
     """Load model and tokenizer as was decided. Raises CheckpointError and ServeError."""
-    codec = TextCodec(_load_tokenizer(opened.path))
+    codec = load_codec(opened.path)
     model = _load_model(opened, options, decision)
     capacity = decision.capacity
     length, wanted = capacity.max_model_len, capacity.wanted_len
@@ -101,16 +100,27 @@ def sampling_defaults(model: LanguageModel) -> SamplingParams:
     )
 
 
-def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+def load_codec(folder: Path) -> TextCodec:
+    """The tokenizer of a folder. Raises ServeError where none can be read.
+
+    Beside Mistral's tekken.json, transformers would take mistral-common's tokenizer, which knows no
+    vocabulary by text. It still writes the conversations of folders without a chat template.
+    """
     from transformers import AutoTokenizer
 
+    tekken = (folder / "tekken.json").is_file()
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        options = {"mistral_format": False} if tekken else {}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        if tekken and not tokenizer.chat_template and find_spec("mistral_common"):
+            mistral = AutoTokenizer.from_pretrained(folder, mistral_format=True)
+            return TextCodec(tokenizer, MistralTemplate(mistral))
     except (OSError, ValueError) as error:
         raise ServeError(
             f"{folder} has no tokenizer that can be read ({str(error).splitlines()[0]}); copy "
             "tokenizer.json and tokenizer_config.json of the original model into it"
         ) from error
+    return TextCodec(tokenizer)
 
 
 def _eos_ids(model: Any, codec: TextCodec) -> frozenset[int]:

@@ -36,16 +36,18 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TextCodec:
-    """A tokenizer as the server needs it."""
+    """A tokenizer as the server needs it. chat writes conversations, by default its template."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", chat: ChatTemplate | None = None
+    ) -> None:
         self._tokenizer: Any = tokenizer
         self._alphabet = _byte_alphabet()
         self._special = frozenset(tokenizer.all_special_ids)
         self._bytes: dict[int, bytes] = {}
         self._eos_id: int | None = tokenizer.eos_token_id
         self._longest_text = math.inf
-        self.chat = ChatTemplate(tokenizer)
+        self.chat = chat or ChatTemplate(tokenizer)
 
     @property
     def eos_id(self) -> int | None:

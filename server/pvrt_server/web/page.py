@@ -54,7 +54,7 @@ def model_card(opened: OpenedModel) -> dict[str, Any]:
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "context": cache_shape(text).longest,
         "layers": getattr(text, "num_hidden_layers", None),
-        "chat": opened.chat_template is not None,
+        "chat": opened.chats,
     }
     if stored.layers:
         card["scheme"] = stored.scheme_names
