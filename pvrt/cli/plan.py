@@ -19,6 +19,7 @@ from pvrt.cli.recipe import (
     Length,
     Limit,
     Model,
+    Original,
     Samples,
     Scheme,
 )
@@ -30,6 +31,7 @@ def plan(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the checkpoint: whose disk is asked.")
     ] = Path(),
+    original: Original = None,
     scheme: Scheme = None,
     bits: Bits = None,
     data: Data = None,
@@ -62,12 +64,23 @@ def plan(
     from pvrt_tune.plan.on_machine import plan_here
     from pvrt_tune.plan.report import as_text
     from pvrt_tune.settings import TuneJob
-    from pvrt_tune.settings.options import Changes, build
+    from pvrt_tune.settings.options import Beginning, Changes, build
 
     embeddings = "keep" if keep_embeddings else None
     changes = Changes(scheme, samples, length, pv=pv, embeddings=embeddings, bits=bits)
     recipe, seconds = build(effort.value, config, changes, limit, notice)
-    job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds)
+    begin = Beginning.of(model, original)
+    recipe = begin.recipe(recipe, changes)
+    job = TuneJob(
+        begin.model,
+        out,
+        recipe,
+        data,
+        device,
+        activations.value,
+        seconds=seconds,
+        start=begin.start,
+    )
     report, problems = plan_here(
         job, host_memory=host_memory, device_memory=device_memory, card=card
     )

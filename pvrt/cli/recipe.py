@@ -28,7 +28,17 @@ class Activations(StrEnum):
 
 Model = Annotated[
     str,
-    typer.Argument(help="A model folder, a .gguf file, or a hub id like org/name."),
+    typer.Argument(
+        help="A model folder, a .gguf file, or a hub id like org/name. With --from a checkpoint."
+    ),
+]
+Original = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="The dense original of MODEL, which is a checkpoint then: PV-Tuning goes on from its "
+        "codes.",
+    ),
 ]
 Scheme = Annotated[
     str | None,

@@ -22,6 +22,7 @@ from pvrt.cli.recipe import (
     Length,
     Limit,
     Model,
+    Original,
     Samples,
     Scheme,
 )
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 def tune(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the checkpoint.")],
+    original: Original = None,
     scheme: Scheme = None,
     bits: Bits = None,
     data: Data = None,
@@ -78,7 +80,7 @@ def tune(
     from pvrt_tune import parallel
     from pvrt_tune.pipeline import tune as run
     from pvrt_tune.settings import TuneJob
-    from pvrt_tune.settings.options import Changes, build
+    from pvrt_tune.settings.options import Beginning, Changes, build
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
@@ -86,14 +88,17 @@ def tune(
     changes = Changes(scheme, samples, length, seed, pv, embeddings, bits)
     tell = say if parallel.speaks() else lambda line: None
     recipe, seconds = build(effort.value, config, changes, limit, tell)
+    begin = Beginning.of(model, original)
+    recipe = begin.recipe(recipe, changes)
     job = TuneJob(
-        model,
+        begin.model,
         out,
         recipe,
         data,
         checked_device(device),
         activations.value,
         seconds=seconds,
+        start=begin.start,
         resume=resume,
         restart=restart,
         force=force,

@@ -235,15 +235,28 @@ def _detached(value: Any, copies: dict[int, Tensor]) -> Any:
     return value
 
 
-def batch_size(samples: int) -> int:
-    """Windows computed at once: few, and all batches of one size."""
-    return next(size for size in (4, 2, 1) if samples % size == 0)
+#: Tokens that blocks compute at once. Steps of block tuning are as large: a given text teaches a
+#: block more in many steps than in few.
+STEP_TOKENS = 512
 
 
-def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """Output hidden states of one block for one batch."""
-    output: Tensor | tuple[Tensor, ...] = block(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
+def batch_size(samples: int, length: int) -> int:
+    """Windows computed at once: about `STEP_TOKENS` tokens, and all batches of one size."""
+    sizes = range(max(1, min(samples, STEP_TOKENS // length)), 0, -1)
+    return next(size for size in sizes if samples % size == 0)
+
+
+def run_block(
+    block: nn.Module,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """Output hidden states in float32 of one block for one batch, with products in `compute`."""
+    low = compute is torch.bfloat16
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=low):
+        output: Tensor | tuple[Tensor, ...] = block(hidden, **arguments)
+    return (output[0] if isinstance(output, tuple) else output).float()
 
 
 def observe(
@@ -251,8 +264,9 @@ def observe(
     inputs: Activations,
     arguments: dict[str, Any],
     outputs: Activations | None = None,
+    compute: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """One pass over all batches: the input second moment of each linear.
+    """One pass over all batches with products in `compute`: the input second moment of each linear.
 
     Returns H = mean over tokens of x x^T, [in, in] float32, by layer name. Layers that share their
     input (q, k, v) share one tensor. The block's outputs go to `outputs`, where it is given.
@@ -267,7 +281,7 @@ def observe(
     with torch.no_grad():
         for number, hidden in enumerate(inputs):
             with _linear_inputs(block) as seen:
-                output = run_block(block, hidden, arguments)
+                output = run_block(block, hidden, arguments, compute)
             if outputs is not None:
                 outputs[number] = output
             _accumulate(moments, counts, seen)

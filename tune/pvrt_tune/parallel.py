@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -45,6 +46,10 @@ _COLLECTIVE_LIMIT = timedelta(minutes=15)
 _PULSE, _SILENCE = 2.0, 300.0
 
 
+#: Whether this process works while the others wait, as if there were no others.
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
 # ---- joining and waiting ----
 
 
@@ -68,6 +73,7 @@ class Group:
             self._wait(key, self._store)
             return None
         ending = "failed"
+        alone = _ALONE.set(True)
         try:
             with _pulse(self._store):
                 result = work()
@@ -76,6 +82,7 @@ class Group:
             ending = "interrupted"
             raise
         finally:
+            _ALONE.reset(alone)
             with suppress(dist.DistError):  # what rank 0 raised says more
                 self._store.set(key, ending)
         return result
@@ -262,12 +269,12 @@ def agreed(value: T) -> T:
 
 def world() -> int:
     """Number of processes that tune together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _ALONE.get() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _ALONE.get() else 0
 
 
 def total(tensor: Tensor) -> Tensor:

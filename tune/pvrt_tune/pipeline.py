@@ -1,6 +1,7 @@
 """The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,10 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.format.atomic import write_synced
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
+from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_tune import parallel
 from pvrt_tune.allocate.stage import allocate, stored_schemes
+from pvrt_tune.calibrate.adopt import adopt, schemes_of, start_digest
 from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
@@ -80,10 +83,14 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     data = text or _sampled(job, source, store, report)
     release_memory()  # of reading the model and its text
     run = Run(job, source, blocks, data, store, report)
-    if job.recipe.bits is not None:
-        run = replace(run, schemes=allocate(run))
-        release_memory()
-    calibrate(run)
+    if job.start is not None:
+        run = replace(run, schemes=schemes_of(job.start, source, blocks))
+        adopt(run, job.start)
+    else:
+        if job.recipe.bits is not None:
+            run = replace(run, schemes=allocate(run))
+            release_memory()
+        calibrate(run)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = store.calibrated and (job.out / CONFIG_FILE).exists()
     if job.recipe.training is not None and not served:
@@ -105,8 +112,11 @@ def _follow(device: str, known: tuple[CalibrationData, TuneJob] | None) -> Run:
     store = Store(job.out / RUN_FOLDER, writes=False)
     if not store.events:
         raise unseen()
-    schemes = stored_schemes(store) or {}
-    return Run(job, source, find_blocks(source.model), data, store, _silent, schemes)
+    blocks = find_blocks(source.model)
+    schemes: Mapping[str, Scheme | GridScheme] = stored_schemes(store) or {}
+    if job.start is not None:
+        schemes = schemes_of(job.start, source, blocks)
+    return Run(job, source, blocks, data, store, _silent, schemes)
 
 
 def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
@@ -200,4 +210,5 @@ def _fingerprint(job: TuneJob, source: Source, text: CalibrationData | None) -> 
         "model": source.digest,
         "data": "sampled from the model" if text is None else text.digest,
         "recipe": job.recipe.record(),
+        **({} if job.start is None else {"start": start_digest(job.start)}),
     }

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from pvrt.errors import RunError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_tune.data.source_model import Source
@@ -30,7 +32,7 @@ class Run:
     data: CalibrationData
     store: Store
     report: Report
-    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    schemes: Mapping[str, Scheme | GridScheme] = field(default_factory=dict)
 
     def recipe_of(self, name: str) -> Recipe:
         """The recipe with the scheme of one layer."""
@@ -65,6 +67,14 @@ class Run:
         """
         return self._finished(ENDS) if self.store.parts(ENDS) else None
 
+    def outside(self) -> Mapping[str, Tensor]:
+        """Tensors outside of the blocks, by name, that a checkpoint brought along; others are the
+        source's.
+
+        Raises RunError when they have been damaged since.
+        """
+        return self._finished(OUTSIDE).tensors if self.store.parts(OUTSIDE) else {}
+
     def _finished(self, name: str) -> Piece:
         piece = self.store.load(name)
         if piece is None:
@@ -81,6 +91,8 @@ class Run:
 
 #: Name of embedding and output head in codes among the pieces of a run.
 ENDS = "ends"
+#: Name of what a checkpoint that is tuned on has outside of its blocks and not in codes.
+OUTSIDE = "outside"
 
 
 def block_piece(index: int) -> str:

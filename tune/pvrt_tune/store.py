@@ -208,7 +208,8 @@ def choices_of(out: Path) -> dict[str, Any]:
     """
     file = out / RUN_FOLDER / FINGERPRINT_FILE
     recipe = _read_fingerprint(file).get("recipe", {}) if file.is_file() else {}
-    return {**(recipe.get("training") or {}), **recipe.get("pv", {})}
+    parts = (recipe.get(name) or {} for name in ("finetune", "training", "pv"))
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def check_output(out: Path, *, resume: bool) -> None:

@@ -62,6 +62,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
         "recipe": run.recipe.record(),
         "blocks": reports,
         **({} if ends is None else {"ends": ends.report}),
+        **({} if run.settings.start is None else {"start": run.settings.start.name}),
         **({"pv": dict(tuning)} if tuning else {}),
     }
     files = _tokenizer_files(source.tokenizer)
@@ -110,8 +111,11 @@ def _tensors(
         newer = tuned[name].to(tensor.dtype) if name in tuned else tensor
         return source.published(name), newer
 
+    brought = run.outside()
     for name in source.outside(run.blocks.name):
-        if ends is None or name.rpartition(".")[0] not in ends.report:
+        if name in brought:
+            yield newest(name, brought[name])
+        elif ends is None or name.rpartition(".")[0] not in ends.report:
             yield newest(name, source.read([name])[name])
     for name, tensor in () if ends is None else ends.tensors.items():
         yield newest(name, tensor)

@@ -33,6 +33,7 @@ __all__ = ["dense", "small_measurements"]  # fixtures
 
 STANDARD = EFFORTS["standard"]
 USUAL: dict[str, Any] = {
+    "move_codes": True,
     "microbatch": 4,
     "recompute_activations": False,
     "teacher_first": False,
@@ -61,6 +62,18 @@ def chosen(plan: Plan) -> dict[str, Any]:
     return found | ({"stream": True} if plan.stream else {})
 
 
+#: As its config.json says.
+MIXTRAL_8X22B = LLAMA_8B | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_attention_heads": 48,
+    "num_hidden_layers": 2,  # of 56, which are alike
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32768,
+}
 HOST = {"states": "host", "snapshots": False}
 TWICE = {"recompute_activations": True}
 FIRST = {"teacher_first": True}
@@ -363,3 +376,17 @@ def test_without_snapshots_a_run_begins_pv_tuning_anew_to_the_same_bytes(
     assert sum(line.startswith("PV step 2/") for line in lines) == 1
     assert not any(line.startswith("block ") for line in lines)
     assert weights(job.out) == weights(tmp_path / "whole")
+
+
+def test_codes_stay_in_block_tuning_where_their_latent_weights_do_not_fit(tmp_path: Path) -> None:
+    """Blocks of 2.5 billion weights: the 12 bytes of each are more than a card of 32 GB has."""
+    folder = config_only(tmp_path / "8x22B", MIXTRAL_8X22B)
+    recipe = replace(STANDARD, training=None)
+    roomy, small = (planned(folder, machine(size, 512, 400), recipe) for size in (80, 32))
+    assert roomy.request.recipe.finetune.move_codes is True
+    assert roomy.chosen is None
+    assert small.request.recipe.finetune.move_codes is False
+    assert small.chosen is not None and "codes stay in block tuning" in small.chosen
+    assert not misfits(small, machine(32, 512, 400))
+    said = replace(recipe, finetune=replace(recipe.finetune, move_codes=True))
+    assert misfits(planned(folder, machine(32, 512, 400), said), machine(32, 512, 400))

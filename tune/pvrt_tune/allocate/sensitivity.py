@@ -152,7 +152,7 @@ class _Measurement:
                 # A tensor of the source may be a view of its file, and here noise goes into it.
                 parameter.data = parameter.data.to(torch.float32, copy=True)
         tokens = run.data[recipe.calibration].tokens
-        batch = batch_size(len(tokens))
+        batch = batch_size(*tokens.shape)
         shape = (*tokens.shape, source.model.config.get_text_config().hidden_size)
 
         def states() -> Activations:

@@ -20,7 +20,7 @@ from pvrt_tune.calibrate.ends import quantize_ends, schemes_of_ends, without_hea
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
 from pvrt_tune.data.source_model import fill
 from pvrt_tune.fit.layer import empty_like, quantize_linear
-from pvrt_tune.machine import release_memory
+from pvrt_tune.machine import compute_dtype, release_memory
 from pvrt_tune.model_blocks import batch_size, linears, observe, record_inputs, run_block
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
@@ -55,7 +55,7 @@ def calibrate(run: Run) -> None:
         dense = None
         if run.recipe.targets == "original":
             dense = _dense(run, index)
-            _advance(dense, stream.targets, stream.arguments[index])
+            _advance(run, dense, stream.targets, stream.arguments[index])
         saved = store.load(block_piece(index))
         if saved is not None:
             block = rebuild(run, index, saved.tensors)
@@ -71,7 +71,7 @@ def calibrate(run: Run) -> None:
         release_memory()
         if index + 1 < count or tables:
             decode_once(block.float())
-            _advance(block, stream.hidden, stream.arguments[index])
+            _advance(run, block, stream.hidden, stream.arguments[index])
         del block, dense  # before the next one comes
     if tables and store.report(ENDS) is None:
         quantize_ends(run, tables, stream.hidden)
@@ -83,7 +83,7 @@ def _start(run: Run) -> Stream:
     tokens = run.data[run.recipe.calibration].tokens
     samples, length = tokens.shape
     shape = (samples, length, source.model.config.get_text_config().hidden_size)
-    batch = batch_size(samples)
+    batch = batch_size(samples, length)
 
     def states() -> Activations:
         disk = run.settings.activations == "disk"
@@ -101,7 +101,7 @@ def _start(run: Run) -> Stream:
 def start_bytes(model: ModelShape, tokens: int) -> int:
     """Peak of `_start` on a GPU, besides the two stores of hidden states; batches of `tokens`."""
     # Embeddings; hidden states as embedded and in float32; rotary tables, which are narrower.
-    return model.itemsize * model.first + tokens * model.width * (model.itemsize + 4 + 1)
+    return model.itemsize * model.first + tokens * model.width * (model.itemsize + 4 + 2)
 
 
 def _dense(run: Run, index: int) -> nn.Module:
@@ -118,7 +118,8 @@ def _quantize_block(
     started = time.monotonic()
     recipe, prefix, arguments = run.recipe, run.blocks.prefix(index), stream.arguments[index]
     own_targets = stream.targets if recipe.targets == "quantised" else None
-    moments = observe(block, stream.hidden, arguments, own_targets)
+    compute = _compute(run)
+    moments = observe(block, stream.hidden, arguments, own_targets, compute)
     release_memory()
     dtype = _float_dtype(run.blocks.blocks[index])
     errors = {}
@@ -135,10 +136,11 @@ def _quantize_block(
         release_memory()
     generator = seeded(recipe.seed, f"{prefix}finetune")
     examples = Examples(stream.hidden, stream.targets, arguments)
-    tuned = finetune_block(block, examples, recipe.finetune, generator)
+    tuned = finetune_block(block, examples, recipe.settled.finetune, compute, generator)
     report = {
         "errors": errors,
         "output_error": {"before_finetune": tuned.before, "after": tuned.after},
+        "moved": tuned.moved,
         "seconds": time.monotonic() - started,
     }
     return _rounded(block, dtype), report
@@ -168,11 +170,16 @@ def rebuild(run: Run, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     return block
 
 
-def _advance(block: nn.Module, states: Activations, arguments: dict[str, Any]) -> None:
+def _advance(run: Run, block: nn.Module, states: Activations, arguments: dict[str, Any]) -> None:
     """Replace the hidden states by the block's outputs."""
     with torch.no_grad():
         for number, hidden in enumerate(states):
-            states[number] = run_block(block, hidden, arguments)
+            states[number] = run_block(block, hidden, arguments, _compute(run))
+
+
+def _compute(run: Run) -> torch.dtype:
+    """What passes compute products in."""
+    return compute_dtype(run.recipe.finetune.compute, run.device)
 
 
 def _block_line(index: int, count: int, report: dict[str, Any], clock: Clock) -> str:
@@ -180,5 +187,6 @@ def _block_line(index: int, count: int, report: dict[str, Any], clock: Clock) ->
     output = report["output_error"]
     return (
         f"block {index + 1}/{count}  {errors}  output {output['before_finetune']:.5f} -> "
-        f"{output['after']:.5f}  {report['seconds']:.1f} s  {clock.eta()}"
+        f"{output['after']:.5f}  codes moved {report['moved']:.1%}  {report['seconds']:.1f} s  "
+        f"{clock.eta()}"
     )

@@ -67,12 +67,8 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of `sha256sum FILES`: config.json and all weight files, or the .gguf file."""
-        lines = ""
-        for file in self.files:
-            with file.open("rb") as handle:
-                lines += f"{hashlib.file_digest(handle, 'sha256').hexdigest()}  {file.name}\n"
-        return hashlib.sha256(lines.encode()).hexdigest()
+        """Of config.json and all weight files, or of the .gguf file."""
+        return digest_of(self.files)
 
     def read(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
         """Tensors by their name in the model, in the model's own floating type.
@@ -160,6 +156,15 @@ class Source:
                 if buffer.dtype == own and own != torch.float32:
                     setattr(module, name, buffer.to(dtype or own))
         return model
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 of what `sha256sum FILES` prints."""
+    lines = ""
+    for file in files:
+        with file.open("rb") as handle:
+            lines += f"{hashlib.file_digest(handle, 'sha256').hexdigest()}  {file.name}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: str) -> None:

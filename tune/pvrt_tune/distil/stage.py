@@ -10,6 +10,7 @@ from torch import Tensor
 from pvrt_tune import parallel
 from pvrt_tune.calibrate.ends import put_ends
 from pvrt_tune.calibrate.stage import rebuild
+from pvrt_tune.data.source_model import fill
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.distil.loss import TEACHER_CHUNK, Teacher, check_head
 from pvrt_tune.distil.student import Student
@@ -61,6 +62,7 @@ def tuned_tensors(store: Store) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def calibrated(run: Run) -> Any:
     """The whole calibrated model in float32 on the device, from the source and finished blocks."""
     model = run.source.partial(run.source.outside(run.blocks.name), run.device)
+    fill(model, {name: t.to(run.device) for name, t in run.outside().items()}, run.device)
     listed = model.get_submodule(run.blocks.name)
     for index, (_, piece) in enumerate(run.finished_blocks()):
         listed[index] = rebuild(run, index, piece.tensors)

@@ -15,6 +15,7 @@ from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.distil.loss import final_hidden, on_device
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import find_blocks
+from pvrt_tune.pv.dense import decoded
 from pvrt_tune.pv.host_memory import HostMemory
 from pvrt_tune.pv.representation import Representation, represent
 from pvrt_tune.pv.streamed import StreamedLinear, StreamedWeight
@@ -58,12 +59,7 @@ class Student:
                 streamed[name] = StreamedWeight(representations[name], compute, host)
                 model.set_submodule(name, StreamedLinear(streamed[name], module.bias))
                 continue
-            bias = module.bias is not None
-            dense = nn.Linear(module.in_features, module.out_features, bias, device="meta")
-            whole = represent(module)
-            dense.weight = nn.Parameter(whole.decode().to(kept))
-            if module.bias is not None:
-                dense.bias = module.bias
+            dense, whole = decoded(module, kept)
             model.set_submodule(name, dense)
             rows = parallel.rows_of(module.out_features)
             representations[name] = whole if parallel.world() == 1 else represent(module, rows)

@@ -1,8 +1,9 @@
 """What a recipe leaves open is chosen so that the run fits the machine.
 
-Of all ways that fit, the one that takes least time is chosen. Only one thing changes the result by
-more than the order of sums: latent weights in bfloat16. They are taken where all other ways that
-fit take more than twice as long. What the recipe says stays.
+Of all ways that fit, the one that takes least time is chosen. Two things change the result by more
+than the order of sums. Latent weights in bfloat16 are taken where all other ways that fit take more
+than twice as long. Codes stay in block tuning where a block's latent weights do not fit. What the
+recipe says stays.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ _SMALL_BYTES, _LONG_SECONDS, _SHARE_OF_DISK = 10e9, 3600, 0.5
 _FULL = 0.95
 #: How much longer may be waited for the result that does not differ.
 _PRICE = 2
+_CODES_STAY = "codes stay in block tuning, for whose latent weights there is no room"
 
 
 @dataclass(frozen=True)
@@ -43,30 +45,46 @@ def plan_run(model: Any, request: Request, speed: Speed, machine: Machine) -> Pl
     Where nothing fits, it is the plan that lacks least. Raises SourceError when the model has no
     blocks.
     """
-    planner = Planner(model, request, speed, machine.host)
+    asked = request.recipe.finetune.move_codes
+    planner = _planner(model, request, speed, machine)
+    request = planner.request
     activations = _activations(planner, machine)
     streams = [request.stream, *[True] * (planner.cuda and not request.stream)]
     sampled = [planner.sampling(stream=stream) for stream in streams if request.sampled]
     if sampled and not _fits(sampled[0], machine):
         streams = streams[-1:]
-    recipe, stream, tuning, chosen = request.recipe, streams[0], [], None
+    recipe, stream, tuning = request.recipe, streams[0], []
+    chosen = [_CODES_STAY] * (recipe.finetune.move_codes is False is not asked)
     hindrances: tuple[str, ...] = ()
     if recipe.training is not None:
         way, usual = _way(planner, streams, machine)
         recipe, stream, tuning = way.recipe, way.stream, [way.phase]
-        chosen = _sentence(planner, way, usual, machine)
+        chosen += _chosen(planner, way, usual, machine)
         hindrances = () if _fits(way.phase, machine) else _hindrances(planner, streams, machine)
     elif stream and not request.stream:
-        chosen = f"chosen: {_streamed(planner)}"
+        chosen.append(_streamed(planner))
     first = [planner.sampling(stream=stream)] if request.sampled else []
     return planner.plan(
         [*first, *planner.block_phases(activations), *tuning, planner.write()],
         request=replace(request, recipe=recipe),
         activations=activations,
         stream=stream,
-        chosen=chosen,
+        chosen=f"chosen: {'; '.join(chosen)}" if chosen else None,
         hindrances=hindrances,
     )
+
+
+def _planner(model: Any, request: Request, speed: Speed, machine: Machine) -> Planner:
+    """A planner whose recipe says whether block tuning moves codes: it does, unless calibration
+    fits only without.
+    """
+    planners = []
+    for codes in (True, False):
+        recipe = request.recipe.with_choices({"move_codes": codes})
+        planners.append(Planner(model, replace(request, recipe=recipe), speed, machine.host))
+        if all(_fits(phase, machine) for phase in planners[-1].block_phases("disk")):
+            return planners[-1]
+    return planners[0]
 
 
 def _activations(planner: Planner, machine: Machine) -> Literal["memory", "disk"]:
@@ -90,8 +108,9 @@ def _way(planner: Planner, streams: list[bool], machine: Machine) -> tuple[Way, 
 
 
 def _said(recipe: Recipe) -> dict[str, Any]:
-    """The choices that a recipe does not leave open, by name."""
-    return {name: value for name, value in recipe.choices.items() if value is not None}
+    """The choices of PV-Tuning that a recipe does not leave open, by name."""
+    named = {n: value for n, value in recipe.choices.items() if value is not None}
+    return {name: value for name, value in named.items() if name != "move_codes"}
 
 
 def _hindrances(planner: Planner, streams: list[bool], machine: Machine) -> tuple[str, ...]:
@@ -163,8 +182,8 @@ def _streamed(planner: Planner) -> str:
     return f"the original model of {size} comes from the host block by block"
 
 
-def _sentence(planner: Planner, way: Way, usual: Way, machine: Machine) -> str | None:
-    """What was chosen, why and what it costs; None if all is as usual."""
+def _chosen(planner: Planner, way: Way, usual: Way, machine: Machine) -> list[str]:
+    """What was chosen of PV-Tuning, why and what it costs; nothing if all is as usual."""
     training, asked = way.recipe.training, planner.recipe
     assert training is not None
     words = {
@@ -196,4 +215,4 @@ def _sentence(planner: Planner, way: Way, usual: Way, machine: Machine) -> str |
             f"no snapshots, which would take {gigabytes(size)} of disk, so that PV-Tuning begins "
             "anew after a kill"
         )
-    return f"chosen: {'; '.join(parts)}" if parts else None
+    return parts

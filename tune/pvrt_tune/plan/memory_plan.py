@@ -97,7 +97,7 @@ class Request:
 
     sampled: the model writes its own calibration text. gguf: the model is dequantised from a GGUF
     file. activations, stream: as for `TuneJob`. resumed: choices of the recipe are those of the run
-    that goes on.
+    that goes on. calibrated: a checkpoint takes the place of calibration.
     """
 
     model: str
@@ -108,6 +108,7 @@ class Request:
     activations: Literal["auto", "memory", "disk"] = "auto"
     stream: bool = False
     resumed: bool = False
+    calibrated: bool = False
 
 
 class Planner:
@@ -172,10 +173,14 @@ class Planner:
         return self.phase("sampling", peak, seconds)
 
     def block_phases(self, activations: Literal["memory", "disk"]) -> Iterator[Phase]:
-        """One pass over the blocks, as its three parts; each is the peak over all blocks."""
+        """One pass over the blocks, as its three parts; each is the peak over all blocks. None
+        where a checkpoint takes their place.
+        """
+        if self.request.calibrated:
+            return
         recipe, model = self.recipe, self.shape
         blocks, scheme, device = model.blocks, recipe.parsed_scheme, self.request.device
-        batch = batch_size(recipe.samples) * recipe.length
+        batch = batch_size(recipe.samples, recipe.length) * recipe.length
         # What enters the block at hand, and what its dense original makes of it.
         streams = 2 * store_bytes((recipe.samples, recipe.length, model.width))
         kept = streams if activations == "memory" else 0
@@ -183,7 +188,8 @@ class Planner:
         passes = max(observe_bytes(block, batch, model.width) for block in blocks)
         # On a CPU embeddings are read where the file is mapped.
         start = stage.start_bytes(model, batch) if self.cuda else 0
-        seconds = self.speed.pass_seconds(model, recipe)
+        item = compute_dtype(recipe.finetune.compute, device).itemsize
+        seconds = self.speed.pass_seconds(model, recipe, item)
         yield self.phase("block pass", max(passes, start), seconds, **place)
         fits = max(
             4 * block.parameters
@@ -194,8 +200,8 @@ class Planner:
         layers = [shape for block in blocks for shape in block.linears]
         seconds = sum(self.speed.fit_seconds(*shape, recipe) for shape in layers)
         yield self.phase("layer fit", fits, seconds, **place)
-        tuning = max(block_tuning.peak_bytes(block, batch) for block in blocks)
-        seconds = self.speed.tuning_seconds(model, recipe)
+        tuning = block_tuning.peak_bytes(model, recipe, batch, item, device)
+        seconds = self.speed.tuning_seconds(model, recipe, item)
         yield self.phase("block fine-tune", tuning, seconds, **place)
         if model.ends:
             peak = max(

@@ -36,6 +36,7 @@ def plan_job(job: TuneJob, machine: Machine, rates: speed.Speed | None = None) -
         activations=job.activations,
         stream=job.stream,
         resumed=bool(chosen),
+        calibrated=job.start is not None,
     )
     plan = _plan(request, machine, rates or speed.measure(job.device))
     return plan if job.seconds is None else plan.within(job.seconds)

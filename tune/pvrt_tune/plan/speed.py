@@ -15,6 +15,7 @@ from pvrt_tune.fit.codebooks import codewords_scored
 from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.fit.table import FITTED_ON
 from pvrt_tune.machine import compute_dtype
+from pvrt_tune.model_blocks import batch_size
 from pvrt_tune.pv.optimizer import latent_bytes
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape, TableShape
@@ -60,18 +61,27 @@ class Speed:
         """Products per second in numbers of so many bytes."""
         return self.half if itemsize == 2 else self.products
 
-    def pass_seconds(self, model: ModelShape, recipe: Recipe) -> float:
-        """Time of all blocks' forward passes, and of their inputs' second moments."""
+    def pass_seconds(self, model: ModelShape, recipe: Recipe, itemsize: int) -> float:
+        """Time of all blocks' forward passes with numbers of `itemsize` bytes, and of their inputs'
+        second moments in float32.
+        """
         passes = 3 if recipe.targets == "original" else 2
-        work = sum(passes * b.active + sum(width**2 for width in b.inputs) for b in model.blocks)
-        return 2.0 * recipe.samples * recipe.length * work / self.products
+        seconds = passes * sum(block.active for block in model.blocks) / self.rate(itemsize)
+        seconds += sum(width**2 for b in model.blocks for width in b.inputs) / self.products
+        return 2.0 * recipe.samples * recipe.length * seconds
 
-    def tuning_seconds(self, model: ModelShape, recipe: Recipe) -> float:
-        """Time to fine-tune all blocks."""
-        held_out = recipe.finetune.held_out
-        rounds = recipe.finetune.epochs * (3 * (1 - held_out) + held_out)
+    def tuning_seconds(self, model: ModelShape, recipe: Recipe, itemsize: int) -> float:
+        """Time to tune all blocks, with numbers of `itemsize` bytes where codes move."""
+        settings = recipe.settled.finetune
+        rounds = settings.epochs * (3 * (1 - settings.held_out) + settings.held_out)
         work = rounds * sum(block.active for block in model.blocks)
-        return 2.0 * recipe.samples * recipe.length * work / self.products
+        moves = bool(settings.move_codes)
+        rate = self.rate(itemsize) if moves else self.products
+        seconds = 2.0 * recipe.samples * recipe.length * work / rate
+        batch = batch_size(recipe.samples, recipe.length)
+        steps = settings.epochs * (1 - settings.held_out) * recipe.samples / batch
+        weights = sum(block.weights for block in model.blocks)
+        return seconds + moves * steps * weights * _STEP_BYTES / self.memory
 
     def pv_seconds(self, model: ModelShape, recipe: Recipe, itemsize: int) -> float:
         """Time of PV-Tuning: the original model's pass, steps, and looks at held-out text; the

@@ -123,10 +123,10 @@ def _draw(wanted: Tensor, sums: Tensor, order: Tensor, draws: Tensor) -> Tensor:
 
 
 def peak_bytes(groups: int, scheme: Scheme, device: str) -> int:
-    """Peak of `new_codes` for so many groups, beyond its arguments; in C it is next to nothing."""
+    """Peak of `new_codes` for so many groups, beyond its arguments."""
     size, g = scheme.codebook_size, scheme.in_group_size
-    if device == "cpu" and size <= 256:
-        return 0
+    if device == "cpu" and size <= 256:  # in C: products of all codewords with each other
+        return 4 * (scheme.num_codebooks * size) ** 2
     at_once = min(groups, _AT_ONCE) * (1 if scheme.num_codebooks == 1 else _BEAM)
     # What is left of values, codewords, and their differences, for two candidates each.
     return search_bytes((at_once, g, size, 1), 0, device) + 4 * 2 * 3 * g * at_once

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from pvrt.errors import RunError
+from pvrt.format.grid import open_checkpoint
 from pvrt_tune.progress import Report
 from pvrt_tune.settings.files import from_file
 from pvrt_tune.settings.recipe import EFFORTS, Recipe, TrainSettings
@@ -53,6 +54,38 @@ def build(
     if not changes.pv:
         raise RunError("--for limits PV-Tuning, which --no-pv leaves out; give one of them")
     return replace(recipe, training=recipe.training or TrainSettings()), seconds(limit)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What is tuned: a dense model, and the checkpoint of it to begin with, if not the model alone.
+
+    Made of MODEL and --from as they are typed.
+    """
+
+    model: str
+    start: Path | None = None
+
+    @classmethod
+    def of(cls, model: str, original: str | None) -> "Beginning":
+        return cls(model) if original is None else cls(original, Path(model))
+
+    def recipe(self, recipe: Recipe, changes: Changes) -> Recipe:
+        """A recipe as it is for a dense model; from a checkpoint, PV-Tuning of its scheme.
+
+        Raises RunError for options that a checkpoint leaves nothing to, and CheckpointError where
+        there is none.
+        """
+        if self.start is None:
+            return recipe
+        given = (changes.scheme, changes.bits, changes.embeddings, changes.samples)
+        names = ("--scheme", "--bits", "--keep-embeddings", "--samples")
+        for name, value in (*zip(names, given, strict=True), ("--no-pv", not changes.pv or None)):
+            if value is not None:
+                raise RunError(f"--from tunes the codes of a checkpoint; leave {name} out")
+        scheme = open_checkpoint(self.start).schemes[0]
+        training = recipe.training or TrainSettings()
+        return replace(recipe, scheme=str(scheme), bits=None, training=training)
 
 
 def seconds(text: str) -> float:

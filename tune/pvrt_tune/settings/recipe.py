@@ -22,6 +22,9 @@ from pvrt_tune.settings.checks import (
     settings,
 )
 
+#: What products are computed in; "auto" is bfloat16 where the processor multiplies that.
+Compute = Literal["auto", "float32", "bfloat16"]
+
 
 @settings
 class FitSettings:
@@ -45,12 +48,20 @@ class FitSettings:
 
 @settings
 class FinetuneSettings:
-    """Adam on one block. `learning_rate` is relative: a step moves a tensor by about this share of
-    its own root mean square. `held_out` is the share of batches that only decides when to stop.
+    """P and V steps on one block, of `STEP_TOKENS` tokens each.
+
+    learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
+    square. move_codes: codes move too, with latent weights that `code_learning_rate` is for (see
+    `PVSettings`); None leaves it to the plan, which has no room for them in blocks of very many
+    experts. compute: of products in passes, and in steps that move codes. held_out: share of
+    batches that only decides when to stop.
     """
 
-    epochs: Repeats = 4
-    learning_rate: Rate = 2e-3
+    epochs: Repeats = 2
+    learning_rate: Rate = 4e-3
+    move_codes: Flag | None = None
+    code_learning_rate: Rate = 2e-2
+    compute: Compute = "auto"
     held_out: Part = 0.125
 
 
@@ -84,7 +95,7 @@ class TrainSettings:
     patience: Count = 6
     warmup: Ramp = 0.05
     freeze_embeddings: Flag = True
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Compute = "auto"
     separate_documents: Flag = False
     microbatch: Count | None = None
     recompute_activations: Flag | None = None
@@ -98,8 +109,9 @@ class TrainSettings:
         return min((step + 1) / warm, (steps - step) / max(1, steps - warm), 1.0)
 
 
-#: Settings of PV-Tuning that a plan chooses where a recipe leaves them open.
+#: Settings that a plan chooses where a recipe leaves them open: of PV-Tuning, and of blocks.
 CHOICES = (
+    "move_codes",
     "microbatch",
     "recompute_activations",
     "teacher_first",
@@ -202,7 +214,7 @@ class Recipe:
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     fit: FitSettings = Field(default_factory=FitSettings)
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
-    targets: Literal["quantised", "original"] = "quantised"
+    targets: Literal["quantised", "original"] = "original"
     training: TrainSettings | None = None
     pv: PVSettings = Field(default_factory=PVSettings)
 
@@ -251,27 +263,36 @@ class Recipe:
     @property
     def settled(self) -> "Recipe":
         """The recipe with what costs least time in the place of what is left open."""
-        if self.training is None:
-            return self
-        usual = {"microbatch": min(4, self.training.batch), "states": "device", "snapshots": True}
-        usual |= dict.fromkeys(("recompute_activations", "teacher_first", "low_memory"), False)
+        usual: dict[str, Any] = {"move_codes": True}
+        if self.training is not None:
+            usual |= {"microbatch": min(4, self.training.batch), "states": "device"}
+            usual |= dict.fromkeys(("recompute_activations", "teacher_first", "low_memory"), False)
+            usual |= {"snapshots": True}
         return self.with_choices(usual)
 
     @property
     def choices(self) -> dict[str, Any]:
-        """What decides memory and time of PV-Tuning, by name; None is left open."""
-        values = asdict(self.training) | asdict(self.pv) if self.training is not None else {}
-        return {name: values[name] for name in CHOICES if name in values}
+        """What decides memory and time, by name; None is left open."""
+        return {
+            name: getattr(part, name)
+            for name in CHOICES
+            for part in self._parts().values()
+            if hasattr(part, name)
+        }
+
+    def _parts(self) -> dict[str, Any]:
+        """The settings of stages that have choices, by name."""
+        stages = {} if self.training is None else {"training": self.training, "pv": self.pv}
+        return {"finetune": self.finetune, **stages}
 
     def with_choices(self, chosen: Mapping[str, Any]) -> "Recipe":
         """The recipe with choices by name in the place of what is left open."""
         open_ = {k: chosen[k] for k, v in self.choices.items() if v is None and k in chosen}
-        if not open_:
-            return self
-        assert self.training is not None
-        step = {name: open_.pop(name) for name in ("low_memory",) if name in open_}
-        training, pv = replace(self.training, **open_), replace(self.pv, **step)
-        return replace(self, training=training, pv=pv)
+        changed = {}
+        for name, part in self._parts().items():
+            own = {key: value for key, value in open_.items() if hasattr(part, key)}
+            changed[name] = replace(part, **own)
+        return replace(self, **changed)
 
     def record(self) -> dict[str, Any]:
         """What decides the result, by name: the settings of PV-Tuning's steps and of sharing bits
@@ -288,17 +309,17 @@ class Recipe:
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
 EFFORTS: dict[str, Recipe] = {
     "quick": Recipe(
-        samples=48,
+        samples=192,
         length=256,
         fit=FitSettings(rounds=1, kmeans_iterations=12, beam=4),
-        finetune=FinetuneSettings(epochs=2),
+        finetune=FinetuneSettings(epochs=1),
     ),
     "standard": Recipe(training=TrainSettings()),
     "best": Recipe(
         samples=256,
         length=1024,
         fit=FitSettings(rounds=12, kmeans_iterations=60, kmeans_momentum=0.88, beam=16),
-        finetune=FinetuneSettings(epochs=8),
+        finetune=FinetuneSettings(epochs=4, code_learning_rate=1e-2),
         training=TrainSettings(windows=4096, steps=2000, batch=16, held_out=16, evaluate_every=50),
         pv=PVSettings(code_learning_rate=1e-2),
     ),
@@ -314,6 +335,7 @@ class TuneJob:
     (False is for all that fits; a plan may say otherwise).
     force: start although the plan says that it does not fit.
     seconds: time limit in all; the best checkpoint by then is left, and the same job goes on later.
+    start: a checkpoint of `model` whose codes PV-Tuning begins with, in the place of calibration.
     """
 
     model: str
@@ -324,6 +346,7 @@ class TuneJob:
     activations: Literal["auto", "memory", "disk"] = "auto"
     stream: bool = False
     seconds: float | None = None
+    start: Path | None = None
     resume: bool = False
     restart: bool = False
     force: bool = False
