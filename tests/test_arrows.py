@@ -39,7 +39,7 @@ ARROWS = {
         calibrate, write_checkpoint <- distil, allocate <- plan <- pipeline <- __init__
     """,
     "pvrt_server": """
-        errors, options, templates <- opened <- capacity <- backend <- engine <- api
+        errors, options, templates, notices <- opened <- capacity <- backend <- engine <- api
         templates, opened <- web <- api
         api <- vllm
         vllm, snippets, self_test <- launch <- __init__
