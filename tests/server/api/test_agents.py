@@ -14,6 +14,7 @@ from typing import Any
 import pydantic
 import pytest
 
+from pvrt_server.engine.engine import Engine
 from tests.server.api.test_tools import HERMES_TEMPLATE
 from tests.server.running import PATIENCE, Server, scripted_engine, serving
 
@@ -105,11 +106,19 @@ class Home(pydantic.BaseModel):
     rooms: int = pydantic.Field(ge=1, le=9)
 
 
+@pytest.fixture(scope="module")
+def random(toy: Path) -> Iterator[Server]:
+    """The toy model under a template with tools."""
+    engine = Engine.load(toy)
+    engine.codec.tokenizer.chat_template = HERMES_TEMPLATE
+    with serving(engine) as running:
+        yield running
+
+
 @pytest.mark.parametrize("mode", ["TOOLS", "TOOLS_STRICT", "JSON_SCHEMA"])
-def test_instructor(server: Server, mode: str) -> None:
+def test_instructor(random: Server, mode: str) -> None:
     instructor = pytest.importorskip("instructor", reason="instructor is not installed")
-    server.engine.codec.tokenizer.chat_template = HERMES_TEMPLATE
-    client = instructor.from_openai(server.client(), mode=getattr(instructor.Mode, mode))
+    client = instructor.from_openai(random.client(), mode=getattr(instructor.Mode, mode))
     pet = client.chat.completions.create(
         model="toy",
         messages=[{"role": "user", "content": "A pet?"}],
