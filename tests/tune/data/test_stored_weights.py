@@ -175,3 +175,20 @@ def test_a_block_whose_inputs_overflow_ends_the_run(tmp_path: Path) -> None:
         observe(block, hidden, arguments[0])
     with pytest.raises(RunError, match="batch 0 are not finite"):
         hidden[0] = torch.full((4, 8, 128), float("nan"))
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        (["adapter_config.json"], "is an adapter; merge it"),
+        (["config.json", "pytorch_model.bin"], "save them as safetensors"),
+    ],
+)
+def test_folders_of_another_kind_name_the_way_out(
+    tmp_path: Path, opener: Callable[[str], Any], files: list[str], sentence: str
+) -> None:
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(SourceError, match=sentence):
+        opener(str(tmp_path))

@@ -224,6 +224,15 @@ def locate(name: str, *, weights: bool = True) -> Path:
         raise SourceError(f"{name} does not exist; give a model folder, a .gguf file or a hub id")
     else:
         path = _download(name, weights)
+    if (path / "adapter_config.json").is_file() and not (path / CONFIG_FILE).exists():
+        raise SourceError(
+            f"{path} is an adapter; merge it into its base model (merge_and_unload of peft) first"
+        )
+    if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
+        raise SourceError(
+            f"{path} has its weights in pytorch_model.bin, which can hold code; save them as "
+            "safetensors (save_pretrained of transformers)"
+        )
     quantization = read_config(path).get("quantization_config")
     if quantization and not fp8.reads(quantization):
         method = quantization.get("quant_method", "unknown")
