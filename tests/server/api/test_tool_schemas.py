@@ -1,4 +1,4 @@
-"""Schemas of tools, and which tools may be called: what must come fits, and errors name the tool."""
+"""Schemas of tools, and which may be called: what must come fits, errors name the tool."""
 
 import json
 from collections.abc import Iterator
