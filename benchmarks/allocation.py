@@ -34,8 +34,8 @@ from pvrt_tune.allocate.errors import expected, fitted, tried
 from pvrt_tune.allocate.knapsack import Option, choose
 from pvrt_tune.allocate.noise import rows_like, shaped
 from pvrt_tune.allocate.units import Unit
+from pvrt_tune.data.documents import documents
 from pvrt_tune.data.source_model import load_source
-from pvrt_tune.data.text import documents
 from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.fit.objective import Objective
 from pvrt_tune.model_blocks import find_blocks, linears

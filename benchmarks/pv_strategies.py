@@ -35,9 +35,10 @@ from pvrt.format.scheme import GridScheme, parse_scheme
 from pvrt.modules.whole_model import decode_once
 from pvrt.tools.perplexity import perplexity, read_text, windows
 from pvrt_tune.calibrate.stage import calibrate
+from pvrt_tune.data.documents import documents
 from pvrt_tune.data.sampled import from_model
 from pvrt_tune.data.source_model import Source, load_source
-from pvrt_tune.data.text import CalibrationData, Windows, documents, from_text
+from pvrt_tune.data.text import CalibrationData, Windows, from_text
 from pvrt_tune.distil.stage import calibrated, pv_tune, tuned_tensors
 from pvrt_tune.distil.trainer import STATE
 from pvrt_tune.model_blocks import find_blocks

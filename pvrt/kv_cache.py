@@ -51,13 +51,15 @@ def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
     Layers of linear attention keep a state that does not grow.
     """
     text = config.get_text_config()
-    heads = text.num_attention_heads
+    count, longest = text.num_hidden_layers, _longest(text)
+    heads = getattr(text, "num_attention_heads", None)
+    if heads is None:  # no attention at all
+        return CacheShape(((0, None),) * count, longest)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     per_token = 2 * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
     if getattr(text, "kv_lora_rank", None):
         per_token = (text.kv_lora_rank + text.qk_rope_head_dim) * itemsize
     window = getattr(text, "sliding_window", None)
-    count = text.num_hidden_layers
     kinds = (
         getattr(text, "layer_types", None)
         or ["sliding_attention" if window else "full_attention"] * count
@@ -66,4 +68,21 @@ def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
         (0 if "linear" in kind else per_token, window if "sliding" in kind else None)
         for kind in kinds
     )
-    return CacheShape(layers, getattr(text, "max_position_embeddings", None) or 1 << 20)
+    return CacheShape(layers, longest)
+
+
+def _longest(text: Any) -> int:
+    """The longest context that a config's rotary embedding was scaled for, as vLLM counts it.
+
+    `max_position_embeddings` often stays the original's where a card says to add a rope scaling.
+    """
+    longest: int = getattr(text, "max_position_embeddings", None) or 1 << 20
+    rope = getattr(text, "rope_parameters", None) or {}
+    factor = rope.get("factor") or 1
+    match rope.get("rope_type"):
+        case "yarn":
+            original = rope.get("original_max_position_embeddings") or longest
+            return max(longest, int(original * factor))
+        case "linear" | "dynamic":
+            return int(longest * factor)
+    return longest  # llama3 and longrope are counted in it already; so are scalings by layer type

@@ -15,7 +15,7 @@ ARROWS = {
         reference <- dispatch <- packed <- cpu, gpu <- ops <- grouped <- __init__
     """,
     "pvrt": """
-        errors, kv_cache, memory <- format <- modules <- hf, vllm_plugin
+        errors, kv_cache, memory, messages <- format <- modules <- hf, vllm_plugin
         lock, format <- tools
         errors <- versions <- tools, hf, vllm_plugin, __init__
         errors <- device <- tools
@@ -30,15 +30,16 @@ ARROWS = {
         settings, lock <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
         settings, model_blocks <- original <- distil
+        model_blocks <- model_calls <- calibrate
         parallel, randomness, fit <- pv
         run, fit, pv <- calibrate
-        run <- write_checkpoint
+        run, side_files <- write_checkpoint
         data <- model_card <- pipeline
         store, parallel <- shards <- distil
         calibrate, write_checkpoint <- distil, allocate <- plan <- pipeline <- __init__
     """,
     "pvrt_server": """
-        errors, options, templates <- opened <- capacity <- backend <- engine <- api
+        errors, options, templates, notices <- opened <- capacity <- backend <- engine <- api
         templates, opened <- web <- api
         api <- vllm
         vllm, snippets, self_test <- launch <- __init__

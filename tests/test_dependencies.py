@@ -39,12 +39,14 @@ EVERYBODYS = (
 OURS = {"pvrt", "pvrt_kernels", "pvrt_tune", "pvrt_server", "tests"}
 # Distributions that are not named as what they hold is imported.
 NAMES = {
+    "agents": "openai-agents",
+    "pydantic_ai": "pydantic-ai-slim",
     "cuda": "cuda-bindings",
     "yaml": "pyyaml",
     "llama_cpp": "llama-cpp-python",
     "numba": "aqlm",
 }
-UNLOCKED = {"model", "peers"}  # a file's carrier; each in an environment of its own
+UNLOCKED = {"model", "peers", "clients"}  # a file's carrier; each in an environment of its own
 FINDERS = {"find_spec", "import_module", "importorskip", "__import__", "package"}
 
 

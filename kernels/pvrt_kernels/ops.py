@@ -50,8 +50,10 @@ def _linear_op(
         in_group_size=g,
         tokens=x.numel() // x.shape[-1],
     )
-    kernel = registry.select(problem)
-    return kernel.linear(x, codes, codebooks, scales, bias, partition_sizes)
+    y = registry.select(problem).linear(x, codes, codebooks, scales, bias, partition_sizes)
+    # Autograd forbids to add in place to a view of a tensor that only the kernel knows.
+    fresh: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return fresh
 
 
 @_linear_op.register_fake

@@ -37,6 +37,8 @@ def open_original(model: str, dtype: Dtype, device: str) -> "Side":
     from pvrt_tune.data.source_model import load_source, locate
 
     source, place = load_source(model), locate(model)
+    for line in source.notes:
+        notice(line)
     weights = sum(parameter.numel() for parameter in source.model.parameters())
 
     def load(wanted: "torch.dtype | None") -> Any:

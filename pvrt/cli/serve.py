@@ -44,6 +44,10 @@ def serve(
             "numbers (default: on 127.0.0.1 without a key none, else any)."
         ),
     ] = None,
+    allowed_origins: Annotated[
+        str | None,
+        typer.Option(help="Origins whose pages may call the server, with commas; * for all."),
+    ] = None,
     log_level: Annotated[
         str, typer.Option(help="debug, info, warning, error or critical.")
     ] = "info",

@@ -136,16 +136,22 @@ def read_tensors(folder: Path) -> dict[str, TensorInfo]:
 
     Raises CheckpointError for a missing or damaged file and for an index that is wrong.
     """
-    if (folder / WEIGHTS_FILE).is_file():
-        return read_headers([folder / WEIGHTS_FILE])
-    index = folder / INDEX_FILE
+    index, single = folder / INDEX_FILE, folder / WEIGHTS_FILE
+    if single.is_file() and not index.is_file():
+        return read_headers([single])
     if not index.is_file():
         raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
+    names = sorted({str(value) for value in weight_map.values()})
+    if single.is_file() and names != [WEIGHTS_FILE]:
+        raise CheckpointError(
+            f"{folder} holds {WEIGHTS_FILE} and {INDEX_FILE}, which names other files; remove the "
+            "one that is not of this model"
+        )
     files = []
-    for name in sorted({str(value) for value in weight_map.values()}):
+    for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!r}, which is not a safetensors file name")
         if not (folder / name).is_file():

@@ -56,6 +56,7 @@ def write_checkpoint(
             documents[INDEX_FILE] = _index(shards, staging)
         files = {name: as_json(value) for name, value in documents.items()}
         for name, content in {**options.files, **files}.items():
+            (staging / name).parent.mkdir(exist_ok=True)
             write_synced(staging / name, content)
         _commit(staging, folder)
     except (OSError, SafetensorError) as error:
@@ -119,7 +120,9 @@ def _commit(staging: Path, folder: Path) -> None:
     for stale in [folder / INDEX_FILE, *folder.glob("model*.safetensors")]:
         with suppress(FileNotFoundError):
             stale.unlink()
-    files = sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_FILE)
-    for file in files:
-        os.replace(file, folder / file.name)
+    files = (file for file in staging.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file.name == CONFIG_FILE):
+        place = folder / file.relative_to(staging)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(file, place)
     sync(folder)

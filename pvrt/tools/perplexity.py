@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pvrt.errors import DataError
+from pvrt.errors import DataError, RunError
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ def default_text() -> str:
 
 
 def read_utf8(path: Path) -> str:
-    """A text file as it stands. Raises DataError when it cannot be read as UTF-8."""
+    """A text file as it stands, without the mark of UTF-8 that some begin with. Raises DataError
+    when it cannot be read.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
@@ -91,6 +93,10 @@ def beginning(tokenizer: Any) -> list[int]:
     return whole[: next(n for n in places if whole[n : n + len(plain)] == plain)]
 
 
+#: Of a loss: exp of more is beyond a float.
+_LARGEST = 700.0
+
+
 def perplexity(
     model: Any,
     tokens: Tensor,
@@ -101,13 +107,20 @@ def perplexity(
 
     Every window is scored alone, all its tokens but the first, in float32 losses. `text` names the
     source in the result; `progress(done, total, perplexity so far)` is called after every window.
+    Raises RunError for a window whose loss is not finite, or too large for any perplexity.
     """
     total = 0.0
     with torch.inference_mode():
         for number, window in enumerate(tokens, 1):
             ids = window.unsqueeze(0).to(model.device)
             logits = model(ids, use_cache=False).logits[0, :-1]
-            total += float(F.cross_entropy(logits.float(), ids[0, 1:]))
+            loss = float(F.cross_entropy(logits.float(), ids[0, 1:]))
+            if not loss < _LARGEST:
+                raise RunError(
+                    f"the loss of window {number} is {loss}: the model's weights are damaged, or "
+                    f"its numbers are too large for {model.dtype}"
+                )
+            total += loss
             if progress is not None:
                 progress(number, len(tokens), math.exp(total / number))
     count, context = tokens.shape

@@ -48,7 +48,7 @@ class _Announcement:
         self._name = options.name(opened.path)
         self._url = options.url
         self._keyed = options.api_key is not None
-        self._chat = opened.chat_template is not None
+        self._chat = opened.chats
 
     def __call__(self) -> bool:
         print(f"\n{self._name} is served at {self._url}/v1")
@@ -65,7 +65,7 @@ class _Check:
     """Called when the server is ready: tests it, prints the table, and has it ended."""
 
     def __init__(self, opened: OpenedModel, options: ServeOptions) -> None:
-        chat = opened.chat_template is not None
+        chat = opened.chats
         self._target = Target(options.url, options.name(opened.path), options.api_key, chat)
         self._passed: bool | None = None
 
@@ -82,7 +82,7 @@ class _Check:
 
 def _warn(opened: OpenedModel, options: ServeOptions) -> None:
     """Say what may be meant but is seldom wanted."""
-    if opened.chat_template is None:
+    if not opened.chats:
         _log.warning(
             "%s has no chat template: /v1/completions works, /v1/chat/completions will not until "
             "the original model's chat_template.jinja is copied into the folder",

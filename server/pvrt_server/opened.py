@@ -1,6 +1,7 @@
 """The model folder that is served, opened and checked once. Everything else is handed this."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ class OpenedModel:
     def path(self) -> Path:
         """The folder."""
         return self.stored.path
+
+    @property
+    def chats(self) -> bool:
+        """Whether conversations can be written for it: by its template, or by mistral-common."""
+        mistral = (self.path / "tekken.json").is_file() and find_spec("mistral_common") is not None
+        return self.chat_template is not None or mistral
 
     @property
     def foreign(self) -> bool:

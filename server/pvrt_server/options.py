@@ -1,6 +1,7 @@
 """Everything that a server can be told: built once, checked once, handed on as it is."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,7 +24,16 @@ GRACE_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 75
 
 # Flags of vLLM that are options here: the address that is printed, the key that is guarded.
-_OURS = ("--model", "--host", "--port", "--api-key", "--served-model-name", "--uds")
+_OURS = (
+    "--model",
+    "--host",
+    "--port",
+    "--api-key",
+    "--served-model-name",
+    "--uds",
+    "--allowed-origins",
+)
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s]+")
 _SEQUENCES = 16  # of the embedded engine, where nothing is said
 _REQUESTS = 256
 
@@ -39,7 +49,8 @@ class ServeOptions(BaseModel):
     checkpoint's; the embedded engine takes float32 on a CPU, the only type that Llama-like models
     decode in without transformers (`cpu_model`). max_model_len counts tokens of prompt and answer;
     None is what the model was made for, or what fits. max_num_seqs sequences run at once, and
-    max_num_queued_reqs requests run or wait. port 0 takes any free one. check tests the server when
+    max_num_queued_reqs requests run or wait. Pages of allowed_origins (with commas; * for
+    all) may call the server from a browser. port 0 takes any free one. check tests the server when
     it is ready, and ends it. extra are flags for vLLM itself; they come last and override ours.
     max_body_bytes bounds a request, whose headers and whose body must each be there within
     request_seconds. Without a key, a server of this machine alone answers those that call it by a
@@ -65,6 +76,7 @@ class ServeOptions(BaseModel):
     max_model_len: _Count | None = None
     served_model_name: str | None = None
     api_key: Annotated[str | None, Field(repr=False)] = None
+    allowed_origins: str | None = None
     log_level: Literal["debug", "info", "warning", "error", "critical"] = "info"
     max_num_seqs: _Count | None = None
     max_num_queued_reqs: _Count | None = None
@@ -137,6 +149,23 @@ class ServeOptions(BaseModel):
         if key is not None and not (key and key.isascii() and key.isprintable()):
             raise ServeError("the API key must be one or more printable ASCII characters")
         return key
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins whose pages may call the server."""
+        given = self.allowed_origins
+        return tuple(map(str.strip, given.split(","))) if given else ()
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, origins: str | None) -> str | None:
+        for origin in (origins or "*").split(","):
+            if not _ORIGIN.fullmatch(origin.strip()):
+                raise ServeError(
+                    f"--allowed-origins has {origin!r}; an origin is * or like "
+                    "https://example.org or http://localhost:3000, without a path"
+                )
+        return origins
 
     @field_validator("extra")
     @classmethod

@@ -92,7 +92,7 @@ def values(data: bytes, draw: random.Random) -> bytes:
 
 WAYS: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
     WEIGHTS: [header, header, header, values, cut, flipped],
-    "config.json": [edited] * 6 + [cut, flipped],
+    "config.json": [*[edited] * 6, cut, flipped],
     "generation_config.json": [edited, cut, flipped],
     "pvrt.json": [edited, cut],
 }

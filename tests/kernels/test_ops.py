@@ -61,6 +61,19 @@ def test_linear_multiplies_by_the_decoded_weight(scheme: str, shape: tuple[int, 
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(5,), (2, 3)])
+def test_results_may_be_added_to_in_place(shape: tuple[int, ...]) -> None:
+    """As some blocks do with a layer's output, in training too."""
+    layer = random_layer(Scheme.parse("2x8g8"), 12, 48)
+    codes, books, scales, _ = layer_args(layer)
+    books.requires_grad_(True)
+    x = torch.randn(*shape, 48, requires_grad=True)
+    y = aqlm_linear(x, codes, books, scales)
+    y += 1
+    y.sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None and books.grad is not None
+
+
 def layer_args(layer: QuantizedLayer) -> tuple[Any, ...]:
     return layer.codes, layer.codebooks, layer.scales, layer.bias
 

@@ -1,5 +1,7 @@
 """Arithmetic of serving: the key-value cache by layers, and the longest context in a memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
@@ -48,3 +50,28 @@ def test_models_take_and_give_caches_by_the_name_that_transformers_has() -> None
     output = model(torch.tensor([[1, 2, 3]]), use_cache=True, **{cache_name(): cache})
     assert output[cache_name()] is cache
     assert cache.get_seq_length() == 3
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("stated", "rope", "longest"),
+    [
+        (512, {"rope_type": "default"}, 512),
+        (512, YARN, 2048),
+        (640, YARN, 2048),  # Qwen3 states more than it was trained for
+        (2048, YARN, 2048),  # others state what the scaling makes of it
+        (512, {"rope_type": "yarn", "factor": 4.0}, 2048),
+        (512, {"rope_type": "linear", "factor": 2.0}, 1024),
+        (512, {"rope_type": "dynamic", "factor": 3.0}, 1536),
+        (2048, {**YARN, "rope_type": "llama3", "low_freq_factor": 1, "high_freq_factor": 4}, 2048),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_the_longest_context_counts_the_scaling_of_rotations(
+    stated: int, rope: dict[str, Any], longest: int, old: bool
+) -> None:
+    spelled = {"rope_scaling": rope} if old else {"rope_parameters": {"rope_theta": 1e4, **rope}}
+    config = AutoConfig.for_model("qwen3", max_position_embeddings=stated, **spelled)
+    assert cache_shape(config).longest == longest

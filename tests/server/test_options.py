@@ -82,3 +82,11 @@ def test_the_command_ends_with_2_and_the_sentence_before_anything_is_imported(to
     assert "--port is 70000; it must be at most 65535" in run.stderr
     assert "Traceback" not in run.stderr
     assert json.loads(run.stdout.splitlines()[-1]) is False
+
+
+def test_origins_are_a_list_with_commas() -> None:
+    given = ServeOptions(allowed_origins="https://a.org, http://localhost:3000")
+    assert given.origins == ("https://a.org", "http://localhost:3000")
+    assert ServeOptions().origins == ()
+    with pytest.raises(ServeError, match="without a path"):
+        ServeOptions(allowed_origins="https://a.org/page")

@@ -13,9 +13,12 @@ from pvrt.errors import SourceError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.experts import ExpertList
+from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.data.source_model import load_skeleton, load_source
-from pvrt_tune.model_blocks import linears, observe
+from pvrt_tune.fit.layer import quantize_linear
+from pvrt_tune.model_blocks import find_blocks, linears, observe
+from pvrt_tune.model_calls import record_inputs
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
 from tests.fixtures.toy import EXPERTS, toy_model, toy_tokenizer
@@ -116,7 +119,7 @@ def test_a_rarely_used_expert_gets_the_moment_of_all(folders: Path, rare: int) -
     experts = model.model.layers[0].mlp.experts
     hidden = torch.randn(1, 300, 128, generator=torch.Generator().manual_seed(1))
     block = Routed(experts, rare)
-    moments = observe(block, Activations(hidden, 1, "cpu"), {})
+    moments = observe(block, Activations(hidden, 1, "cpu"), [{}] * len(hidden))
     x = hidden[0]
     everything = x.T @ x / 300
     torch.testing.assert_close(moments["experts.2.w1"], everything)  # saw no token
@@ -146,3 +149,24 @@ def test_experts_that_cannot_be_taken_apart_are_named(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="GptOssExperts: its experts are stored fused"):
         load_skeleton(str(tmp_path))
+
+
+def test_block_tuning_moves_codes_of_experts_that_few_tokens_reach(folders: Path) -> None:
+    """One token a batch: most experts are in no batch."""
+    source = load_source(str(folders / "mixtral"))
+    block = source.load("model.layers.0", "cpu", torch.float32)
+    tokens = torch.arange(2).view(2, 1)
+    hidden, targets = (Activations(torch.zeros(2, 1, 128), 1, "cpu") for _ in range(2))
+    blocks = find_blocks(source.model)
+    model = source.partial(source.outside(blocks.name), "cpu")
+    arguments = record_inputs(model, blocks, tokens, 1, hidden)[0]
+    moments = observe(block, hidden, arguments, targets)
+    for name, linear in list(linears(block)):
+        generator = torch.Generator().manual_seed(0)
+        made = quantize_linear(linear, moments[name], QUICK, generator, torch.float32)
+        block.set_submodule(name, made.module)
+    settings = FinetuneSettings(epochs=1, move_codes=True)
+    examples = Examples(hidden, targets, arguments)
+    generator = torch.Generator().manual_seed(0)
+    finetune_block(block, examples, settings, torch.float32, generator)
+    assert not any(m.all_compute for m in block.modules() if isinstance(m, ExpertList))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pvrt.cli import app
 from pvrt.format.aqlm import Checkpoint
 from pvrt.format.grid import open_checkpoint
-from pvrt_tune.data.bos import begin_as_stated
+from pvrt_tune.data.gguf_file import begin_as_stated
 from pvrt_tune.data.provenance import Provenance
 from pvrt_tune.model_card import discard, model_card
 from pvrt_tune.pipeline import tune

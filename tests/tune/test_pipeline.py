@@ -476,7 +476,7 @@ def test_a_dataset_is_read_through_the_datasets_library(tmp_path: Path) -> None:
     data = calibration_text.from_text(f"hf:{tmp_path}", toy_tokenizer(), Windows(2, 16, seed=0))
     assert data.tokens.shape == (2, 16)
     (tmp_path / "train.jsonl").write_text('{"body": "0123456789"}\n')
-    with pytest.raises(DataError, match='no column "text"'):
+    with pytest.raises(DataError, match='no column of "text"'):
         calibration_text.from_text(f"hf:{tmp_path}", toy_tokenizer(), Windows(2, 16, seed=0))
 
 
@@ -558,7 +558,9 @@ def test_text_is_read_from_all_over_and_no_more_than_is_needed(tmp_path: Path) -
 
 
 def test_a_dataset_without_end_is_read_for_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration_text, "documents", lambda spec: itertools.repeat("0123456789"))
+    monkeypatch.setattr(
+        calibration_text, "documents", lambda spec, found: itertools.repeat("0123456789")
+    )
     data = calibration_text.from_text("hf:endless", toy_tokenizer(), Windows(4, 16, seed=0))
     assert data.tokens.shape == (4, 16)
 
@@ -572,8 +574,8 @@ def test_too_little_text_names_both_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", b'{"text": "good"}\n{"txet": 1}\n', r"a.jsonl:2 is not a JSON object"),
-        ("a.jsonl", b"[1]\n", r"a.jsonl:1 is not"),
+        ("a.jsonl", b'{"txet": 1}\n', r'a.jsonl:1 has none of "text", .*; it has txet; no row of'),
+        ("a.jsonl", b"[1]\n", r"a.jsonl:1 is not an object"),
         ("a.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
     ],
 )

@@ -4,7 +4,7 @@ Any decoder works whose blocks are one ModuleList of modules that map hidden sta
 states; linear layers are found by module discovery, there is no list of architectures.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from pvrt.errors import RunError, SourceError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
+from pvrt_tune.data.stored_weights import all_finite
 from pvrt_tune.shapes import BlockShape
 
 
@@ -29,36 +30,6 @@ class BlockList:
     def prefix(self, index: int) -> str:
         """Dotted name of one block, with a trailing dot."""
         return f"{self.name}.{index}."
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: notes what it is given and passes the hidden states on."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        # Some models read attributes of a block (its attention type) before calling it.
-        self.__dict__["block"] = block
-        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.calls.append((hidden_states, kwargs))
-        return hidden_states
-
-
-class _LastBlockReached(Exception):
-    """Ends a recording pass before the output head is computed."""
-
-
-class _LastRecorder(_Recorder):
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        super().forward(hidden_states, **kwargs)
-        raise _LastBlockReached
 
 
 def find_blocks(model: nn.Module) -> BlockList:
@@ -92,147 +63,62 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, child
 
 
-def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> None:
-    """Raise SourceError for the first linear layer that the scheme's groups do not divide."""
+def in_experts(module: nn.Module, name: str) -> bool:
+    """Whether a layer inside a module is a part of an expert, which tokens may not reach."""
+    parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+    return any(isinstance(module.get_submodule(parent), ExpertList) for parent in parents)
+
+
+def divisible(module: nn.Module, scheme: Scheme | GridScheme) -> Iterator[tuple[str, nn.Linear]]:
+    """Those of `linears` that the scheme's groups divide; the others stay dense."""
+    for name, linear in linears(module):
+        if scheme.divides(linear.out_features, linear.in_features):
+            yield name, linear
+
+
+def check_readers(blocks: BlockList, scheme: Scheme | GridScheme) -> None:
+    """Raise SourceError for layers whose grids transformers could not load."""
+    if not isinstance(scheme, GridScheme):
+        return
     for index, block in enumerate(blocks.blocks):
+        if not scheme.symmetric and any(isinstance(m, ExpertList) for m in block.modules()):
+            raise SourceError(
+                f"{blocks.prefix(index)} has experts, which transformers cannot load from "
+                f"asymmetric grids; give --scheme {scheme}s or one of codebooks"
+            )
         for name, linear in linears(block):
-            if not scheme.divides(linear.out_features, linear.in_features):
-                fits = [g for g in (4, 8, 16, 32, 64, 128) if linear.in_features % g == 0]
-                advice = f"groups of {fits[-1]} would fit" if fits else "no usual group fits"
+            if type(linear) is not nn.Linear:
                 raise SourceError(
-                    f"{blocks.prefix(index)}{name} has {linear.in_features} inputs, which scheme "
-                    f"{scheme} cannot cut into groups of {scheme.in_group_size}; {advice}"
+                    f"{blocks.prefix(index)}{name} is a {type(linear).__name__}, which "
+                    "transformers cannot load from grids; give a --scheme of codebooks"
                 )
 
 
-def record_inputs(
-    model: Any, blocks: BlockList, tokens: Tensor, batch: int, hidden: Activations
-) -> list[dict[str, Any]]:
-    """Run the embeddings on all tokens [samples, length] and record what the blocks would get.
+def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> list[str]:
+    """Names of the linear layers that stay dense, for the scheme's groups do not divide them.
 
-    Hidden states go to `hidden`. Returns each block's keyword arguments (rotary tables, masks).
-    `batch` must divide the number of samples: blocks then see equal shapes, and one copy of their
-    masks and rotary tables serves all batches. The blocks and the output head of `model` are not
-    run and may be on the meta device.
+    Raises SourceError when that are most of the weights.
     """
-    embeddings = model.get_input_embeddings()
-    # From float32 embeddings on, rotary tables and masks are float32 too.
-    widen = embeddings.register_forward_hook(lambda m, args, out: out.float())
-    modules = model.get_submodule(blocks.name)
-    originals = list(modules)
-    recorders = [_Recorder(block) for block in originals[:-1]] + [_LastRecorder(originals[-1])]
-    arguments: list[dict[str, Any]] = []
-    try:
-        for index, recorder in enumerate(recorders):
-            modules[index] = recorder
-        for number, part in enumerate(torch.split(tokens, batch)):
-            for recorder in recorders:
-                recorder.calls.clear()
-            try:
-                with torch.inference_mode():
-                    model(input_ids=part.to(embeddings.weight.device), use_cache=False)
-            except _LastBlockReached:
-                pass
-            hidden[number] = recorders[0].calls[0][0]
-            if not arguments:
-                copies: dict[int, Tensor] = {}
-                arguments = [_detached(recorder.calls[0][1], copies) for recorder in recorders]
-    finally:
-        widen.remove()
-        for index, block in enumerate(originals):
-            modules[index] = block
-    return arguments
-
-
-class _HeadReached(Exception):
-    """Ends a pass at the output head, with what entered it."""
-
-
-class _Outputs(_Recorder):
-    """Stands in for the last block: returns what it is told to."""
-
-    value: Tensor
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        return self.value
-
-
-@contextmanager
-def _outputs(model: Any, blocks: BlockList) -> Iterator[_Outputs]:
-    """What stands for the blocks of a model, to be told the last one's outputs before a pass."""
-    modules = model.get_submodule(blocks.name)
-    originals = list(modules)
-    outputs = _Outputs(originals[-1])
-    try:
-        for index, block in enumerate([*map(_Recorder, originals[:-1]), outputs]):
-            modules[index] = block
-        yield outputs
-    finally:
-        for index, block in enumerate(originals):
-            modules[index] = block
-
-
-def run_head(model: Any, blocks: BlockList, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """Logits [batch, length, vocabulary] of the last block's outputs for tokens [batch, length].
-
-    The blocks of `model` are not run and may be on the meta device.
-    """
-    with _outputs(model, blocks) as outputs, torch.no_grad():
-        outputs.value = hidden
-        logits: Tensor = model(input_ids=tokens.to(hidden.device), use_cache=False).logits
-    return logits
-
-
-def head_inputs(
-    model: Any, blocks: BlockList, tokens: Tensor, hidden: Activations
-) -> Iterator[Tensor]:
-    """What enters the output head for tokens [samples, length], batch by batch: [n, width].
-
-    `hidden` are the last block's outputs. The blocks and the output head of `model` are not run and
-    may be on the meta device. Raises RunError for a model that does not call its head.
-    """
-
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        raise _HeadReached(args[0])
-
-    embeddings = model.get_input_embeddings()
-    hooks = [
-        embeddings.register_forward_hook(lambda m, args, out: out.float()),
-        model.get_output_embeddings().register_forward_pre_hook(stop),
+    every = [
+        (f"{blocks.prefix(index)}{name}", linear)
+        for index, block in enumerate(blocks.blocks)
+        for name, linear in linears(block)
     ]
-    try:
-        with _outputs(model, blocks) as outputs:
-            batch = len(hidden[0])
-            for part, outputs.value in zip(torch.split(tokens, batch), hidden, strict=True):
-                try:
-                    with torch.inference_mode():
-                        model(input_ids=part.to(embeddings.weight.device), use_cache=False)
-                except _HeadReached as reached:
-                    yield reached.args[0].flatten(0, -2)
-                else:
-                    raise RunError(
-                        f"{type(model).__name__} does not call its output head as a module; "
-                        "--keep-embeddings leaves it in 16 bits"
-                    )
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _detached(value: Any, copies: dict[int, Tensor]) -> Any:
-    """A copy of all tensors outside inference mode, so that training may use them.
-
-    What blocks share (`copies`, by identity of the original) stays shared.
-    """
-    if isinstance(value, Tensor):
-        if id(value) not in copies:
-            copies[id(value)] = value.clone()
-        return copies[id(value)]
-    if isinstance(value, dict):
-        return {key: _detached(item, copies) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_detached(item, copies) for item in value)
-    return value
+    dense = {
+        name: linear
+        for name, linear in every
+        if not scheme.divides(linear.out_features, linear.in_features)
+    }
+    weights = sum(linear.weight.numel() for linear in dense.values())
+    if 2 * weights > sum(linear.weight.numel() for _, linear in every):
+        name, linear = next(iter(dense.items()))
+        fits = [g for g in (4, 8, 16, 32, 64, 128) if linear.in_features % g == 0]
+        advice = f"groups of {fits[-1]} would fit" if fits else "no usual group fits"
+        raise SourceError(
+            f"{name} has {linear.in_features} inputs, which scheme {scheme} cannot cut into groups "
+            f"of {scheme.in_group_size}; {advice}"
+        )
+    return list(dense)
 
 
 #: Tokens that blocks compute at once. Steps of block tuning are as large: a given text teaches a
@@ -262,11 +148,13 @@ def run_block(
 def observe(
     block: nn.Module,
     inputs: Activations,
-    arguments: dict[str, Any],
+    arguments: Sequence[dict[str, Any]],
     outputs: Activations | None = None,
     compute: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """One pass over all batches with products in `compute`: the input second moment of each linear.
+
+    arguments: the block's other ones, by batch.
 
     Returns H = mean over tokens of x x^T, [in, in] float32, by layer name. Layers that share their
     input (q, k, v) share one tensor. The block's outputs go to `outputs`, where it is given.
@@ -274,14 +162,14 @@ def observe(
     An expert sees only the tokens routed to it. With n of them, fewer than the floor n0 = in (H has
     full rank from there on), its moment is filled up with the mean over all experts' tokens:
     H = (sum of x x^T + (n0 - n) H_all) / n0. Without any token it is H_all. A layer is left out
-    when no token at all reached it or its fellow experts.
+    when no token at all reached it or its fellow experts. Raises RunError for inputs that overflow.
     """
     moments: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     with torch.no_grad():
         for number, hidden in enumerate(inputs):
             with _linear_inputs(block) as seen:
-                output = run_block(block, hidden, arguments, compute)
+                output = run_block(block, hidden, arguments[number], compute)
             if outputs is not None:
                 outputs[number] = output
             _accumulate(moments, counts, seen)
@@ -295,6 +183,11 @@ def observe(
         if id(moment) not in done:
             moment /= counts[name]
             done.add(id(moment))
+            if not all_finite(moment):
+                raise RunError(
+                    f"the inputs of {name} are too large: their squares overflow float32; the "
+                    "block's weights are damaged"
+                )
     return moments
 
 

@@ -72,6 +72,8 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     check_output(job.out, resume=job.resume)
     job = _planned(job, report)
     source = load_source(job.model)
+    for note in source.notes:
+        report(note)
     blocks = find_blocks(source.model)
     text = _text(job, source, report)
     versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
@@ -155,7 +157,9 @@ def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | Non
         if clock.due():
             report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
 
-    return calibration_text.from_text(job.data, source.tokenizer, _windows(recipe), progress)
+    return calibration_text.from_text(
+        job.data, source.tokenizer, _windows(recipe), progress, report
+    )
 
 
 def _windows(recipe: Recipe) -> Windows:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from pvrt.format.write import WriteOptions, write_checkpoint
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
+from pvrt_tune.side_files import model_config, other_files, tokenizer_files
 from pvrt_tune.store import Piece
 
 
@@ -38,14 +38,13 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     ends = run.ends()
     tables = {} if ends is None else {n: Scheme.parse(v["scheme"]) for n, v in ends.report.items()}
     in_codes = {id(model.get_submodule(name).weight) for name in tables}
-    dense = [
-        name for name in map(source.published, _products(model, in_codes)) if name not in quantised
-    ]
-    config = model.config.to_dict()
-    config.pop("_name_or_path", None)
-    config["architectures"] = [type(model).__name__]
+    products = {source.published(name): name for name in _products(model, in_codes)}
+    dense = [name for name in products if name not in quantised]
+    config = model_config(model)
     if isinstance(scheme, GridScheme):
-        config["quantization_config"] = grid_config(scheme, dense)
+        # transformers asks for the name of the module, which some files call otherwise.
+        own = {products[name] for name in dense}
+        config["quantization_config"] = grid_config(scheme, {*dense, *own})
     else:
         config["quantization_config"] = quantization_config(
             {name: form for name, form in quantised.items() if isinstance(form, Scheme)},
@@ -65,9 +64,9 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
         **({} if run.settings.start is None else {"start": run.settings.start.name}),
         **({"pv": dict(tuning)} if tuning else {}),
     }
-    files = _tokenizer_files(source.tokenizer)
+    files = {**other_files(source.files[0]), **tokenizer_files(source.tokenizer)}
     if model.generation_config is not None:
-        files["generation_config.json"] = as_json(model.generation_config.to_dict())
+        files["generation_config.json"] = as_json(model.generation_config.to_diff_dict())
     tensors = _tensors(run, ends, tuned)
     if isinstance(scheme, GridScheme):
         tensors = _packed(tensors, set(quantised), scheme)
@@ -90,8 +89,9 @@ def peak_bytes(model: ModelShape, recipe: Recipe) -> int:
 
 
 def _products(model: nn.Module, in_codes: set[int]) -> Iterator[str]:
-    """Names of all modules that multiply with a weight: linear layers, and routers as well, which
-    are linear layers to other readers. Not those whose weight, by identity, is in codes.
+    """Names of all modules that multiply with a weight: linear layers, and routers as
+    well, which are linear layers to other readers. Not those whose weight is in in_codes, by
+    identity.
     """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -141,9 +141,3 @@ def _packed(
             del waiting[layer]
             grid = GridLayer(held["codes"], held["scales"], held.get("zeros"))
             yield from grid.named(layer, scheme)
-
-
-def _tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}

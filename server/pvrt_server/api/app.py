@@ -1,12 +1,11 @@
-"""OpenAI's protocol over the embedded engine: completions, chat completions, models, metrics.
+"""OpenAI's protocol over the embedded engine: completions, chat, responses, models, metrics.
 
 `create_app(engine, options)` is an ASGI application; `local_server` runs it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,23 +13,20 @@ from starlette.responses import JSONResponse, Response
 
 import pvrt
 from pvrt_server.api.auth import Auth, Bounds
+from pvrt_server.api.chat import for_choice, prepare
+from pvrt_server.api.doorway import doorway
 from pvrt_server.api.exception_handlers import ERROR_RESPONSES, add_handlers, error_response
-from pvrt_server.api.messages import template_messages
 from pvrt_server.api.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    GenerateRequest,
     TokenizeRequest,
 )
-from pvrt_server.api.responses import ChatSerializer, CompletionSerializer, Echo, Serializer, Usage
+from pvrt_server.api.response_routes import ResponseRoutes
+from pvrt_server.api.responses import CompletionSerializer, Echo, Usage
 from pvrt_server.api.streaming import Responder
-from pvrt_server.api.tool_params import offer
-from pvrt_server.api.tools import Tools
 from pvrt_server.engine.engine import Engine
-from pvrt_server.engine.grammar import Grammar
 from pvrt_server.engine.metrics import CONTENT_TYPE
-from pvrt_server.engine.sampling import SamplingParams
 from pvrt_server.engine.sequences import GenerationRequest
 from pvrt_server.errors import EngineStoppedError, ModelNotFoundError, RequestError
 from pvrt_server.options import ServeOptions
@@ -61,26 +57,31 @@ def create_app(engine: Engine, options: ServeOptions) -> FastAPI:
     app.add_middleware(Page, card=model_card(engine.opened))
     bounds = Bounds(options.max_body_bytes, options.request_seconds, options.hosts)
     app.add_middleware(Auth, api_key=options.api_key, bounds=bounds)
+    app.add_middleware(doorway, allowed_origins=options.origins)
     return app
 
 
 def _add_routes(app: FastAPI, api: "_Api") -> None:
-    get: dict[str, Callable[..., Any]] = {
-        "/health": api.health,
-        "/version": api.version,
-        "/metrics": api.metrics,
-        "/v1/models": api.models,
-        "/v1/models/{name:path}": api.model,
+    responses = ResponseRoutes(api.responder, api.check_model)
+    routes: dict[str, Callable[..., Any]] = {
+        "GET /health": api.health,
+        "GET /version": api.version,
+        "GET /metrics": api.metrics,
+        "GET /v1/models": api.models,
+        "GET /v1/models/{name:path}": api.model,
+        "POST /v1/completions": api.completions,
+        "POST /v1/chat/completions": api.chat_completions,
+        "POST /v1/responses": responses.create,
+        "GET /v1/responses/{name}": responses.get,
+        "DELETE /v1/responses/{name}": responses.delete,
+        "GET /v1/responses/{name}/input_items": responses.input_items,
+        "POST /tokenize": api.tokenize,
+        "POST /detokenize": api.detokenize,
+        "GET /tokenizer_info": api.tokenizer_info,
     }
-    post: dict[str, Callable[..., Any]] = {
-        "/v1/completions": api.completions,
-        "/v1/chat/completions": api.chat_completions,
-        "/tokenize": api.tokenize,
-        "/detokenize": api.detokenize,
-    }
-    for method, routes in (("GET", get), ("POST", post)):
-        for path, endpoint in routes.items():
-            app.add_api_route(path, endpoint, methods=[method], responses=ERROR_RESPONSES)
+    for route, endpoint in routes.items():
+        method, path = route.split()
+        app.add_api_route(path, endpoint, methods=[method], responses=ERROR_RESPONSES)
 
 
 class _Api:
@@ -88,7 +89,7 @@ class _Api:
         folder = engine.opened.path
         self._engine = engine
         self._name = options.name(folder)
-        self._responder = Responder(engine, self._name, options.sse_keep_alive_seconds)
+        self.responder = Responder(engine, self._name, options.sse_keep_alive_seconds)
         # What people type: the name, the folder they served, its last part.
         self._names = {self._name, str(folder), folder.name}
         self._created = int((folder / "config.json").stat().st_mtime)
@@ -97,7 +98,7 @@ class _Api:
         return {"object": "list", "data": [self._card()]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        self._check_model(name)
+        self.check_model(name)
         return self._card()
 
     async def health(self) -> Response:
@@ -112,19 +113,12 @@ class _Api:
         return Response(self._engine.metrics.expose(self._name), media_type=CONTENT_TYPE)
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
-        self._check_model(body.model)
+        self.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("send either prompt or messages", "prompt")
         codec = self._engine.codec
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
         if body.messages is not None:
-            ids = await asyncio.to_thread(
-                codec.encode_chat,
-                template_messages(body.messages, codec.template(tools)),
-                tools=tools,
-                add_generation_prompt=body.add_generation_prompt is not False,
-                template_kwargs=body.chat_template_kwargs,
-            )
+            ids = await asyncio.to_thread(body.encode, codec)
         else:
             special = body.add_special_tokens is not False
             ids = await asyncio.to_thread(codec.encode, body.prompt or "", special=special)
@@ -137,19 +131,24 @@ class _Api:
         }
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
-        self._check_model(body.model)
+        self.check_model(body.model)
         self._engine.check_tokens("tokens", body.tokens)
         return {"prompt": await asyncio.to_thread(self._engine.codec.decode, body.tokens)}
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        return {**self._engine.codec.info(), "model_max_length": self._engine.max_model_len}
+
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
-        self._check_model(body.model)
+        self.check_model(body.model)
         body.refuse_unsupported()
         params = body.sampling(self._engine.defaults)
         codec = self._engine.codec
         prompts: list[list[int]] = []
         echoes: list[Echo | None] = []
         for prompt in body.prompts():
-            if isinstance(prompt, str):
+            if isinstance(prompt, str) and body.suffix:
+                ids = await asyncio.to_thread(codec.encode_gap, prompt, body.suffix)
+            elif isinstance(prompt, str):
                 ids = await asyncio.to_thread(codec.encode, prompt)
             else:
                 ids = prompt
@@ -161,63 +160,25 @@ class _Api:
                 echo = Echo(text, tuple(ids))
             echoes += [echo] * body.choices
         serializer = CompletionSerializer(codec, echoes, body.logprobs is not None)
-        requests = await self._requests(body, prompts, params)
-        return await self._answer(body, request, serializer, requests)
-
-    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
-        self._check_model(body.model)
-        body.refuse_unsupported()
-        params = body.sampling(self._engine.defaults)
-        codec = self._engine.codec
-        given = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-        template = codec.template(given)
-        tools = offer(template, body.tools, body.tool_choice, body.parallel_tool_calls)
-        ids = await asyncio.to_thread(
-            codec.encode_chat,
-            template_messages(body.messages, template),
-            tools=None if tools is None else given,
-            template_kwargs=body.chat_template_kwargs,
-        )
-        serializer = ChatSerializer(codec, bool(body.logprobs), tools)
-        requests = await self._requests(body, [ids], params, tools)
-        return await self._answer(body, request, serializer, requests)
-
-    async def _requests(
-        self,
-        body: GenerateRequest,
-        prompts: Sequence[list[int]],
-        params: SamplingParams,
-        tools: Tools | None = None,
-    ) -> list[GenerationRequest]:
-        """One request for each choice of each prompt."""
-        grammar = await asyncio.to_thread(self._grammar, body.schema_to_follow(), tools)
-        return [
-            GenerationRequest(tuple(ids), _for_choice(params, number), grammar)
+        schema, grammars = body.schema_to_follow(), self._engine.grammars
+        grammar = None
+        if schema is not None:
+            grammar = await asyncio.to_thread(grammars.json_schema, schema, "response_format")
+        requests = [
+            GenerationRequest(tuple(ids), for_choice(params, number), grammar)
             for ids in prompts
             for number in range(body.choices)
         ]
-
-    async def _answer(
-        self,
-        body: GenerateRequest,
-        request: Request,
-        serializer: Serializer,
-        requests: Sequence[GenerationRequest],
-    ) -> Response:
-        once = sum(len(each.prompt_ids) for each in requests) // body.choices
-        usage = Usage(once, body.choices, in_stream=body.include_usage)
+        usage = Usage(sum(map(len, prompts)), body.choices, body.usage_in_stream)
         stream = bool(body.stream)
-        return await self._responder.answer(requests, serializer, request, usage, stream=stream)
+        return await self.responder.answer(requests, serializer, request, usage, stream=stream)
 
-    def _grammar(
-        self, schema: dict[str, Any] | None, tools: Tools | None
-    ) -> Callable[[], Grammar] | None:
-        """What the answer must follow: the form of calls, a JSON schema, or nothing."""
-        grammars = self._engine.grammars
-        rules = None if tools is None else tools.grammar(schema)
-        if rules is not None:
-            return grammars.lark(rules, "tools")
-        return None if schema is None else grammars.json_schema(schema, "response_format")
+    async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        chat = await asyncio.to_thread(prepare, self._engine, body)
+        return await self.responder.answer(
+            chat.requests, chat.serializer, request, chat.usage, stream=bool(body.stream)
+        )
 
     def _card(self) -> dict[str, Any]:
         return {
@@ -228,14 +189,7 @@ class _Api:
             "max_model_len": self._engine.max_model_len,
         }
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Raise ModelNotFoundError for the name of another model."""
         if name is not None and name not in self._names:
             raise ModelNotFoundError(f"model {name!r} is not served here; {self._name!r} is")
-
-
-def _for_choice(params: SamplingParams, number: int) -> SamplingParams:
-    """Parameters of the n-th choice: with a seed, each choice still draws its own numbers."""
-    if params.seed is None or number == 0:
-        return params
-    half = 1 << 63
-    return replace(params, seed=(params.seed + number + half) % (2 * half) - half)

@@ -1,16 +1,24 @@
 """The messages of a conversation: from a request to what chat templates expect."""
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter
 
 from pvrt_server.api.body import Body
 from pvrt_server.errors import RequestError
+from pvrt_server.notices import say_once
 
-# What clients send back from earlier answers; templates have no use for it.
-_IGNORED = frozenset({"refusal", "annotations", "audio"})
+# Keys that templates read. Clients keep many more with their messages.
+_FOR_TEMPLATES = ("name", "reasoning_content")
+# Keys that would change an answer if they did what they say.
+_WANTED = ("function_call", "prefix")
+# Types of parts, and the field that holds the text; thoughts of earlier turns are not read again.
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
+
+
+_JSON: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 class CalledFunction(Body):
@@ -19,17 +27,19 @@ class CalledFunction(Body):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     name: str
-    arguments: str | None = None
+    arguments: str | dict[str, Any] | None = None
 
-    def for_template(self, where: str) -> dict[str, Any]:
-        """With arguments as an object. Raises RequestError."""
-        try:
-            arguments = json.loads(self.arguments or "{}")
-        except ValueError as error:
-            raise RequestError(
-                f"{where}.arguments is not JSON: {error}", f"{where}.arguments"
-            ) from error
-        return {"name": self.name, "arguments": arguments}
+    def for_template(self) -> dict[str, Any]:
+        """With arguments as an object: of a call that max_tokens cut, what is there of it."""
+        arguments: Any = self.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = _JSON.validate_json(
+                    arguments, experimental_allow_partial="trailing-strings"
+                )
+            except ValueError:
+                arguments = None
+        return {"name": self.name, "arguments": arguments if isinstance(arguments, dict) else {}}
 
 
 class ToolCall(Body):
@@ -60,11 +70,14 @@ class Message(Body):
         """
         kept: dict[str, Any] = {}
         for name, value in (self.model_extra or {}).items():
-            if value is None or value == [] or name in _IGNORED:
-                continue
-            if name not in ("name", "reasoning_content"):
+            if value and name in _WANTED:
                 raise _unsupported(f"{where}.{name}")
-            kept[name] = value
+            if name in _FOR_TEMPLATES:
+                kept |= {} if value is None else {name: value}
+            elif name == "reasoning":  # vLLM's and OpenRouter's name for it
+                kept |= {"reasoning_content": value} if isinstance(value, str) else {}
+            else:
+                say_once(f"ignored in messages, because it changes no answer: {name}")
         if self.role == "function" or (self.role == "tool" and not tools):
             raise _unsupported(f"{where}.role", f" {self.role!r}")
         if self.tool_calls:
@@ -74,9 +87,9 @@ class Message(Body):
                 {
                     "id": call.id,
                     "type": call.type,
-                    "function": call.function.for_template(f"{where}.tool_calls[{i}].function"),
+                    "function": call.function.for_template(),
                 }
-                for i, call in enumerate(self.tool_calls)
+                for call in self.tool_calls
             ]
         if self.tool_call_id is not None:
             kept["tool_call_id"] = self.tool_call_id
@@ -85,22 +98,26 @@ class Message(Body):
 
     def _text(self, where: str) -> str:
         if self.content is None:
-            if self.tool_calls:
+            if self.role in ("assistant", "tool"):
                 return ""
             raise RequestError(f"{where} is missing; every message needs text", where)
         if isinstance(self.content, str):
             return self.content
         texts = []
         for part in self.content:
-            if part.get("type") != "text":
+            kind = part.get("type")
+            if kind in _THOUGHTS:
+                continue
+            if kind not in _TEXTS:
                 raise RequestError(
-                    f"{where} has a part of type {part.get('type')!r}; only text is supported",
+                    f"{where} has a part of type {kind!r}; only text is supported",
                     where,
                     "unsupported_parameter",
                 )
-            if not isinstance(part.get("text"), str):
+            text = part.get(_TEXTS[kind])
+            if not isinstance(text, str):
                 raise RequestError(f"{where} has a text part without a text", where)
-            texts.append(part["text"])
+            texts.append(text)
         return "\n".join(texts)
 
 

@@ -6,10 +6,12 @@ Whole bodies carry the nulls that the specification requires; deltas leave them 
 import json
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from pvrt_server.api.reasoning import ReasoningStream, Thought
 from pvrt_server.api.tool_stream import CallDelta, ToolStream
 from pvrt_server.api.tools import Tools
 from pvrt_server.engine.sampling import TokenLogprob
@@ -35,30 +37,32 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Delta:
-    """Part of one choice: text and tool calls, the tokens behind them if asked for, and its end."""
+    """Part of one choice: reasoning, text, tool calls, its end, and the tokens if asked for."""
 
     index: int
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     calls: tuple[CallDelta, ...] = ()
+    reasoning: str = ""
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.text or self.tokens or self.finish_reason or self.calls)
+        return not (self.text or self.reasoning or self.tokens or self.finish_reason or self.calls)
+
+
+#: Where a stream tells its usage: nowhere, in a last chunk, or in every chunk.
+UsageInStream = Literal["nowhere", "at the end", "everywhere"]
 
 
 @dataclass
 class Usage:
-    """Token counts of a request with a number of choices per prompt.
-
-    in_stream says whether a stream ends with them.
-    """
+    """Token counts of a request with a number of choices per prompt."""
 
     prompt_tokens: int
     choices: int = 1
-    in_stream: bool = False
+    in_stream: UsageInStream = "nowhere"
     completion_tokens: int = 0
     cached_tokens: int = 0
 
@@ -68,6 +72,12 @@ class Usage:
             self.completion_tokens += 1
         elif event.index % self.choices == 0:  # a prompt counts once
             self.cached_tokens += event.cached
+
+    def of_chunk(self) -> dict[str, Any]:
+        """The field that a chunk has: null up to the last, where only the last has usage."""
+        if self.in_stream == "nowhere":
+            return {}
+        return {"usage": self.body() if self.in_stream == "everywhere" else None}
 
     def body(self) -> dict[str, Any]:
         """The `usage` object."""
@@ -205,11 +215,14 @@ class ChatSerializer:
     chunk_kind = "chat.completion.chunk"
     prompt_field = "messages"
 
-    def __init__(self, codec: TextCodec, logprobs: bool, tools: Tools | None = None) -> None:
+    def __init__(
+        self, codec: TextCodec, logprobs: bool, tools: Tools | None, thought: Thought
+    ) -> None:
         self._codec = codec
         self._logprobs = logprobs
         self._tools = tools
         self._streams: dict[int, ToolStream] = {}
+        self._thoughts = defaultdict[int, ReasoningStream](lambda: ReasoningStream(thought))
 
     def opening(self, index: int) -> dict[str, Any]:
         """See Serializer; says who speaks."""
@@ -221,6 +234,9 @@ class ChatSerializer:
         if not isinstance(event, TokenEvent):
             return
         delta = _token_delta(event, 0)
+        last = event.finish_reason is not None
+        reasoning, text = self._thoughts[event.index].push(delta.text, last)
+        delta = replace(delta, text=text, reasoning=reasoning)
         if self._tools is not None:
             stream = self._streams.setdefault(event.index, ToolStream(self._tools))
             delta = _with_calls(delta, stream)
@@ -229,6 +245,7 @@ class ChatSerializer:
     def chunk(self, delta: Delta) -> dict[str, Any]:
         """See Serializer."""
         news: dict[str, Any] = {"content": delta.text} if delta.text else {}
+        news |= _reasoning_fields(delta)
         if delta.calls:
             news["tool_calls"] = _call_entries(delta.calls)
         return {
@@ -241,6 +258,7 @@ class ChatSerializer:
     def choice(self, delta: Delta) -> dict[str, Any]:
         """See Serializer."""
         message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        message |= _reasoning_fields(delta)
         if delta.calls:
             message["content"] = delta.text or None
             calls = _call_entries(delta.calls)
@@ -283,6 +301,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
         tuple(token for delta in deltas for token in delta.tokens),
         deltas[-1].finish_reason,
         tuple(call for delta in deltas for call in delta.calls),
+        "".join(delta.reasoning for delta in deltas),
     )
 
 
@@ -310,7 +329,14 @@ def _with_calls(delta: Delta, stream: ToolStream) -> Delta:
             reason = "tool_calls"
     text = "".join(part for part in parts if isinstance(part, str))
     calls = tuple(part for part in parts if isinstance(part, CallDelta))
-    return Delta(delta.index, text, delta.tokens, reason, calls)
+    return replace(delta, text=text, finish_reason=reason, calls=calls)
+
+
+def _reasoning_fields(delta: Delta) -> dict[str, str]:
+    """Reasoning under both names that clients read: DeepSeek's, and OpenRouter's and vLLM's."""
+    if not delta.reasoning:
+        return {}
+    return {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}
 
 
 def _call_entries(deltas: Iterable[CallDelta]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from pvrt_server.engine.engine import Engine
 from pvrt_server.engine.sequences import GenerationRequest
 from pvrt_server.errors import EngineStoppedError, GenerationError, RequestError
 
-_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Responder:
             raise
         if stream:
             chunks = self._stream(generation, serializer, usage)
-            return StreamingResponse(chunks, media_type="text/event-stream", headers=_HEADERS)
+            return StreamingResponse(chunks, media_type="text/event-stream", headers=SSE_HEADERS)
         deltas: list[list[Delta]] = [[] for _ in requests]
         async for event in generation.events():
             if event is not None:
@@ -71,8 +71,6 @@ class Responder:
         self, generation: Generation, serializer: Serializer, usage: Usage
     ) -> AsyncIterator[bytes]:
         header = new_header(self.name, serializer.prefix)
-        # Where the last chunk has usage, all carry the field, null up to the last.
-        more = {"usage": None} if usage.in_stream else {}
         opened: set[int] = set()
         try:
             async for event in generation.events(self.keep_alive_seconds):
@@ -84,17 +82,16 @@ class Responder:
                     opening = None if delta.index in opened else serializer.opening(delta.index)
                     opened.add(delta.index)
                     if opening is not None:
-                        yield sse(header.body(serializer.chunk_kind, [opening], **more))
+                        yield sse(header.body(serializer.chunk_kind, [opening], **usage.of_chunk()))
                     if not delta.empty:
-                        yield sse(
-                            header.body(serializer.chunk_kind, [serializer.chunk(delta)], **more)
-                        )
+                        chunk = [serializer.chunk(delta)]
+                        yield sse(header.body(serializer.chunk_kind, chunk, **usage.of_chunk()))
         except (GenerationError, EngineStoppedError) as error:
             # Never just close: to clients a cut stream looks like a complete answer.
             yield sse(error_body(str(error), "server_error", None, None))
         except ClientGone:
             return
         else:
-            if usage.in_stream:
+            if usage.in_stream != "nowhere":
                 yield sse(header.body(serializer.chunk_kind, [], usage=usage.body()))
         yield DONE

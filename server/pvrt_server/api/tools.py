@@ -6,11 +6,10 @@ A model writes calls in the form that its chat template shows. Two forms are rea
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pvrt_server.engine.grammar import JSON_STYLE
+from pvrt_server.engine.grammar import json_rule
 from pvrt_server.errors import RequestError
 
 # Templates with the mark of Hermes that show another form inside of it.
@@ -58,49 +57,57 @@ class Tools:
     def grammar(self, content: dict[str, Any] | None) -> str | None:
         """A grammar (llguidance's Lark) for the answer; None where any text will do.
 
-        content is the JSON schema of answers that are not calls, None for any text.
+        content is the JSON schema of answers that are not calls, None for any text. Raises
+        RequestError.
         """
-        calls = self._calls()
+        calls = "call"
+        if self.most_calls != 1:
+            calls = f"call ({json.dumps(self.form.separator)} call)*"
         if self.must_call:
-            return f"start: {calls}\n{self._rules(self.functions)}"
+            return f"start: {calls}\n{self._call_rules()}"
         if content is not None:
-            answer = _json("content", content)
-            return f"start: content | {calls}\n{self._rules(self.functions)}{answer}"
+            answer = f"content: {json_rule(content, 'response_format')}\n"
+            return f"start: content | {calls}\n{self._call_rules()}{answer}"
         if self.form.begin and any(function.strict for function in self.functions):
             # Free text, until it opens a call: lazy lexemes end at their first match.
             end = json.dumps(f"\n{self.form.end}")
             return (
-                f"start: (opening body {end})* TEXT\n"
+                f'start: (opening "\\n" body {end})* TEXT\n'
                 f"opening[lazy]: TEXT {json.dumps(self.form.begin)}\n"
-                f"TEXT: /(.|\\n)*/\n{_json('body', self._schema(self.functions))}"
+                f"TEXT: /(.|\\n)*/\n{self._body_rules()}"
             )
         return None
 
-    def _calls(self) -> str:
-        if self.most_calls == 1:
-            return "call"
-        return f"call ({json.dumps(self.form.separator)} call)*"
+    @property
+    def rule_names(self) -> dict[str, str]:
+        """What the rules of `grammar` stand for, in the words of the request."""
+        names = {
+            f"arguments_{number}": f"tools: the schema of {function.name!r}"
+            for number, function in enumerate(self.functions)
+        }
+        return {**names, "content": "response_format"}
 
-    def _rules(self, functions: Sequence[Function]) -> str:
+    def _call_rules(self) -> str:
         parts = ["body"]
         if self.form.begin:
             parts = [json.dumps(f"{self.form.begin}\n"), "body", json.dumps(f"\n{self.form.end}")]
-        return f"call: {' '.join(parts)}\n{_json('body', self._schema(functions))}"
+        return f"call: {' '.join(parts)}\n{self._body_rules()}"
 
-    def _schema(self, functions: Sequence[Function]) -> dict[str, Any]:
-        choices = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": function.name},
-                    self.form.arguments: function.parameters,
-                },
-                "required": ["name", self.form.arguments],
-                "additionalProperties": False,
-            }
-            for function in functions
-        ]
-        return {"anyOf": choices}
+    def _body_rules(self) -> str:
+        """Rules for {"name": ..., "arguments": ...}.
+
+        Each schema has a rule of its own, so that its references start at its own root.
+        """
+        rules = []
+        for number, function in enumerate(self.functions):
+            head = f'{{"name": {json.dumps(function.name)}, "{self.form.arguments}": '
+            arguments = json_rule(function.parameters, f"tools: {function.name!r}")
+            rules += [
+                f'body_{number}: {json.dumps(head)} arguments_{number} "}}"',
+                f"arguments_{number}: {arguments}",
+            ]
+        bodies = " | ".join(f"body_{number}" for number in range(len(self.functions)))
+        return "\n".join([f"body: {bodies}", *rules, ""])
 
 
 def tool_form(template: str | None) -> ToolForm:
@@ -119,22 +126,3 @@ def tool_form(template: str | None) -> ToolForm:
         "tools",
         "unsupported_parameter",
     )
-
-
-def offered(
-    form: ToolForm, functions: Sequence[Function], choice: str | None, parallel: bool
-) -> Tools:
-    """Tools under a tool_choice: "auto", "required" or the name of a function."""
-    if choice in (None, "auto", "required"):
-        most = None if parallel else 1
-        return Tools(form, tuple(functions), choice == "required", most)
-    chosen = tuple(function for function in functions if function.name == choice)
-    if not chosen:
-        raise RequestError(
-            f"tool_choice names {choice!r}, which is not among the tools", "tool_choice"
-        )
-    return Tools(form, chosen, must_call=True, most_calls=1)
-
-
-def _json(rule: str, schema: dict[str, Any]) -> str:
-    return f"{rule}: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}\n"

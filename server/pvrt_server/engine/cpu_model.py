@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pvrt.kv_cache import cache_name
+from pvrt.kv_cache import cache_name, cache_shape
 from pvrt.modules.aqlm_embedding import TiedHead
 from pvrt.modules.aqlm_layer import AQLMLayer, pack
 from pvrt.modules.aqlm_linear import AQLMLinear
@@ -79,7 +79,7 @@ class CpuModel:
         config, decoder = model.config, model.model
         attention = decoder.layers[0].self_attn
         self._kv_heads, self._dim = config.num_key_value_heads, attention.head_dim
-        self._limit = config.max_position_embeddings
+        self._limit = cache_shape(config).longest
         self._embedding, self._head = _ends(model)
         self._scales, self._head_scales = (
             _in_scales(decoder.embed_tokens),

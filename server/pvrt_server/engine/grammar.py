@@ -5,6 +5,7 @@ millisecond, so that a schema costs nothing at the start.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +14,46 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
 from pvrt_server.engine.grammar_check import check_grammar
+from pvrt_server.engine.json_schema import enforceable
 from pvrt_server.errors import RequestError
+from pvrt_server.notices import say_once
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 #: As json.dumps writes it, and no other way: small models write blanks to the end wherever they
 #: may. A whitespace_pattern is no bound, because llguidance lets it come again and again.
-JSON_STYLE: "JsonCompileOptions" = {
+_JSON_STYLE: "JsonCompileOptions" = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
+    # What llguidance does not know is left to the model, and a oneOf is read as an anyOf.
+    "lenient": True,
+    "coerce_one_of": True,
 }
+
+
+def json_rule(schema: dict[str, Any], field: str) -> str:
+    """JSON of a schema, as the right side of a rule of llguidance's Lark.
+
+    Its references start at the schema's own root. Raises RequestError naming `field`.
+    """
+    try:
+        ready, notes = enforceable(schema)
+        text = json.dumps({**ready, "x-guidance": _JSON_STYLE})
+    except RecursionError as error:
+        raise RequestError(f"{field} cannot be enforced: it nests too deeply", field) from error
+    for note in notes:
+        say_once(f"not enforced in {field}: {note}")
+    return f"%json {text}"
+
+
+def _reason(problem: str) -> tuple[int, str]:
+    """The line of a grammar that llguidance refuses and why, without the grammar's own text."""
+    told = re.sub(r"\n\s*\d+ \| .*", "", problem, flags=re.DOTALL)
+    found = re.match(r"at (\d+)\(\d+\): (?:failed to compile JSON schema: )?", told)
+    line, start = (int(found[1]), found.end()) if found else (1, 0)
+    return line, " ".join(told[start:].split())[:500]
 
 
 class Grammar:
@@ -54,6 +83,10 @@ class Grammar:
             raise GrammarError(error)
 
 
+#: Makes a fresh grammar for each answer.
+GrammarFactory = Callable[[], Grammar]
+
+
 class GrammarError(ArithmeticError):
     """A grammar that got stuck: its limits were reached while an answer followed it."""
 
@@ -65,24 +98,27 @@ class GrammarCompiler:
         self._parts = (tokenizer, vocabulary, sorted(eos_ids))
         self._tokenizer: LLTokenizer | None = None
 
-    def json_schema(self, schema: Mapping[str, Any], field: str) -> Callable[[], Grammar]:
+    def json_schema(self, schema: dict[str, Any], field: str) -> GrammarFactory:
         """Answers that are JSON of a schema. Raises RequestError naming `field`."""
-        try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE)
-        except ValueError as error:
-            raise RequestError(f"{field} cannot be enforced: {error}", field) from error
-        return self._compile(grammar, field)
+        return self.lark(f"start: {json_rule(schema, field)}", field)
 
-    def lark(self, grammar: str, field: str) -> Callable[[], Grammar]:
-        """Answers of a grammar in llguidance's Lark. Raises RequestError naming `field`."""
-        return self._compile(LLMatcher.grammar_from_lark(grammar), field)
+    def lark(
+        self, rules: str, field: str, names: Mapping[str, str] | None = None
+    ) -> GrammarFactory:
+        """Answers of a grammar in llguidance's Lark, one rule a line.
 
-    def _compile(self, grammar: str, field: str) -> Callable[[], Grammar]:
+        Raises RequestError naming `field` and, in words, what `names` says of the rule at fault.
+        """
+        grammar, tokenizer = LLMatcher.grammar_from_lark(rules), self._load()
         check_grammar(grammar, field)
-        tokenizer = self._load()
-        if problem := LLMatcher.validate_grammar(grammar, tokenizer):
-            reason = " ".join(problem.split())
-            raise RequestError(f"{field} cannot be enforced: {reason}", field)
+        failed, said = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer)
+        if failed:
+            line, reason = _reason(said[0])
+            rule = rules.splitlines()[line - 1].partition(":")[0]
+            what = (names or {}).get(rule, field)
+            raise RequestError(f"{what} cannot be enforced: {reason}", field)
+        for warning in said:
+            say_once(f"not enforced in {field}: {warning}")
         return lambda: Grammar(LLMatcher(tokenizer, grammar))
 
     def _load(self) -> LLTokenizer:

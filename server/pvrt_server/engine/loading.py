@@ -2,8 +2,9 @@
 
 import logging
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
 from pvrt_server.engine import cuda_graphs
 from pvrt_server.engine.captured_model import CapturedModel
+from pvrt_server.engine.chat_template import MistralTemplate
 from pvrt_server.engine.cpu_model import CpuModel
 from pvrt_server.engine.models import LanguageModel, TransformersModel, weight_bytes
 from pvrt_server.engine.sampling import SamplingParams
@@ -24,15 +26,12 @@ from pvrt_server.engine.text import TextCodec
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _log = logging.getLogger("pvrt_server")
 
 
 def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision) -> Runtime:
     """Load model and tokenizer as was decided. Raises CheckpointError and ServeError."""
-    codec = TextCodec(_load_tokenizer(opened.path))
+    codec = load_codec(opened.path)
     model = _load_model(opened, options, decision)
     capacity = decision.capacity
     length, wanted = capacity.max_model_len, capacity.wanted_len
@@ -103,16 +102,27 @@ def sampling_defaults(model: LanguageModel) -> SamplingParams:
     )
 
 
-def _load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+def load_codec(folder: Path) -> TextCodec:
+    """The tokenizer of a folder. Raises ServeError where none can be read.
+
+    Beside Mistral's tekken.json, transformers would take mistral-common's tokenizer, which knows no
+    vocabulary by text. It still writes the conversations of folders without a chat template.
+    """
     from transformers import AutoTokenizer
 
+    tekken = (folder / "tekken.json").is_file()
     try:
-        return read_with(folder, AutoTokenizer.from_pretrained, folder)
+        options = {"mistral_format": False} if tekken else {}
+        tokenizer = read_with(folder, AutoTokenizer.from_pretrained, folder, **options)
+        if tekken and not tokenizer.chat_template and find_spec("mistral_common"):
+            mistral = read_with(folder, AutoTokenizer.from_pretrained, folder, mistral_format=True)
+            return TextCodec(tokenizer, MistralTemplate(mistral))
     except CheckpointError as error:
         raise ServeError(
             f"no tokenizer can be read: {error}; copy tokenizer.json and tokenizer_config.json of "
             "the original model into it"
         ) from error
+    return TextCodec(tokenizer)
 
 
 def _vocabulary(model: Any) -> int:
@@ -125,5 +135,11 @@ def _vocabulary(model: Any) -> int:
 
 def _eos_ids(model: Any, codec: TextCodec) -> frozenset[int]:
     ids = model.generation_config.eos_token_id
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(token for token in [*listed, codec.eos_id] if token is not None)
+    listed = [*(ids if isinstance(ids, list) else [ids]), codec.eos_id]
+    turn = codec.end_of_turn
+    if turn is not None and turn not in listed:
+        _log.warning(
+            "answers end at %s, as in the chat template: the checkpoint's eos_token_id lacks it",
+            codec.token_text(turn),
+        )
+    return frozenset(token for token in [*listed, turn] if token is not None)

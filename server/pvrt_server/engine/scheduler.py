@@ -2,11 +2,12 @@
 
 A step appends one token to every sequence that decodes, all in one call of the model, and then
 reads one piece of one prompt. So a long prompt delays the others' next tokens by the time of a
-piece, and sequences join and leave between any two tokens.
+piece, which is bounded, and sequences join and leave between any two tokens.
 """
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,9 +27,14 @@ from pvrt_server.engine.sequences import (
 from pvrt_server.errors import EngineStoppedError, GenerationError
 
 _log = logging.getLogger("pvrt_server")
-# While others decode, prompts are read in pieces this many times smaller: 128 tokens of
-# SmolLM2-135M take half a second on one core, against 44 ms for a step of eight sequences.
+# While others decode, prompts are read in pieces at least this many times smaller.
 _SHARE = 8
+# What reading a piece may take, in seconds: whoever decodes, or comes anew, waits so long. On one
+# core SmolLM2-135M reads 128 tokens in half a second, as fast as more, and 16 in a tenth, at 1.4
+# times the cost of each.
+_PIECE_SECONDS, _PIECE_SECONDS_BESIDE = 0.5, 0.1
+_FIRST_PACE = 0.004  # seconds per token, before one is measured
+_LEAST_PIECE = 8  # tokens that share lookup tables: fewer cost as much
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ class Scheduler:
             runtime.model, most=2 * runtime.max_sequences if runtime.prefix_reuse else 0
         )
         self._turn = 0
+        # Seconds per token of the last pieces. The least counts: others only wait for the machine.
+        self._paces = deque[float](maxlen=4)
         self._seconds = 1.0  # that a job takes, lately
         metrics.watch(lambda: self.running, lambda: self.waiting, lambda: self.cache_share)
 
@@ -161,12 +169,23 @@ class Scheduler:
         if decoding:
             self._decode(decoding)
         if reading:
-            chunk = self._runtime.prefill_chunk
-            size = max(1, chunk // _SHARE) if decoding else chunk
             job, sequence = reading[self._turn % len(reading)]
             self._turn += 1
+            size = min(self._piece(beside=bool(decoding)), sequence.pending)
+            start = time.monotonic()
             self._advance(job, sequence, partial(sequence.read, size))
+            if size >= _LEAST_PIECE:
+                self._paces.append((time.monotonic() - start) / size)
         self._keep_within_memory()
+
+    def _piece(self, *, beside: bool) -> int:
+        """How many tokens of a prompt to read at once, beside sequences that decode or not."""
+        chunk = self._runtime.prefill_chunk
+        size = max(1, chunk // _SHARE) if beside else chunk
+        seconds = _PIECE_SECONDS_BESIDE if beside else _PIECE_SECONDS
+        while size >= 2 * _LEAST_PIECE and size * min(self._paces, default=_FIRST_PACE) > seconds:
+            size //= 2  # few sizes, so that the same prompt is most often read in the same pieces
+        return size
 
     def _let_go(self) -> None:
         """Drop the sequences of jobs that were cancelled."""

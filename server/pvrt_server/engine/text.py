@@ -1,11 +1,13 @@
 """Text to tokens and back: prompts, chat templates, and text that arrives token by token."""
 
-import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from pvrt.tools.perplexity import beginning
+from pvrt_server.engine.chat_template import ChatTemplate
 from pvrt_server.errors import RequestError
 
 if TYPE_CHECKING:
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
 
 _BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoders print for bytes that are no character
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# How families of code models write "before, after, now the middle".
+_GAP_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+)
 # Enough tokens to decode the next one in context (words of a sentencepiece model lose their space
 # at the start of a text), few enough that decoding them again for every token costs microseconds.
 _CONTEXT = 8
@@ -30,17 +38,18 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 class TextCodec:
-    """A tokenizer as the server needs it."""
+    """A tokenizer as the server needs it. chat writes conversations, by default its template."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", chat: ChatTemplate | None = None
+    ) -> None:
         self._tokenizer: Any = tokenizer
         self._alphabet = _byte_alphabet()
         self._special = frozenset(tokenizer.all_special_ids)
         self._bytes: dict[int, bytes] = {}
         self._eos_id: int | None = tokenizer.eos_token_id
-        # A request may set variables of the template, not choose another one or its own output.
         self._longest_text = math.inf
-        self._reserved = inspect.signature(tokenizer.apply_chat_template).parameters.keys()
+        self.chat = chat or ChatTemplate(tokenizer)
 
     @property
     def eos_id(self) -> int | None:
@@ -56,21 +65,38 @@ class TextCodec:
         """The tokenizer of transformers."""
         return self._tokenizer
 
+    def info(self) -> dict[str, Any]:
+        """What clients build prompts with: the template, and the special tokens by their roles."""
+        return {
+            "tokenizer_class": type(self._tokenizer).__name__,
+            "chat_template": self.template(),
+            **self._tokenizer.special_tokens_map,
+        }
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of a text; special=True adds what the tokenizer puts around one (BOS).
+        """Token ids of a text; special=True adds what the tokenizer puts before one (BOS).
 
         Raises RequestError for a string that is no text, which JSON can write, and for one beyond
         `bound`.
         """
         return self._encode(text, special, "prompt")
 
+    def encode_gap(self, before: str, after: str) -> list[int]:
+        """Token ids that ask a code model for the text between two. Raises RequestError."""
+        vocabulary = self._tokenizer.get_vocab()
+        marks = next((marks for marks in _GAP_MARKS if vocabulary.keys() >= set(marks)), None)
+        if marks is None:
+            raise RequestError(
+                "this model has no tokens that ask for a middle: suffix is not supported",
+                "suffix",
+                "unsupported_parameter",
+            )
+        first, second, last = marks
+        return self._encode(f"{first}{before}{second}{after}{last}", True, "prompt")
+
     def template(self, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
         """The chat template for conversations with or without tools; None where there is none."""
-        try:
-            template: str = self._tokenizer.get_chat_template(tools=tools)
-        except ValueError:
-            return None
-        return template
+        return self.chat.source(tools)
 
     def encode_chat(
         self,
@@ -78,6 +104,7 @@ class TextCodec:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation under the model's chat template.
@@ -86,31 +113,22 @@ class TextCodec:
         that the template knows (enable_thinking and the like).
         Raises RequestError when there is no template or it refuses the messages.
         """
-        variables = template_kwargs or {}
-        if reserved := sorted(self._reserved & variables.keys()):
-            raise RequestError(
-                f"chat_template_kwargs must not set {reserved[0]}", "chat_template_kwargs"
-            )
-        if not self._tokenizer.chat_template:
-            raise RequestError(
-                "this checkpoint has no chat template: send a prompt to /v1/completions, or put "
-                "the chat_template.jinja of the original model into its folder",
-                "messages",
-            )
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages),
-                tools=None if tools is None else list(tools),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
-        # Templates are programs: they fail in every way on messages that they do not expect.
-        except Exception as error:
-            raise RequestError(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from error
+        text = self.chat.render(
+            messages,
+            tools,
+            template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         return self._encode(text, False, "messages")  # a template writes its own special tokens
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token that ends answers under the chat template; None where no token does."""
+        text = self.chat.end_of_turn
+        added = self._tokenizer.get_added_vocab()
+        marks = [mark for mark in added if text is not None and text.startswith(mark)]
+        return added[max(marks, key=len)] if marks else None
 
     def _encode(self, text: str, special: bool, field: str) -> list[int]:
         if len(text) > self._longest_text:
@@ -123,8 +141,13 @@ class TextCodec:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"{field} holds half a surrogate pair: {error}", field) from error
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special).input_ids
-        return ids
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return [*self._beginning, *ids] if special else ids
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        """What the tokenizer puts before a text. What it puts after one would end a prompt."""
+        return beginning(self._tokenizer)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""

@@ -1,5 +1,5 @@
-"""What pvrt puts before vLLM's own application: the API key on all routes, the page, one form of
-errors, and /v1/models/NAME.
+"""What pvrt puts before vLLM's own application: other origins, the API key on all routes, the page,
+one form of errors, and /v1/models/NAME.
 
 vLLM takes the class by name (--middleware) and gives it nothing but the application, so the rest
 comes through the environment. `frontend_environment` writes it, `Frontend` reads it.
@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pvrt_server.api.auth import Auth, Bounds
+from pvrt_server.api.doorway import doorway
 from pvrt_server.api.responses import error_body
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
@@ -25,20 +26,29 @@ _VARIABLE = "PVRT_FRONTEND"
 _MODELS = "/v1/models"
 
 
-class Frontend(Auth):
+class Frontend:
     """ASGI middleware for vLLM's server. vLLM alone guards /v1 and leaves the rest open."""
 
     def __init__(self, app: ASGIApp) -> None:
         given = json.loads(os.environ[_VARIABLE])
         page = Page(Envelope(ModelCards(GrammarBudget(app))), given["card"])
         key = os.environ.get(_KEY_VARIABLE) or None
-        super().__init__(page, api_key=key, bounds=Bounds(**given["bounds"]))
+        guarded = Auth(page, api_key=key, bounds=Bounds(**given["bounds"]))
+        self._app = doorway(guarded, given["allowed_origins"])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        await self._app(scope, receive, send)
 
 
 def frontend_environment(opened: OpenedModel, options: ServeOptions) -> dict[str, str]:
     """The variables that `Frontend` reads in the process of vLLM's server."""
     bounds = Bounds(options.max_body_bytes, options.request_seconds, options.hosts)
-    given = {"card": model_card(opened), "bounds": asdict(bounds)}
+    given = {
+        "card": model_card(opened),
+        "bounds": asdict(bounds),
+        "allowed_origins": options.origins,
+    }
     # The key is no flag of vLLM's: anybody can read those.
     key = {} if options.api_key is None else {_KEY_VARIABLE: options.api_key}
     return {_VARIABLE: json.dumps(given), **key}

@@ -77,6 +77,7 @@ def vllm_command(opened: OpenedModel, options: ServeOptions, decision: Decision)
         command += ["--disable-uvicorn-access-log"]
     else:
         command += ["--disable-access-log-for-endpoints", "/health,/metrics,/pvrt/status"]
+    command += ["--enable-tokenizer-info-endpoint"]
     command += ["--middleware", "pvrt_server.vllm.middleware.Frontend"]
     if options.max_model_len is not None or capacity.max_model_len < capacity.wanted_len:
         command += ["--max-model-len", str(capacity.max_model_len)]

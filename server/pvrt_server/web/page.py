@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import pvrt
+from pvrt.kv_cache import cache_shape
 from pvrt_server.opened import OpenedModel
 
 _FILE = Path(__file__).with_name("page.html")
@@ -47,13 +48,13 @@ class Page:
 def model_card(opened: OpenedModel) -> dict[str, Any]:
     """What a folder says of its model: architecture, scheme, bits, size, origin. Plain JSON."""
     stored, config = opened.stored, opened.stored.config
-    text = config.get("text_config", config)
+    text = opened.config.get_text_config()
     card: dict[str, Any] = {
         "name": opened.path.name,
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
-        "context": text.get("max_position_embeddings"),
-        "layers": text.get("num_hidden_layers"),
-        "chat": opened.chat_template is not None,
+        "context": cache_shape(text).longest,
+        "layers": getattr(text, "num_hidden_layers", None),
+        "chat": opened.chats,
     }
     if stored.layers:
         card["scheme"] = stored.scheme_names
@@ -103,7 +104,11 @@ def _origin(manifest: Path) -> dict[str, Any]:
 @cache
 def page_response() -> Response:
     """The page, with a policy that lets it load nothing but itself and talk to nobody but us."""
-    html = _FILE.read_text(encoding="utf-8")
+    html = re.sub(
+        r"/\* (\w+\.js) \*/",
+        lambda name: _FILE.with_name(name[1]).read_text(encoding="utf-8"),
+        _FILE.read_text(encoding="utf-8"),
+    )
     policy = "; ".join(
         (
             "default-src 'none'",

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from pvrt.errors import DataError
+from pvrt.errors import DataError, RunError
 from pvrt.tools.held_out import HeldOut, longest_context
-from pvrt.tools.perplexity import default_text, windows
+from pvrt.tools.perplexity import default_text, perplexity, windows
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
 
@@ -80,3 +80,13 @@ def test_the_longest_context_is_the_configs() -> None:
     silent = SimpleNamespace()
     silent.get_text_config = lambda: silent
     assert longest_context(silent) is None
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), 1e30])
+def test_a_perplexity_that_is_no_number_is_an_error(logit: float) -> None:
+    model: Any = lambda ids, use_cache: SimpleNamespace(  # noqa: E731
+        logits=torch.tensor([logit, 0.0]).expand(1, ids.shape[1], 2)
+    )
+    model.device, model.dtype = "cpu", torch.float32
+    with pytest.raises(RunError, match=r"loss of window \d is "):
+        perplexity(model, torch.tensor([[0, 0], [1, 1]]))

@@ -8,6 +8,8 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+from pvrt_server.api.requests import Conversation
+from pvrt_server.engine.text import TextCodec
 from tests.server.running import Server
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -153,3 +155,67 @@ def test_template_variables_reach_the_template(server: Server) -> None:
     assert plain["max_model_len"] == 512
     named = server.post("/tokenize", {"prompt": "é", "return_token_strs": True}).json()
     assert named["count"] == 2 == len(named["token_strs"])
+
+
+def test_the_last_message_can_be_continued(server: Server) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "Once upon"}]
+    body = {"messages": messages, "continue_final_message": True, "temperature": 0}
+    asked = {"messages": messages, "continue_final_message": True}
+    tokens = server.post("/tokenize", asked).json()
+    text = server.post("/detokenize", {"tokens": tokens["tokens"]}).json()["prompt"]
+    assert text.endswith("Once upon")
+    answer = server.post("/v1/chat/completions", {**body, "max_tokens": 8}).json()
+    same = {"prompt": tokens["tokens"], "temperature": 0, "max_tokens": 8}
+    text = server.post("/v1/completions", same).json()["choices"][0]["text"]
+    assert answer["choices"][0]["message"]["content"] == text
+
+
+def test_continuous_usage_is_in_every_chunk(says: Server) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(
+        says.client().chat.completions.create(
+            model="toy", messages=HELLO, stream=True, stream_options=options
+        )
+    )
+    counts = [chunk.usage.completion_tokens if chunk.usage else -1 for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] >= 0 and counts[-1] == 24
+
+
+THINKS = (
+    "{% for message in messages %}{{ message.content }}<|end|>{% endfor %}"
+    "{% if enable_thinking is false %}off{% endif %}{{ reasoning_effort }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        ({}, ""),
+        ({"reasoning_effort": "high"}, "high"),
+        ({"reasoning_effort": "none"}, "offnone"),
+        ({"thinking": {"type": "disabled"}}, "off"),
+        ({"thinking": {"type": "enabled"}}, ""),
+    ],
+)
+def test_settings_of_reasoning_reach_a_template_that_knows_them(
+    toy: Path, options: dict[str, Any], end: str
+) -> None:
+    codec = TextCodec(AutoTokenizer.from_pretrained(toy))
+    codec.tokenizer.chat_template = THINKS
+    conversation = Conversation.model_validate({"messages": HELLO, **options})
+    assert codec.decode(conversation.encode(codec)) == f"Hello{end}"
+
+
+def test_answers_end_where_the_template_ends_a_turn(toy: Path) -> None:
+    codec = TextCodec(AutoTokenizer.from_pretrained(toy))
+    tokenizer = codec.tokenizer
+    assert codec.end_of_turn == tokenizer.eos_token_id
+    codec = TextCodec(tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<s>\n{% endfor %}"
+    )
+    assert codec.end_of_turn == tokenizer.bos_token_id
+    codec = TextCodec(tokenizer)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    assert codec.end_of_turn is None

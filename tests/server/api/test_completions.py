@@ -10,6 +10,8 @@ import torch
 from transformers import AutoTokenizer
 
 import pvrt
+from pvrt_server.engine.text import TextCodec
+from pvrt_server.errors import RequestError
 from tests.server.running import Server
 
 PROMPT = "Once upon a time"
@@ -214,3 +216,14 @@ def test_ignore_eos_and_penalties_of_vllms_bench_are_honoured(says: Server) -> N
     )
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 30
+
+
+def test_a_suffix_asks_for_the_middle_where_the_model_has_tokens_for_it(toy: Path) -> None:
+    codec = TextCodec(AutoTokenizer.from_pretrained(toy))
+    with pytest.raises(RequestError, match="suffix"):
+        codec.encode_gap("a", "b")
+    marks = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
+    codec.tokenizer.add_tokens(marks)
+    first, second, last = codec.tokenizer.convert_tokens_to_ids(marks)
+    a, b = codec.encode("a"), codec.encode("b")
+    assert codec.encode_gap("a", "b") == [first, *a, second, *b, last]

@@ -50,11 +50,13 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
         ({"logit_bias": {"5000": 1}}, "logit_bias"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"mirostat": 2}, "mirostat"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
@@ -63,12 +65,13 @@ def refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:
             "response_format",
         ),
         ({"best_of": 2}, "best_of"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"temprature": 0.5}, "temprature"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
         ({"messages": []}, "messages"),
         ({"messages": "Hello"}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{**HELLO[0], "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+        ({"messages": [{**HELLO[0], "prefix": True}]}, "messages[0].prefix"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
         ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages[1].role"),
         (
@@ -127,10 +130,62 @@ def test_a_completion_request_is_refused_by_the_name_of_its_field(
         {"max_tokens": 4, "max_completion_tokens": 4},
         {"n": 1, "best_of": 1, "top_k": -1, "min_p": 0, "logit_bias": {}},
         {"some_new_field": None},
+        {"reasoning_effort": "low", "verbosity": "low", "prediction": {"type": "content"}},
+        {"thinking": {"type": "disabled"}, "include_reasoning": False},
+        {"add_generation_prompt": True, "continue_final_message": False},
+        {"cache_prompt": True, "keep_alive": "5m", "priority": 3, "request_id": "r", "num_ctx": 9},
+        {"repeat_penalty": 1.1, "mirostat": 0, "tfs_z": 1.0, "suffix": "x"},
+        {"provider": {"order": ["x"]}, "usage": {"include": True}, "cache_salt": "x"},
+        {"stream_options": {"include_usage": True}},
+        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"tools": [], "tool_choice": "auto"},
+        {"response_format": {"type": "json_object", "schema": {"const": {}}}},
     ],
 )
 def test_harmless_fields_are_accepted(says: Server, extra: dict[str, Any]) -> None:
     assert says.post(CHAT, {"messages": HELLO, **extra}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "Hi", "id": "1", "opts": {"visible": True}, "timestamp": 1},
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {}}]},
+        {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        {"role": "assistant", "content": "Hi", "provider_specific_fields": {"refusal": None}},
+        {"role": "assistant", "content": "Hi", "thinking_blocks": [{}], "reasoning": "why"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "Hi"}]},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "x"},
+                {"type": "output_text", "text": "Hi"},
+            ],
+        },
+    ],
+)
+def test_what_clients_keep_with_messages_is_no_part_of_the_prompt(
+    says: Server, message: dict[str, Any]
+) -> None:
+    plain = {"role": message["role"], "content": "Hi"}
+    prompts = [
+        says.post("/tokenize", {"messages": [*HELLO, each, *HELLO]}).json()["tokens"]
+        for each in (message, plain)
+    ]
+    assert prompts[0] == prompts[1]
+
+
+def test_an_answer_of_nothing_can_be_sent_back(says: Server) -> None:
+    nothing: Any = {"role": "assistant", "content": None, "tool_calls": []}
+    assert says.post(CHAT, {"messages": [*HELLO, nothing, *HELLO]}).status_code == 200
+
+
+def test_what_is_ignored_is_told_once(says: Server, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        says.post(CHAT, {"messages": HELLO, "use_mlock": True})
+    assert [record.message for record in caplog.records if "use_mlock" in record.message] == [
+        "ignored in requests, because it changes no answer: use_mlock"
+    ]
 
 
 @pytest.mark.parametrize(

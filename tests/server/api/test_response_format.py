@@ -65,9 +65,9 @@ def test_json_object_gives_an_object(server: Server) -> None:
     ("schema", "message"),
     [
         ({"type": "objec"}, "objec"),
-        ({"not": {"type": "string"}}, "not"),
         ({"$ref": "http://example.com/schema"}, "ref|Resource"),
-        ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+        ({"type": "integer", "minimum": 2, "maximum": 1}, "minimum"),
+        ({"$ref": "#/$defs/Missing"}, "Missing"),
     ],
 )
 def test_what_cannot_be_enforced_is_refused(server: Server, schema: Any, message: str) -> None:
@@ -75,6 +75,7 @@ def test_what_cannot_be_enforced_is_refused(server: Server, schema: Any, message
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         server.client().chat.completions.create(model="toy", messages=HELLO, response_format=form)
     assert caught.value.param == "response_format"
+    assert "whitespace_flexible" not in caught.value.message  # our own grammar is not their concern
 
 
 def test_a_grammar_leaves_only_what_may_come_next() -> None:

@@ -1,3 +1,4 @@
+import json
 import logging
 import threading
 from pathlib import Path
@@ -279,3 +280,25 @@ def test_a_folder_without_a_tokenizer_says_what_to_copy(tmp_path: Path) -> None:
 
 def drain(events: "SimpleQueue[Event]") -> list[Event]:
     return [events.get() for _ in range(events.qsize())]
+
+
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_a_scaled_context_is_offered_and_used(tmp_path: Path, field: str) -> None:
+    folder = tmp_path / "yarn"
+    write_toy(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("rope_parameters", "rope_scaling"):
+        config.pop(name, None)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config |= {"max_position_embeddings": 64, field: {"rope_theta": 1e4, **yarn}}
+    (folder / "config.json").write_text(json.dumps(config))
+    prompt = list(range(100))
+    with Engine.load(folder) as engine:
+        assert engine.max_model_len == 256
+        events = list(engine.generate(prompt, SamplingParams(temperature=0, max_tokens=20)))
+    answer = [event.token_id for event in events if isinstance(event, TokenEvent)]
+    model = pvrt.load(folder, dense=True)
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 100:]
+    assert ids.tolist()[: len(answer)] == answer
+    with Engine.load(folder, ServeOptions(max_model_len=200)) as engine:
+        assert engine.max_model_len == 200

@@ -1,6 +1,7 @@
 """Many requests at once: who runs when, and that nobody's answer depends on the others."""
 
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -263,3 +264,29 @@ def test_reuse_can_be_turned_off(toy: Path) -> None:
             first = next(iter(engine.generate(prompts(1)[0], GREEDY)))
             assert isinstance(first, PromptEvent)
             assert first.cached == 0
+
+
+def test_pieces_of_a_slow_prompt_are_bounded_by_their_time(toy: Path) -> None:
+    """At 4 ms a token, half a second is 64 tokens (of 512), a tenth is 16 (of 64)."""
+    engine, model = scripted_engine(toy, "x" * 60)
+    read = model.read
+
+    def slow(state: Any, tokens: Any, keep: int) -> Any:
+        time.sleep(0.004 * len(tokens))
+        return read(state, tokens, keep)
+
+    model.read = slow  # type: ignore[method-assign]
+    events: SimpleQueue[Event] = SimpleQueue()
+    params = SamplingParams(temperature=0, max_tokens=50)
+    asked = [tuple(range(100, 100 + n)) * 8 for n in (56, 40)]
+    with engine:
+        for prompt in asked:
+            engine.submit([GenerationRequest(prompt, params)], events.put)
+        finished = 0
+        while finished < 2:
+            finished += events.get().finish_reason is not None  # type: ignore[union-attr]
+    assert max(model.reads) <= 128
+    assert max(model.reads[1:]) <= 64
+    # Both are read in turns; what is left of the longer one is read while the other decodes.
+    assert max(model.reads[-4:]) <= 16
+    assert sum(model.reads) == sum(map(len, asked))

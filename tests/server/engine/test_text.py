@@ -1,12 +1,17 @@
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from pvrt_server.engine.grammar import GrammarCompiler
+from pvrt_server.engine.loading import load_codec
 from pvrt_server.engine.text import StopFilter, TextCodec
 from pvrt_server.errors import RequestError
-from tests.fixtures.toy import toy_tokenizer
+from tests.fixtures.toy import toy_tokenizer, write_toy
 
 TEXTS = [
     "plain words",
@@ -152,3 +157,42 @@ def test_a_false_start_inside_a_stop_string_does_not_hide_it() -> None:
         ("a", False),
         ("", True),
     ]
+
+
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A <|end|>", "$A <|end|>"])
+def test_prompts_begin_as_texts_do_and_are_never_ended(template: str) -> None:
+    tokenizer = toy_tokenizer()
+    specials = [("<s>", tokenizer.bos_token_id), ("<|end|>", tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=specials
+    )
+    codec, plain = TextCodec(tokenizer), tokenizer("ab", add_special_tokens=False).input_ids
+    start = [tokenizer.bos_token_id] if "<s>" in template else []
+    assert codec.encode("ab") == [*start, *plain]
+    assert codec.encode("") == start
+    assert codec.encode("ab", special=False) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [False, True])
+def test_mistrals_tokenizer_file_serves_chats_and_grammars(tmp_path: Path, both: bool) -> None:
+    mistral_common = pytest.importorskip("mistral_common", reason="vLLM brings mistral-common")
+    data = Path(mistral_common.__file__).with_name("data")
+    write_toy(tmp_path / "toy", "mistral")
+    folder = tmp_path / "mistral"
+    folder.mkdir()
+    shutil.copy(tmp_path / "toy" / "config.json", folder)
+    shutil.copy(data / "tekken_240911.json", folder / "tekken.json")
+    if both:
+        tokenizer = load_codec(folder).tokenizer
+        tokenizer.chat_template = "{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
+        tokenizer.save_pretrained(folder)
+    codec = load_codec(folder)
+    ids = codec.encode_chat([{"role": "user", "content": "Hello é"}])
+    begin, end = codec.tokenizer.convert_tokens_to_ids(["[INST]", "[/INST]"])
+    assert begin in ids and ids[-1] == end
+    assert codec.decode(codec.encode("Hello é😀")) == "Hello é😀"
+    compiler = GrammarCompiler(
+        codec.tokenizer, len(codec.tokenizer), frozenset({codec.eos_id or 2})
+    )
+    assert compiler.json_schema({"type": "object"}, "response_format")() is not None

@@ -15,6 +15,7 @@ from pvrt_tune.allocate.sensitivity import measure
 from pvrt_tune.allocate.stage import allocate, planned_schemes, problem, stored_schemes
 from pvrt_tune.allocate.units import find_units
 from pvrt_tune.data.source_model import load_source
+from pvrt_tune.data.stored_weights import StoredWeights
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.fit.additive import fit_layer
 from pvrt_tune.fit.table import column_sizes
@@ -108,9 +109,9 @@ def test_a_layer_that_matters_more_gets_more_bits(tmp_path: Path) -> None:
     loud = "model.layers.1.mlp.down_proj"
     source = run.source
     weights = source.read([f"{loud}.weight"])[f"{loud}.weight"]
-    patched = dict(source._weights)
-    patched[source._keys[f"{loud}.weight"][0]] = weights * 6
-    run = replace(run, source=replace(source, _weights=patched))
+    patched = dict(source._stored.weights)
+    patched[source._assigned.keys[f"{loud}.weight"][0]] = weights * 6
+    run = replace(run, source=replace(source, _stored=StoredWeights(patched, {})))
     schemes = allocate(run)
     units = {u.key: u for u in find_units(run.source.model, run.blocks, run.recipe)}
 
@@ -127,9 +128,9 @@ def test_a_table_is_measured_as_it_is_fitted(tmp_path: Path) -> None:
     name = "model.embed_tokens"
     weight = run.source.read([f"{name}.weight"])[f"{name}.weight"]
     weight = weight * torch.logspace(-1, 1, weight.shape[1])
-    patched = dict(run.source._weights)
-    patched[run.source._keys[f"{name}.weight"][0]] = weight
-    run = replace(run, source=replace(run.source, _weights=patched))
+    patched = dict(run.source._stored.weights)
+    patched[run.source._assigned.keys[f"{name}.weight"][0]] = weight
+    run = replace(run, source=replace(run.source, _stored=StoredWeights(patched, {})))
     unit = next(u for u in find_units(run.source.model, run.blocks, RECIPE) if u.key == name)
     found = measure(run, [unit])[name].errors["4x8g8"]
     sizes, scheme, quick = column_sizes(weight), Scheme.parse("4x8g8"), EFFORTS["quick"].fit

@@ -13,7 +13,8 @@ from pvrt_tune.calibrate.block_tuning import BlockLoss, Examples, finetune_block
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.fit.layer import quantize_linear
-from pvrt_tune.model_blocks import find_blocks, linears, observe, record_inputs
+from pvrt_tune.model_blocks import find_blocks, linears, observe
+from pvrt_tune.model_calls import record_inputs
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe
 from tests.fixtures.toy import toy_model
 
@@ -39,7 +40,7 @@ class Problem:
         inputs, arguments = self.examples.inputs, self.examples.arguments
         with torch.no_grad():
             pairs = zip(inputs, self.examples.targets, strict=True)
-            return sum(float(loss(block(x, **arguments), y)) for x, y in pairs)
+            return sum(float(loss(block(x, **arguments[0]), y)) for x, y in pairs)
 
 
 def problem_of(scheme: str) -> Problem:

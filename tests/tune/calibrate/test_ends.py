@@ -16,7 +16,8 @@ from pvrt_tune.calibrate.ends import ends, schemes_of_ends
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.fit import table
 from pvrt_tune.fit.table import fit_table
-from pvrt_tune.model_blocks import find_blocks, head_inputs
+from pvrt_tune.model_blocks import find_blocks
+from pvrt_tune.model_calls import head_inputs
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import (
     FinetuneSettings,

@@ -19,14 +19,8 @@ from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.fit import layer, table
 from pvrt_tune.fit.layer import empty_like, quantize_linear
 from pvrt_tune.fit.objective import feedback_bytes
-from pvrt_tune.model_blocks import (
-    batch_size,
-    find_blocks,
-    linears,
-    observe,
-    observe_bytes,
-    record_inputs,
-)
+from pvrt_tune.model_blocks import batch_size, find_blocks, linears, observe, observe_bytes
+from pvrt_tune.model_calls import record_inputs
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.skeleton import model_shape
 from pvrt_tune.run import Run
@@ -106,7 +100,7 @@ class Block:
     block: nn.Module
     hidden: Activations
     targets: Activations
-    arguments: dict[str, Any]
+    arguments: list[dict[str, Any]]
 
 
 def block_at_work(changes: dict[str, Any], tokens: int, device: str) -> Block:

@@ -23,13 +23,8 @@ from pvrt_tune.calibrate.ends import ends, head_moment, table_metric
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
 from pvrt_tune.fit.table import column_sizes
 from pvrt_tune.machine import release_memory
-from pvrt_tune.model_blocks import (
-    batch_size,
-    observe,
-    record_inputs,
-    run_block,
-    run_head,
-)
+from pvrt_tune.model_blocks import batch_size, observe, run_block
+from pvrt_tune.model_calls import record_inputs, run_head
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import Run
@@ -61,7 +56,7 @@ class _States:
     outer: Any
     wide: Activations
     spare: Activations
-    wide_arguments: list[dict[str, Any]]
+    wide_arguments: list[list[dict[str, Any]]]
     tokens: Tensor
     short: Tensor
     short_arguments: list[dict[str, Any]]
@@ -170,7 +165,7 @@ class _Measurement:
         width = outer.config.get_text_config().hidden_size
         whole = Activations(in_memory((*tokens.shape, width)), len(tokens), self.run.device)
         arguments = record_inputs(outer, self.run.blocks, tokens, len(tokens), whole)
-        return whole[0], arguments
+        return whole[0], [calls[0] for calls in arguments]
 
     def _block(self, index: int) -> nn.Module:
         name = f"{self.run.blocks.name}.{index}"
@@ -181,7 +176,7 @@ class _Measurement:
         """Take the original's states through a block that has been measured."""
         block = self._block(index)
         for number, hidden in enumerate(states.wide):
-            states.wide[number] = run_block(block, hidden, states.wide_arguments[index])
+            states.wide[number] = run_block(block, hidden, states.wide_arguments[index][number])
         states.short = run_block(block, states.short, states.short_arguments[index])
 
     @torch.no_grad()

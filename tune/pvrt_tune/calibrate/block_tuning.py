@@ -7,7 +7,7 @@ phase 3) tunes blocks with fixed codes, which is what `move_codes: false` does.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import run_block
@@ -45,11 +46,12 @@ class FinetuneReport:
 
 @dataclass(frozen=True)
 class Examples:
-    """What a block is to do: hidden states before and after it, and its other keyword arguments."""
+    """What a block is to do: hidden states before and after it, and its other keyword arguments by
+    batch."""
 
     inputs: Activations
     targets: Activations
-    arguments: dict[str, Any]
+    arguments: Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,14 @@ def _tune(
 
     def held_out_error() -> float:
         with torch.no_grad():
-            losses = [loss(block.run(inputs[i], arguments), targets[i]) for i in held_out]
+            losses = [loss(block.run(inputs[i], arguments[i]), targets[i]) for i in held_out]
         return float(torch.stack(losses).mean())
 
     first = best = held_out_error()
     best_state = [tensor.clone() for tensor in block.state()]
     for _ in range(settings.epochs):
         for i in torch.randperm(len(train), generator=generator).tolist():
-            output = block.run(inputs[train[i]], arguments)
+            output = block.run(inputs[train[i]], arguments[train[i]])
             torch.autograd.backward(loss(output, targets[train[i]]))
             moved += block.step(0.5 * (1 + math.cos(math.pi * step / steps)), generator)
             step += 1
@@ -172,6 +174,8 @@ class _Codes:
         self._block, self._compute = block, compute
         modules = list(block.named_modules())
         self._layers = {n: m for n, m in modules if isinstance(m, AQLMLinear | GridLinear)}
+        self._experts = [m for _, m in modules if isinstance(m, ExpertList)]
+        self._all_compute(True)  # every weight must have a gradient
         self._representations: dict[str, Representation] = {}
         weights: dict[str, nn.Parameter | StreamedWeight] = {}
         for name, layer in self._layers.items():
@@ -206,12 +210,18 @@ class _Codes:
 
     def finish(self) -> None:
         """Leave the block as it now is, quantised and without gradients."""
+        self._all_compute(False)
         for parameter in self._trained:
             parameter.requires_grad_(False)
         for name, layer in self._layers.items():
             self._block.set_submodule(name, layer.requires_grad_(False))
             for part, tensor in self._representations[name].tensors().items():
                 layer.get_parameter(part).data = tensor.detach()
+
+    def _all_compute(self, every: bool) -> None:
+        """Whether experts compute that no token of a batch reaches."""
+        for experts in self._experts:
+            experts.all_compute = every
 
 
 def steps_of(settings: FinetuneSettings) -> PVSettings:

@@ -23,7 +23,7 @@ from pvrt_tune.data.source_model import fill
 from pvrt_tune.fit import additive
 from pvrt_tune.fit.table import ROWS, fit_table
 from pvrt_tune.machine import release_memory
-from pvrt_tune.model_blocks import head_inputs
+from pvrt_tune.model_calls import head_inputs
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import ENDS, Run

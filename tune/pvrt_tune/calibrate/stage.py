@@ -6,6 +6,7 @@ quantised ones go to the run folder, and only hidden states stay.
 """
 
 import time
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,8 @@ from pvrt_tune.data.activations import Activations, in_memory, on_disk
 from pvrt_tune.data.source_model import fill
 from pvrt_tune.fit.layer import empty_like, quantize_linear
 from pvrt_tune.machine import compute_dtype, release_memory
-from pvrt_tune.model_blocks import batch_size, linears, observe, record_inputs, run_block
+from pvrt_tune.model_blocks import batch_size, in_experts, linears, observe, run_block
+from pvrt_tune.model_calls import record_inputs
 from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import ENDS, Run, block_piece
@@ -34,12 +36,12 @@ class Stream:
 
     hidden: outputs of the quantised blocks so far. targets: outputs of the dense block at hand
     (on `hidden`, or in the original model; see `Recipe.targets`). arguments[i]: the other keyword
-    arguments of block i (rotary tables, masks), the same for every batch.
+    arguments of block i (rotary tables, masks) by batch.
     """
 
     hidden: Activations
     targets: Activations
-    arguments: list[dict[str, Any]]
+    arguments: list[list[dict[str, Any]]]
 
 
 def calibrate(run: Run) -> None:
@@ -122,18 +124,25 @@ def _quantize_block(
     moments = observe(block, stream.hidden, arguments, own_targets, compute)
     release_memory()
     dtype = _float_dtype(run.blocks.blocks[index])
-    errors = {}
+    errors, dense = {}, []
     for name, linear in list(linears(block)):
+        generator, own = seeded(recipe.seed, f"{prefix}{name}"), run.recipe_of(f"{prefix}{name}")
+        divides = own.parsed_scheme.divides(linear.out_features, linear.in_features)
+        # A layer that is never called is one whose weight the block reads by itself.
+        if not divides or (name not in moments and not in_experts(block, name)):
+            dense.append(name)
+            continue
         if name not in moments:
             raise RunError(
                 f"no calibration token reached {prefix}{name}; raise --samples or give other text "
                 "with --data"
             )
-        generator, own = seeded(recipe.seed, f"{prefix}{name}"), run.recipe_of(f"{prefix}{name}")
         quantised = quantize_linear(linear, moments.pop(name), own, generator, dtype)
         block.set_submodule(name, quantised.module)
         errors[name] = quantised.relative_error
         release_memory()
+    if dense:
+        run.report(f"{prefix}: {', '.join(dense)} stay dense, which codes cannot stand for")
     generator = seeded(recipe.seed, f"{prefix}finetune")
     examples = Examples(stream.hidden, stream.targets, arguments)
     tuned = finetune_block(block, examples, recipe.settled.finetune, compute, generator)
@@ -170,11 +179,13 @@ def rebuild(run: Run, index: int, tensors: dict[str, Tensor]) -> nn.Module:
     return block
 
 
-def _advance(run: Run, block: nn.Module, states: Activations, arguments: dict[str, Any]) -> None:
+def _advance(
+    run: Run, block: nn.Module, states: Activations, arguments: Sequence[dict[str, Any]]
+) -> None:
     """Replace the hidden states by the block's outputs."""
     with torch.no_grad():
         for number, hidden in enumerate(states):
-            states[number] = run_block(block, hidden, arguments, _compute(run))
+            states[number] = run_block(block, hidden, arguments[number], _compute(run))
 
 
 def _compute(run: Run) -> torch.dtype:

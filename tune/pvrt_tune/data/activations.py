@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvrt.errors import RunError
+from pvrt_tune.data.stored_weights import all_finite
 
 
 class Activations:
@@ -33,6 +34,12 @@ class Activations:
         return (part.to(self._device) for part in self._parts)
 
     def __setitem__(self, index: int, value: Tensor) -> None:
+        """Raises RunError for values that are not finite."""
+        if not all_finite(value):
+            raise RunError(
+                f"hidden states of batch {index} are not finite: the model's weights are damaged, "
+                "or too large for float32"
+            )
         self._parts[index].copy_(value)
 
     def copy_(self, other: "Activations") -> None:

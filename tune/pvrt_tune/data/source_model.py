@@ -9,17 +9,17 @@ own loading code, so that a model never has to fit in memory. Only a GGUF file i
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -29,12 +29,7 @@ from transformers import (
     GgufConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import cached_file
 
@@ -43,9 +38,18 @@ from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
-from pvrt_tune.data.bos import begin_as_stated
+from pvrt_tune.data import fp8, gguf_file
+from pvrt_tune.data.stored_weights import (
+    Assigned,
+    StoredWeights,
+    all_finite,
+    assign,
+    embeddings_first,
+    untied,
+)
 
 _FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
+_FURTHER = re.compile("nextn|mtp")  # in names of settings: layers that predict further tokens
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,18 @@ class Source:
     """A dense causal language model that is read when asked.
 
     model: the skeleton, parameters on the meta device (in the model's own floating type) and
-    non-persistent buffers real. files: what the digest covers.
+    non-persistent buffers real. files: what the digest covers. notes: a line for each thing that
+    the user should know of what was opened.
     """
 
     name: str
     model: Any
     tokenizer: Any
     files: tuple[Path, ...]
-    _weights: Mapping[str, Any] = field(repr=False)
+    notes: tuple[str, ...]
+    _stored: StoredWeights = field(repr=False)
     _transforms: list[Any] = field(repr=False)
-    _keys: Mapping[str, list[str]] = field(repr=False)
-    _renamed: Mapping[str, str] = field(repr=False)
+    _assigned: Assigned = field(repr=False)
 
     @cached_property
     def digest(self) -> str:
@@ -73,10 +78,11 @@ class Source:
     def read(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
         """Tensors by their name in the model, in the model's own floating type.
 
-        Raises SourceError for a tensor that cannot be read or has another shape than the model's.
+        Raises SourceError for a tensor that cannot be read, has another shape than the model's or
+        holds values that are not finite.
         """
         names = list(names)
-        keys = {key for name in names for key in self._keys[name]}
+        keys = {key for name in names for key in self._assigned.keys[name]}
         dtype = self.model.dtype
         config = LoadStateDictConfig(
             dtype=dtype,
@@ -88,7 +94,7 @@ class Source:
         try:
             with no_progress_bar():
                 convert_and_load_state_dict_in_model(
-                    self.model, {key: self._weights[key] for key in keys}, config, None
+                    self.model, {key: self._stored.weights[key] for key in keys}, config, None
                 )
             found = {name: _get(self.model, name) for name in names}
         except _FAILURES as error:
@@ -100,30 +106,32 @@ class Source:
                 _set(self.model, name, tensor)
         for name, tensor in found.items():
             if tensor.is_meta:
-                shapes = {key: list(_shape(self._weights[key])) for key in self._keys[name]}
+                shapes = {key: self._stored.shape(key) for key in self._assigned.keys[name]}
                 raise SourceError(
                     f"{self.name} holds {shapes}, from which {name} of shape {list(tensor.shape)} "
                     "cannot be made; its config.json and weights belong to different models"
                 )
+            if not all_finite(tensor):
+                raise self._stored.not_finite(self._assigned.keys[name], tensor.dtype)
         return {name: tensor.detach() for name, tensor in found.items()}
 
     def published(self, name: str) -> str:
         """A tensor's or module's name in files, which for some models is not the module's own."""
         stem, _, leaf = name.rpartition(".")
-        if name in self._renamed:
-            return self._renamed[name]
+        if name in self._assigned.renamed:
+            return self._assigned.renamed[name]
         for weight, rest in ((f"{stem}.weight", f".{leaf}"), (f"{name}.weight", "")):
-            if weight in self._renamed:
-                return self._renamed[weight].removesuffix(".weight") + rest
+            if weight in self._assigned.renamed:
+                return self._assigned.renamed[weight].removesuffix(".weight") + rest
         return name
 
     def outside(self, prefix: str) -> list[str]:
         """Names of all stored tensors outside one submodule; a tied tensor counts once."""
-        return [name for name in self._keys if not name.startswith(f"{prefix}.")]
+        return [name for name in self._assigned.keys if not name.startswith(f"{prefix}.")]
 
     def inside(self, name: str) -> list[str]:
         """Names of all stored tensors of one submodule."""
-        return [key for key in self._keys if key.startswith(f"{name}.")]
+        return [key for key in self._assigned.keys if key.startswith(f"{name}.")]
 
     def load(self, name: str, device: str, dtype: torch.dtype) -> nn.Module:
         """A copy of one submodule with weights of its own, free to be changed."""
@@ -144,7 +152,7 @@ class Source:
 
     def dense(self, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
         """The whole model, only to be run, in `dtype` or its own floating type."""
-        model = self.partial(self._keys, device)
+        model = self.partial(self._assigned.keys, device)
         model.tie_weights()
         own = model.dtype
         for parameter in model.parameters():
@@ -187,15 +195,16 @@ def load_source(name: str) -> Source:
 
 
 def load_skeleton(name: str) -> Any:
-    """The model without weights, from config.json or a GGUF file's header alone."""
+    """The model of `load_source` without its tokenizer and weights, which are only checked by their
+    headers; the model of config.json alone where no weights are here."""
     path = locate(name, weights=False)
+    if not path.is_dir():
+        return _gguf_skeleton(path)[0]
+    if any((path / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
+        return _opened(name, path).model
     with _one_sentence(path):
-        if path.is_dir():
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-        else:
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    dtype = _dtype(config) if path.is_dir() else None
-    return _skeleton(config, dtype or torch.bfloat16, path)[0]
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    return _skeleton(config, _dtype(config) or torch.bfloat16, path)[0]
 
 
 def locate(name: str, *, weights: bool = True) -> Path:
@@ -206,17 +215,17 @@ def locate(name: str, *, weights: bool = True) -> Path:
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf" or path.is_file():
-        return _checked_gguf(path)
+        return gguf_file.checked(path)
     if path.is_dir():
         gguf = sorted(path.glob("*.gguf"))
         if not (path / CONFIG_FILE).exists() and len(gguf) == 1:
-            return _checked_gguf(gguf[0])
+            return gguf_file.checked(gguf[0])
     elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise SourceError(f"{name} does not exist; give a model folder, a .gguf file or a hub id")
     else:
         path = _download(name, weights)
     quantization = read_config(path).get("quantization_config")
-    if quantization:
+    if quantization and not fp8.reads(quantization):
         method = quantization.get("quant_method", "unknown")
         raise SourceError(f"{path} is already quantised ({method}); give the original, dense model")
     return path
@@ -237,67 +246,107 @@ def _download(name: str, weights: bool) -> Path:
 
 
 def _open_folder(name: str, folder: Path) -> Source:
-    files = weight_files(folder)  # names a truncated file before anything is loaded
+    opened = _opened(name, folder)
     with _one_sentence(folder):
         tokenizer = AutoTokenizer.from_pretrained(
-            folder if Path(name).expanduser().is_dir() else name
+            folder if Path(name).expanduser().is_dir() else name, trust_remote_code=False
         )
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        weights = {}
-        for file in files:
-            handle: Any = safe_open(file, framework="pt")
-            weights.update({key: handle.get_slice(key) for key in handle.keys()})  # noqa: SIM118
-        model, transforms = _skeleton(config, _dtype(config) or _first_float(weights), folder)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-    keys, renamed = _assign_keys(model, weights, transforms, name)
+            opened.model.generation_config = GenerationConfig.from_pretrained(folder)
+    return replace(opened, tokenizer=tokenizer)
+
+
+def _opened(name: str, folder: Path) -> Source:
+    """A folder without its tokenizer: all that headers say is checked."""
+    files = weight_files(folder)  # names a truncated file before anything is loaded
+    quantization = read_config(folder).get("quantization_config")
+    notes = []
+    with _one_sentence(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        stored = StoredWeights.open(files)
+        if quantization:
+            stored = fp8.dequantised(stored, quantization)
+            del config.quantization_config
+            notes.append(f"{name} is published in FP8: its weights are dequantised to bfloat16")
+    dtype = _dtype(config) or stored.first_float()
+    model, transforms = _skeleton(config, dtype, folder)
+    if untied(model, stored, transforms):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        model, transforms = _skeleton(config, dtype, folder)
+        notes.append(f"{name} holds an output head of its own, though its config ties it: kept")
+    for target in untied(model, stored, transforms):
+        raise SourceError(f"{name} holds another {target} than {type(model).__name__} ties it to")
+    stored = embeddings_first(model, stored, transforms)
+    assigned = assign(model, stored, transforms, name)
+    notes += _left_out(name, model, assigned.left_out)
     read = (folder / CONFIG_FILE, *files)
-    return Source(name, model, tokenizer, read, weights, transforms, keys, renamed)
+    return Source(name, model, None, read, tuple(notes), stored, transforms, assigned)
 
 
 def _open_gguf(name: str, file: Path) -> Source:
+    model, left_out = _gguf_skeleton(file)
     with _one_sentence(file), no_progress_bar():
-        where = {"gguf_file": file.name, "local_files_only": True}
+        where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        begin_as_stated(tokenizer, file)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        gguf_file.begin_as_stated(tokenizer, file)
+        loaded, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
             **where,
         )
-        config = loaded.config
+        for missing in found["missing_keys"]:
+            raise SourceError(f"{file} holds nothing that transformers reads as {missing}")
+        model.generation_config = loaded.generation_config
+    weights = loaded.state_dict()
+    stored = StoredWeights(weights, dict.fromkeys(weights, file))
+    assigned = assign(model, stored, [], name)
+    notes = tuple(_left_out(name, model, left_out))
+    return Source(name, model, tokenizer, (file,), notes, stored, [], assigned)
+
+
+def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
+    """The model of a GGUF file without weights, and the names of tensors that it has no place for.
+
+    Raises SourceError for a file that lacks some, and for experts, which are stored fused.
+    """
+    with _one_sentence(file):
+        config = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # of the GGUF that it no longer is
         model, _ = _skeleton(config, torch.bfloat16, file)
-        model.generation_config = loaded.generation_config
-    weights = loaded.state_dict()
-    if any(isinstance(module, ExpertList) for module in model.modules()):
-        raise SourceError(f"{file} has fused experts; give the original model, in safetensors")
-    keys, renamed = _assign_keys(model, weights, [], name)
-    return Source(name, model, tokenizer, (file,), weights, [], keys, renamed)
+        if any(isinstance(module, ExpertList) for module in model.modules()):
+            raise SourceError(f"{file} has fused experts; give the original model, in safetensors")
+        return model, gguf_file.left_out(file, model)
 
 
-def _checked_gguf(path: Path) -> Path:
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist; give the path of a .gguf file")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise SourceError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise SourceError(
-            "reading GGUF needs the gguf package: pip install 'pvrt[gguf]'"
-        ) from error
-    return path
+def _left_out(name: str, model: Any, keys: Sequence[str]) -> list[str]:
+    """The line about tensors that a model has no place for, of which its config then says nothing:
+    layers that predict further tokens.
+    """
+    if not keys:
+        return []
+    for config in (model.config, model.config.get_text_config()):
+        for key, value in vars(config).items():
+            if _FURTHER.search(key) and isinstance(value, int) and value:
+                setattr(config, key, type(value)(0))
+    more = f" to {max(keys)}" if len(keys) > 1 else ""
+    return [
+        f"{name} holds {len(keys)} tensors that {type(model).__name__} has no place for; they are "
+        f"left out: {min(keys)}{more}"
+    ]
 
 
 def _skeleton(config: Any, dtype: torch.dtype, where: Path) -> tuple[Any, list[Any]]:
     """A model without weights, its experts one by one, and how weights of files become its."""
+    config._attn_implementation = None  # of the machine that wrote it
     with _one_sentence(where):
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         transforms = get_model_conversion_mapping(model)
         if unfuse(model, transforms):
             transforms = without_fusing(transforms)
@@ -310,58 +359,6 @@ def _dtype(config: Any) -> torch.dtype | None:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     return dtype if isinstance(dtype, torch.dtype) else None
-
-
-def _first_float(weights: Mapping[str, Any]) -> torch.dtype:
-    types = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-    found = (types.get(part.get_dtype()) for part in weights.values())
-    return next((dtype for dtype in found if dtype is not None), torch.float32)
-
-
-def _assign_keys(
-    model: Any, weights: Mapping[str, Any], transforms: list[Any], name: str
-) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Which tensors of the files make up each tensor of the model, and which are only renamed.
-
-    Raises SourceError when the files lack one: transformers would make it up.
-    """
-    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    wanted = model.state_dict()
-    keys: dict[str, list[str]] = {}
-    plain = set()
-    for key in weights:
-        target, merged = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, wanted
-        )
-        target = target if target in wanted else key
-        keys.setdefault(target, []).append(key)
-        if merged is None:
-            plain.add(target)
-    tied = model.all_tied_weights_keys
-    optional = model._keys_to_ignore_on_load_missing or []
-    for target, tensor in wanted.items():
-        if target in tied or (target not in keys and any(re.search(p, target) for p in optional)):
-            continue
-        if target not in keys:
-            raise SourceError(f"{name} holds no weights for {target}, which its config asks for")
-        shape = _shape(weights[keys[target][0]])
-        if target in plain and shape != tuple(tensor.shape):
-            raise SourceError(
-                f"{name}: {target} has shape {list(shape)}, its config asks for "
-                f"{list(tensor.shape)}"
-            )
-    stored = {target: keys[target] for target in wanted if target in keys and target not in tied}
-    renamed = {
-        target: stored[target][0]
-        for target in plain & stored.keys()
-        if not target.endswith(stored[target][0])  # the base model's prefix is no other name
-    }
-    return stored, renamed
-
-
-def _shape(weight: Any) -> tuple[int, ...]:
-    return tuple(weight.shape if isinstance(weight, Tensor) else weight.get_shape())
 
 
 def _get(model: nn.Module, name: str) -> Any:

@@ -10,20 +10,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pvrt.errors import DataError
-from pvrt.tools.perplexity import read_utf8
-
-_TEXT_SUFFIXES = {".txt", ".md", ".rst", ".raw", ".jsonl"}
-
-
-#: Plain text, or the messages of a conversation.
-Document = str | list[dict[str, Any]]
+from pvrt_tune.data.documents import Found, documents, is_local
+from pvrt_tune.data.rows import Document
 
 
 @dataclass(frozen=True)
@@ -66,34 +60,40 @@ def from_text(
     tokenizer: Any,
     wanted: Windows,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> CalibrationData:
     """Random non-overlapping windows of a text file, a folder of them, or a dataset.
 
     `spec` is a path, or a Hugging Face dataset name ("name", "name:split"; "hf:" forces it), of
     which the beginning is read. Documents are tokenised piece by piece, in stretches from all over
-    the text until they give enough windows, and joined. `progress(done, total)` counts windows.
+    the text until they give enough windows, and joined. `progress(done, total)` counts windows,
+    `notice(line)` is told what was found and skipped.
     Raises DataError when the text is unreadable or has fewer tokens than the windows wanted.
     """
     samples, length, seed = wanted.count, wanted.length, wanted.seed
-    stretches = list(_stretches(documents(spec), length, _reach(spec, samples * length)))
+    found = Found()
+    reach = _reach(spec, samples * length)
+    stretches = list(_stretches(documents(spec, found), length, reach))
     order = torch.randperm(len(stretches), generator=torch.Generator().manual_seed(seed)).tolist()
     read: dict[int, _Tokens] = {}
     count = 0
     for number in order:
-        read[number] = _tokenised(stretches[number], tokenizer, spec)
+        read[number] = _tokenised(stretches[number], tokenizer, spec, found)
         count += len(read[number].ids) // length
         if progress is not None:
             progress(min(count, samples), samples)
         if count >= samples:
             break
+    if notice is not None:
+        notice(found.line(spec))
     windows = [_joined(run).windows(length) for run in _neighbours(read)]
     count = sum(len(part) for part, _ in windows)
     if count < samples:  # all of the text was read, so that it is one run
-        found = sum(len(part.ids) for part in read.values())
-        advice = f"or --samples {count}" if count else f"or --length {max(found, 1)}"
+        held = sum(len(part.ids) for part in read.values())
+        advice = f"or --samples {count}" if count else f"or --length {max(held, 1)}"
         raise DataError(
-            f"{spec} holds {found} tokens, {samples} windows of {length} need {samples * length}; "
-            f"give more text {advice}"
+            f"{spec} holds {held} tokens, {samples} windows of {length} need {samples * length}; "
+            f"give more text {advice}" + (f" ({found.line(spec)})" if found.skipped else "")
         )
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
     tokens, positions = (torch.cat(part)[chosen] for part in zip(*windows, strict=True))
@@ -136,7 +136,7 @@ _ENDS = (re.compile(r"\n(?=\S)"), re.compile(r"(?<=\S)(?=\s)"))
 
 def _reach(spec: str, tokens: int) -> float:
     """How many characters of a spec to read."""
-    return math.inf if _is_local(spec) else _REACH * tokens
+    return math.inf if is_local(spec) else _REACH * tokens
 
 
 def _stretches(found: Iterable[Document], length: int, reach: float) -> Iterator[list[_Piece]]:
@@ -160,7 +160,7 @@ def _stretches(found: Iterable[Document], length: int, reach: float) -> Iterator
 def _characters(document: Document) -> int:
     if isinstance(document, str):
         return len(document)
-    return sum(len(str(message.get("content"))) for message in document)
+    return sum(len(str(message.get("content"))) for message in document.messages)
 
 
 def _pieces(document: Document, size: int) -> Iterator[_Piece]:
@@ -198,21 +198,25 @@ def _joined(parts: Sequence[_Tokens]) -> _Tokens:
     return _Tokens(torch.cat([part.ids for part in parts]), torch.cat(begins))
 
 
-def _tokenised(pieces: Sequence[_Piece], tokenizer: Any, spec: str) -> _Tokens:
+def _tokenised(pieces: Sequence[_Piece], tokenizer: Any, spec: str, found: Found) -> _Tokens:
     ids: list[int] = []
     begins: list[int] = []
     for piece in pieces:
         if piece.begins:
             begins.append(len(ids))
-        ids += _piece_tokens(piece, tokenizer, spec)
+        ids += _piece_tokens(piece, tokenizer, spec, found)
     # A document that is empty to the tokenizer begins nowhere.
     begins = [place for place in begins if place < len(ids)]
     return _Tokens(torch.tensor(ids, dtype=torch.int64), torch.tensor(begins, dtype=torch.int64))
 
 
-def _piece_tokens(piece: _Piece, tokenizer: Any, spec: str) -> list[int]:
-    """Token numbers, with the special ones that a document begins and ends with."""
+def _piece_tokens(piece: _Piece, tokenizer: Any, spec: str, found: Found) -> list[int]:
+    """Token numbers, with the special ones that a document begins and ends with; none for a
+    conversation that the chat template refuses, which is noted in `found`.
+    """
     document = piece.document
+    if not isinstance(document, str) and document.plain is not None:
+        document = document if tokenizer.chat_template else document.plain
     if isinstance(document, str):
         if piece.begins and piece.ends:
             whole: list[int] = tokenizer(document, verbose=False)["input_ids"]
@@ -225,89 +229,11 @@ def _piece_tokens(piece: _Piece, tokenizer: Any, spec: str) -> list[int]:
     if not tokenizer.chat_template:
         raise DataError(f"{spec} holds conversations, but the model has no chat template for them")
     try:
-        chat: list[int] = tokenizer.apply_chat_template(document, tokenize=True, return_dict=False)
+        chat: list[int] = tokenizer.apply_chat_template(
+            document.messages, tools=document.tools, tokenize=True, return_dict=False
+        )
     except Exception as error:  # templates raise what they like
-        shown = json.dumps(document)[:100]
-        raise DataError(f"the model's chat template refuses {shown} of {spec}: {error}") from error
+        shown = json.dumps(document.messages)[:100]
+        found.skip(f"{spec}: the model's chat template refuses {shown}:", error)
+        return []
     return chat
-
-
-def documents(spec: str) -> Iterator[Document]:
-    """Documents of a calibration spec, in a fixed order; see `from_text`."""
-    path = Path(spec).expanduser()
-    if _is_local(spec):
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in _TEXT_SUFFIXES)
-            if not files:
-                known = ", ".join(sorted(_TEXT_SUFFIXES))
-                raise DataError(f"{path} holds no text files ({known})")
-        for file in files:
-            yield from _file_documents(file)
-    elif not spec.startswith("hf:") and path.suffix in _TEXT_SUFFIXES:
-        raise DataError(f"{spec} does not exist; give a text file, a folder or a dataset name")
-    else:
-        yield from _dataset_documents(spec.removeprefix("hf:"))
-
-
-def _is_local(spec: str) -> bool:
-    return not spec.startswith("hf:") and Path(spec).expanduser().exists()
-
-
-def _file_documents(file: Path) -> Iterator[Document]:
-    text = read_utf8(file)
-    if file.suffix != ".jsonl":
-        yield text
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        document = _document(row)
-        if document is None:
-            raise DataError(
-                f'{file}:{number} is not a JSON object with a string "text" or a list "messages" '
-                'of {"role": ..., "content": ...}'
-            )
-        yield document
-
-
-def _document(row: Any) -> Document | None:
-    """The text or the messages of a row; None where it has neither."""
-    if not isinstance(row, dict):
-        return None
-    text, messages = row.get("text"), row.get("messages")
-    if isinstance(text, str):
-        return text
-    if isinstance(messages, list) and messages:
-        chat = all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages)
-        return messages if chat else None
-    return None
-
-
-def _dataset_documents(name: str) -> Iterator[Document]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(
-            f"{name} is no file or folder here, and reading it as a Hugging Face dataset needs "
-            "pip install 'pvrt[data]'"
-        ) from error
-    repository, _, split = name.partition(":")
-    try:
-        rows = load_dataset(repository, split=split or "train", streaming=True)
-        for row in rows:
-            document = _document(row)
-            if document is None:
-                raise DataError(
-                    f'dataset {name} has no column "text" or "messages"; it has {sorted(row)}'
-                )
-            yield document
-    except DataError:
-        raise
-    except Exception as error:  # the library raises dozens of types, all about one cause
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"cannot read {name} as a file, folder or dataset: {reason}") from error

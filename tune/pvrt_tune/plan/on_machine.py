@@ -5,10 +5,12 @@ from typing import Any
 
 from pvrt.device import default_device, is_here
 from pvrt.errors import RunError
+from pvrt.tools.held_out import longest_context
 from pvrt_tune.allocate.needs import needs, stand_in
 from pvrt_tune.data.source_model import load_skeleton, locate
 from pvrt_tune.machine import Machine
-from pvrt_tune.model_blocks import check_divisible, find_blocks
+from pvrt_tune.model_blocks import check_divisible, check_readers, find_blocks
+from pvrt_tune.model_calls import check_calls
 from pvrt_tune.plan import speed
 from pvrt_tune.plan.cards import A100, assumed, named
 from pvrt_tune.plan.choose import plan_run
@@ -81,7 +83,16 @@ def _plan(request: Request, machine: Machine, rates: speed.Speed) -> Plan:
     if bits is not None:
         recipe = replace(request.recipe, scheme=stand_in(bits))
         request = replace(request, recipe=recipe)
-    check_divisible(find_blocks(model), request.recipe.parsed_scheme)
+    longest, length = longest_context(model.config), request.recipe.length
+    if longest is not None and length > longest:
+        raise RunError(
+            f"windows of {length} tokens are longer than the {longest} that {request.model} was "
+            f"made for; give --length {longest}"
+        )
+    blocks, scheme = find_blocks(model), request.recipe.parsed_scheme
+    check_calls(model, blocks)
+    check_readers(blocks, scheme)
+    check_divisible(blocks, scheme)
     plan = plan_run(model, request, rates, machine)
     return plan if bits is None else _shared_out(plan, model, rates)
 

@@ -13,7 +13,7 @@ from pvrt.modules.experts import ExpertList
 from pvrt_tune.calibrate.ends import schemes_of_ends
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.fit.layer import empty_like
-from pvrt_tune.model_blocks import find_blocks, linears
+from pvrt_tune.model_blocks import divisible, find_blocks, linears
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import BlockShape, ModelShape, TableShape
 
@@ -59,7 +59,7 @@ def model_shape(model: Any, recipe: Recipe) -> ModelShape:
 
 
 def block_shape(
-    block: nn.Module, quantised: Sequence[nn.Module], experts_per_token: int = 1
+    block: nn.Module, quantised: Sequence[AQLMLinear | GridLinear], experts_per_token: int = 1
 ) -> BlockShape:
     """Shapes of a skeleton's block; `quantised` are the modules to take its linears' places."""
     siblings: dict[str, list[nn.Linear]] = {}
@@ -85,7 +85,7 @@ def block_shape(
         passive += (1 - share.get(name, 1)) * sum(layer.weight.numel() for layer in layers)
     dense = dict(block.named_parameters())
     made = [parameter for module in quantised for parameter in module.parameters()]
-    replaced = sum(p.numel() for _, linear in linears(block) for p in linear.parameters())
+    replaced = sum(m.out_features * (m.in_features + (m.bias is not None)) for m in quantised)
     parameters = sum(p.numel() for p in dense.values())
     floats = sum(p.numel() for p in made if p.is_floating_point())
     return BlockShape(
@@ -118,8 +118,10 @@ def result_of(model: Any, recipe: Recipe, shape: ModelShape) -> Result:
     return Result(size, bits / weights, 8 * size / shape.parameters, dense)
 
 
-def _quantised(block: nn.Module, recipe: Recipe) -> Iterator[tuple[nn.Linear, nn.Module]]:
+def _quantised(
+    block: nn.Module, recipe: Recipe
+) -> Iterator[tuple[nn.Linear, AQLMLinear | GridLinear]]:
     """Every layer to quantise, and its quantised module on the meta device."""
     with torch.device("meta"):
-        for _, linear in linears(block):
+        for _, linear in divisible(block, recipe.parsed_scheme):
             yield linear, empty_like(linear, recipe.parsed_scheme, linear.weight.dtype)

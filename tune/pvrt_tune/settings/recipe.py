@@ -309,12 +309,11 @@ class Recipe:
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
 EFFORTS: dict[str, Recipe] = {
     "quick": Recipe(
-        samples=192,
-        length=256,
+        samples=72,
         fit=FitSettings(rounds=1, kmeans_iterations=12, beam=4),
-        finetune=FinetuneSettings(epochs=1),
+        finetune=FinetuneSettings(epochs=1, code_learning_rate=4e-2),
     ),
-    "standard": Recipe(training=TrainSettings()),
+    "standard": Recipe(samples=120, training=TrainSettings()),
     "best": Recipe(
         samples=256,
         length=1024,

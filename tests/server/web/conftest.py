@@ -1,0 +1,42 @@
+"""Tabs of a headless Chromium."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tests.server.running import PATIENCE
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium here (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        instance = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=options, timeout=PATIENCE * 1000
+        )
+        yield instance
+        instance.close()
+
+
+@pytest.fixture
+def tab(browser: Any) -> Iterator[Any]:
+    """A fresh tab; whatever it complains of (a violated policy, a broken script) fails the test."""
+    context = browser.new_context(color_scheme="light", viewport={"width": 1180, "height": 760})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    said: list[str] = []
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda entry: said.append(entry.text) if entry.type == "error" else None)
+    yield page
+    context.close()
+    # Refused requests are logged too, and one test is about them.
+    assert [line for line in said if not re.search("status of 40[014]", line)] == []

@@ -1,0 +1,83 @@
+"""What a GGUF file says of itself: whether it is whole, and whether texts begin with a BOS token.
+
+transformers reads neither: it makes up the tensors that a file lacks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pvrt.errors import SourceError
+from pvrt.tools.perplexity import beginning
+
+_BOS = "tokenizer.ggml.add_bos_token"
+_PARTS = "split.count"
+
+
+def checked(path: Path) -> Path:
+    """The path of a whole GGUF file. Raises SourceError for another, and for a part of one."""
+    if not path.is_file():
+        raise SourceError(f"{path} does not exist; give the path of a .gguf file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SourceError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise SourceError(
+            "reading GGUF needs the gguf package: pip install 'pvrt[gguf]'"
+        ) from error
+    try:
+        parts = GGUFReader(path).fields.get(_PARTS)
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise SourceError(
+            f"{path} is damaged or cut short ({error}); copy or download it again"
+        ) from error
+    if parts is not None and int(parts.contents()) > 1:
+        raise SourceError(
+            f"{path} is one of {int(parts.contents())} parts of a model; join them first "
+            "(llama-gguf-split --merge)"
+        )
+    return path
+
+
+def left_out(file: Path, model: Any) -> tuple[str, ...]:
+    """Names of the file's tensors that a model, which may be empty, has no place for.
+
+    Raises SourceError when the file lacks one that the model needs.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    reader = GGUFReader(file)
+    stored = {tensor.name for tensor in reader.tensors}
+    architecture = reader.fields["general.architecture"].contents()
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    names = get_gguf_hf_weights_map(model, processor)
+    for name, target in names.items():
+        if name not in stored and target not in model.all_tied_weights_keys:
+            raise SourceError(
+                f"{file} holds no {name}, which its model needs for {target}; copy or download the "
+                "whole file again"
+            )
+    # Rotary tables, which models compute by themselves.
+    return tuple(sorted(name for name in stored - names.keys() if "rope_f" not in name))
+
+
+def begin_as_stated(tokenizer: Any, file: Path) -> None:
+    """Have a tokenizer begin texts with its BOS token, or not, as its GGUF file states.
+
+    Nothing changes where the file does not say. Models that were trained with the token answer
+    nonsense without it.
+    """
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get(_BOS)
+    if field is None or tokenizer.bos_token_id is None:
+        return
+    stated = bool(field.contents())
+    if stated != (beginning(tokenizer) == [tokenizer.bos_token_id]):
+        tokenizer.add_bos_token = stated
