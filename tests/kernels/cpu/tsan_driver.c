@@ -11,8 +11,9 @@ const char *pvrt_use_isa(const char *);
 void pvrt_use_threads(parallel_fn, team_size_fn);
 void pvrt_tiled_linear(const tiled_weight *, const float *, const float *, float *, int64_t, int64_t);
 void pvrt_plain_linear(const plain_weight *, const float *, const float *, float *, int64_t, int64_t);
-void pvrt_decode_rows(const plain_weight *, const int64_t *, int64_t, int64_t, float *, int64_t);
-void pvrt_run_program(const operation *, int64_t, const sequence *, int64_t, float *, int64_t, int64_t);
+int64_t pvrt_decode_rows(const plain_weight *, const int64_t *, int64_t, int64_t, float *, int64_t);
+int64_t pvrt_run_program(const operation *, int64_t, const sequence *, int64_t, float *, int64_t,
+                         int64_t);
 void pvrt_tile_codes(uint8_t *, uint8_t *, const int64_t *, int64_t, int64_t, int64_t, int64_t);
 void pvrt_dense_linear(const void *, const float *, float *, int64_t, int64_t, int64_t, int64_t, int64_t);
 void pvrt_nearest_sums(const sums *, const float *, int64_t, int64_t, int64_t, uint8_t *, int64_t);
@@ -108,10 +109,10 @@ int main(void) {
         for (int threads = 1; threads <= 4; threads += 3) { /* embeds, and ends with the same weight */
             float *x = hidden[threads == 4], *y = threads == 1 ? one : four;
             const operation both[] = {
-                {.kind = DECODE, .out = IN, .stride = IN, .y = x, .weight = &table, .scale = 1},
+                {.kind = DECODE, .in = OUT, .out = IN, .stride = IN, .y = x, .weight = &table, .scale = 1},
                 {.kind = SCREEN_TILED, .in = IN, .out = OUT, .stride = OUT, .x = x, .y = y,
                  .weight = &head, .plain = &table}};
-            pvrt_run_program(both, 2, tokens_of, SEQUENCES, room, ROOM, threads);
+            if (pvrt_run_program(both, 2, tokens_of, SEQUENCES, room, ROOM, threads) != -1) return 1;
         }
         if (memcmp(hidden[0], hidden[1], sizeof hidden[0])) return puts("embedding"), 1;
         for (int64_t t = 0; t < SEQUENCES; t++)
