@@ -112,6 +112,15 @@ def test_codes_stay_where_moving_them_does_harm(problem: Problem) -> None:
     assert report.after < report.before
 
 
+def test_a_block_without_codes_is_tuned_too(problem: Problem) -> None:
+    """All of its layers stayed dense: what is trained are its weights."""
+    dense = find_blocks(toy_model("llama", seed=1)).blocks[0].requires_grad_(False)
+    block, report = Problem(dense, problem.examples).tuned(SETTINGS)
+    assert report.moved == 0
+    assert report.after < report.before
+    assert not any(parameter.requires_grad for parameter in block.parameters())
+
+
 def test_no_epochs_change_nothing(problem: Problem) -> None:
     block, report = problem.tuned(replace(SETTINGS, epochs=0))
     assert report.before == report.after

@@ -92,7 +92,7 @@ def finetune_block(
     token, every other code is a large part of the error that is allowed there.
     """
     report = None
-    if settings.move_codes and settings.epochs:
+    if settings.move_codes and settings.epochs and _in_codes(block):
         report = _tune(_Codes(block, settings, compute), examples, settings, generator)
     if report is None or not report.after < report.before:
         report = _tune(_Floats(block, settings), examples, settings, generator)
@@ -137,6 +137,11 @@ def _tune(
     return FinetuneReport(first, best, moved)
 
 
+def _in_codes(block: nn.Module) -> dict[str, AQLMLinear | GridLinear]:
+    """The quantised layers of a block, by name; other layers may have stayed dense."""
+    return {n: m for n, m in block.named_modules() if isinstance(m, AQLMLinear | GridLinear)}
+
+
 class _Floats:
     """Codebooks, scales, norms and biases of a block in training; codes stay."""
 
@@ -172,9 +177,8 @@ class _Codes:
 
     def __init__(self, block: nn.Module, settings: FinetuneSettings, compute: torch.dtype) -> None:
         self._block, self._compute = block, compute
-        modules = list(block.named_modules())
-        self._layers = {n: m for n, m in modules if isinstance(m, AQLMLinear | GridLinear)}
-        self._experts = [m for _, m in modules if isinstance(m, ExpertList)]
+        self._layers = _in_codes(block)
+        self._experts = [m for m in block.modules() if isinstance(m, ExpertList)]
         self._all_compute(True)  # every weight must have a gradient
         self._representations: dict[str, Representation] = {}
         weights: dict[str, nn.Parameter | StreamedWeight] = {}

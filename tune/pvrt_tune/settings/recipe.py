@@ -309,7 +309,8 @@ class Recipe:
 #: Presets by effort: calibration windows, and how long layers are fitted and blocks tuned.
 EFFORTS: dict[str, Recipe] = {
     "quick": Recipe(
-        samples=72,
+        samples=144,
+        length=256,
         fit=FitSettings(rounds=1, kmeans_iterations=12, beam=4),
         finetune=FinetuneSettings(epochs=1, code_learning_rate=4e-2),
     ),
