@@ -110,7 +110,8 @@ def test_calibration_finds_what_it_finds_on_the_cpu(
     blocks = [manifest(tmp_path / place)["blocks"] for place in ("cpu", device)]
     for ours, theirs in zip(*blocks, strict=True):
         assert theirs["errors"] == pytest.approx(ours["errors"], rel=0.1)
-        assert theirs["output_error"] == pytest.approx(ours["output_error"], rel=0.1)
+        # Large codebooks hold all of a toy's values: what is left there is rounding.
+        assert theirs["output_error"] == pytest.approx(ours["output_error"], rel=0.1, abs=1e-5)
 
 
 # ---- PV-Tuning ----

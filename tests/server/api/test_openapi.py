@@ -15,6 +15,11 @@ OPERATIONS = {
     ("GET", "/v1/models/{name}"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/{name}"),
+    ("DELETE", "/v1/responses/{name}"),
+    ("GET", "/v1/responses/{name}/input_items"),
+    ("GET", "/tokenizer_info"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
 }
@@ -53,7 +58,7 @@ def test_made_up_requests_never_break_the_server(toy: Path) -> None:
 def test_endpoints_that_are_not_there_say_which_are(toy: Path) -> None:
     engine, _ = scripted_engine(toy, "ok")
     with serving(engine) as server:
-        response = server.post("/v1/responses", {"model": "toy", "input": "Hello"})
+        response = server.post("/v1/embeddings", {"model": "toy", "input": "Hello"})
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "route_not_found"
     assert "POST /v1/chat/completions" in response.json()["error"]["message"]

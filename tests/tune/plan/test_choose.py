@@ -121,7 +121,7 @@ def test_calibration_of_70b_fits_24_gb_with_8_gb_of_host_memory(tmp_path: Path) 
     # Weights that host memory cannot keep come from the disk.
     assert planned(folder, machine(24, 200), recipe).seconds < plan.seconds / 2
     assert max(phase.device_bytes for phase in given.phases) < 22e9  # four factors of H
-    assert max(phase.host_bytes for phase in plan.phases) < 4e9
+    assert max(phase.host_bytes for phase in plan.phases) < 6e9
 
 
 def test_on_a_cpu_states_are_on_the_host_anyway(tmp_path: Path) -> None:

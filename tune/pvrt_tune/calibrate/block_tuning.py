@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.modules.aqlm_linear import AQLMLinear
-from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.fit.grid import GridLinear
 from pvrt_tune.model_blocks import run_block
@@ -178,15 +177,14 @@ class _Codes:
     def __init__(self, block: nn.Module, settings: FinetuneSettings, compute: torch.dtype) -> None:
         self._block, self._compute = block, compute
         self._layers = _in_codes(block)
-        self._experts = [m for m in block.modules() if isinstance(m, ExpertList)]
-        self._all_compute(True)  # every weight must have a gradient
         self._representations: dict[str, Representation] = {}
         weights: dict[str, nn.Parameter | StreamedWeight] = {}
         for name, layer in self._layers.items():
             dense, self._representations[name] = decoded(layer, compute)
             block.set_submodule(name, dense)
             weights[name] = block.get_parameter(f"{name}.weight")
-        inside = {id(weight) for weight in weights.values()}
+        self._weights = [block.get_parameter(f"{name}.weight") for name in self._layers]
+        inside = {id(weight) for weight in self._weights}
         self._floats = {
             name: parameter
             for name, parameter in block.named_parameters()
@@ -204,6 +202,9 @@ class _Codes:
 
     def step(self, factor: float, generator: torch.Generator) -> float:
         """Move by the gradients; how many groups got new codes, as a share of all."""
+        for weight in self._weights:
+            if weight.grad is None:  # no token came to this expert, or it only makes choices
+                weight.grad = torch.zeros_like(weight)
         return self._optimizer.step(factor, generator).changed
 
     def state(self) -> list[Tensor]:
@@ -214,18 +215,12 @@ class _Codes:
 
     def finish(self) -> None:
         """Leave the block as it now is, quantised and without gradients."""
-        self._all_compute(False)
         for parameter in self._trained:
             parameter.requires_grad_(False)
         for name, layer in self._layers.items():
             self._block.set_submodule(name, layer.requires_grad_(False))
             for part, tensor in self._representations[name].tensors().items():
                 layer.get_parameter(part).data = tensor.detach()
-
-    def _all_compute(self, every: bool) -> None:
-        """Whether experts compute that no token of a batch reaches."""
-        for experts in self._experts:
-            experts.all_compute = every
 
 
 def steps_of(settings: FinetuneSettings) -> PVSettings:
