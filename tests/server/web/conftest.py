@@ -38,5 +38,7 @@ def tab(browser: Any) -> Iterator[Any]:
     page.on("console", lambda entry: said.append(entry.text) if entry.type == "error" else None)
     yield page
     context.close()
-    # Refused requests are logged too, and one test is about them.
-    assert [line for line in said if not re.search("status of 40[014]", line)] == []
+    # Refused requests are logged too, and one test is about them. A test's server may end before
+    # what the page asks in the background is answered.
+    expected = "status of 40[014]|ERR_CONNECTION_REFUSED"
+    assert [line for line in said if not re.search(expected, line)] == []
