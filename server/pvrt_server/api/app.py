@@ -55,8 +55,7 @@ def create_app(engine: Engine, options: ServeOptions) -> FastAPI:
     _add_routes(app, _Api(engine, options))
     add_handlers(app)
     app.add_middleware(Page, card=model_card(engine.opened))
-    bounds = Bounds(options.max_body_bytes, options.request_seconds, options.hosts)
-    app.add_middleware(Auth, api_key=options.api_key, bounds=bounds)
+    app.add_middleware(Auth, api_key=options.api_key, bounds=Bounds.of(options))
     app.add_middleware(doorway, allowed_origins=options.origins)
     return app
 

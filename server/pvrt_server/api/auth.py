@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pvrt_server.api.responses import error_body
+from pvrt_server.options import ServeOptions
 
 # Load balancers have no key, and a browser can send one only from the page, which holds no secret.
 _OPEN = frozenset({"/health", "/"})
@@ -26,6 +27,11 @@ class Bounds:
     max_body_bytes: int
     request_seconds: float
     hosts: Sequence[str] | None
+
+    @classmethod
+    def of(cls, options: ServeOptions) -> "Bounds":
+        """Those of a server."""
+        return cls(options.max_body_bytes, options.request_seconds, options.hosts)
 
 
 class Auth:

@@ -43,10 +43,9 @@ class Frontend:
 
 def frontend_environment(opened: OpenedModel, options: ServeOptions) -> dict[str, str]:
     """The variables that `Frontend` reads in the process of vLLM's server."""
-    bounds = Bounds(options.max_body_bytes, options.request_seconds, options.hosts)
     given = {
         "card": model_card(opened),
-        "bounds": asdict(bounds),
+        "bounds": asdict(Bounds.of(options)),
         "allowed_origins": options.origins,
     }
     # The key is no flag of vLLM's: anybody can read those.
