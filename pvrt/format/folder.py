@@ -164,6 +164,15 @@ class StoredModel:
         return sum(layer.out_features * layer.in_features for layer in self.layers.values())
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; integers never do. Needs no memory, and knows
+    no numbers of 8 bits.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())
+
+
 def read_json_object(file: Path) -> dict[str, Any]:
     """What a file holds. Raises CheckpointError when it is missing or no JSON object."""
     try:

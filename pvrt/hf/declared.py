@@ -14,7 +14,7 @@ from torch import nn
 
 from pvrt.errors import CheckpointError, PvrtError
 from pvrt.format.config_block import CONFIG_FILE
-from pvrt.format.folder import StoredModel, read_json_object
+from pvrt.format.folder import StoredModel, is_finite, read_json_object
 
 _Made = TypeVar("_Made")
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -141,10 +141,3 @@ def check_loaded(model: nn.Module, shapes: dict[str, torch.Size], where: Path) -
             )
         if not parameter.is_meta and not is_finite(parameter):
             raise CheckpointError(f"{where}: {name} holds values that are not finite")
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether all values of a tensor are finite numbers; integers are."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    return bool(torch.isfinite(torch.stack(tensor.detach().aminmax())).all())

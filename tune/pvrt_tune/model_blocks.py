@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pvrt.errors import RunError, SourceError
+from pvrt.format.folder import is_finite
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.experts import ExpertList
 from pvrt_tune.data.activations import Activations
-from pvrt_tune.data.stored_weights import all_finite
 from pvrt_tune.shapes import BlockShape
 
 
@@ -183,7 +183,7 @@ def observe(
         if id(moment) not in done:
             moment /= counts[name]
             done.add(id(moment))
-            if not all_finite(moment):
+            if not is_finite(moment):
                 raise RunError(
                     f"the inputs of {name} are too large: their squares overflow float32; the "
                     "block's weights are damaged"

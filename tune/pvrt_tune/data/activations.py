@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pvrt.errors import RunError
-from pvrt_tune.data.stored_weights import all_finite
+from pvrt.format.folder import is_finite
 
 
 class Activations:
@@ -35,7 +35,7 @@ class Activations:
 
     def __setitem__(self, index: int, value: Tensor) -> None:
         """Raises RunError for values that are not finite."""
-        if not all_finite(value):
+        if not is_finite(value):
             raise RunError(
                 f"hidden states of batch {index} are not finite: the model's weights are damaged, "
                 "or too large for float32"

@@ -36,13 +36,13 @@ from transformers.utils import cached_file
 from pvrt.errors import CheckpointError, SourceError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
+from pvrt.format.folder import is_finite
 from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 from pvrt_tune.data import fp8, gguf_file
 from pvrt_tune.data.stored_weights import (
     Assigned,
     StoredWeights,
-    all_finite,
     assign,
     embeddings_first,
     untied,
@@ -111,7 +111,7 @@ class Source:
                     f"{self.name} holds {shapes}, from which {name} of shape {list(tensor.shape)} "
                     "cannot be made; its config.json and weights belong to different models"
                 )
-            if not all_finite(tensor):
+            if not is_finite(tensor):
                 raise self._stored.not_finite(self._assigned.keys[name], tensor.dtype)
         return {name: tensor.detach() for name, tensor in found.items()}
 

@@ -94,13 +94,6 @@ class Assigned:
     left_out: tuple[str, ...]
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity; needs no memory."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return all(bool(torch.isfinite(end)) for end in tensor.aminmax())
-
-
 def assign(model: Any, stored: StoredWeights, transforms: Sequence[Any], name: str) -> Assigned:
     """Which tensors of files make up each tensor of a model; `name` is for errors.
 
