@@ -15,7 +15,7 @@ ARROWS = {
         reference <- dispatch <- packed <- cpu, gpu <- ops <- grouped <- __init__
     """,
     "pvrt": """
-        errors, kv_cache, memory, messages <- format <- modules <- hf, vllm_plugin
+        errors, kv_cache, memory <- format <- modules <- hf, vllm_plugin
         lock, format <- tools
         errors <- versions <- tools, hf, vllm_plugin, __init__
         errors <- device <- tools

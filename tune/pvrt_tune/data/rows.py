@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pvrt.messages import arguments_of, text_of
-
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -88,7 +86,7 @@ def _message(message: Any) -> dict[str, Any]:
     }
     if calls:
         others["tool_calls"] = [_call(call) for call in _list(calls)]
-    text = "" if content is None else text_of(content)
+    text = "" if content is None else _text_of(content)
     return {"role": _ROLES.get(role, role), "content": text, **others}
 
 
@@ -98,7 +96,7 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError("holds a tool call without a function's name")
-    arguments = arguments_of(function.get("arguments"))
+    arguments = _arguments_of(function.get("arguments"))
     named = {"name": function["name"], "arguments": arguments}
     rest = {name: call[name] for name in ("id", "type") if call.get(name) is not None}
     return {"type": "function", **rest, "function": named}
@@ -115,3 +113,31 @@ def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError("holds something else where a list belongs")
     return value
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message's content, which may come in parts of text.
+
+    Raises ValueError for anything else: an image, no content.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError("is missing; every message needs text")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text":
+            raise ValueError(f"has a part of type {kind!r}; only text is supported")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("has a text part without a text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _arguments_of(arguments: Any) -> Any:
+    """The arguments of a called function as an object; many write them as JSON in a string.
+
+    Raises ValueError for a string that is not JSON.
+    """
+    return json.loads(arguments or "{}") if isinstance(arguments, str | None) else arguments
