@@ -86,32 +86,43 @@ def record_inputs(
     form = _form(model, blocks, tokens)
     # From float32 embeddings on, rotary tables and masks are float32 too.
     widen = embeddings.register_forward_hook(lambda m, args, out: out.float())
+    try:
+        with _standing_in(model, blocks, form, _LastRecorder) as recorders:
+            arguments: list[list[dict[str, Any]]] = [[] for _ in recorders]
+            for number, part in enumerate(torch.split(tokens, batch)):
+                for recorder in recorders:
+                    recorder.calls.clear()
+                try:
+                    with torch.inference_mode():
+                        model(input_ids=part.to(embeddings.weight.device), use_cache=False)
+                except _LastBlockReached:
+                    pass
+                hidden[number] = recorders[0].calls[0][0]
+                copies: dict[int, Tensor] = {}
+                for own, recorder in zip(arguments, recorders, strict=True):
+                    first = own[0] if own else None
+                    own.append(_detached(recorder.calls[0][1], copies, first))
+    finally:
+        widen.remove()
+    return arguments
+
+
+@contextmanager
+def _standing_in(
+    model: Any, blocks: BlockList, form: Callable[[Tensor], Any], last: type[_Recorder]
+) -> Iterator[list[_Recorder]]:
+    """Recorders in the places of a model's blocks, the last one of a kind of its own."""
     modules = model.get_submodule(blocks.name)
     originals = list(modules)
     recorders = [_Recorder(block, form) for block in originals[:-1]]
-    recorders.append(_LastRecorder(originals[-1]))
-    arguments: list[list[dict[str, Any]]] = [[] for _ in recorders]
+    recorders.append(last(originals[-1], form))
     try:
         for index, recorder in enumerate(recorders):
             modules[index] = recorder
-        for number, part in enumerate(torch.split(tokens, batch)):
-            for recorder in recorders:
-                recorder.calls.clear()
-            try:
-                with torch.inference_mode():
-                    model(input_ids=part.to(embeddings.weight.device), use_cache=False)
-            except _LastBlockReached:
-                pass
-            hidden[number] = recorders[0].calls[0][0]
-            copies: dict[int, Tensor] = {}
-            for own, recorder in zip(arguments, recorders, strict=True):
-                first = own[0] if own else None
-                own.append(_detached(recorder.calls[0][1], copies, first))
+        yield recorders
     finally:
-        widen.remove()
         for index, block in enumerate(originals):
             modules[index] = block
-    return arguments
 
 
 def _form(model: Any, blocks: BlockList, tokens: Tensor) -> Callable[[Tensor], Any]:
@@ -119,15 +130,10 @@ def _form(model: Any, blocks: BlockList, tokens: Tensor) -> Callable[[Tensor], A
     of the shape that the first got. Raises SourceError for a model whose blocks are called in
     another way.
     """
-    modules = model.get_submodule(blocks.name)
-    originals, reason = list(modules), ""
+    reason = ""
     some = tokens[:1, :2].to(model.get_input_embeddings().weight.device)
-    try:
-        for form in _FORMS:
-            recorders = [_Recorder(block, form) for block in originals[:-1]]
-            recorders.append(_LastRecorder(originals[-1]))
-            for index, recorder in enumerate(recorders):
-                modules[index] = recorder
+    for form in _FORMS:
+        with _standing_in(model, blocks, form, _LastRecorder) as recorders:
             try:
                 with torch.inference_mode():
                     model(input_ids=some, use_cache=False)
@@ -140,9 +146,6 @@ def _form(model: Any, blocks: BlockList, tokens: Tensor) -> Callable[[Tensor], A
                 reason = reason or _NO_STATES
             except Exception as error:  # a model fails in its own ways on a form that it lacks
                 reason = reason or str(error).split("\n")[0]
-    finally:
-        for index, block in enumerate(originals):
-            modules[index] = block
     raise SourceError(f"the blocks of {type(model).__name__} cannot be tuned one by one: {reason}")
 
 
@@ -180,18 +183,10 @@ class _Outputs(_Recorder):
 @contextmanager
 def _outputs(model: Any, blocks: BlockList, tokens: Tensor) -> Iterator[_Outputs]:
     """What stands for the blocks of a model, to be told the last one's outputs before a pass."""
-    modules = model.get_submodule(blocks.name)
-    originals = list(modules)
-    form = _form(model, blocks, tokens)
-    outputs = _Outputs(originals[-1], form)
-    others = [_Recorder(block, form) for block in originals[:-1]]
-    try:
-        for index, block in enumerate([*others, outputs]):
-            modules[index] = block
+    with _standing_in(model, blocks, _form(model, blocks, tokens), _Outputs) as recorders:
+        outputs = recorders[-1]
+        assert isinstance(outputs, _Outputs)
         yield outputs
-    finally:
-        for index, block in enumerate(originals):
-            modules[index] = block
 
 
 def run_head(model: Any, blocks: BlockList, tokens: Tensor, hidden: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from pvrt_tune.pv.adam import Adam
 from pvrt_tune.pv.dense import decoded
 from pvrt_tune.pv.optimizer import PVOptimizer
 from pvrt_tune.pv.representation import Representation
-from pvrt_tune.pv.streamed import StreamedWeight
 from pvrt_tune.settings import FinetuneSettings, PVSettings, Recipe
 from pvrt_tune.shapes import BlockShape, ModelShape
 
@@ -178,12 +177,12 @@ class _Codes:
         self._block, self._compute = block, compute
         self._layers = _in_codes(block)
         self._representations: dict[str, Representation] = {}
-        weights: dict[str, nn.Parameter | StreamedWeight] = {}
+        weights: dict[str, nn.Parameter] = {}
         for name, layer in self._layers.items():
             dense, self._representations[name] = decoded(layer, compute)
             block.set_submodule(name, dense)
             weights[name] = block.get_parameter(f"{name}.weight")
-        self._weights = [block.get_parameter(f"{name}.weight") for name in self._layers]
+        self._weights = list(weights.values())
         inside = {id(weight) for weight in self._weights}
         self._floats = {
             name: parameter
