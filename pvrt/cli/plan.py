@@ -22,6 +22,7 @@ from pvrt.cli.recipe import (
     Original,
     Samples,
     Scheme,
+    beginning,
 )
 from pvrt.cli.shared import EXIT_PROBLEM, AsJson, notice
 
@@ -64,23 +65,13 @@ def plan(
     from pvrt_tune.plan.on_machine import plan_here
     from pvrt_tune.plan.report import as_text
     from pvrt_tune.settings import TuneJob
-    from pvrt_tune.settings.options import Beginning, Changes, build
+    from pvrt_tune.settings.options import Changes, build
 
     embeddings = "keep" if keep_embeddings else None
-    changes = Changes(scheme, samples, length, pv=pv, embeddings=embeddings, bits=bits)
+    model, start = beginning(model, original)
+    changes = Changes(scheme, samples, length, None, pv, embeddings, bits, start)
     recipe, seconds = build(effort.value, config, changes, limit, notice)
-    begin = Beginning.of(model, original)
-    recipe = begin.recipe(recipe, changes)
-    job = TuneJob(
-        begin.model,
-        out,
-        recipe,
-        data,
-        device,
-        activations.value,
-        seconds=seconds,
-        start=begin.start,
-    )
+    job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds, start=start)
     report, problems = plan_here(
         job, host_memory=host_memory, device_memory=device_memory, card=card
     )

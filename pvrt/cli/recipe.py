@@ -40,6 +40,13 @@ Original = Annotated[
         "codes.",
     ),
 ]
+
+
+def beginning(model: str, original: str | None) -> tuple[str, Path | None]:
+    """The dense model, and the checkpoint to begin with if MODEL is one (--from)."""
+    return (model, None) if original is None else (original, Path(model))
+
+
 Scheme = Annotated[
     str | None,
     typer.Option(

@@ -25,6 +25,7 @@ from pvrt.cli.recipe import (
     Original,
     Samples,
     Scheme,
+    beginning,
 )
 from pvrt.cli.shared import EXIT_INTERRUPTED, Dtype, notice, say
 from pvrt.errors import RunError
@@ -80,25 +81,24 @@ def tune(
     from pvrt_tune import parallel
     from pvrt_tune.pipeline import tune as run
     from pvrt_tune.settings import TuneJob
-    from pvrt_tune.settings.options import Beginning, Changes, build
+    from pvrt_tune.settings.options import Changes, build
 
     if resume and restart:
         raise RunError("--resume and --restart exclude each other; give one of them")
     embeddings = "keep" if keep_embeddings else None
-    changes = Changes(scheme, samples, length, seed, pv, embeddings, bits)
+    model, start = beginning(model, original)
+    changes = Changes(scheme, samples, length, seed, pv, embeddings, bits, start)
     tell = say if parallel.speaks() else lambda line: None
     recipe, seconds = build(effort.value, config, changes, limit, tell)
-    begin = Beginning.of(model, original)
-    recipe = begin.recipe(recipe, changes)
     job = TuneJob(
-        begin.model,
+        model,
         out,
         recipe,
         data,
         checked_device(device),
         activations.value,
         seconds=seconds,
-        start=begin.start,
+        start=start,
         resume=resume,
         restart=restart,
         force=force,

@@ -211,7 +211,7 @@ def test_a_rank_that_does_not_see_the_output_folder_says_so(tmp_path: Path) -> N
     toy_tokenizer().save_pretrained(tmp_path / "toy")
     job = TuneJob(str(tmp_path / "toy"), tmp_path / "elsewhere", Recipe())
     with pytest.raises(RunError, match="give an output folder that all processes see"):
-        pipeline._follow(job.device, (data, job))
+        pipeline._follow(job.device, (data, job, {}))
 
 
 def test_a_rank_that_only_reads_leaves_half_a_line_to_the_one_that_writes(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_tune import parallel
-from pvrt_tune.allocate.stage import allocate, stored_schemes
-from pvrt_tune.calibrate.adopt import adopt, schemes_of, start_digest
+from pvrt_tune.allocate.stage import allocate
+from pvrt_tune.calibrate.adopt import Start, adopt, schemes_of, start_digest
 from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
@@ -35,6 +35,9 @@ from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store, unseen
 from pvrt_tune.write_checkpoint import write
 
+#: What the first process tells the others: text, job, and schemes of layers (see `Run`).
+Known = tuple[CalibrationData, TuneJob, Mapping[str, Scheme | GridScheme]]
+
 
 def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     """Compress a model to a checkpoint in `job.out`; goes on where an earlier call stopped.
@@ -52,7 +55,8 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
         job = replace(job, device=group.device)
         run = group.first(lambda: _calibrated(job, report))
         # Read and chosen once: what another rank reads at the same name may be another text.
-        known = parallel.agreed(None if run is None else (run.data, run.settings))
+        mine = None if run is None else (run.data, run.settings, run.schemes)
+        known: Known | None = parallel.agreed(mine)
         if run is None:
             run = _follow(group.device, known)
         if run.store.finished:
@@ -77,16 +81,17 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     blocks = find_blocks(source.model)
     text = _text(job, source, report)
     versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
-    store = open_store(job, _fingerprint(job, source, text), versions, report)
+    start = None if job.start is None else open_checkpoint(job.start)
+    store = open_store(job, _fingerprint(job, source, text, start), versions, report)
     if store.finished:
         return Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
     store.put("config.yaml", as_yaml(job.recipe).encode())
     data = text or _sampled(job, source, store, report)
     release_memory()  # of reading the model and its text
     run = Run(job, source, blocks, data, store, report)
-    if job.start is not None:
-        run = replace(run, schemes=schemes_of(job.start, source, blocks))
-        adopt(run, job.start)
+    if start is not None:
+        run = replace(run, schemes=schemes_of(start, source, blocks))
+        adopt(run, start)
     else:
         if job.recipe.bits is not None:
             run = replace(run, schemes=allocate(run))
@@ -101,23 +106,20 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     return run
 
 
-def _follow(device: str, known: tuple[CalibrationData, TuneJob] | None) -> Run:
-    """The run that the first process has prepared, for the others, from its text and its job.
+def _follow(device: str, known: Known | None) -> Run:
+    """The run that the first process has prepared, for the others, from what it knows.
 
     Raises RunError when the output folder is not the first process's.
     """
     if known is None:
         raise unseen()
-    data, job = known[0], replace(known[1], device=device)
+    data, job, schemes = known
+    job = replace(job, device=device)
     source = load_source(job.model)
     store = Store(job.out / RUN_FOLDER, writes=False)
     if not store.events:
         raise unseen()
-    blocks = find_blocks(source.model)
-    schemes: Mapping[str, Scheme | GridScheme] = stored_schemes(store) or {}
-    if job.start is not None:
-        schemes = schemes_of(job.start, source, blocks)
-    return Run(job, source, blocks, data, store, _silent, schemes)
+    return Run(job, source, find_blocks(source.model), data, store, _silent, schemes)
 
 
 def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
@@ -208,10 +210,12 @@ def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> Cali
     return data
 
 
-def _fingerprint(job: TuneJob, source: Source, text: CalibrationData | None) -> dict[str, Any]:
+def _fingerprint(
+    job: TuneJob, source: Source, text: CalibrationData | None, start: Start | None
+) -> dict[str, Any]:
     return {
         "model": source.digest,
         "data": "sampled from the model" if text is None else text.digest,
         "recipe": job.recipe.record(),
-        **({} if job.start is None else {"start": start_digest(job.start)}),
+        **({} if start is None else {"start": start_digest(start)}),
     }

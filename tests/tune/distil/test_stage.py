@@ -180,6 +180,22 @@ def test_torchrun_tunes_one_model_with_two_processes(
     assert ours == pytest.approx(theirs, rel=1e-2)
 
 
+def test_several_processes_tune_a_checkpoint_on(
+    dense: Path, sharded: tuple[Path, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [*torchrun(sharded[0], out), "--from", str(dense)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert "block 1/" not in done.stdout
+    earlier, kls = (held_out_kls(text.splitlines()) for text in (sharded[1], done.stdout))
+    assert kls[0] == pytest.approx(min(earlier), rel=0.05)  # rounded as it is stored
+    assert min(kls) < kls[0]
+    before, after = Checkpoint.open(sharded[0]), Checkpoint.open(out)
+    after.verify()
+    assert before.layers == after.layers
+
+
 def test_ctrl_c_under_torchrun_stops_all_and_the_same_command_goes_on(
     dense: Path, sharded: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ Its tensors become the pieces that calibration would leave, whoever made them.
 
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,26 +12,30 @@ from torch import Tensor
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.format.config_block import CONFIG_FILE
-from pvrt.format.grid import GridCheckpoint, open_checkpoint
+from pvrt.format.grid import GridCheckpoint
 from pvrt.format.scheme import GridScheme, Scheme
+from pvrt_tune.calibrate.ends import ends
 from pvrt_tune.data.source_model import Source, digest_of
 from pvrt_tune.model_blocks import BlockList, linears
 from pvrt_tune.run import ENDS, OUTSIDE, Run, block_piece
 
+#: What `open_checkpoint` opens.
+Start = Checkpoint | GridCheckpoint
 
-def start_digest(path: Path) -> str:
+
+def start_digest(checkpoint: Start) -> str:
     """SHA-256 of a checkpoint, as of a source."""
-    checkpoint = open_checkpoint(path)
     files = sorted({info.file for info in checkpoint.tensors.values()})
-    return digest_of((path / CONFIG_FILE, *files))
+    return digest_of((checkpoint.path / CONFIG_FILE, *files))
 
 
-def schemes_of(path: Path, source: Source, blocks: BlockList) -> dict[str, Scheme | GridScheme]:
+def schemes_of(
+    checkpoint: Start, source: Source, blocks: BlockList
+) -> dict[str, Scheme | GridScheme]:
     """Schemes of a checkpoint's layers by their names in the source's model.
 
     Raises RunError where a layer of the checkpoint is none of the model, or of another shape.
     """
-    checkpoint = open_checkpoint(path)
     found = {}
     for name, shape in _weights(source.model, blocks):
         info = checkpoint.layers.get(source.published(name))
@@ -48,12 +51,12 @@ def schemes_of(path: Path, source: Source, blocks: BlockList) -> dict[str, Schem
     return found
 
 
-def adopt(run: Run, path: Path) -> None:
+def adopt(run: Run, checkpoint: Start) -> None:
     """Leave all tensors of a checkpoint as finished blocks, tables, and what is beside them.
 
     Raises RunError where the checkpoint lacks a tensor of the model or has one of another shape.
     """
-    checkpoint, source, store = open_checkpoint(path), run.source, run.store
+    source, store = run.source, run.store
     for index, block in enumerate(run.blocks.blocks):
         if store.report(block_piece(index)) is not None:
             continue
@@ -88,13 +91,11 @@ def _weights(model: Any, blocks: BlockList) -> Iterator[tuple[str, tuple[int, in
     for index, block in enumerate(blocks.blocks):
         for name, linear in linears(block):
             yield f"{blocks.prefix(index)}{name}", (linear.out_features, linear.in_features)
-    names = {id(module): name for name, module in model.named_modules()}
-    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
-        if end is not None:
-            yield names[id(end)], tuple(end.weight.shape)
+    for name, end in ends(model).items():
+        yield name, tuple(end.module.weight.shape)
 
 
-def _layer(checkpoint: Checkpoint | GridCheckpoint, name: str) -> Iterator[tuple[str, Tensor]]:
+def _layer(checkpoint: Start, name: str) -> Iterator[tuple[str, Tensor]]:
     """Tensors of a quantised layer by part, as its module has them."""
     layer = checkpoint.read_layer(name)
     for field in fields(layer):
@@ -108,9 +109,7 @@ def _inside(key: str, prefix: str, layers: list[str]) -> bool:
     return key.removeprefix(prefix).rpartition(".")[0] in layers
 
 
-def _dense(
-    checkpoint: Checkpoint | GridCheckpoint, source: Source, names: list[str]
-) -> Iterator[tuple[str, Tensor]]:
+def _dense(checkpoint: Start, source: Source, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     """Dense tensors by their names in the model, in its own type."""
     for name in names:
         wanted, published = source.model.get_parameter(name), source.published(name)
@@ -123,7 +122,7 @@ def _dense(
         yield name, tensor.to(wanted.dtype)
 
 
-def _stranger(checkpoint: Checkpoint | GridCheckpoint, source: Source, why: str) -> RunError:
+def _stranger(checkpoint: Start, source: Source, why: str) -> RunError:
     return RunError(
         f"{checkpoint.path} was not made of {source.name} ({why}); give its own original to --from"
     )

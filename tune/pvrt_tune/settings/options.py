@@ -13,7 +13,9 @@ from pvrt_tune.settings.recipe import EFFORTS, Recipe, TrainSettings
 
 @dataclass(frozen=True)
 class Changes:
-    """Options that override the preset and the file; None leaves a setting alone."""
+    """Options that override the preset and the file; None leaves a setting alone. start: the
+    checkpoint to begin with, whose scheme is the recipe's, instead of calibration.
+    """
 
     scheme: str | None = None
     samples: int | None = None
@@ -22,6 +24,7 @@ class Changes:
     pv: bool = True
     embeddings: str | None = None
     bits: float | None = None
+    start: Path | None = None
 
 
 def build(
@@ -42,50 +45,40 @@ def build(
         )
     recipe = EFFORTS[effort] if config is None else from_file(config, EFFORTS[effort], report)
     named = {field.name: getattr(changes, field.name) for field in fields(changes)}
-    typed = {name: value for name, value in named.items() if value is not None and name != "pv"}
+    del named["pv"], named["start"]  # no settings
+    typed = {name: value for name, value in named.items() if value is not None}
     if changes.scheme is not None:
         typed["bits"] = None
     try:
         recipe = replace(recipe, **typed)
     except RunError as error:  # an option has the name of its setting
         raise RunError(f"--{error}") from error
-    if limit is None:
-        return recipe if changes.pv else replace(recipe, training=None), None
-    if not changes.pv:
+    if changes.start is not None:
+        recipe = replace(recipe, scheme=_scheme_of(changes.start, changes), bits=None)
+    if limit is not None and not changes.pv:
         raise RunError("--for limits PV-Tuning, which --no-pv leaves out; give one of them")
-    return replace(recipe, training=recipe.training or TrainSettings()), seconds(limit)
+    if limit is not None or changes.start is not None:
+        recipe = replace(recipe, training=recipe.training or TrainSettings())
+    elif not changes.pv:
+        recipe = replace(recipe, training=None)
+    return recipe, None if limit is None else seconds(limit)
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """What is tuned: a dense model, and the checkpoint of it to begin with, if not the model alone.
-
-    Made of MODEL and --from as they are typed.
+def _scheme_of(start: Path, changes: Changes) -> str:
+    """The scheme of a checkpoint that is tuned on. Raises RunError for options about what it has
+    settled, and CheckpointError where there is none.
     """
-
-    model: str
-    start: Path | None = None
-
-    @classmethod
-    def of(cls, model: str, original: str | None) -> "Beginning":
-        return cls(model) if original is None else cls(original, Path(model))
-
-    def recipe(self, recipe: Recipe, changes: Changes) -> Recipe:
-        """A recipe as it is for a dense model; from a checkpoint, PV-Tuning of its scheme.
-
-        Raises RunError for options that a checkpoint leaves nothing to, and CheckpointError where
-        there is none.
-        """
-        if self.start is None:
-            return recipe
-        given = (changes.scheme, changes.bits, changes.embeddings, changes.samples)
-        names = ("--scheme", "--bits", "--keep-embeddings", "--samples")
-        for name, value in (*zip(names, given, strict=True), ("--no-pv", not changes.pv or None)):
-            if value is not None:
-                raise RunError(f"--from tunes the codes of a checkpoint; leave {name} out")
-        scheme = open_checkpoint(self.start).schemes[0]
-        training = recipe.training or TrainSettings()
-        return replace(recipe, scheme=str(scheme), bits=None, training=training)
+    given = {
+        "--scheme": changes.scheme,
+        "--bits": changes.bits,
+        "--keep-embeddings": changes.embeddings,
+        "--samples": changes.samples,
+        "--no-pv": None if changes.pv else True,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise RunError(f"--from tunes the codes of a checkpoint; leave {name} out")
+    return str(open_checkpoint(start).schemes[0])
 
 
 def seconds(text: str) -> float:
