@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +35,12 @@ def commit() -> str:
 def shared(threads: int) -> bool:
     """Whether others computed beside the threads of a measurement, in the last minute."""
     return os.getloadavg()[0] > threads + 0.5
+
+
+def cpu_seconds() -> float:
+    """Of this process and the children that ended."""
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def processor() -> str:

@@ -20,7 +20,6 @@ llama-quantize llama-imatrix llama-bench. Speeds want a quiet machine: `pareto.p
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -134,12 +133,12 @@ class Work:
         case = self.case(tool.name, method)
         shutil.rmtree(case.out, ignore_errors=True)  # of a try that was stopped
         case.out.mkdir(parents=True)
-        started, spent = time.monotonic(), _cpu_seconds()
+        started, spent = time.monotonic(), machine.cpu_seconds()
         tool.make(case, method)
         facts = {
             "bytes": tool.size(case),
             "seconds": round(time.monotonic() - started, 1),
-            "cpu_seconds": round(_cpu_seconds() - spent, 1),
+            "cpu_seconds": round(machine.cpu_seconds() - spent, 1),
             **(about := machine.describe()),
             "versions": {**about["versions"], **tool.versions()},
         }
@@ -240,12 +239,6 @@ class Work:
 def _figure(found: dict[str, Any], part: str, name: str) -> float | None:
     value = found.get(part, {}).get(name)
     return None if value is None else round(value, 5)
-
-
-def _cpu_seconds() -> float:
-    """Of this process and the children that ended."""
-    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _read(file: Path) -> dict[str, Any]:

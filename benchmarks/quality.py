@@ -15,7 +15,6 @@ first windows of 512.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,9 +29,7 @@ import results
 import torch
 
 import pvrt
-from pvrt.tools.divergence import diverge
 from pvrt.tools.perplexity import windows
-from pvrt.tools.recording import Recording
 from pvrt_tune.data.source_model import load_source
 
 LENGTH, WINDOWS = 512, 16
@@ -44,41 +41,26 @@ KEY = ("model", "scheme", "recipe", "stage", "seed")
 COMMAND = [sys.executable, "-m", "pvrt", "tune"]
 
 
-def text_of(name: str) -> str:
-    """A text of the data folder: a file as it stands, or documents joined."""
-    if name == data.C4:
-        return "\n\n".join(data.documents(data.need(name)))
-    return data.need(name).read_text(encoding="utf-8")
-
-
 @torch.inference_mode()
 def measured(folder: Path) -> dict[str, float]:
     """KL and perplexities of a checkpoint."""
     source = load_source(str(quickstart.smollm2()))
-    models = {
-        "original": source.dense(torch.float32),
-        "own": pvrt.load(folder, dense=True, dtype=torch.float32),
-    }
+    original = source.dense(torch.float32)
+    model = pvrt.load(folder, dense=True, dtype=torch.float32)
+    settings = protocol.Settings(window=LENGTH, windows=WINDOWS)
+    chosen_by = data.need(data.VALIDATION).read_text(encoding="utf-8")
+    texts = {"validation": windows(chosen_by, source.tokenizer, LENGTH, WINDOWS)}
+    texts |= {part: protocol.tokens(part, source.tokenizer, settings) for part in protocol.TEXTS}
     found = {}
-    for name in (data.VALIDATION, data.TEST, data.C4):
-        ids = windows(text_of(name), source.tokenizer, LENGTH, WINDOWS)
-        recordings = [_recording(model, ids) for model in models.values()]
-        both = diverge(*recordings)
-        if name == data.VALIDATION:
-            found["heldout_kl"] = float(both.kl.mean())
+    for part, ids in texts.items():
+        states = torch.cat([protocol.hidden(original, row[None]) for row in ids])
+        head = original.get_output_embeddings().weight
+        ours, theirs = (protocol.text(each, ids, states, head) for each in (model, None))
+        if part == "validation":
+            found["heldout_kl"] = ours["kl"]
         else:
-            label = "wikitext2" if name == data.TEST else "c4"
-            found[f"{label}_ppl"] = float(both.loss.mean().exp())
-            own = diverge(recordings[0], recordings[0])
-            found[f"original_{label}_ppl"] = float(own.loss.mean().exp())
+            found |= {f"{part}_ppl": ours["ppl"], f"original_{part}_ppl": theirs["ppl"]}
     return {name: round(value, 4) for name, value in found.items()}
-
-
-def _recording(model: Any, ids: torch.Tensor) -> Recording:
-    """A model's states before its head, for windows of tokens."""
-    states = torch.cat([protocol.hidden(model, row[None]) for row in ids])
-    head: Any = protocol.product(model)
-    return Recording(head, ids, states[:, :-1], [])
 
 
 def row(recipe: str, stage: str, folder: Path, cpu_seconds: float) -> dict[str, Any]:
@@ -104,7 +86,7 @@ def row(recipe: str, stage: str, folder: Path, cpu_seconds: float) -> dict[str, 
 def run(preset: str, work: Path) -> Path:
     """Tune by a preset, and note the CPU seconds of all tries."""
     out, noted = work / preset, work / f"{preset}.seconds"
-    before = _spent()
+    before = machine.cpu_seconds()
     text = ("--data", data.need(data.WEB), "--no-report")
     command = [*COMMAND, quickstart.smollm2(), "-o", out, *text, *PRESETS[preset]]
     work.mkdir(parents=True, exist_ok=True)
@@ -112,14 +94,8 @@ def run(preset: str, work: Path) -> Path:
         subprocess.run([str(part) for part in command], check=True)
     finally:
         spent = float(noted.read_text()) if noted.exists() else 0.0
-        noted.write_text(str(spent + _spent() - before))
+        noted.write_text(str(spent + machine.cpu_seconds() - before))
     return out
-
-
-def _spent() -> float:
-    """CPU seconds of children that ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def main() -> None:

@@ -15,19 +15,12 @@ from pvrt_tune.model_blocks import find_blocks, run_block
 from pvrt_tune.model_calls import record_inputs, run_head
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.on_machine import plan_here
-from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
+from pvrt_tune.settings import Recipe, TuneJob
 from tests.fixtures.decoders import DECODERS, REFUSED, decoder
 from tests.fixtures.toy import toy_tokenizer
+from tests.tune.test_pipeline import QUICK
 
-QUICK = Recipe(
-    scheme="2x8g8",
-    embeddings="keep",
-    samples=4,
-    length=32,
-    fit=FitSettings(rounds=1, kmeans_iterations=3, cg_iterations=3, beam=1),
-    finetune=FinetuneSettings(epochs=1),
-    training=None,
-)
+KEPT = replace(QUICK, embeddings="keep")
 
 
 def dense(folder: Path, name: str) -> Any:
@@ -37,7 +30,7 @@ def dense(folder: Path, name: str) -> Any:
     return model
 
 
-def job(tmp_path: Path, recipe: Recipe = QUICK) -> TuneJob:
+def job(tmp_path: Path, recipe: Recipe = KEPT) -> TuneJob:
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     return TuneJob(
         str(tmp_path / "dense"), tmp_path / "out", recipe, str(tmp_path / "text.txt"), "cpu"
@@ -94,13 +87,13 @@ def test_grids_that_would_not_load_are_refused_by_plan(
 ) -> None:
     dense(tmp_path / "dense", name)
     with pytest.raises(SourceError, match=sentence):
-        plan_here(job(tmp_path, replace(QUICK, scheme=scheme)))
+        plan_here(job(tmp_path, replace(KEPT, scheme=scheme)))
 
 
 @pytest.mark.parametrize("scheme", ["w4g16", "w4g16s"])
 def test_a_head_with_another_name_in_files_stays_off_the_grid(tmp_path: Path, scheme: str) -> None:
     model = dense(tmp_path / "dense", "gpt_neox")
-    tune(job(tmp_path, replace(QUICK, scheme=scheme)), lambda line: None)
+    tune(job(tmp_path, replace(KEPT, scheme=scheme)), lambda line: None)
     tokens = torch.arange(24)[None]
     with torch.inference_mode():
         wanted = model(tokens).logits
@@ -126,7 +119,7 @@ def test_a_layer_that_does_not_divide_stays_dense(tmp_path: Path) -> None:
     assert "model.layers.0.mlp.up_proj" in checkpoint.layers
     pvrt.load(tmp_path / "out")
     with pytest.raises(SourceError, match="cannot cut into groups of 128"):
-        plan_here(job(tmp_path, replace(QUICK, scheme="w4g128")))
+        plan_here(job(tmp_path, replace(KEPT, scheme="w4g128")))
 
 
 def test_windows_longer_than_the_model_are_refused_by_plan(tmp_path: Path) -> None:
@@ -134,7 +127,7 @@ def test_windows_longer_than_the_model_are_refused_by_plan(tmp_path: Path) -> No
     from pvrt.errors import RunError
 
     with pytest.raises(RunError, match=r"windows of 257 tokens .* the 256 .* --length 256"):
-        plan_here(job(tmp_path, replace(QUICK, length=257)))
+        plan_here(job(tmp_path, replace(KEPT, length=257)))
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation"])

@@ -1,6 +1,7 @@
 """What lies beside the weights: everything of the original, in words that older readers know."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pvrt_server.templates import chat_template
 from pvrt_tune.pipeline import tune
-from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
+from pvrt_tune.settings import TuneJob
 from tests.fixtures.decoders import DECODERS
 from tests.fixtures.toy import CHAT_TEMPLATE, random_model, toy_tokenizer
+from tests.tune.test_pipeline import QUICK
 
-QUICK = Recipe(
-    scheme="2x8g8",
-    embeddings="keep",
-    samples=4,
-    length=32,
-    fit=FitSettings(rounds=1, kmeans_iterations=1, cg_iterations=1, beam=1),
-    finetune=FinetuneSettings(epochs=1),
-    training=None,
-)
+KEPT = replace(QUICK, embeddings="keep")
 ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -49,7 +43,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, content in COPIED.items():
         (root / "dense" / name).write_text(content)
     (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    job = TuneJob(str(root / "dense"), root / "out", QUICK, str(root / "text.txt"), "cpu")
+    job = TuneJob(str(root / "dense"), root / "out", KEPT, str(root / "text.txt"), "cpu")
     tune(job, lambda line: None)
     return root / "out"
 
