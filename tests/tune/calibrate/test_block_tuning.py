@@ -16,6 +16,7 @@ from pvrt_tune.fit.layer import quantize_linear
 from pvrt_tune.model_blocks import find_blocks, linears, observe
 from pvrt_tune.model_calls import record_inputs
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe
+from tests.fixtures.c_library import without_c_library
 from tests.fixtures.toy import toy_model
 
 SETTINGS = FinetuneSettings(epochs=4, move_codes=True)
@@ -88,6 +89,15 @@ def test_codes_move_and_win(scheme: str, compute: torch.dtype) -> None:
     assert report.moved > 0
     assert report.after < without.after < report.before
     assert problem.error(moving) < problem.error(still) < problem.error(problem.block)
+
+
+def test_without_the_c_library_codes_move_alike(problem: Problem) -> None:
+    ours, _ = problem.tuned(SETTINGS)
+    with without_c_library():
+        theirs, report = problem.tuned(SETTINGS)
+    assert moved(problem, ours) and moved(problem, theirs)
+    assert report.after < report.before
+    assert problem.error(theirs) == pytest.approx(problem.error(ours), rel=0.05)
 
 
 def test_what_is_left_is_a_quantised_block_without_gradients(problem: Problem) -> None:
