@@ -100,14 +100,19 @@ def refusals(folder: Path, *, verify: bool = True) -> list[str]:
     return said
 
 
+def write_changed(folder: Path, layout: str, which: str, change: Callable[[Any], Any]) -> str:
+    """Write a folder, one of whose tensors is changed; its name."""
+    write(folder, layout)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, which: change(tensors[which])}, file, metadata={"format": "pt"})
+    return which
+
+
 @pytest.mark.parametrize("layout", ["codes", "grid", "dense"])
 @pytest.mark.parametrize("name", TENSORS)
 def test_a_tensor_that_is_not_the_models_is_refused(tmp_path: Path, name: str, layout: str) -> None:
-    write(tmp_path, layout)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    which, change = TENSORS[name]
-    save_file({**tensors, which: change(tensors[which])}, file, metadata={"format": "pt"})
+    which = write_changed(tmp_path, layout, *TENSORS[name])
     for said in refusals(tmp_path, verify=layout != "dense"):
         assert which in said and "model.safetensors" in said
 
@@ -115,11 +120,7 @@ def test_a_tensor_that_is_not_the_models_is_refused(tmp_path: Path, name: str, l
 @pytest.mark.parametrize("layout", ["codes", "grid", "dense"])
 @pytest.mark.parametrize("name", VALUES)
 def test_what_is_no_number_is_refused(tmp_path: Path, name: str, layout: str) -> None:
-    write(tmp_path, layout)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    which, change = VALUES[name]
-    save_file({**tensors, which: change(tensors[which])}, file, metadata={"format": "pt"})
+    which = write_changed(tmp_path, layout, *VALUES[name])
     with pytest.raises(PvrtError, match=which.replace(".", r"\.")):
         pvrt.load(tmp_path)
 

@@ -13,21 +13,11 @@ from pvrt_server.api import response_requests
 from pvrt_server.api.response_requests import ResponseStore, Stored
 from pvrt_server.engine.engine import Engine
 from tests.server.api.test_reasoning import OPENS
-from tests.server.api.test_tools import HERMES_TEMPLATE, TWO_CALLS
+from tests.server.api.test_tools import HERMES_TEMPLATE, TOOLS, TWO_CALLS
 from tests.server.running import Server, scripted_engine, serving
 
 ANSWER = "one two three 😀 four"
-WEATHER: Any = {
-    "type": "function",
-    "name": "weather",
-    "description": "The weather in a city.",
-    "parameters": {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 8}},
-        "required": ["city"],
-        "additionalProperties": False,
-    },
-}
+WEATHER: Any = {"type": "function", **TOOLS[0]["function"]}
 
 
 def serve_script(toy: Path, text: str, template: str) -> Iterator[Server]:

@@ -30,8 +30,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(dense: Path, out: Path, recipe: Recipe) -> Path:
-    tune(TuneJob(str(dense / "llama"), out, recipe, str(dense / "text.txt")), silent)
+def made(dense: Path, out: Path, recipe: Recipe, start: Path | None = None) -> Path:
+    job = TuneJob(str(dense / "llama"), out, recipe, str(dense / "text.txt"), start=start)
+    tune(job, silent)
     return out
 
 
@@ -54,14 +55,7 @@ def test_it_goes_on_from_the_codes_of_a_checkpoint(
     recipe = replace(QUICK, scheme=scheme, embeddings=embeddings, pv=PVSettings(learning_rate=rate))
     recipe = replace(recipe, finetune=FinetuneSettings(epochs=0))  # leaves something to do
     first = made(dense, tmp_path / "first", recipe)
-    job = TuneJob(
-        str(dense / "llama"),
-        tmp_path / "second",
-        replace(recipe, training=LOOP),
-        str(dense / "text.txt"),
-        start=first,
-    )
-    tune(job, silent)
+    made(dense, tmp_path / "second", replace(recipe, training=LOOP), first)
     before, after = open_checkpoint(first), open_checkpoint(tmp_path / "second")
     assert before.config == after.config
     assert {name: layer.scheme for name, layer in before.layers.items()} == {
@@ -81,10 +75,7 @@ def test_without_a_step_it_is_the_checkpoint_itself(dense: Path, tmp_path: Path)
     training = replace(LOOP, steps=1)
     still = replace(QUICK.pv, strategy="continuous", learning_rate=0.0)
     recipe = replace(QUICK, embeddings="2x4g8", training=training, pv=still)
-    job = TuneJob(
-        str(dense / "llama"), tmp_path / "second", recipe, str(dense / "text.txt"), start=first
-    )
-    tune(job, silent)
+    made(dense, tmp_path / "second", recipe, first)
     after = load_file(tmp_path / "second" / "model.safetensors")
     assert tensors.keys() == after.keys()
     assert all(torch.equal(tensors[name], after[name]) for name in tensors)
