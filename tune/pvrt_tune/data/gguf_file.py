@@ -3,6 +3,8 @@
 transformers reads neither: it makes up the tensors that a file lacks.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from pvrt.tools.perplexity import beginning
 
 _BOS = "tokenizer.ggml.add_bos_token"
 _PARTS = "split.count"
+_ARCHITECTURE = "general.architecture"
+_ASKED = (_BOS, _PARTS, _ARCHITECTURE)
 
 
 def checked(path: Path) -> Path:
@@ -20,6 +24,33 @@ def checked(path: Path) -> Path:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{path} is not a GGUF file (its first bytes are not 'GGUF')")
+    parts = _header(path).fields.get(_PARTS)
+    if parts is not None and int(parts) > 1:
+        raise SourceError(
+            f"{path} is one of {int(parts)} parts of a model; join them first "
+            "(llama-gguf-split --merge)"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What is asked of a file: the values of some fields by key, and the names of its tensors."""
+
+    fields: dict[str, Any]
+    tensors: frozenset[str]
+
+
+def _header(path: Path) -> _Header:
+    """The header of a file, read again only when the file has changed: a reader takes seconds for
+    the vocabulary. Raises SourceError for a damaged file.
+    """
+    status = path.stat()
+    return _read_header(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read_header(path: Path, size: int, changed: int) -> _Header:
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -27,17 +58,13 @@ def checked(path: Path) -> Path:
             "reading GGUF needs the gguf package: pip install 'pvrt[gguf]'"
         ) from error
     try:
-        parts = GGUFReader(path).fields.get(_PARTS)
+        reader = GGUFReader(path)
     except (ValueError, IndexError, KeyError, OSError) as error:
         raise SourceError(
             f"{path} is damaged or cut short ({error}); copy or download it again"
         ) from error
-    if parts is not None and int(parts.contents()) > 1:
-        raise SourceError(
-            f"{path} is one of {int(parts.contents())} parts of a model; join them first "
-            "(llama-gguf-split --merge)"
-        )
-    return path
+    fields = {key: reader.fields[key].contents() for key in _ASKED if key in reader.fields}
+    return _Header(fields, frozenset(tensor.name for tensor in reader.tensors))
 
 
 def left_out(file: Path, model: Any) -> tuple[str, ...]:
@@ -45,16 +72,14 @@ def left_out(file: Path, model: Any) -> tuple[str, ...]:
 
     Raises SourceError when the file lacks one that the model needs.
     """
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
         get_gguf_hf_weights_map,
     )
 
-    reader = GGUFReader(file)
-    stored = {tensor.name for tensor in reader.tensors}
-    architecture = reader.fields["general.architecture"].contents()
+    header = _header(file)
+    stored, architecture = header.tensors, header.fields[_ARCHITECTURE]
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     names = get_gguf_hf_weights_map(model, processor)
     for name, target in names.items():
@@ -73,11 +98,9 @@ def begin_as_stated(tokenizer: Any, file: Path) -> None:
     Nothing changes where the file does not say. Models that were trained with the token answer
     nonsense without it.
     """
-    from gguf import GGUFReader
-
-    field = GGUFReader(file).fields.get(_BOS)
-    if field is None or tokenizer.bos_token_id is None:
+    stated = _header(file).fields.get(_BOS)
+    if stated is None or tokenizer.bos_token_id is None:
         return
-    stated = bool(field.contents())
+    stated = bool(stated)
     if stated != (beginning(tokenizer) == [tokenizer.bos_token_id]):
         tokenizer.add_bos_token = stated

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -284,8 +284,9 @@ def _opened(name: str, folder: Path) -> Source:
             part.tie_word_embeddings = False
         model, transforms = _skeleton(config, dtype, folder)
         notes.append(f"{name} holds an output head of its own, though its config ties it: kept")
-    for target in untied(model, stored, transforms):
-        raise SourceError(f"{name} holds another {target} than {type(model).__name__} ties it to")
+        for target in untied(model, stored, transforms):
+            kind = type(model).__name__
+            raise SourceError(f"{name} holds another {target} than {kind} ties it to")
     stored = embeddings_first(model, stored, transforms)
     assigned = assign(model, stored, transforms, name)
     notes += _left_out(name, model, assigned.left_out)
@@ -319,8 +320,16 @@ def _open_gguf(name: str, file: Path) -> Source:
 def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
     """The model of a GGUF file without weights, and the names of tensors that it has no place for.
 
-    Raises SourceError for a file that lacks some, and for experts, which are stored fused.
+    Made again only when the file has changed: a plan asks first, then the run. Raises SourceError
+    for a file that lacks some, and for experts, which are stored fused.
     """
+    status = file.stat()
+    model, left_out = _make_gguf_skeleton(file, status.st_size, status.st_mtime_ns)
+    return deepcopy(model), left_out
+
+
+@lru_cache(maxsize=1)
+def _make_gguf_skeleton(file: Path, size: int, changed: int) -> tuple[Any, tuple[str, ...]]:
     with _one_sentence(file):
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False
