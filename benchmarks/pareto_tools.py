@@ -23,7 +23,7 @@ from torch import Tensor
 from pvrt.tools.perplexity import windows
 
 WINDOWS, LENGTH = 64, 512  # of the calibration text, where a tool takes a number; as pvrt does
-BITS = ("2", "2.5", "3", "3.5", "4")  # of pvrt, over the whole file
+BITS = ("2", "2.5", "2.67", "3", "3.5", "4")  # of pvrt, over the whole file
 THREADS = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 NO_FIT = ("-fit", "off")  # of llama.cpp: do not try how much fits a GPU
 State = dict[str, Tensor]

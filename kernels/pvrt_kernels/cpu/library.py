@@ -77,6 +77,7 @@ def library() -> Any:
     lib.pvrt_tiled_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
     lib.pvrt_plain_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
     lib.pvrt_decode_rows.argtypes = [_VOID, _VOID, _LONG, _LONG, _VOID, _LONG]
+    lib.pvrt_decode_tiles.argtypes = [_VOID, _VOID, _LONG, _LONG, _VOID, _LONG, _LONG]
     lib.pvrt_tile_codes.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_dense_linear.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]
@@ -90,6 +91,7 @@ def library() -> Any:
         "tiled_linear",
         "plain_linear",
         "tile_codes",
+        "decode_tiles",
         "dense_linear",
         "run_program",
         "read_memory",

@@ -2,14 +2,16 @@
 
 A token of a small model takes milliseconds, of which transformers' Python alone would take most.
 So decoding, of one sequence or of many at once, is a program of the C library
-(`pvrt_kernels.cpu.decoder_program`), over the same packed weights and the same caches. Everything
-is computed in float32; what is not quantised is kept in the 16 bits that the checkpoint has it in,
-which halves what a token reads and changes no result.
+(`pvrt_kernels.cpu.decoder_program`), over the same packed weights and the same caches. What is not
+quantised is kept in the 16 bits that the checkpoint has it in, which halves what a token reads and
+changes no result. Everything is computed in float32, but for the products of prompts: where the CPU
+multiplies bfloat16, their factors and results are rounded to it.
 """
 
 import math
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +113,12 @@ class CpuModel:
             return self.step([state], tokens)[:keep]
         self._extend(state, len(tokens))
         cache = Cache(layers=[_Layer(layer, state.length) for layer in state.cache])
-        output = self.model.model(
-            inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
-            use_cache=True,
-            **{cache_name(): cache},
-        )
+        with _bfloat16_products():
+            output = self.model.model(
+                inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
+                use_cache=True,
+                **{cache_name(): cache},
+            )
         state.length += len(tokens)
         x = output.last_hidden_state[0, len(tokens) - keep :]
         return _product(x if self._head_scales is None else x * self._head_scales, self._head)
@@ -204,6 +207,17 @@ class CpuModel:
         return program
 
 
+@contextmanager
+def _bfloat16_products() -> Iterator[None]:
+    """Let products with many tokens round their factors to bfloat16, where that is faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _DenseLinear(nn.Module):
     """A layer of transformers with its weight in 16 bits where that loses nothing."""
 
@@ -219,13 +233,15 @@ class _DenseLinear(nn.Module):
 
 
 def _product(x: Tensor, weight: PackedWeight | Tensor) -> Tensor:
-    """x [tokens, in] in float32 times a weight [out, in], packed or of 32 or 16 bits."""
+    """x [tokens, in] in float32 times a weight [out, in], packed or of 32 or 16 bits; float32."""
     if isinstance(weight, PackedWeight):
         return aqlm_packed_linear(x, weight)
     if x.shape[0] <= _FEW_ROWS:
         return products.dense_linear(x, weight)
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
+    if weight.dtype == torch.bfloat16 and products.may_round(x.dtype):
+        return F.linear(x.bfloat16(), weight).float()
     return torch.cat([F.linear(x, rows.float()) for rows in torch.split(weight, _WIDENED_ROWS)], -1)
 
 
