@@ -1,6 +1,5 @@
 """The C library against float64, on every instruction set, with partitions, tails and threads."""
 
-import ctypes
 import importlib
 import os
 import runpy
@@ -15,44 +14,19 @@ import torch
 from torch import Tensor
 
 from pvrt.format.aqlm import QuantizedLayer
-from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_linear, has_fast_kernel, reference
+from pvrt_kernels.cpu import layouts, products, rounding
 from pvrt_kernels.cpu import library as cpu
-from pvrt_kernels.cpu import products, rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
-from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
+from tests.fixtures.fused import exact, fused, packed
 from tests.fixtures.instruction_sets import SOURCES, compiled, natively, relative, using
-from tests.fixtures.toy import random_layer
 from tests.fixtures.turning import turning
 
 HERE = Path(__file__).parent
 SCHEMES = ["2x8g8", "1x8g8", "1x8g4", "4x8g8", "2x8g16", "1x7g8", "17x8g8", "1x16g8", "1x12g16"]
 PARTITIONS = [[200], [64, 40, 130]]
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
-
-
-def fused(scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype) -> QuantizedLayer:
-    """Several random layers as one, with a bias; codebooks [P, ...]."""
-    parts = [random_layer(Scheme.parse(scheme), n, in_features, seed=n, dtype=dtype) for n in sizes]
-    return QuantizedLayer(
-        torch.cat([part.codes for part in parts]),
-        torch.stack([part.codebooks for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.randn(sum(sizes)),
-    )
-
-
-def exact(layer: QuantizedLayer, sizes: list[int]) -> Tensor:
-    """The weight in float64."""
-    books, scales = layer.codebooks.float(), torch.ones_like(layer.scales).float()
-    weight = reference.dequantize(layer.codes, books, scales, sizes).double()
-    return weight * layer.scales.double().reshape(-1, 1)
-
-
-def packed(layer: QuantizedLayer, sizes: list[int]) -> PackedWeight:
-    weight = aqlm_pack(layer.codes, layer.codebooks, layer.scales, torch.float32, sizes)
-    assert weight is not None
-    return weight
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -72,67 +46,6 @@ def test_products_are_those_of_float64(isa: str, scheme: str) -> None:
     decoded = weight.dequantize()
     assert decoded.dtype == layer.codebooks.dtype
     assert relative(decoded, dense) < torch.finfo(decoded.dtype).eps
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x8g4", "3x8g4", "3x8g16", "1x7g8", "17x8g8"])
-def test_many_tokens_may_take_decoded_tiles(
-    isa: str, scheme: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every instruction set decodes the weight itself, and rounds it to bfloat16 as torch does."""
-    monkeypatch.setattr(products, "_PANEL_BYTES", 2 * 64 * 208)  # several panels
-    eye = torch.eye(208)
-    for sizes in PARTITIONS:
-        layer = fused(scheme, sizes, 208, torch.float32)
-        weight = packed(layer, sizes)
-        tiles = products.CpuTiles(*weight.tensors)
-        expected = weight.dequantize().to(dtype).float()
-        decoded = products._by_decoded_tiles(eye, tiles, None, sizes, dtype).T
-        assert torch.equal(decoded, expected)
-
-
-def test_what_is_no_number_is_rounded_to_no_number(isa: str) -> None:
-    layer = fused("1x8g8", [64], 64, torch.float32)
-    odd = torch.tensor([torch.nan, -torch.nan, torch.inf, -torch.inf, 3.4e38, 1e-40, -0.0, 1.0])
-    layer.codebooks[:], layer.scales[:] = odd, 1.0
-    tiles = products.CpuTiles(*packed(layer, [64]).tensors)
-    view, books = products.tiled_view(tiles, 64), tiles.tables.mT.contiguous()
-    decoded = torch.empty(64, 64, dtype=torch.bfloat16)
-    cpu.library().pvrt_decode_tiles(
-        ctypes.byref(view), books.data_ptr(), 0, 1, decoded.data_ptr(), True, 1
-    )
-    expected = odd.bfloat16().repeat(64, 8)
-    assert torch.equal(decoded.isnan(), expected.isnan())
-    assert torch.equal(decoded.nan_to_num(7), expected.nan_to_num(7))
-
-
-def test_prompts_are_rounded_to_bfloat16_only_where_that_is_allowed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """fp32 stays fp32 unless torch was told otherwise; all within the error of their type."""
-    sizes, layer = [640, 130], fused("3x8g4", [640, 130], 208, torch.bfloat16)
-    assert layer.bias is not None
-    weight, dense = packed(layer, sizes), exact(layer, sizes)
-    tiles = products.CpuTiles(*weight.tensors)
-    assert products._decoding_pays(128, tiles, torch.float32)
-    assert not products._decoding_pays(8, tiles, torch.bfloat16)
-    x = torch.randn(128, 208)
-    expected = x.double() @ dense.T + layer.bias.double()
-
-    def error(x: Tensor) -> float:
-        y = aqlm_packed_linear(x, weight, layer.bias)
-        assert y.dtype == x.dtype
-        return relative(y, expected)
-
-    rounds = torch.finfo(torch.bfloat16).eps
-    for fast in (False, True):
-        monkeypatch.setattr(products, "multiplies_bfloat16", lambda fast=fast: fast)
-        assert error(x) < rounding.FP32_RELATIVE
-        assert 1e-4 < error(x.bfloat16()) < rounds
-        assert 1e-5 < error(x.half()) < torch.finfo(torch.float16).eps
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-        assert (1e-4 < error(x) < rounds) == fast
-        monkeypatch.undo()
 
 
 # What is hard on tables of 16 bits: one input sets the step of its block, results cancel, books are
@@ -233,7 +146,7 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
     padding = {1: (64 + 64 + 192) / sum(sizes), 2: 1.0}[layer.codes.element_size()]
     stored = weight.tensors
     assert isinstance(
-        stored, products.CpuTiles if layer.codes.element_size() == 1 else products.CpuWords
+        stored, layouts.CpuTiles if layer.codes.element_size() == 1 else layouts.CpuWords
     )
     assert stored.codes.nbytes == layer.codes.nbytes * padding
     assert stored.codes.data_ptr() != layer.codes.data_ptr()
@@ -243,7 +156,7 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
 def test_short_codes_in_a_long_type_are_packed_as_short_ones() -> None:
     layer = fused("2x8g8", [40], 64, torch.float32)
     wide = aqlm_pack(layer.codes.short(), layer.codebooks, layer.scales, torch.float32, [40])
-    assert wide is not None and isinstance(wide.tensors, products.CpuTiles)
+    assert wide is not None and isinstance(wide.tensors, layouts.CpuTiles)
     x = torch.randn(2, 64)
     assert torch.equal(aqlm_packed_linear(x, wide), aqlm_packed_linear(x, packed(layer, [40])))
 

@@ -323,13 +323,12 @@ def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
     Made again only when the file has changed: a plan asks first, then the run. Raises SourceError
     for a file that lacks some, and for experts, which are stored fused.
     """
-    status = file.stat()
-    model, left_out = _make_gguf_skeleton(file, status.st_size, status.st_mtime_ns)
+    model, left_out = _make_gguf_skeleton(file, file.stat().st_mtime_ns)
     return deepcopy(model), left_out
 
 
 @lru_cache(maxsize=1)
-def _make_gguf_skeleton(file: Path, size: int, changed: int) -> tuple[Any, tuple[str, ...]]:
+def _make_gguf_skeleton(file: Path, changed: int) -> tuple[Any, tuple[str, ...]]:
     with _one_sentence(file):
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False
