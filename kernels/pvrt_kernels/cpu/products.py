@@ -7,6 +7,8 @@ ones. All sums are fp32; `rounding.py` bounds the errors.
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,6 +42,8 @@ _MANY = 4
 # decoding costs once, per codebook. Measured on Zen 5, in shapes of 135M to 8B models.
 _DENSE, _DENSE_BF16, _DECODING = 0.8, 0.3, 6
 _FEWEST_DECODED = 16
+# Lookups of plain C take so many times as long.
+_PORTABLE = 8
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -154,6 +158,7 @@ def _decoding_pays(tokens: int, packed: CpuTiles, dtype: torch.dtype) -> bool:
         return False
     # Tables of one input group serve all outputs of a partition.
     lookups = books * (1 / group + ENTRIES * parts / packed.fp32_scales.shape[0])
+    lookups *= _PORTABLE if library.instruction_set() == "portable" else 1
     dense = _DENSE_BF16 if dtype == torch.bfloat16 else _DENSE
     return tokens * lookups > tokens * dense + _DECODING * books
 
@@ -246,15 +251,29 @@ def _decoded(
     return y
 
 
-@functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU has products of bfloat16 that PVRT_CPU_ISA does not forbid."""
+    """Whether this CPU has products of bfloat16, and an instruction set as new is in use."""
+    return library.instruction_set() == library.INSTRUCTION_SETS[0] and _has_bfloat16()
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
     try:
         found = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
-    new = library.instruction_set() == library.INSTRUCTION_SETS[0]
-    return new and ("amx_bf16" in found or "avx512_bf16" in found)
+    return "amx_bf16" in found or "avx512_bf16" in found
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let products with many tokens round their factors to bfloat16, where that is faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ multiplies bfloat16, their factors and results are rounded to it.
 import math
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +112,7 @@ class CpuModel:
             return self.step([state], tokens)[:keep]
         self._extend(state, len(tokens))
         cache = Cache(layers=[_Layer(layer, state.length) for layer in state.cache])
-        with _bfloat16_products():
+        with products.bfloat16_products():
             output = self.model.model(
                 inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
                 use_cache=True,
@@ -205,17 +204,6 @@ class CpuModel:
             norm = norm * self._head_scales
         program.logits(hidden, self._logits, self._head, norm, epsilon, self._scores)
         return program
-
-
-@contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Let products with many tokens round their factors to bfloat16, where that is faster."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 class _DenseLinear(nn.Module):
