@@ -153,7 +153,9 @@ def test_a_copy_goes_its_own_way(tmp_path: Path, kind: type) -> None:
         expected = model.start()
         model.read(expected, PROMPT, 1)
         torch.testing.assert_close(again, model.step([expected], [3]))
-        torch.testing.assert_close(found, model.read(model.start(), [*PROMPT[:5], 7, 8, 9], 1))
+        # Three tokens at a time and eight are looked up in tables of different precision.
+        whole = model.read(model.start(), [*PROMPT[:5], 7, 8, 9], 1)
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
 
 
 def test_models_with_a_window_are_not_copied(tmp_path: Path) -> None:

@@ -372,6 +372,6 @@ static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
     return sum;
 }
 
-const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, 0, build, lookup, build8, lookup8, direct,
+const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, 0, 2, build, lookup, build8, lookup8, direct,
                       decode, decode_tile, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
 #endif

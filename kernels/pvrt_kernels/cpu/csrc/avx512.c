@@ -185,7 +185,7 @@ static void gate(const float *x, const float *values, float *y, int64_t n) {
     isa_avx2.gate(x, values, y, n);
 }
 
-const isa isa_vbmi = {"avx512-vbmi", 2 * ENTRIES, 8, 0.5 / STEPS, build, lookup, build8, lookup8,
-                      direct, decode, decode_tile, attend, dot, dot_bytes, dot4, gate, build_rough,
+const isa isa_vbmi = {"avx512-vbmi", 2 * ENTRIES, 8, 0.5 / STEPS, 5, build, lookup, build8,
+                      lookup8, direct, decode, decode_tile, attend, dot, dot_bytes, dot4, gate, build_rough,
                       lookup_rough};
 #endif

@@ -97,6 +97,7 @@ typedef struct {
     /* How far an entry of one token's tables may be from the sum it stands for, as a part of the
      * span (largest minus least entry) of the widest table of its block. 0: tables are fp32. */
     double table_rounding;
+    int64_t few; /* tokens for which tables of one each cost less than tables for eight */
     /* Tables of `groups` input groups (x points at the first) into t, [group][book]. */
     void (*build)(const float *books, const float *x, int groups, int group, int books_count,
                   void *t);
