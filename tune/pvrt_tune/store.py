@@ -36,6 +36,7 @@ from pvrt_tune.settings.files import is_old, renewed
 RUN_FOLDER = ".run"
 FINGERPRINT_FILE = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
+_STAGES = ("finetune", "training", "pv")  # whose settings a recipe holds
 _KEYS = ("event", "name", "sha256", "parts", "report", "versions")  # of an event
 
 
@@ -219,7 +220,7 @@ def choices_of(out: Path) -> dict[str, Any]:
     """
     file = out / RUN_FOLDER / FINGERPRINT_FILE
     recipe = _read_fingerprint(file).get("recipe", {}) if file.is_file() else {}
-    parts = (recipe.get(name) or {} for name in ("finetune", "training", "pv"))
+    parts = (recipe.get(name) or {} for name in _STAGES)
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -315,17 +316,23 @@ def _go_on(
 def _read_fingerprint(file: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({error}); start again with --restart") from error
-    if not isinstance(stored, dict):
+    recipe = stored.get("recipe", {}) if isinstance(stored, dict) else None
+    if isinstance(recipe, dict) and is_old(recipe):
+        recipe = renewed(recipe)
+    if recipe is None or not (_are_settings(recipe) and _are_texts(stored.get("versions", {}))):
         raise RunError(f"{file} is damaged; start again with --restart")
-    recipe = stored.get("recipe")
-    if isinstance(recipe, dict):
-        recipe = renewed(recipe) if is_old(recipe) else recipe
-        if recipe.get("training"):  # what runs did before there was a choice
-            recipe["training"] = {"states": "device", "snapshots": True, **recipe["training"]}
-        stored["recipe"] = recipe
-    return stored
+    if recipe.get("training"):  # what runs did before there was a choice
+        recipe["training"] = {"states": "device", "snapshots": True, **recipe["training"]}
+    return {**stored, "recipe": recipe} if recipe else stored
+
+
+def _are_settings(recipe: Any) -> bool:
+    """Whether a recipe is a mapping, and so are those of its stages that it has."""
+    if not isinstance(recipe, dict):
+        return False
+    return all(isinstance(recipe.get(name) or {}, dict) for name in _STAGES)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -351,9 +358,9 @@ def _read_journal(file: Path, *, repair: bool) -> list[dict[str, Any]]:
     for line in file.read_bytes().splitlines(keepends=True):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(event, dict) or not line.endswith(b"\n"):
+        if not _is_event(event) or not line.endswith(b"\n"):
             break
         check = event.pop("check", None)
         sealed = sealed or check is not None
@@ -365,6 +372,26 @@ def _read_journal(file: Path, *, repair: bool) -> list[dict[str, Any]]:
         with file.open("r+b") as handle:
             handle.truncate(sound)
     return events
+
+
+def _is_event(event: Any) -> bool:
+    """Whether a line of the journal is what some version of this file writes."""
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    if event["event"] == "versions":
+        return _are_texts(event.get("versions"))
+    if event["event"] != "piece":
+        return True
+    parts = event.get("parts", ())
+    return (
+        isinstance(parts, list | tuple)
+        and all(isinstance(each, str) for each in (event.get("name"), event.get("sha256"), *parts))
+        and isinstance(event.get("report"), dict)
+    )
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
 
 
 def _check(event: Mapping[str, Any]) -> str:

@@ -19,12 +19,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     GgufConfig,
 )
@@ -33,10 +31,11 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import cached_file
 
-from pvrt.errors import CheckpointError, SourceError
+from pvrt.errors import PvrtError, SourceError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.folder import is_finite
+from pvrt.hf.declared import check_counts, read_tokenizer, reason
 from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 from pvrt_tune.data import fp8, gguf_file
@@ -48,7 +47,7 @@ from pvrt_tune.data.stored_weights import (
     untied,
 )
 
-_FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
+_MOST_LAYERS = 10_000  # of a model of which there is nothing but config.json
 _FURTHER = re.compile("nextn|mtp")  # in names of settings: layers that predict further tokens
 
 
@@ -92,15 +91,11 @@ class Source:
         )
         before = {name: _get(self.model, name) for name in names}
         try:
-            with no_progress_bar():
+            with _one_sentence(f"{names[0]} from {self.name}"), no_progress_bar():
                 convert_and_load_state_dict_in_model(
                     self.model, {key: self._stored.weights[key] for key in keys}, config, None
                 )
             found = {name: _get(self.model, name) for name in names}
-        except _FAILURES as error:
-            raise SourceError(
-                f"cannot read {names[0]} from {self.name}: {_reason(error)}"
-            ) from error
         finally:
             for name, tensor in before.items():
                 _set(self.model, name, tensor)
@@ -202,6 +197,7 @@ def load_skeleton(name: str) -> Any:
         return _gguf_skeleton(path)[0]
     if any((path / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
         return _opened(name, path).model
+    check_counts(read_config(path), _MOST_LAYERS, path / CONFIG_FILE)
     with _one_sentence(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return _skeleton(config, _dtype(config) or torch.bfloat16, path)[0]
@@ -220,7 +216,7 @@ def locate(name: str, *, weights: bool = True) -> Path:
         gguf = sorted(path.glob("*.gguf"))
         if not (path / CONFIG_FILE).exists() and len(gguf) == 1:
             return gguf_file.checked(gguf[0])
-    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    elif _is_path(name):
         raise SourceError(f"{name} does not exist; give a model folder, a .gguf file or a hub id")
     else:
         path = _download(name, weights)
@@ -234,10 +230,20 @@ def locate(name: str, *, weights: bool = True) -> Path:
             "safetensors (save_pretrained of transformers)"
         )
     quantization = read_config(path).get("quantization_config")
-    if quantization and not fp8.reads(quantization):
-        method = quantization.get("quant_method", "unknown")
+    described = quantization if isinstance(quantization, dict) else {}
+    if quantization and not fp8.reads(described):
+        method = described.get("quant_method", "unknown")
         raise SourceError(f"{path} is already quantised ({method}); give the original, dense model")
     return path
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be meant as a path: the hub's are "owner/name", and owners are no
+    folders here.
+    """
+    path = Path(name).expanduser()
+    inside = path.parent != Path() and path.parent.is_dir()
+    return path.is_absolute() or name.startswith(".") or name.count("/") > 1 or inside
 
 
 def _download(name: str, weights: bool) -> Path:
@@ -257,9 +263,7 @@ def _download(name: str, weights: bool) -> Path:
 def _open_folder(name: str, folder: Path) -> Source:
     opened = _opened(name, folder)
     with _one_sentence(folder):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if Path(name).expanduser().is_dir() else name, trust_remote_code=False
-        )
+        tokenizer = read_tokenizer(folder if Path(name).expanduser().is_dir() else name)
         if (folder / "generation_config.json").is_file():
             opened.model.generation_config = GenerationConfig.from_pretrained(folder)
     return replace(opened, tokenizer=tokenizer)
@@ -268,11 +272,13 @@ def _open_folder(name: str, folder: Path) -> Source:
 def _opened(name: str, folder: Path) -> Source:
     """A folder without its tokenizer: all that headers say is checked."""
     files = weight_files(folder)  # names a truncated file before anything is loaded
-    quantization = read_config(folder).get("quantization_config")
+    said = read_config(folder)
+    quantization = said.get("quantization_config")
     notes = []
     with _one_sentence(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         stored = StoredWeights.open(files)
+        check_counts(said, len(stored.weights), folder / CONFIG_FILE)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if quantization:
             stored = fp8.dequantised(stored, quantization)
             del config.quantization_config
@@ -297,14 +303,15 @@ def _opened(name: str, folder: Path) -> Source:
 def _open_gguf(name: str, file: Path) -> Source:
     model, left_out = _gguf_skeleton(file)
     with _one_sentence(file), no_progress_bar():
-        where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        where = {"gguf_file": file.name, "local_files_only": True}
+        tokenizer = read_tokenizer(file.parent, **where)
         gguf_file.begin_as_stated(tokenizer, file)
         loaded, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
+            trust_remote_code=False,
             **where,
         )
         for missing in found["missing_keys"]:
@@ -390,15 +397,11 @@ def _set(model: nn.Module, name: str, tensor: Any) -> None:
 
 
 @contextmanager
-def _one_sentence(where: str | Path) -> Iterator[None]:
-    """transformers' many failures become one sentence with its own reason."""
+def _one_sentence(what: str | Path) -> Iterator[None]:
+    """What a model's files make transformers raise becomes one sentence with its reason."""
     try:
         yield
-    except (SourceError, CheckpointError):
+    except (PvrtError, MemoryError, torch.OutOfMemoryError):
         raise
-    except _FAILURES as error:
-        raise SourceError(f"cannot load {where}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    except Exception as error:  # any file may hold anything, and readers check little
+        raise SourceError(f"cannot load {what}: {reason(error)}") from error
