@@ -1,18 +1,23 @@
 """A small tuning run (calibration, PV-Tuning, both checkpoints) in processes that may die."""
 
 import hashlib
+import json
 import multiprocessing
 import random
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import AutoConfig
 
 from pvrt.errors import PvrtError
+from pvrt.format.folder import MANIFEST_FILE
 from pvrt_tune.pipeline import tune
+from pvrt_tune.plan.speed import measure
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
 from tests.fixtures.toy import random_model, toy_tokenizer
 
@@ -49,26 +54,40 @@ def dense_model(folder: Path) -> None:
 
 
 def digest(out: Path) -> str:
-    """Of all files of a finished run that a reader of its checkpoint opens."""
+    """Of all files of a finished run beside its journal, without the seconds in its manifest."""
     found = hashlib.sha256()
     for file in sorted(file for file in out.iterdir() if file.is_file()):
         content = file.read_bytes()
+        if file.name == MANIFEST_FILE:
+            content = json.dumps(_untimed(json.loads(content))).encode()
         found.update(f"{file.name} {hashlib.sha256(content).hexdigest()}\n".encode())
     return found.hexdigest()
+
+
+def _untimed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _untimed(each) for key, each in value.items() if "seconds" not in key}
+    return [_untimed(each) for each in value] if isinstance(value, list) else value
 
 
 class Process:
     """A run of a model into a folder, in a process of its own.
 
-    begin is called there first. what it says, it writes to a file.
+    inside surrounds it there. The error that ends it is written to a file.
     """
 
     def __init__(
-        self, model: Path, out: Path, log: Path, begin: Callable[[], None] | None = None
+        self,
+        model: Path,
+        out: Path,
+        log: Path,
+        inside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        measure("cpu")  # once for all of them
         self.log = log
+        log.unlink(missing_ok=True)
         self._child = _FORK.Process(
-            target=_run, args=(TuneJob(str(model), out, RECIPE), log, begin)
+            target=_run, args=(TuneJob(str(model), out, RECIPE), log, inside)
         )
         self._child.start()
 
@@ -95,12 +114,11 @@ class Process:
         return self.log.read_text() if self.log.exists() else ""
 
 
-def _run(job: TuneJob, log: Path, begin: Callable[[], None] | None) -> None:
+def _run(job: TuneJob, log: Path, inside: Callable[[], AbstractContextManager[None]]) -> None:
     torch.set_num_threads(1)
-    if begin is not None:
-        begin()
     try:
-        tune(job, _silent)
+        with inside():
+            tune(job, _silent)
     except PvrtError as error:
         _tell(log, str(error))
         raise SystemExit(REFUSED) from None
