@@ -32,6 +32,7 @@ FOUND: list[tuple[str, bytes]] = [
     ("tokenizer_config.json", b'{"eos_token": {"content": 5}}'),
     ("chat_template.jinja", b"{% for x in range(10**10) %}{% endfor %}"[:30]),
     ("chat_template.jinja", b"{{ messages[9].x.y }}"),
+    ("chat_template.jinja", b"\xe5"),
     ("model.safetensors", b"\xff" * 8),
     ("model.safetensors", b"\0" * 8),
     ("model.safetensors", b""),

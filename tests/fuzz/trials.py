@@ -1,13 +1,9 @@
 """Mutants tried one after the other in a process that may crash, hang or fill its memory.
 
-    python -m tests.fuzz.trials --kind checkpoints --mutants 1000 --first 0
-
 A mutant is refused (one sentence, a PvrtError), accepted rightly, or a fault: a traceback, a crash
 of the process, a hang, or accepted although it should not be.
 """
 
-import argparse
-import json
 import multiprocessing
 import resource
 import shutil
@@ -20,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil  # type: ignore[import-untyped]
 
@@ -141,30 +137,3 @@ def outcome(kind: Kind, seed: int, folder: Path) -> tuple[str, str]:
     except BaseException:
         return "traceback", f"{done}: {traceback.format_exc()[-1500:]}"
     return "accepted", done
-
-
-def main() -> None:
-    """Try mutants, print faults as they come, and end with the counts as JSON."""
-    from tests.fuzz.kinds import KINDS
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kind", choices=[*KINDS, "all"], default="all")
-    parser.add_argument("--mutants", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    found: dict[str, Any] = {}
-    for name in KINDS if given.kind == "all" else [given.kind]:
-        started = time.monotonic()
-        counts = run(KINDS[name], range(given.first, given.first + given.mutants))
-        found[name] = {**counts.outcomes, "seconds": round(time.monotonic() - started)}
-        for seed, what, said in counts.faults:
-            print(f"{name} {seed}: {what}: {said}", flush=True)
-        print(name, json.dumps(found[name]), flush=True)
-        if given.out:
-            given.out.write_text(json.dumps(found))
-    sys.exit(any(set(each) - {"refused", "accepted", "seconds"} for each in found.values()))
-
-
-if __name__ == "__main__":
-    main()

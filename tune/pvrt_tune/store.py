@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pvrt.errors import RunError
 from pvrt.format.atomic import as_json, replace, sync, try_writing
+from pvrt_tune.journal import are_texts, line_of, read_journal
 from pvrt_tune.lock import LOCK_FILE, hold
 from pvrt_tune.progress import Report
 from pvrt_tune.settings import TuneJob
@@ -37,7 +38,6 @@ RUN_FOLDER = ".run"
 FINGERPRINT_FILE = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
 _STAGES = ("finetune", "training", "pv")  # whose settings a recipe holds
-_KEYS = ("event", "name", "sha256", "parts", "report", "versions")  # of an event
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Store:
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
-        self.events = _read_journal(folder / _JOURNAL, repair=writes)
+        self.events = read_journal(folder / _JOURNAL, repair=writes)
 
     @property
     def finished(self) -> bool:
@@ -179,7 +179,7 @@ class Store:
         try:
             if self.writes:
                 with (self.folder / _JOURNAL).open("a", encoding="utf-8") as handle:
-                    handle.write(json.dumps({**event, "check": _check(event)}) + "\n")
+                    handle.write(line_of(event))
                     handle.flush()
                     os.fsync(handle.fileno())
         except OSError as error:
@@ -321,7 +321,7 @@ def _read_fingerprint(file: Path) -> dict[str, Any]:
     recipe = stored.get("recipe", {}) if isinstance(stored, dict) else None
     if isinstance(recipe, dict) and is_old(recipe):
         recipe = renewed(recipe)
-    if recipe is None or not (_are_settings(recipe) and _are_texts(stored.get("versions", {}))):
+    if recipe is None or not (_are_settings(recipe) and are_texts(stored.get("versions", {}))):
         raise RunError(f"{file} is damaged; start again with --restart")
     if recipe.get("training"):  # what runs did before there was a choice
         recipe["training"] = {"states": "device", "snapshots": True, **recipe["training"]}
@@ -344,59 +344,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif before != after:
             found.append(f"{prefix}{key} was {before!r}, now {after!r}")
     return found
-
-
-def _read_journal(file: Path, *, repair: bool) -> list[dict[str, Any]]:
-    """Events up to the first line that a kill cut short or that is not as it was written.
-
-    `repair` removes the rest: what it noted is made again.
-    """
-    events: list[dict[str, Any]] = []
-    if not file.is_file():
-        return events
-    sound, sealed = 0, False  # the first lines of older runs have no checksums
-    for line in file.read_bytes().splitlines(keepends=True):
-        try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not _is_event(event) or not line.endswith(b"\n"):
-            break
-        check = event.pop("check", None)
-        sealed = sealed or check is not None
-        if sealed and check != _check(event):
-            break
-        events.append({key: event[key] for key in event if key in _KEYS})
-        sound += len(line)
-    if repair and sound < file.stat().st_size:  # a new line must not be glued to half a one
-        with file.open("r+b") as handle:
-            handle.truncate(sound)
-    return events
-
-
-def _is_event(event: Any) -> bool:
-    """Whether a line of the journal is what some version of this file writes."""
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return False
-    if event["event"] == "versions":
-        return _are_texts(event.get("versions"))
-    if event["event"] != "piece":
-        return True
-    parts = event.get("parts", ())
-    return (
-        isinstance(parts, list | tuple)
-        and all(isinstance(each, str) for each in (event.get("name"), event.get("sha256"), *parts))
-        and isinstance(event.get("report"), dict)
-    )
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
-
-
-def _check(event: Mapping[str, Any]) -> str:
-    """The checksum of a line of the journal."""
-    return hashlib.sha256(json.dumps(event).encode()).hexdigest()[:16]
 
 
 def _sha256(file: Path) -> str:
