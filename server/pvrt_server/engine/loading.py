@@ -11,7 +11,7 @@ import torch
 import pvrt
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.grid import GridCheckpoint
-from pvrt.hf.declared import read_with
+from pvrt.hf.declared import read_tokenizer
 from pvrt.modules.aqlm_layer import AQLMLayer
 from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
@@ -111,14 +111,12 @@ def load_codec(folder: Path) -> TextCodec:
     Beside Mistral's tekken.json, transformers would take mistral-common's tokenizer, which knows no
     vocabulary by text. It still writes the conversations of folders without a chat template.
     """
-    from transformers import AutoTokenizer
-
     tekken = (folder / "tekken.json").is_file()
     try:
         options = {"mistral_format": False} if tekken else {}
-        tokenizer = read_with(folder, AutoTokenizer.from_pretrained, folder, **options)
+        tokenizer = read_tokenizer(folder, **options)
         if tekken and not tokenizer.chat_template and find_spec("mistral_common"):
-            mistral = read_with(folder, AutoTokenizer.from_pretrained, folder, mistral_format=True)
+            mistral = read_tokenizer(folder, mistral_format=True)
             return TextCodec(tokenizer, MistralTemplate(mistral))
     except CheckpointError as error:
         raise ServeError(

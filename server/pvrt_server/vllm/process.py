@@ -83,11 +83,10 @@ def vllm_command(
     """The command line of vLLM's own server: our defaults, then the user's flags, which win.
     chat: see `chat_flags`.
 
-    As a module, because the `vllm` script of the CPU package does not start. All flags that are
-    given unasked are known to vLLM 0.30 to 0.33.
+    All flags that are given unasked are known to vLLM 0.30 to 0.33.
     """
     folder, capacity = str(opened.path), decision.capacity
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "pvrt_server.vllm.server"]
     command += ["--model", folder, "--served-model-name", options.name(opened.path), folder]
     command += ["--host", options.host, "--port", str(options.port), "--dtype", decision.dtype]
     command += ["--uvicorn-log-level", options.log_level]

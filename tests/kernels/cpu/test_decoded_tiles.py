@@ -9,8 +9,8 @@ from torch import Tensor
 from pvrt_kernels.cpu import layouts, products, rounding
 from pvrt_kernels.cpu import library as cpu
 from pvrt_kernels.packed import aqlm_packed_linear
-from tests.fixtures.fused import exact, fused, packed
 from tests.fixtures.instruction_sets import relative
+from tests.fixtures.packed_layers import exact, fused, packed
 
 PARTITIONS = [[200], [64, 40, 130]]
 

@@ -6,10 +6,8 @@ own loading code, so that a model never has to fit in memory. Only a GGUF file i
 (in the model's 16-bit type, in host memory) when it is opened.
 """
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -18,27 +16,27 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     GgufConfig,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import cached_file
 
-from pvrt.errors import CheckpointError, SourceError
+from pvrt.errors import SourceError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.folder import is_finite
+from pvrt.hf.declared import check_counts, read_tokenizer
 from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 from pvrt_tune.data import fp8, gguf_file
+from pvrt_tune.data.hub import download, is_path
+from pvrt_tune.data.sentences import one_sentence
 from pvrt_tune.data.stored_weights import (
     Assigned,
     StoredWeights,
@@ -48,7 +46,7 @@ from pvrt_tune.data.stored_weights import (
     untied,
 )
 
-_FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
+_MOST_LAYERS = 10_000  # of a model of which there is nothing but config.json
 _FURTHER = re.compile("nextn|mtp")  # in names of settings: layers that predict further tokens
 
 
@@ -92,15 +90,11 @@ class Source:
         )
         before = {name: _get(self.model, name) for name in names}
         try:
-            with no_progress_bar():
+            with one_sentence(f"{names[0]} from {self.name}"), no_progress_bar():
                 convert_and_load_state_dict_in_model(
                     self.model, {key: self._stored.weights[key] for key in keys}, config, None
                 )
             found = {name: _get(self.model, name) for name in names}
-        except _FAILURES as error:
-            raise SourceError(
-                f"cannot read {names[0]} from {self.name}: {_reason(error)}"
-            ) from error
         finally:
             for name, tensor in before.items():
                 _set(self.model, name, tensor)
@@ -193,7 +187,8 @@ def load_skeleton(name: str) -> Any:
         return _gguf_skeleton(path)[0]
     if any((path / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
         return _opened(name, path).model
-    with _one_sentence(path):
+    check_counts(read_config(path), _MOST_LAYERS, path / CONFIG_FILE)
+    with one_sentence(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return _skeleton(config, _dtype(config) or torch.bfloat16, path)[0]
 
@@ -211,10 +206,10 @@ def locate(name: str, *, weights: bool = True) -> Path:
         gguf = sorted(path.glob("*.gguf"))
         if not (path / CONFIG_FILE).exists() and len(gguf) == 1:
             return gguf_file.checked(gguf[0])
-    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    elif is_path(name):
         raise SourceError(f"{name} does not exist; give a model folder, a .gguf file or a hub id")
     else:
-        path = _download(name, weights)
+        path = download(name, weights)
     if (path / "adapter_config.json").is_file() and not (path / CONFIG_FILE).exists():
         raise SourceError(
             f"{path} is an adapter; merge it into its base model (merge_and_unload of peft) first"
@@ -225,32 +220,17 @@ def locate(name: str, *, weights: bool = True) -> Path:
             "safetensors (save_pretrained of transformers)"
         )
     quantization = read_config(path).get("quantization_config")
-    if quantization and not fp8.reads(quantization):
-        method = quantization.get("quant_method", "unknown")
+    described = quantization if isinstance(quantization, dict) else {}
+    if quantization and not fp8.reads(described):
+        method = described.get("quant_method", "unknown")
         raise SourceError(f"{path} is already quantised ({method}); give the original, dense model")
     return path
 
 
-def _download(name: str, weights: bool) -> Path:
-    """The snapshot folder of a hub id."""
-    with _one_sentence(name):
-        folder = Path(cached_file(name, CONFIG_FILE)).parent
-        if weights:
-            optional = {"_raise_exceptions_for_missing_entries": False}
-            if cached_file(name, WEIGHTS_FILE, **optional) is None:
-                index = json.loads(Path(cached_file(name, INDEX_FILE)).read_text("utf-8"))
-                for file in sorted(set(index["weight_map"].values())):
-                    cached_file(name, file)
-            cached_file(name, "generation_config.json", **optional)
-    return folder
-
-
 def _open_folder(name: str, folder: Path) -> Source:
     opened = _opened(name, folder)
-    with _one_sentence(folder):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if Path(name).expanduser().is_dir() else name, trust_remote_code=False
-        )
+    with one_sentence(folder):
+        tokenizer = read_tokenizer(folder if Path(name).expanduser().is_dir() else name)
         if (folder / "generation_config.json").is_file():
             opened.model.generation_config = GenerationConfig.from_pretrained(folder)
     return replace(opened, tokenizer=tokenizer)
@@ -259,11 +239,13 @@ def _open_folder(name: str, folder: Path) -> Source:
 def _opened(name: str, folder: Path) -> Source:
     """A folder without its tokenizer: all that headers say is checked."""
     files = weight_files(folder)  # names a truncated file before anything is loaded
-    quantization = read_config(folder).get("quantization_config")
+    said = read_config(folder)
+    quantization = said.get("quantization_config")
     notes = []
-    with _one_sentence(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with one_sentence(folder):
         stored = StoredWeights.open(files)
+        check_counts(said, len(stored.weights), folder / CONFIG_FILE)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if quantization:
             stored = fp8.dequantised(stored, quantization)
             del config.quantization_config
@@ -286,15 +268,16 @@ def _opened(name: str, folder: Path) -> Source:
 
 def _open_gguf(name: str, file: Path) -> Source:
     model, left_out = _gguf_skeleton(file)
-    with _one_sentence(file), no_progress_bar():
-        where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+    with one_sentence(file), no_progress_bar():
+        where = {"gguf_file": file.name, "local_files_only": True}
+        tokenizer = read_tokenizer(file.parent, **where)
         gguf_file.begin_as_stated(tokenizer, file)
         loaded, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
+            trust_remote_code=False,
             **where,
         )
         for missing in found["missing_keys"]:
@@ -319,7 +302,7 @@ def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _make_gguf_skeleton(file: Path, changed: int) -> tuple[Any, tuple[str, ...]]:
-    with _one_sentence(file):
+    with one_sentence(file):
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False
         )
@@ -351,7 +334,7 @@ def _left_out(name: str, model: Any, keys: Sequence[str]) -> list[str]:
 def _skeleton(config: Any, dtype: torch.dtype, where: Path) -> tuple[Any, list[Any]]:
     """A model without weights, its experts one by one, and how weights of files become its."""
     config._attn_implementation = None  # of the machine that wrote it
-    with _one_sentence(where):
+    with one_sentence(where):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         transforms = get_model_conversion_mapping(model)
@@ -376,18 +359,3 @@ def _get(model: nn.Module, name: str) -> Any:
 def _set(model: nn.Module, name: str, tensor: Any) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, tensor)
-
-
-@contextmanager
-def _one_sentence(where: str | Path) -> Iterator[None]:
-    """transformers' many failures become one sentence with its own reason."""
-    try:
-        yield
-    except (SourceError, CheckpointError):
-        raise
-    except _FAILURES as error:
-        raise SourceError(f"cannot load {where}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

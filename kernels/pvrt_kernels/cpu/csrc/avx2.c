@@ -145,9 +145,12 @@ static void build8(const float *books, const float *x, int groups, int group, in
             }
 }
 
-/* Four codes sit in 16-bit fields of a word, already multiplied by the 32 bytes of an entry. */
+/* Four codes sit in 16-bit fields of a word, already multiplied by the 32 bytes of an entry. The
+ * "m" tells the compiler what is read. */
 #define ADD8(acc, offsets)                                                                         \
-    __asm__("vaddps (%1,%2), %0, %0" : "+x"(acc) : "r"(t), "r"((uint64_t)(uint16_t)(offsets)))
+    __asm__("vaddps (%1,%2), %0, %0"                                                               \
+            : "+x"(acc)                                                                            \
+            : "r"(t), "r"((uint64_t)(uint16_t)(offsets)), "m"(*(const float(*)[ENTRIES * LANES])t))
 
 static void lookup8(const uint8_t *codes, const uint8_t *next, const float *t8, int tables,
                     float *acc) {
@@ -233,7 +236,8 @@ static inline __attribute__((always_inline)) void rows4(
 #define FMA8(acc, xs, offsets, base)                                                               \
     __asm__("vfmadd231ps (%1,%2), %3, %0"                                                          \
             : "+x"(acc)                                                                            \
-            : "r"(base), "r"((uint64_t)(uint16_t)(offsets)), "x"(xs))
+            : "r"(base), "r"((uint64_t)(uint16_t)(offsets)), "x"(xs),                              \
+              "m"(*(const float(*)[ENTRIES * 8])(base)))
 
 static void rows4_2x8(const plain_weight *w, const float *books, const float *x, int64_t row,
                       float *y) {

@@ -29,6 +29,7 @@ static inline void table16(const float *book, const float *x, int group, __m512 
  * that is table_rounding. Sums of steps are exact. Rough tables are the same with one plane. */
 #define STEPS 65535.0f
 #define ROUGH_STEPS 255.0f
+#define SMALLEST_STEP 0x1p-126f /* its inverse is a number, and so is it */
 static inline __attribute__((always_inline)) void quantised(
     const float *books, const float *x, int groups, int group, int count, void *t, int planes) {
     float least[256], widest = 0, sum = 0; /* a block has at most 16 tables, or books (<= 64) */
@@ -45,7 +46,7 @@ static inline __attribute__((always_inline)) void quantised(
             least[k] = from, sum += from;
             if (to - from > widest) widest = to - from;
         }
-    const float scale = widest > 0 ? widest / steps : 1.0f;
+    const float step = widest / steps, scale = step > SMALLEST_STEP ? step : SMALLEST_STEP;
     const __m512 inverse = _mm512_set1_ps(1.0f / scale);
     uint8_t *out = t;
     x = block;
