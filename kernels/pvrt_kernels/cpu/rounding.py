@@ -4,10 +4,10 @@ The bounds are for inputs in fp32. A result of 16 bits is rounded to its type be
 multiplies 16 and more tokens of bfloat16, so are the decoded weights.
 
 All sums are fp32: an operation rounds by at most 2^-24 of its result. One kernel rounds more.
-avx512-vbmi looks one or two tokens up in tables of 16-bit steps. Tables go in blocks of 16 (or all
+avx512-vbmi looks up to five tokens up in tables of 16-bit steps. Tables go in blocks of 16 (or all
 codebooks of one group, where there are more). A block has one step, the span of its widest table
 over 65535 but at least 2^-126, and each lookup is off by at most half a step. Tokens whose tables
-would overflow, and three tokens and more, use fp32 tables.
+would overflow, and six tokens and more, use fp32 tables.
 """
 
 import math
