@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from pvrt_kernels import aqlm_linear, has_fast_kernel, reference
+from pvrt_kernels.cpu import layouts, products, rounding
 from pvrt_kernels.cpu import library as cpu
-from pvrt_kernels.cpu import products, rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
 from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
 from tests.fixtures.instruction_sets import SOURCES, natively, relative, using
@@ -43,24 +43,6 @@ def test_products_are_those_of_float64(isa: str, scheme: str) -> None:
     decoded = weight.dequantize()
     assert decoded.dtype == layer.codebooks.dtype
     assert relative(decoded, dense) < torch.finfo(decoded.dtype).eps
-
-
-@needs_library
-@pytest.mark.parametrize("tokens", [15, 16, 40])
-def test_many_tokens_take_decoded_rows_where_amx_multiplies_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, tokens: int
-) -> None:
-    """The path of a CPU with AMX; torch computes the same products without it."""
-    monkeypatch.setattr(products, "has_amx", lambda: True)
-    monkeypatch.setattr(products, "_PANEL_BYTES", 4 * 208 * 64)  # several panels, the last cut
-    sizes, layer = [64, 40, 130], fused("2x8g8", [64, 40, 130], 208, torch.bfloat16)
-    assert layer.bias is not None
-    weight = aqlm_pack(layer.codes, layer.codebooks, layer.scales, torch.bfloat16, sizes)
-    x = torch.randn(tokens, 208).bfloat16()
-    assert weight is not None
-    y = aqlm_packed_linear(x, weight, layer.bias.bfloat16())
-    expected = x.double() @ exact(layer, sizes).T + layer.bias.bfloat16().double()
-    assert y.dtype == torch.bfloat16 and relative(y, expected) < torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("scheme", ["2x8g8", "1x8g4"])
@@ -103,7 +85,7 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
     padding = {1: (64 + 64 + 192) / sum(sizes), 2: 1.0}[layer.codes.element_size()]
     stored = weight.tensors
     assert isinstance(
-        stored, products.CpuTiles if layer.codes.element_size() == 1 else products.CpuWords
+        stored, layouts.CpuTiles if layer.codes.element_size() == 1 else layouts.CpuWords
     )
     assert stored.codes.nbytes == layer.codes.nbytes * padding
     assert stored.codes.data_ptr() != layer.codes.data_ptr()
@@ -113,7 +95,7 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
 def test_short_codes_in_a_long_type_are_packed_as_short_ones() -> None:
     layer = fused("2x8g8", [40], 64, torch.float32)
     wide = aqlm_pack(layer.codes.short(), layer.codebooks, layer.scales, torch.float32, [40])
-    assert wide is not None and isinstance(wide.tensors, products.CpuTiles)
+    assert wide is not None and isinstance(wide.tensors, layouts.CpuTiles)
     x = torch.randn(2, 64)
     assert torch.equal(aqlm_packed_linear(x, wide), aqlm_packed_linear(x, packed(layer, [40])))
 

@@ -209,8 +209,7 @@ void tiled_part(const job *job, int64_t index) {
     const int64_t chunk = index / work->splits, split = index % work->splits;
     const int64_t tokens = work->product.tokens, group = work->weight->group;
     int64_t token = chunk * LANES;
-    /* A table for eight costs about three for one. */
-    const int eight = tokens - token > 2;
+    const int eight = tokens - token > kernels->few;
     const int64_t build = eight ? 2 * group : group / 2; /* measured */
     const int64_t from = cut_tiles(work->weight, split, work->splits, build);
     const int64_t to = cut_tiles(work->weight, split + 1, work->splits, build);
