@@ -14,6 +14,7 @@ from statistics import correlation, median
 from typing import Any
 
 import gpu_tables
+import reliability_tables
 import tuning_tables
 import vllm_tables
 from markdown_table import Row, distinct, formatted, table, where
@@ -351,6 +352,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "vllm_load": vllm_tables.load,
     "vllm_bench": vllm_tables.bench,
     "vllm_experts": vllm_tables.experts,
+    "reliability:mutants": reliability_tables.mutants,
+    "reliability:rest": reliability_tables.rest,
 }
 
 

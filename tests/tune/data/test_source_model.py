@@ -2,14 +2,16 @@
 
 import hashlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pvrt.errors import SourceError
-from pvrt_tune.data.source_model import load_skeleton, load_source
+from pvrt.errors import CheckpointError, SourceError
+from pvrt_tune.data import hub
+from pvrt_tune.data.source_model import load_skeleton, load_source, locate
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 
@@ -85,3 +87,16 @@ def test_a_skeleton_needs_no_weights(tmp_path: Path) -> None:
     model = load_skeleton(str(folder))
     assert all(parameter.is_meta for parameter in model.parameters())
     assert model.dtype is torch.bfloat16
+
+
+def test_a_name_in_a_folder_that_is_here_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "cached_file", Mock(side_effect=AssertionError("the hub was asked")))
+    for name in ("models/typo", "models/", "./typo", "a/b/c"):
+        with pytest.raises((SourceError, CheckpointError), match=r"does not exist|is missing"):
+            locate(name)
+    with pytest.raises(SourceError, match="the hub was asked"):
+        locate("owner/name")

@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 # Strict: "3" and True are no numbers. A whole number is a float all the same.
 #: How many of something that there must be.
-Count = Annotated[int, Field(strict=True, ge=1)]
+Count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
 #: How often something is done that may be left out.
-Repeats = Annotated[int, Field(strict=True, ge=0)]
+Repeats = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 #: A share of something, which is not nothing.
 Share = Annotated[float, Field(strict=True, gt=0, le=1)]
 #: A share of something that leaves some of it over.

@@ -189,7 +189,7 @@ class AllocationSettings:
     """
 
     windows: Count = 4
-    length: Annotated[int, Field(strict=True, ge=8)] = 128
+    length: Annotated[int, Field(strict=True, ge=8, le=10**9)] = 128
 
 
 @settings
@@ -210,7 +210,7 @@ class Recipe:
     allocation: AllocationSettings = Field(default_factory=AllocationSettings)
     embeddings: Annotated[str, AfterValidator(_for_embeddings)] = "auto"
     samples: Count = 64
-    length: Annotated[int, Field(strict=True, ge=8)] = 512
+    length: Annotated[int, Field(strict=True, ge=8, le=10**9)] = 512
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     fit: FitSettings = Field(default_factory=FitSettings)
     finetune: FinetuneSettings = Field(default_factory=FinetuneSettings)
