@@ -6,11 +6,13 @@ states; linear layers are found by module discovery, there is no list of archite
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pvrt.errors import RunError, SourceError
 from pvrt.format.folder import is_finite
@@ -32,14 +34,20 @@ class BlockList:
         return f"{self.name}.{index}."
 
 
+_ROUTERS = ("router", "gate")  # names of what decides beside a list of experts
+
+
 def find_blocks(model: nn.Module) -> BlockList:
     """The list of decoder blocks: of all ModuleLists, the one holding most linear weights.
 
-    Raises SourceError when the model has no list of blocks with linear layers.
+    Of a model that reads images as well, of those in its text part. Raises SourceError when the
+    model has no list of blocks with linear layers.
     """
     best, most = None, 0
+    text = model.get_decoder() if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in text.modules()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and id(module) in inside:
             weights = sum(linear.weight.numel() for _, linear in linears(module))
             if weights > most:
                 best, most = BlockList(name, module), weights
@@ -55,9 +63,11 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """
     routers: set[int] = set()
     for _, parent in module.named_modules():
-        children = list(parent.children())
-        if any(isinstance(child, ExpertList) for child in children):
-            routers |= {id(child) for child in children if isinstance(child, nn.Linear)}
+        children = dict(parent.named_children())
+        if any(isinstance(child, ExpertList) for child in children.values()):
+            routers |= {id(child) for child in children.values() if isinstance(child, nn.Linear)}
+            deciding = (children[name] for name in _ROUTERS if name in children)
+            routers |= {id(part) for child in deciding for part in child.modules()}
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear) and id(child) not in routers:
             yield name, child
@@ -76,12 +86,23 @@ def divisible(module: nn.Module, scheme: Scheme | GridScheme) -> Iterator[tuple[
             yield name, linear
 
 
-def check_readers(blocks: BlockList, scheme: Scheme | GridScheme) -> None:
-    """Raise SourceError for layers whose grids transformers could not load."""
+def check_readers(model: Any, blocks: BlockList, scheme: Scheme | GridScheme) -> None:
+    """Raise SourceError for layers of a skeleton whose grids transformers could not load."""
     if not isinstance(scheme, GridScheme):
         return
+    if _reads_weights(model, blocks):
+        raise SourceError(
+            f"transformers cannot load {type(model).__name__} from grids: its code reads the "
+            "weights of linear layers, which grids do not have; give a --scheme of codebooks"
+        )
     for index, block in enumerate(blocks.blocks):
-        if not scheme.symmetric and any(isinstance(m, ExpertList) for m in block.modules()):
+        experts = [module for module in block.modules() if isinstance(module, ExpertList)]
+        if any(module.fused_in_files for module in experts):
+            raise SourceError(
+                f"{blocks.prefix(index)} has experts that are stored fused, which transformers "
+                "cannot load from grids; give a --scheme of codebooks"
+            )
+        if not scheme.symmetric and experts:
             raise SourceError(
                 f"{blocks.prefix(index)} has experts, which transformers cannot load from "
                 f"asymmetric grids; give --scheme {scheme}s or one of codebooks"
@@ -92,6 +113,19 @@ def check_readers(blocks: BlockList, scheme: Scheme | GridScheme) -> None:
                     f"{blocks.prefix(index)}{name} is a {type(linear).__name__}, which "
                     "transformers cannot load from grids; give a --scheme of codebooks"
                 )
+
+
+def _reads_weights(model: Any, blocks: BlockList) -> bool:
+    """Whether a model's class cannot initialise itself around linear layers without a weight."""
+    bare = deepcopy(model)
+    for _, linear in linears(bare.get_submodule(blocks.name)):
+        del linear.weight
+    try:
+        for module in bare.modules():
+            bare._init_weights(module)
+    except AttributeError as error:
+        return "weight" in str(error)
+    return False
 
 
 def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> list[str]:
@@ -141,8 +175,8 @@ def run_block(
     """Output hidden states in float32 of one block for one batch, with products in `compute`."""
     low = compute is torch.bfloat16
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=low):
-        output: Tensor | tuple[Tensor, ...] = block(hidden, **arguments)
-    return (output[0] if isinstance(output, tuple) else output).float()
+        output: Tensor | Sequence[Tensor] = block(hidden, **arguments)
+    return (output if isinstance(output, Tensor) else output[0]).float()
 
 
 def observe(

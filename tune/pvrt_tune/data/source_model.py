@@ -7,10 +7,8 @@ own loading code, so that a model never has to fit in memory. Only a GGUF file i
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,15 +28,18 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import cached_file
 
-from pvrt.errors import CheckpointError, SourceError
+from pvrt.errors import SourceError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.folder import is_finite
+from pvrt.hf.model_class import auto_class
 from pvrt.hf.progress_bars import no_progress_bar
+from pvrt.modules.conv1d import conv1d_weights, straighten
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
-from pvrt_tune.data import fp8, gguf_file
+from pvrt_tune.data import gguf_file
+from pvrt_tune.data.fused_experts import taken_apart
+from pvrt_tune.data.locate import FAILURES, locate, one_sentence, reader_of, reason
 from pvrt_tune.data.stored_weights import (
     Assigned,
     StoredWeights,
@@ -47,8 +47,8 @@ from pvrt_tune.data.stored_weights import (
     embeddings_first,
     untied,
 )
+from pvrt_tune.data.transposed import turned
 
-_FAILURES = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
 _FURTHER = re.compile("nextn|mtp")  # in names of settings: layers that predict further tokens
 
 
@@ -58,7 +58,7 @@ class Source:
 
     model: the skeleton, parameters on the meta device (in the model's own floating type) and
     non-persistent buffers real. files: what the digest covers. notes: a line for each thing that
-    the user should know of what was opened.
+    the user should know of what was opened. transposed: weights that files hold transposed.
     """
 
     name: str
@@ -69,11 +69,21 @@ class Source:
     _stored: StoredWeights = field(repr=False)
     _transforms: list[Any] = field(repr=False)
     _assigned: Assigned = field(repr=False)
+    transposed: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:
         """Of config.json and all weight files, or of the .gguf file."""
         return digest_of(self.files)
+
+    @cached_property
+    def _made_of(self) -> dict[str, list[str]]:
+        """Tensors of the model by the key of files that they are made of; most keys have one."""
+        made: dict[str, list[str]] = {}
+        for name, keys in self._assigned.keys.items():
+            for key in keys:
+                made.setdefault(key, []).append(name)
+        return made
 
     def read(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
         """Tensors by their name in the model, in the model's own floating type.
@@ -90,16 +100,17 @@ class Source:
             device_map={"": device},
             weight_mapping=self._transforms,
         )
-        before = {name: _get(self.model, name) for name in names}
+        made = {name for key in keys for name in self._made_of[key]}
+        before = {name: _get(self.model, name) for name in made}
         try:
             with no_progress_bar():
                 convert_and_load_state_dict_in_model(
                     self.model, {key: self._stored.weights[key] for key in keys}, config, None
                 )
             found = {name: _get(self.model, name) for name in names}
-        except _FAILURES as error:
+        except FAILURES as error:
             raise SourceError(
-                f"cannot read {names[0]} from {self.name}: {_reason(error)}"
+                f"cannot read {names[0]} from {self.name}: {reason(error)}"
             ) from error
         finally:
             for name, tensor in before.items():
@@ -202,61 +213,14 @@ def load_skeleton(name: str) -> Any:
         return _gguf_skeleton(path)[0]
     if any((path / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
         return _opened(name, path).model
-    with _one_sentence(path):
+    with one_sentence(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return _skeleton(config, _dtype(config) or torch.bfloat16, path)[0]
 
 
-def locate(name: str, *, weights: bool = True) -> Path:
-    """The folder or .gguf file of a model; of a hub id, what is missing here is downloaded
-    (without weights: config.json only).
-
-    Raises SourceError when there is none, or when it is already quantised.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" or path.is_file():
-        return gguf_file.checked(path)
-    if path.is_dir():
-        gguf = sorted(path.glob("*.gguf"))
-        if not (path / CONFIG_FILE).exists() and len(gguf) == 1:
-            return gguf_file.checked(gguf[0])
-    elif path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise SourceError(f"{name} does not exist; give a model folder, a .gguf file or a hub id")
-    else:
-        path = _download(name, weights)
-    if (path / "adapter_config.json").is_file() and not (path / CONFIG_FILE).exists():
-        raise SourceError(
-            f"{path} is an adapter; merge it into its base model (merge_and_unload of peft) first"
-        )
-    if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
-        raise SourceError(
-            f"{path} has its weights in pytorch_model.bin, which can hold code; save them as "
-            "safetensors (save_pretrained of transformers)"
-        )
-    quantization = read_config(path).get("quantization_config")
-    if quantization and not fp8.reads(quantization):
-        method = quantization.get("quant_method", "unknown")
-        raise SourceError(f"{path} is already quantised ({method}); give the original, dense model")
-    return path
-
-
-def _download(name: str, weights: bool) -> Path:
-    """The snapshot folder of a hub id."""
-    with _one_sentence(name):
-        folder = Path(cached_file(name, CONFIG_FILE)).parent
-        if weights:
-            optional = {"_raise_exceptions_for_missing_entries": False}
-            if cached_file(name, WEIGHTS_FILE, **optional) is None:
-                index = json.loads(Path(cached_file(name, INDEX_FILE)).read_text("utf-8"))
-                for file in sorted(set(index["weight_map"].values())):
-                    cached_file(name, file)
-            cached_file(name, "generation_config.json", **optional)
-    return folder
-
-
 def _open_folder(name: str, folder: Path) -> Source:
     opened = _opened(name, folder)
-    with _one_sentence(folder):
+    with one_sentence(folder):
         tokenizer = AutoTokenizer.from_pretrained(
             folder if Path(name).expanduser().is_dir() else name, trust_remote_code=False
         )
@@ -270,19 +234,25 @@ def _opened(name: str, folder: Path) -> Source:
     files = weight_files(folder)  # names a truncated file before anything is loaded
     quantization = read_config(folder).get("quantization_config")
     notes = []
-    with _one_sentence(folder):
+    with one_sentence(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         stored = StoredWeights.open(files)
         if quantization:
-            stored = fp8.dequantised(stored, quantization)
+            reader = reader_of(quantization)
+            assert reader is not None  # or there would be no place for it
+            stored = reader.dequantised(stored, quantization)
             del config.quantization_config
-            notes.append(f"{name} is published in FP8: its weights are dequantised to bfloat16")
+            kind = reader.NAME
+            notes.append(f"{name} is published in {kind}: its weights are dequantised to bfloat16")
     dtype = _dtype(config) or stored.first_float()
     model, transforms = _skeleton(config, dtype, folder)
+    stored, transforms = taken_apart(model, stored, transforms)
+    transposed = conv1d_weights(model)
+    stored = turned(model, stored, transforms, transposed)
     if untied(model, stored, transforms):
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
-        model, transforms = _skeleton(config, dtype, folder)
+        model, _ = _skeleton(config, dtype, folder)
         notes.append(f"{name} holds an output head of its own, though its config ties it: kept")
         for target in untied(model, stored, transforms):
             kind = type(model).__name__
@@ -291,12 +261,13 @@ def _opened(name: str, folder: Path) -> Source:
     assigned = assign(model, stored, transforms, name)
     notes += _left_out(name, model, assigned.left_out)
     read = (folder / CONFIG_FILE, *files)
-    return Source(name, model, None, read, tuple(notes), stored, transforms, assigned)
+    lines = tuple(notes)
+    return Source(name, model, None, read, lines, stored, transforms, assigned, transposed)
 
 
 def _open_gguf(name: str, file: Path) -> Source:
     model, left_out = _gguf_skeleton(file)
-    with _one_sentence(file), no_progress_bar():
+    with one_sentence(file), no_progress_bar():
         where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
         gguf_file.begin_as_stated(tokenizer, file)
@@ -311,10 +282,11 @@ def _open_gguf(name: str, file: Path) -> Source:
             raise SourceError(f"{file} holds nothing that transformers reads as {missing}")
         model.generation_config = loaded.generation_config
     weights = loaded.state_dict()
-    stored = StoredWeights(weights, dict.fromkeys(weights, file))
+    stored, transposed = StoredWeights(weights, dict.fromkeys(weights, file)), conv1d_weights(model)
+    stored = turned(model, stored, [], transposed)
     assigned = assign(model, stored, [], name)
     notes = tuple(_left_out(name, model, left_out))
-    return Source(name, model, tokenizer, (file,), notes, stored, [], assigned)
+    return Source(name, model, tokenizer, (file,), notes, stored, [], assigned, transposed)
 
 
 def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
@@ -330,7 +302,7 @@ def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _make_gguf_skeleton(file: Path, size: int, changed: int) -> tuple[Any, tuple[str, ...]]:
-    with _one_sentence(file):
+    with one_sentence(file):
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False
         )
@@ -362,12 +334,14 @@ def _left_out(name: str, model: Any, keys: Sequence[str]) -> list[str]:
 def _skeleton(config: Any, dtype: torch.dtype, where: Path) -> tuple[Any, list[Any]]:
     """A model without weights, its experts one by one, and how weights of files become its."""
     config._attn_implementation = None  # of the machine that wrote it
-    with _one_sentence(where):
+    with one_sentence(where):
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            auto = auto_class(config)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         transforms = get_model_conversion_mapping(model)
         if unfuse(model, transforms):
             transforms = without_fusing(transforms)
+        straighten(model)
     return model.eval().requires_grad_(False), transforms
 
 
@@ -387,18 +361,3 @@ def _get(model: nn.Module, name: str) -> Any:
 def _set(model: nn.Module, name: str, tensor: Any) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, tensor)
-
-
-@contextmanager
-def _one_sentence(where: str | Path) -> Iterator[None]:
-    """transformers' many failures become one sentence with its own reason."""
-    try:
-        yield
-    except (SourceError, CheckpointError):
-        raise
-    except _FAILURES as error:
-        raise SourceError(f"cannot load {where}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
