@@ -105,6 +105,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
                        "hidden_size": 128},
     },
     "dots1": {"n_shared_experts": 1},
+    "emu3": {"vocabulary_map": {"<image>": 300, "<|extra_200|>": 301}},
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16},
     "gemma3n_text": {
@@ -198,16 +199,20 @@ def architectures() -> list[str]:
 
 def small_config(name: str) -> Any:
     """The configuration of an architecture at toy size."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     usual, special = CONFIG_MAPPING[name](), SPECIAL.get(name, {})
     settings = {**_small(usual), **special}
     for part in usual.sub_configs:
         inner = getattr(usual, part, None)
-        if inner is not None and special.get(part, {}) is not None:
+        if inner is not None and special.get(part, {}) is not None and hasattr(inner, "to_dict"):
             settings[part] = {**_small(inner), **special.get(part, {})}
-    return AutoConfig.for_model(name, **settings)
+    config = AutoConfig.for_model(name, **settings)
+    # As published: a model that reads images is not stored as its text part.
+    whole = AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    config.architectures = None if whole is None else [whole.__name__]
+    return config
 
 
 def _small(usual: Any) -> dict[str, Any]:

@@ -128,10 +128,29 @@ def _reads_weights(model: Any, blocks: BlockList) -> bool:
     return False
 
 
+def _check_linear(blocks: BlockList) -> None:
+    """Raise SourceError for blocks that have most of their weights in no linear layers."""
+    weights = {
+        name: parameter
+        for name, parameter in blocks.blocks.named_parameters(prefix=blocks.name)
+        if parameter.dim() > 1
+    }
+    others = dict(weights)
+    for name, module in blocks.blocks.named_modules(prefix=blocks.name):
+        if isinstance(module, nn.Linear):
+            others.pop(f"{name}.weight", None)
+    if 2 * sum(p.numel() for p in others.values()) > sum(p.numel() for p in weights.values()):
+        largest = max(others, key=lambda name: others[name].numel())
+        raise SourceError(
+            f"most weights of the blocks are in no linear layers ({largest}, say), and pvrt "
+            "quantises those alone: it would leave nearly all of the model as it is"
+        )
+
+
 def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> list[str]:
     """Names of the linear layers that stay dense, for the scheme's groups do not divide them.
 
-    Raises SourceError when that are most of the weights.
+    Raises SourceError when that are most of the weights, or when most are in no linear layers.
     """
     every = [
         (f"{blocks.prefix(index)}{name}", linear)
@@ -143,6 +162,7 @@ def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> list[str]
         for name, linear in every
         if not scheme.divides(linear.out_features, linear.in_features)
     }
+    _check_linear(blocks)
     weights = sum(linear.weight.numel() for linear in dense.values())
     if 2 * weights > sum(linear.weight.numel() for _, linear in every):
         name, linear = next(iter(dense.items()))
