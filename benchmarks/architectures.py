@@ -180,11 +180,26 @@ def check_finite(model: Any) -> None:
 
 def check_tokens(judge: Any, tokens: list[int]) -> None:
     """Raise Failed unless each token is the best of the judge's logits after those before."""
+    if tokens == generated(judge):  # MiniMax's own cache changes its logits
+        return
     found = logits(judge, [*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
     chosen = found.gather(1, torch.tensor(tokens)[:, None])[:, 0]
     short = float(((found.amax(1) - chosen) / found.std(1)).max())
     if len(tokens) != NEW_TOKENS or not short <= TIE:
         raise Failed(f"tokens are not the decoded model's ({short:.2g} standard deviations off)")
+
+
+def generated(judge: Any) -> list[int] | None:
+    """Greedy tokens of transformers; None where its `generate` does not run the model."""
+    try:
+        judge.generation_config.eos_token_id = None
+        with torch.inference_mode():
+            prompt = torch.tensor([PROMPT])
+            whole = judge.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    except Exception:
+        return None
+    tokens: list[int] = whole[0, len(PROMPT) :].tolist()
+    return tokens
 
 
 def engine_tokens(folder: Path) -> list[int]:

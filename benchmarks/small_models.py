@@ -124,6 +124,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {
         "moe_topk": 2, "moe_intermediate_size": [64, 64], "num_shared_expert": [1, 1],
     },
+    "inkling_text": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 32,
+        "rel_extent": 32, "num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"],
+    },
     "jamba": {
         "num_hidden_layers": 4, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2,
         "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,

@@ -75,6 +75,8 @@ def check_tensors(stored: StoredModel, config: Any) -> dict[str, torch.Size]:
     nothing is checked, where layers are quantised in a way that is not ours, or where transformers
     has no causal language model of the kind. Raises CheckpointError naming file and tensor.
     """
+    from transformers.pytorch_utils import Conv1D
+
     auto = auto_class(config)
     foreign = not stored.layers and stored.config.get("quantization_config")
     if foreign or type(config) not in auto._model_mapping:
@@ -83,9 +85,12 @@ def check_tensors(stored: StoredModel, config: Any) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = read_with(file, auto.from_config, config)
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    turned = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
     found = dict(_stored_shapes(stored))
     known = {name: _name_in(model, shapes, name) for name in found}
     for name, (part, shape) in found.items():
+        if part != name and known[name] in turned:  # a layer in codes is [out, in]
+            shape = shape[::-1]
         if (parameter := known[name]) is not None and shapes[parameter] != shape:
             raise CheckpointError(
                 f"{stored.tensors[part].file}: {part} makes a {_by(shape)} tensor, config.json "

@@ -64,7 +64,7 @@ class ExpertList(nn.Module):
         self._interleaved = not getattr(fused, "is_concatenated", True)
         #: Whether experts without tokens compute as well, so that their weights have gradients.
         self.all_compute = False
-        self._identities: int = getattr(fused, "zero_expert_num", 0)  # numbered after the others
+        self.identities: int = getattr(fused, "zero_expert_num", 0)  # numbered after the others
         rows = [slice(None)] * len(names)
         if gated:
             rows[:2] = slice(0, width), slice(width, None)
@@ -110,7 +110,7 @@ class ExpertList(nn.Module):
         count = len(self._modules)
         used = set(top_k_index.flatten().tolist())
         for index in sorted(used.union(range(count) if self.all_compute else ())):
-            if index >= count + self._identities:  # expert parallelism's mark for "not mine"
+            if index >= count + self.identities:  # expert parallelism's mark for "not mine"
                 continue
             tokens, position = torch.where(top_k_index == index)
             x = hidden_states[tokens]
@@ -161,9 +161,8 @@ def unfuse(model: nn.Module, conversions: Iterable[Any]) -> list[str]:
             continue
         names = published
         if names is None:  # those of the readers that have them apart
-            mixtral = "block_sparse_moe" in name
-            names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-            names = names if hasattr(module, _FIRST[0]) else names[1:]
+            usual = ("gate_proj", "up_proj", "down_proj")
+            names = usual if hasattr(module, _FIRST[0]) else usual[1:]
         model.set_submodule(name, ExpertList(module, names, published is None))
         found.append(name)
     return found

@@ -17,7 +17,7 @@ def test_pages_of_files_are_free(
     files = {"memory.max": limit, "memory.current": "9000\n", "memory.stat": STATUS}
     monkeypatch.setattr(Path, "read_text", lambda self, *_: files[self.name])
     whole = 1 << 40
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("", (), {"available": whole}))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("", (), {"available": whole}))
     assert memory.free_host_bytes() == (whole if free is None else free)
 
 

@@ -160,7 +160,7 @@ def test_fused_experts_are_tuned_load_and_are_decoded(tmp_path: Path, name: str)
     toy_tokenizer().save_pretrained(tmp_path / "dense")
     recipe = replace(QUICK, embeddings="keep", training=None)
     checkpoint = tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), lambda line: None)
-    inside = "mlp.experts.3.up_proj" if name == "gpt_oss" else "block_sparse_moe.experts.3.w3"
+    inside = "mlp.experts.3.up_proj" if name == "gpt_oss" else "block_sparse_moe.experts.3.up_proj"
     assert f"model.layers.1.{inside}" in checkpoint.layers
     assert not any("router" in layer for layer in checkpoint.layers)
     tokens = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))

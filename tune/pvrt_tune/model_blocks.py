@@ -43,14 +43,15 @@ def find_blocks(model: nn.Module) -> BlockList:
     Of a model that reads images as well, of those in its text part. Raises SourceError when the
     model has no list of blocks with linear layers.
     """
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if isinstance(model, PreTrainedModel):
+        text = {id(module) for module in model.get_decoder().modules()}
+        lists = [(name, module) for name, module in lists if id(module) in text] or lists
     best, most = None, 0
-    text = model.get_decoder() if isinstance(model, PreTrainedModel) else model
-    inside = {id(module) for module in text.modules()}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and id(module) in inside:
-            weights = sum(linear.weight.numel() for _, linear in linears(module))
-            if weights > most:
-                best, most = BlockList(name, module), weights
+    for name, module in lists:
+        weights = sum(linear.weight.numel() for _, linear in linears(module))
+        if weights > most:
+            best, most = BlockList(name, module), weights
     if best is None:
         raise SourceError(f"{type(model).__name__} has no list of blocks with linear layers")
     return best
@@ -97,10 +98,10 @@ def check_readers(model: Any, blocks: BlockList, scheme: Scheme | GridScheme) ->
         )
     for index, block in enumerate(blocks.blocks):
         experts = [module for module in block.modules() if isinstance(module, ExpertList)]
-        if any(module.fused_in_files for module in experts):
+        if any(module.fused_in_files or module.identities for module in experts):
             raise SourceError(
-                f"{blocks.prefix(index)} has experts that are stored fused, which transformers "
-                "cannot load from grids; give a --scheme of codebooks"
+                f"{blocks.prefix(index)} has experts that are stored fused or change nothing, "
+                "which transformers cannot load from grids; give a --scheme of codebooks"
             )
         if not scheme.symmetric and experts:
             raise SourceError(

@@ -154,10 +154,7 @@ class TransformersModel:
         if state.cache is None:
             self._disband()
         if self._argument is None:
-            state.cache = (*state.cache, *tokens)
-            output = self.model(
-                input_ids=torch.tensor([state.cache], device=self.device), use_cache=False
-            )
+            output = self._read_anew(state, tokens)
         else:
             output = self.model(
                 input_ids=torch.tensor([tokens], device=self.device),
@@ -165,10 +162,21 @@ class TransformersModel:
                 logits_to_keep=keep,
                 **{self._argument: None if state.cache is _UNREAD else state.cache},
             )
-            state.cache = getattr(output, self._argument)
+            if not hasattr(output, self._argument):  # layers keep states of one sequence alone
+                self._argument = None
+                output = self._read_anew(state, tokens)
+            elif self._makes_cache:
+                state.cache = getattr(output, self._argument)
         state.length += len(tokens)
         logits: Tensor = output.logits[0, -keep:]
         return logits.float()
+
+    def _read_anew(self, state: Sequenced, tokens: Sequence[int]) -> Any:
+        """The model's output for a whole sequence; its tokens are in the place of a cache."""
+        before = state.cache if isinstance(state.cache, tuple) else ()
+        state.cache = (*before, *tokens)
+        whole = torch.tensor([state.cache], device=self.device)
+        return self.model(input_ids=whole, use_cache=False)
 
     def step(
         self, states: Sequence[Sequenced], tokens: Sequence[int], argmax_only: bool = False
