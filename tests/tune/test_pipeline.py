@@ -585,6 +585,22 @@ def test_bad_text_files_are_named(tmp_path: Path, name: str, content: bytes, sen
         calibration_text.from_text(str(tmp_path / name), toy_tokenizer(), Windows(1, 2, seed=0))
 
 
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    tokenizer = toy_tokenizer()
+    tokenizer.add_tokens([f"w{n}w" for n in range(300)])
+    tokenizer.save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("hello w290w there " * 300)
+    sentence = "has token .*, and the model knows 384"
+    with pytest.raises(DataError, match=sentence):
+        job = TuneJob(str(tmp_path / "dense"), tmp_path / "out", QUICK, str(tmp_path / "text.txt"))
+        tune(job, silent)
+    result = CliRunner().invoke(
+        app, ["eval", str(tmp_path / "dense"), "--text", str(tmp_path / "text.txt")]
+    )
+    assert isinstance(result.exception, DataError)
+
+
 def test_missing_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         calibration_text.from_text(str(tmp_path / "a.txt"), toy_tokenizer(), Windows(1, 2, seed=0))

@@ -82,4 +82,7 @@ def one_sentence(where: str | Path) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
+    """What an error of a library says in its first line."""
+    if "trust_remote_code" in str(error):
+        return "it needs Python code of its own, and pvrt runs none that comes with a model"
     return str(error).strip().split("\n")[0] or type(error).__name__
