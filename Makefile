@@ -3,7 +3,10 @@
 # make test-fast     without the tests that start vLLM or take seconds each: training, whole tuning
 #                    runs, kills and resumes, compilers, browsers, Triton's interpreter
 # make check         format, lint, types, and the shape of the sources (benchmarks/structure.py)
-# make fuzz          10,000 mutated checkpoints, from a random seed on (MUTANTS=n)
+# make fuzz          mutants of all that is read, from a random seed on (MUTANTS=n of each kind)
+# make crash         50 kills of runs and 200 full disks, bytes compared
+# make sanitize      the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer
+# make soak          the embedded engine under 64 streams for half an hour
 # make doctor        what is missing or mismatched on this machine
 # make machines      run quickstart and tests, and record them as this machine's row
 # make lock          renew constraints.txt: the newest versions that fit together
@@ -20,7 +23,7 @@ PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-re
 
 MUTANTS ?= 10000
 
-.PHONY: quickstart test test-fast fuzz check doctor machines lock test-newest clean
+.PHONY: quickstart test test-fast fuzz crash sanitize soak check doctor machines lock test-newest clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py
@@ -32,7 +35,17 @@ test-fast: $(VENV)/dev.stamp
 	$(BIN)/$(PYTEST) -m "not slow and not vllm"
 
 fuzz: $(VENV)/dev.stamp
-	PVRT_FUZZ=$(MUTANTS) PVRT_FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest tests/fuzz -n auto -q
+	$(BIN)/python benchmarks/reliability.py fuzz --mutants $(MUTANTS) --first $$(date +%s)
+
+crash: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/reliability.py kills --kills 50
+	$(BIN)/python benchmarks/reliability.py writes --writes 200
+
+sanitize: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/sanitize.py
+
+soak: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/soak.py
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .

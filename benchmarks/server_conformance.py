@@ -13,13 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import clients
 import results
-import server_clients
 import serving
-from server_features import Where
 from tables import renew
 
 KEY = "conformance"
+# In 16 bits two tokens may be the likeliest, and greedy decoding takes either.
+QUIET = ("--served-model-name", "model", "--log-level", "warning", "--dtype", "float32")
 #: Without eager execution vLLM compiles for minutes on a CPU.
 FLAGS: dict[str, list[str]] = {
     "local": [],
@@ -71,14 +72,14 @@ def served(
         yield server
 
 
-def rows(checkpoint: Path, engine: str, clients: Sequence[str]) -> Iterator[dict[str, Any]]:
+def rows(checkpoint: Path, engine: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One row per client and feature on one engine."""
     with (
         with_tools(checkpoint) as folder,
-        served(folder, engine, "--served-model-name", "model", "--log-level", "warning") as server,
+        served(folder, engine, *QUIET) as server,
     ):
-        for client in clients:
-            for row in server_clients.rows(client, Where(server.url, "model", KEY)):
+        for client in names:
+            for row in clients.rows(client, clients.Where(server.url, "model", KEY)):
                 yield {"engine": engine, **row}
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--engines", nargs="+", default=["local", "vllm"], choices=FLAGS)
-    order = list(server_clients.CLIENTS)
+    order = list(clients.CLIENTS)
     parser.add_argument("--only", nargs="+", default=order, choices=order, help="these clients")
     arguments = parser.parse_args()
     stored = [

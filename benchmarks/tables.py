@@ -230,23 +230,24 @@ def _ranks(values: Iterable[float]) -> list[int]:
 def cpu_decode(rows: list[Row]) -> str:
     """One line per model, engine, format and number of threads."""
     return formatted(
-        f"{rows[0]['machine']} | format | bits | threads | tokens/s | first token of 512, s | "
+        f"{rows[0]['machine']} | format | bits | CPU has | threads | tokens/s | prompt tokens/s | "
         "share of bandwidth",
-        "{model}, {engine} | {format} | {bits:.2f} | {threads} | {decode_tokens_per_s:.1f} | "
-        "{ttft_512_s:.2f} | {bandwidth_fraction:.2f}",
-        sorted(rows, key=lambda row: (row["model"], row["threads"])),
+        "{model}, {engine} | {format} | {bits:.2f} | {isa} | {threads} | "
+        "{decode_tokens_per_s:.1f} | {prompt_tokens_per_s:.0f} | {bandwidth_fraction:.2f}",
+        sorted(rows, key=lambda row: (row["model"], row["isa"], row["threads"])),
     )
 
 
 def server_conformance(rows: list[Row]) -> str:
-    """One line per feature, one column per client: the engines that pass."""
+    """One line per feature, one column per client: the engines that pass; – where it has no way to
+    ask."""
     clients, engines = distinct(rows, "client"), distinct(rows, "engine")
 
     def cell(feature: str, client: str) -> str:
         tried = where(rows, feature=feature, client=client)
         passed = [engine for engine in engines if where(tried, engine=engine, **{"pass": True})]
         said = "both" if len(passed) == len(engines) else ", ".join(passed) or "no"
-        return said if tried else ""
+        return said if tried else "–"
 
     names = distinct(rows, "feature")
     return table(("feature", *clients), ([n, *(cell(n, c) for c in clients)] for n in names))

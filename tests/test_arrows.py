@@ -27,7 +27,7 @@ ARROWS = {
         parallel <- randomness <- calibrate
         progress <- settings, data, machine, parallel
         shapes <- data <- model_blocks
-        settings, lock <- store <- run
+        settings, lock, journal <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
         settings, model_blocks <- original <- distil
         model_blocks <- model_calls <- calibrate

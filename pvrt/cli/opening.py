@@ -62,11 +62,9 @@ def open_original(model: str, dtype: Dtype, device: str) -> "Side":
 
 def open_folder(path: Path, dtype: Dtype, device: str) -> "Side":
     """A folder that `pvrt.load` takes. Raises CheckpointError for one that is not sound."""
-    from transformers import AutoTokenizer
-
     import pvrt
     from pvrt.format import grid
-    from pvrt.hf.declared import read_config_of, read_with
+    from pvrt.hf.declared import read_config_of, read_tokenizer
     from pvrt.hf.progress_bars import no_progress_bar
     from pvrt.tools.compare import Side
     from pvrt.tools.held_out import longest_context
@@ -84,7 +82,7 @@ def open_folder(path: Path, dtype: Dtype, device: str) -> "Side":
 
     return Side(
         str(path),
-        read_with(path, AutoTokenizer.from_pretrained, path),
+        read_tokenizer(path),
         load,
         sizes,
         longest_context(read_config_of(stored)),

@@ -30,17 +30,18 @@ def read_with(where: Path, read: Callable[..., _Made], *arguments: Any, **option
     """
     try:
         return read(*arguments, trust_remote_code=False, **options)
-    except (PvrtError, MemoryError, ImportError, torch.OutOfMemoryError):
+    except (PvrtError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # any file may hold anything, and readers check little
         raise CheckpointError(f"{where} cannot be used ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:
-    """What an error says in its first line, or its kind where it says nothing."""
+    """What an error says in its first line (two, if that one ends in a colon), after its kind."""
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, and pvrt runs none that comes with a model"
-    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return f"{type(error).__name__}: {said[:300]}"
 
 
@@ -49,14 +50,35 @@ def read_config_of(stored: StoredModel) -> Any:
     from transformers import AutoConfig
 
     file = stored.path / CONFIG_FILE
-    for name, count in _counts(stored.config):
-        if count > len(stored.tensors):
-            raise CheckpointError(
-                f"{file}: {name} is {count}, and the folder has {len(stored.tensors)} tensors"
-            )
+    check_counts(stored.config, len(stored.tensors), file)
     if (generation := stored.path / "generation_config.json").exists():
         read_json_object(generation)  # transformers goes on without one that it cannot read
     return read_with(file, AutoConfig.from_pretrained, stored.path)
+
+
+def read_tokenizer(where: str | Path, **options: Any) -> Any:
+    """The tokenizer of a model folder (or hub id), tried out: some mistakes only show in use.
+
+    options are those of `AutoTokenizer.from_pretrained`. Raises CheckpointError naming `where`.
+    """
+    from transformers import AutoTokenizer
+
+    def read(**options: Any) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer.decode(tokenizer("a b").input_ids, skip_special_tokens=True)
+        return tokenizer
+
+    return read_with(Path(where), read, **options)
+
+
+def check_counts(config: dict[str, Any], most: int, file: Path) -> None:
+    """Check that a config.json says no more layers than its model can have, `most` of them.
+
+    Raises CheckpointError: transformers would make them without end.
+    """
+    for name, count in _counts(config):
+        if count > most:
+            raise CheckpointError(f"{file}: {name} is {count}; there are at most {most}")
 
 
 def _counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:

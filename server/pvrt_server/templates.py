@@ -3,21 +3,28 @@
 import json
 from pathlib import Path
 
+from pvrt.errors import CheckpointError
+
 
 def chat_template(folder: Path) -> str | None:
     """The template's text, from the file of its own or from tokenizer_config.json; None if none.
-    Of several, that for tools.
+    Of several, that for tools. Raises CheckpointError for a file of its own that is no text.
     """
     for name in ("additional_chat_templates/tool_use.jinja", "chat_template.jinja"):
-        if (folder / name).is_file():
-            return (folder / name).read_text(encoding="utf-8")
+        file = folder / name
+        try:
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read as text: {error}") from error
     for name in ("chat_template.json", "tokenizer_config.json"):
         try:
             said = json.loads((folder / name).read_text(encoding="utf-8")).get("chat_template")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if isinstance(said, list):  # older files hold several under names
-            texts = {entry.get("name"): entry.get("template") for entry in said}
+            entries = [entry for entry in said if isinstance(entry, dict)]
+            texts = {str(entry.get("name")): entry.get("template") for entry in entries}
             said = texts.get("tool_use") or texts.get("default")
         if isinstance(said, str) and said:
             return said

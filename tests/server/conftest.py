@@ -1,7 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +7,7 @@ import pytest
 from pvrt_server.engine.engine import Engine
 from pvrt_server.self_test import Target
 from tests.fixtures.toy import write_toy
-from tests.server.running import PATIENCE, Server, scripted_engine, serving
+from tests.server.running import Server, scripted_engine, serving, vllm_serving
 
 
 @pytest.fixture(scope="session")
@@ -46,32 +42,6 @@ def says(toy: Path) -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def vllm_server(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """vLLM, started by `serve` on the toy checkpoint in float32, with a key. Starts once."""
-    code = (
-        "import sys; from pathlib import Path; from pvrt_server.launch import serve; "
-        "from pvrt_server.options import ServeOptions; "
-        f"sys.exit(serve(Path({str(toy)!r}), ServeOptions(engine='vllm', port=0, "
-        "served_model_name='toy', api_key='secret', dtype='float32', "
-        "extra=('--enforce-eager', '--max-num-seqs', '4'))))"
-    )
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=sink,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
-        assert process.stdout is not None
-        try:
-            line = next((line for line in process.stdout if "is served at" in line), None)
-            if line is None:
-                pytest.fail(log.read_text()[-3000:])
-            yield Target(line.split()[-1].removesuffix("/v1"), "toy", "secret", chat=True)
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.communicate(timeout=PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+    options = {"served_model_name": "toy", "api_key": "secret"}
+    with vllm_serving(toy, tmp_path_factory.mktemp("vllm") / "log", **options) as target:
+        yield target

@@ -1,6 +1,10 @@
 """Servers for tests: on a free port, in a thread, over the toy model or over a script."""
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import openai
+import pytest
 import torch
 import uvicorn
 from torch import Tensor
@@ -26,6 +31,7 @@ from pvrt_server.engine.sequences import Runtime
 from pvrt_server.engine.text import TextCodec
 from pvrt_server.opened import open_model
 from pvrt_server.options import ServeOptions
+from pvrt_server.self_test import Target
 
 #: Seconds that nothing takes, however slow or busy the machine is, unless it hangs.
 PATIENCE = 120
@@ -179,3 +185,38 @@ def serving(engine: Engine, **options: Any) -> Iterator[Server]:
         server.should_exit = True
         thread.join(PATIENCE)
         assert not thread.is_alive()
+
+
+@contextmanager
+def vllm_serving(folder: Path, log: Path, **options: Any) -> Iterator[Target]:
+    """vLLM, started by `serve` on a folder in float32, while the block runs; its stderr
+    goes to log."""
+    given = {"engine": "vllm", "port": 0, "dtype": "float32", **options}
+    extra = ("--enforce-eager", "--max-num-seqs", "4")
+    code = (
+        "import sys; from pathlib import Path; from pvrt_server.launch import serve; "
+        "from pvrt_server.options import ServeOptions; "
+        f"sys.exit(serve(Path({str(folder)!r}), ServeOptions(extra={extra!r}, **{given!r})))"
+    )
+    with log.open("w") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert process.stdout is not None
+        try:
+            line = next((line for line in process.stdout if "is served at" in line), None)
+            if line is None:
+                pytest.fail(log.read_text()[-3000:])
+            name, key = options.get("served_model_name", folder.name), options.get("api_key")
+            yield Target(line.split()[-1].removesuffix("/v1"), name, key, chat=True)
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.communicate(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()

@@ -149,7 +149,7 @@ def test_a_missing_chat_template_and_an_open_door_are_warned_of(
 def test_vllm_gets_our_defaults_and_the_users_flags_last(toy: Path) -> None:
     extra = ("--dtype", "float16")
     found = command(toy, port=8123, served_model_name="m", max_model_len=512, extra=extra)
-    assert found[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert found[:3] == [sys.executable, "-m", "pvrt_server.vllm.server"]
     joined = " ".join(found)
     assert f"--model {toy} --served-model-name m {toy}" in joined
     assert "--host 127.0.0.1 --port 8123" in joined

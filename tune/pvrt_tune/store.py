@@ -28,6 +28,7 @@ from torch import Tensor
 
 from pvrt.errors import RunError
 from pvrt.format.atomic import as_json, replace, sync, try_writing
+from pvrt_tune.journal import are_texts, line_of, read_journal
 from pvrt_tune.lock import LOCK_FILE, hold
 from pvrt_tune.progress import Report
 from pvrt_tune.settings import TuneJob
@@ -36,7 +37,7 @@ from pvrt_tune.settings.files import is_old, renewed
 RUN_FOLDER = ".run"
 FINGERPRINT_FILE = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
-_KEYS = ("event", "name", "sha256", "parts", "report", "versions")  # of an event
+_STAGES = ("finetune", "training", "pv")  # whose settings a recipe holds
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Store:
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
-        self.events = _read_journal(folder / _JOURNAL, repair=writes)
+        self.events = read_journal(folder / _JOURNAL, repair=writes)
 
     @property
     def finished(self) -> bool:
@@ -178,7 +179,7 @@ class Store:
         try:
             if self.writes:
                 with (self.folder / _JOURNAL).open("a", encoding="utf-8") as handle:
-                    handle.write(json.dumps({**event, "check": _check(event)}) + "\n")
+                    handle.write(line_of(event))
                     handle.flush()
                     os.fsync(handle.fileno())
         except OSError as error:
@@ -219,7 +220,7 @@ def choices_of(out: Path) -> dict[str, Any]:
     """
     file = out / RUN_FOLDER / FINGERPRINT_FILE
     recipe = _read_fingerprint(file).get("recipe", {}) if file.is_file() else {}
-    parts = (recipe.get(name) or {} for name in ("finetune", "training", "pv"))
+    parts = (recipe.get(name) or {} for name in _STAGES)
     return {name: value for part in parts for name, value in part.items()}
 
 
@@ -315,17 +316,23 @@ def _go_on(
 def _read_fingerprint(file: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({error}); start again with --restart") from error
-    if not isinstance(stored, dict):
+    recipe = stored.get("recipe", {}) if isinstance(stored, dict) else None
+    if isinstance(recipe, dict) and is_old(recipe):
+        recipe = renewed(recipe)
+    if recipe is None or not (_are_settings(recipe) and are_texts(stored.get("versions", {}))):
         raise RunError(f"{file} is damaged; start again with --restart")
-    recipe = stored.get("recipe")
-    if isinstance(recipe, dict):
-        recipe = renewed(recipe) if is_old(recipe) else recipe
-        if recipe.get("training"):  # what runs did before there was a choice
-            recipe["training"] = {"states": "device", "snapshots": True, **recipe["training"]}
-        stored["recipe"] = recipe
-    return stored
+    if recipe.get("training"):  # what runs did before there was a choice
+        recipe["training"] = {"states": "device", "snapshots": True, **recipe["training"]}
+    return {**stored, "recipe": recipe} if recipe else stored
+
+
+def _are_settings(recipe: Any) -> bool:
+    """Whether a recipe is a mapping, and so are those of its stages that it has."""
+    if not isinstance(recipe, dict):
+        return False
+    return all(isinstance(recipe.get(name) or {}, dict) for name in _STAGES)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -337,39 +344,6 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif before != after:
             found.append(f"{prefix}{key} was {before!r}, now {after!r}")
     return found
-
-
-def _read_journal(file: Path, *, repair: bool) -> list[dict[str, Any]]:
-    """Events up to the first line that a kill cut short or that is not as it was written.
-
-    `repair` removes the rest: what it noted is made again.
-    """
-    events: list[dict[str, Any]] = []
-    if not file.is_file():
-        return events
-    sound, sealed = 0, False  # the first lines of older runs have no checksums
-    for line in file.read_bytes().splitlines(keepends=True):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(event, dict) or not line.endswith(b"\n"):
-            break
-        check = event.pop("check", None)
-        sealed = sealed or check is not None
-        if sealed and check != _check(event):
-            break
-        events.append({key: event[key] for key in event if key in _KEYS})
-        sound += len(line)
-    if repair and sound < file.stat().st_size:  # a new line must not be glued to half a one
-        with file.open("r+b") as handle:
-            handle.truncate(sound)
-    return events
-
-
-def _check(event: Mapping[str, Any]) -> str:
-    """The checksum of a line of the journal."""
-    return hashlib.sha256(json.dumps(event).encode()).hexdigest()[:16]
 
 
 def _sha256(file: Path) -> str:

@@ -4,9 +4,10 @@ The bounds are for inputs in fp32. A result of 16 bits is rounded to its type be
 multiplies 16 and more tokens of bfloat16, so are the decoded weights.
 
 All sums are fp32: an operation rounds by at most 2^-24 of its result. One kernel rounds more.
-avx512-vbmi looks one or two tokens up in tables of 16-bit steps. Tables go in blocks of 16 (or all
+avx512-vbmi looks up to five tokens up in tables of 16-bit steps. Tables go in blocks of 16 (or all
 codebooks of one group, where there are more). A block has one step, the span of its widest table
-over 65535, and each lookup is off by at most half a step. Three tokens and more use fp32 tables.
+over 65535 but at least 2^-126, and each lookup is off by at most half a step. Tokens whose tables
+would overflow, and six tokens and more, use fp32 tables.
 """
 
 import math
@@ -19,6 +20,8 @@ from pvrt_kernels.cpu import library
 from pvrt_kernels.reference import code_rows
 
 _FP32_ROUNDING = 2.0**-24
+_SMALLEST = 2.0**-149  # of fp32
+_SMALLEST_STEP = 2.0**-126  # of tables, as in avx512.c
 _BLOCK_TABLES = 16  # block_groups of cpu.h
 # What fp32 sums of a layer's length lose on random data, as a part of the result's norm.
 FP32_RELATIVE = 2e-6
@@ -48,7 +51,8 @@ def product_bound(
     """The largest error of each output of a packed product, whatever the data; float64 [n, out].
 
     x [n, in] float32; the rest as in `pvrt_kernels.aqlm_linear` with codes of up to 8 bits,
-    codebooks [P, M, 2^B, 1, g]. Holds for every number of tokens; underflow is left out of account.
+    codebooks [P, M, 2^B, 1, g]. Holds for every number of tokens, however small inputs are, and
+    wherever nothing overflows.
     """
     books, group = codebooks.shape[1], codebooks.shape[4]
     block_groups = max(1, _BLOCK_TABLES // books)
@@ -59,6 +63,7 @@ def product_bound(
     sizes = codebooks.double().abs(), torch.ones_like(scales, dtype=torch.float64)
     bound = inputs.abs().flatten(1) @ reference.dequantize(codes, *sizes, partition_sizes).T
     bound *= passes * _FP32_ROUNDING
+    bound += lookups * (group + 3) * _SMALLEST  # what underflows
     # A table's value is rounded to a step. Its way there, and the sum of the block's minima that is
     # added back, pass fp32 values as large as the widest table.
     block_tables = max(books, _BLOCK_TABLES)
@@ -70,6 +75,6 @@ def product_bound(
             spans = (tables.amax(-1) - tables.amin(-1)).amax(-1)  # [n, groups]
             for block in torch.split(spans, block_groups, 1):
                 widest = block.amax(1, keepdim=True)
-                bound[:, rows] += block.shape[1] * books * per_span * widest
-    bound *= scales.double().reshape(-1).abs()
+                bound[:, rows] += block.shape[1] * books * (per_span * widest + _SMALLEST_STEP)
+    bound = bound * scales.double().reshape(-1).abs() + _SMALLEST
     return bound if bias is None else bound + 2 * _FP32_ROUNDING * bias.double().abs()

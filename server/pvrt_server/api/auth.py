@@ -52,7 +52,7 @@ class Auth:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        received = 0
+        received, started = 0, False
         deadline: float | None = asyncio.get_running_loop().time() + self._bounds.request_seconds
 
         async def counting() -> Message:
@@ -71,7 +71,18 @@ class Auth:
                 deadline = None  # what comes now is the client's leaving
             return message
 
-        await self._app(scope, counting, send)
+        async def telling(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, counting, telling)
+        except HTTPException as error:  # of ours, where nothing inside has handlers for it
+            if started:
+                raise
+            body = error_body(str(error.detail), "invalid_request_error", None, None)
+            await JSONResponse(body, error.status_code, error.headers)(scope, receive, send)
 
     def _refusal(self, method: str, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
         host = headers.get(b"host", b"").decode("latin-1").lower()

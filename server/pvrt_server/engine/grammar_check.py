@@ -12,7 +12,7 @@ from functools import lru_cache
 from pvrt_server.errors import BusyError, RequestError
 
 _CPU_SECONDS = 3  # of one grammar; large schemas of tools take half a second
-_SECONDS = 10  # on a machine that is busy
+_SECONDS = 60  # of waiting, on a machine that is busy: no word about the grammar
 _BYTES = 1 << 30
 _LONGEST = 1 << 20
 _AT_ONCE = threading.Semaphore(2)  # threads that wait are not there for anything else
@@ -36,8 +36,8 @@ if not LLMatcher.validate_grammar(grammar):
 
 def check_grammar(grammar: str, field: str) -> None:
     """Raise RequestError, naming `field`, for a grammar (of `LLMatcher.grammar_from_...`) that is
-    too long, takes too long to compile, or lets no answer follow; BusyError while others are
-    checked.
+    too long, takes too many CPU seconds, or lets no answer follow; BusyError where the machine has
+    no time to find out.
     """
     problem = "it is longer than a megabyte" if len(grammar) > _LONGEST else _problem(grammar)
     if problem is not None:
@@ -46,8 +46,9 @@ def check_grammar(grammar: str, field: str) -> None:
 
 @lru_cache(64)
 def _problem(grammar: str) -> str | None:
+    busy = BusyError("other grammars are being checked; try again", _SECONDS)
     if not _AT_ONCE.acquire(timeout=_SECONDS):
-        raise BusyError("other grammars are being checked; try again", _SECONDS)
+        raise busy
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", _CHECK],
@@ -56,7 +57,7 @@ def _problem(grammar: str) -> str | None:
             timeout=_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return "it is too complex"
+        raise busy from None  # and nothing is remembered
     finally:
         _AT_ONCE.release()
     return "it is too complex" if done.returncode else done.stdout.decode().strip() or None

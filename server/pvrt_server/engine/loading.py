@@ -11,7 +11,7 @@ import torch
 import pvrt
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.grid import GridCheckpoint
-from pvrt.hf.declared import read_with
+from pvrt.hf.declared import read_tokenizer
 from pvrt.modules.aqlm_layer import AQLMLayer
 from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
@@ -52,7 +52,7 @@ def load_runtime(opened: OpenedModel, options: ServeOptions, decision: Decision)
     return Runtime(
         model=model,
         codec=codec,
-        eos_ids=_eos_ids(model, codec),
+        eos_ids=eos_ids(model.generation_config.eos_token_id, codec),
         vocabulary=_vocabulary(model.model),
         max_model_len=length,
         prefill_chunk=options.prefill_chunk,
@@ -86,7 +86,10 @@ def _load_model(
             stored.file_bytes() / 1e6,
         )
     if decision.in_c:
-        return CpuModel(model, options.sequences)
+        # What its author published in 16 bits needs no more in prompts.
+        published = stored.config.get("dtype") or stored.config.get("torch_dtype")
+        rounds = options.dtype == "auto" and published in ("bfloat16", "float16")
+        return CpuModel(model, options.sequences, rounds=rounds)
     if model.device.type == "cuda":
         record = cuda_graphs.recorder(model.device)
         return CapturedModel(model, record, decision.cache_tokens // 2)
@@ -108,14 +111,12 @@ def load_codec(folder: Path) -> TextCodec:
     Beside Mistral's tekken.json, transformers would take mistral-common's tokenizer, which knows no
     vocabulary by text. It still writes the conversations of folders without a chat template.
     """
-    from transformers import AutoTokenizer
-
     tekken = (folder / "tekken.json").is_file()
     try:
         options = {"mistral_format": False} if tekken else {}
-        tokenizer = read_with(folder, AutoTokenizer.from_pretrained, folder, **options)
+        tokenizer = read_tokenizer(folder, **options)
         if tekken and not tokenizer.chat_template and find_spec("mistral_common"):
-            mistral = read_with(folder, AutoTokenizer.from_pretrained, folder, mistral_format=True)
+            mistral = read_tokenizer(folder, mistral_format=True)
             return TextCodec(tokenizer, MistralTemplate(mistral))
     except CheckpointError as error:
         raise ServeError(
@@ -133,13 +134,14 @@ def _vocabulary(model: Any) -> int:
     return min(rows, int(model.config.get_text_config().vocab_size))
 
 
-def _eos_ids(model: Any, codec: TextCodec) -> frozenset[int]:
-    ids = model.generation_config.eos_token_id
-    listed = [*(ids if isinstance(ids, list) else [ids]), codec.eos_id]
+def eos_ids(listed: int | list[int] | None, codec: TextCodec) -> frozenset[int]:
+    """Where answers end: at the checkpoint's eos_token_id, the tokenizer's, and the chat template's
+    end of a turn. Warns where only the template knows it."""
+    known = [*(listed if isinstance(listed, list) else [listed]), codec.eos_id]
     turn = codec.end_of_turn
-    if turn is not None and turn not in listed:
+    if turn is not None and turn not in known:
         _log.warning(
             "answers end at %s, as in the chat template: the checkpoint's eos_token_id lacks it",
             codec.token_text(turn),
         )
-    return frozenset(token for token in [*listed, turn] if token is not None)
+    return frozenset(token for token in [*known, turn] if token is not None)

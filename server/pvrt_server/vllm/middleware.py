@@ -8,6 +8,7 @@ comes through the environment. `frontend_environment` writes it, `Frontend` read
 import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,10 +31,10 @@ class Frontend:
     """ASGI middleware for vLLM's server. vLLM alone guards /v1 and leaves the rest open."""
 
     def __init__(self, app: ASGIApp) -> None:
-        given = json.loads(os.environ[_VARIABLE])
+        given = _given()
         page = Page(Envelope(ModelCards(GrammarBudget(app))), given["card"])
         key = os.environ.get(_KEY_VARIABLE) or None
-        guarded = Auth(page, api_key=key, bounds=Bounds(**given["bounds"]))
+        guarded = Auth(page, api_key=key, bounds=bounds())
         self._app = doorway(guarded, given["allowed_origins"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,6 +52,16 @@ def frontend_environment(opened: OpenedModel, options: ServeOptions) -> dict[str
     # The key is no flag of vLLM's: anybody can read those.
     key = {} if options.api_key is None else {_KEY_VARIABLE: options.api_key}
     return {_VARIABLE: json.dumps(given), **key}
+
+
+def bounds() -> Bounds:
+    """What requests must keep to, in the process of vLLM's server."""
+    return Bounds(**_given()["bounds"])
+
+
+def _given() -> dict[str, Any]:
+    given: dict[str, Any] = json.loads(os.environ[_VARIABLE])
+    return given
 
 
 class ModelCards:

@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 from pvrt.errors import ServeError
@@ -18,9 +19,9 @@ from pvrt.vllm_plugin.parent import SERVER_VARIABLE
 from pvrt_server.backend import Decision
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import GRACE_SECONDS, KEEP_ALIVE_SECONDS, ServeOptions
+from pvrt_server.vllm.chat_flags import chat_flags
 from pvrt_server.vllm.middleware import frontend_environment
 from pvrt_server.vllm.startup_errors import TAIL_CHARACTERS, explain
-from pvrt_server.vllm.tool_parser import tool_parser
 
 # vLLM reserves this share of a GPU; more leaves too little for graphs.
 _MOST_OF_A_GPU = 0.92
@@ -38,8 +39,22 @@ def serve_vllm(
     on_ready is called once, in a thread, when the server answers; True ends it. Raises ServeError
     where vLLM ends for a known reason before it was ready.
     """
+    # Kept to the end: a worker that vLLM starts again reads it again.
+    with TemporaryDirectory(prefix="pvrt-") as folder:
+        vllm = decision.machine.vllm or Path()
+        chat = chat_flags(opened, options, vllm, Path(folder))
+        return _serve(opened, options, decision, chat, on_ready)
+
+
+def _serve(
+    opened: OpenedModel,
+    options: ServeOptions,
+    decision: Decision,
+    chat: Sequence[str],
+    on_ready: Callable[[], bool],
+) -> int:
     child = subprocess.Popen(
-        vllm_command(opened, options, decision),
+        vllm_command(opened, options, decision, chat),
         env=vllm_environment(opened, options, decision, os.environ),
         start_new_session=True,
         stdout=subprocess.PIPE,
@@ -62,14 +77,16 @@ def serve_vllm(
     return code
 
 
-def vllm_command(opened: OpenedModel, options: ServeOptions, decision: Decision) -> list[str]:
+def vllm_command(
+    opened: OpenedModel, options: ServeOptions, decision: Decision, chat: Sequence[str] = ()
+) -> list[str]:
     """The command line of vLLM's own server: our defaults, then the user's flags, which win.
+    chat: see `chat_flags`.
 
-    As a module, because the `vllm` script of the CPU package does not start. All flags that are
-    given unasked are known to vLLM 0.30 to 0.33.
+    All flags that are given unasked are known to vLLM 0.30 to 0.33.
     """
     folder, capacity = str(opened.path), decision.capacity
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command = [sys.executable, "-m", "pvrt_server.vllm.server"]
     command += ["--model", folder, "--served-model-name", options.name(opened.path), folder]
     command += ["--host", options.host, "--port", str(options.port), "--dtype", decision.dtype]
     command += ["--uvicorn-log-level", options.log_level]
@@ -88,17 +105,9 @@ def vllm_command(opened: OpenedModel, options: ServeOptions, decision: Decision)
         command += [] if value is None else [flag, str(value)]
     command += ["--sse-keep-alive-interval", f"{options.sse_keep_alive_seconds:g}"]
     command += ["--shutdown-timeout", str(int(GRACE_SECONDS))]
-    command += _tool_flags(opened, options, decision)
+    command += chat
     command += _memory_flags(options, decision)
     return [*command, *options.extra]
-
-
-def _tool_flags(opened: OpenedModel, options: ServeOptions, decision: Decision) -> list[str]:
-    if options.gives("--tool-call-parser"):
-        return []
-    kind = str(opened.stored.config.get("model_type"))
-    parser = tool_parser(opened.chat_template, kind, decision.machine.vllm or Path())
-    return [] if parser is None else ["--enable-auto-tool-choice", "--tool-call-parser", parser]
 
 
 def _memory_flags(options: ServeOptions, decision: Decision) -> list[str]:

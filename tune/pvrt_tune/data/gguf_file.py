@@ -14,6 +14,7 @@ from pvrt.tools.perplexity import beginning
 _BOS = "tokenizer.ggml.add_bos_token"
 _PARTS = "split.count"
 _ARCHITECTURE = "general.architecture"
+_LAYERS = ".block_count"
 _ASKED = (_BOS, _PARTS, _ARCHITECTURE)
 
 
@@ -45,12 +46,11 @@ def _header(path: Path) -> _Header:
     """The header of a file, read again only when the file has changed: a reader takes seconds for
     the vocabulary. Raises SourceError for a damaged file.
     """
-    status = path.stat()
-    return _read_header(path, status.st_size, status.st_mtime_ns)
+    return _read_header(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _read_header(path: Path, size: int, changed: int) -> _Header:
+def _read_header(path: Path, changed: int) -> _Header:
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -59,11 +59,21 @@ def _read_header(path: Path, size: int, changed: int) -> _Header:
         ) from error
     try:
         reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except Exception as error:  # it trusts every number of the file
         raise SourceError(
             f"{path} is damaged or cut short ({error}); copy or download it again"
         ) from error
-    fields = {key: reader.fields[key].contents() for key in _ASKED if key in reader.fields}
+    fields = {
+        key: field.contents()
+        for key, field in reader.fields.items()
+        if key in _ASKED or key.endswith(_LAYERS)
+    }
+    for key, count in fields.items():
+        if key.endswith(_LAYERS) and not 0 < int(count) <= len(reader.tensors):
+            raise SourceError(
+                f"{path}: {key} is {count}, and the file has {len(reader.tensors)} tensors; copy "
+                "or download it again"
+            )
     return _Header(fields, frozenset(tensor.name for tensor in reader.tensors))
 
 

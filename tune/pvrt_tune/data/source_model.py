@@ -6,7 +6,6 @@ own loading code, so that a model never has to fit in memory. Only a GGUF file i
 (in the model's 16-bit type, in host memory) when it is opened.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     GgufConfig,
 )
@@ -33,22 +31,26 @@ from pvrt.errors import SourceError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.folder import is_finite
+from pvrt.hf.declared import check_counts, read_tokenizer
 from pvrt.hf.model_class import auto_class
 from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.modules.conv1d import conv1d_weights, straighten
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
 from pvrt_tune.data import gguf_file
 from pvrt_tune.data.fused_experts import taken_apart
-from pvrt_tune.data.locate import FAILURES, locate, one_sentence, reader_of, reason
+from pvrt_tune.data.locate import locate, reader_of
+from pvrt_tune.data.sentences import one_sentence
 from pvrt_tune.data.stored_weights import (
     Assigned,
     StoredWeights,
     assign,
+    digest_of,
     embeddings_first,
     untied,
 )
 from pvrt_tune.data.transposed import turned
 
+_MOST_LAYERS = 10_000  # of a model of which there is nothing but config.json
 _FURTHER = re.compile("nextn|mtp")  # in names of settings: layers that predict further tokens
 
 
@@ -103,15 +105,11 @@ class Source:
         made = {name for key in keys for name in self._made_of[key]}
         before = {name: _get(self.model, name) for name in made}
         try:
-            with no_progress_bar():
+            with one_sentence(f"{names[0]} from {self.name}"), no_progress_bar():
                 convert_and_load_state_dict_in_model(
                     self.model, {key: self._stored.weights[key] for key in keys}, config, None
                 )
             found = {name: _get(self.model, name) for name in names}
-        except FAILURES as error:
-            raise SourceError(
-                f"cannot read {names[0]} from {self.name}: {reason(error)}"
-            ) from error
         finally:
             for name, tensor in before.items():
                 _set(self.model, name, tensor)
@@ -177,15 +175,6 @@ class Source:
         return model
 
 
-def digest_of(files: Iterable[Path]) -> str:
-    """SHA-256 of what `sha256sum FILES` prints."""
-    lines = ""
-    for file in files:
-        with file.open("rb") as handle:
-            lines += f"{hashlib.file_digest(handle, 'sha256').hexdigest()}  {file.name}\n"
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: str) -> None:
     """Put tensors in the place of a module's parameters, and its buffers on the device."""
     module.load_state_dict(tensors, strict=False, assign=True)
@@ -213,6 +202,7 @@ def load_skeleton(name: str) -> Any:
         return _gguf_skeleton(path)[0]
     if any((path / file).exists() for file in (WEIGHTS_FILE, INDEX_FILE)):
         return _opened(name, path).model
+    check_counts(read_config(path), _MOST_LAYERS, path / CONFIG_FILE)
     with one_sentence(path):
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return _skeleton(config, _dtype(config) or torch.bfloat16, path)[0]
@@ -221,9 +211,7 @@ def load_skeleton(name: str) -> Any:
 def _open_folder(name: str, folder: Path) -> Source:
     opened = _opened(name, folder)
     with one_sentence(folder):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder if Path(name).expanduser().is_dir() else name, trust_remote_code=False
-        )
+        tokenizer = read_tokenizer(folder if Path(name).expanduser().is_dir() else name)
         if (folder / "generation_config.json").is_file():
             opened.model.generation_config = GenerationConfig.from_pretrained(folder)
     return replace(opened, tokenizer=tokenizer)
@@ -232,11 +220,13 @@ def _open_folder(name: str, folder: Path) -> Source:
 def _opened(name: str, folder: Path) -> Source:
     """A folder without its tokenizer: all that headers say is checked."""
     files = weight_files(folder)  # names a truncated file before anything is loaded
-    quantization = read_config(folder).get("quantization_config")
+    said = read_config(folder)
+    quantization = said.get("quantization_config")
     notes = []
     with one_sentence(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         stored = StoredWeights.open(files)
+        check_counts(said, len(stored.weights), folder / CONFIG_FILE)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if quantization:
             reader = reader_of(quantization)
             assert reader is not None  # or there would be no place for it
@@ -255,8 +245,7 @@ def _opened(name: str, folder: Path) -> Source:
         model, _ = _skeleton(config, dtype, folder)
         notes.append(f"{name} holds an output head of its own, though its config ties it: kept")
         for target in untied(model, stored, transforms):
-            kind = type(model).__name__
-            raise SourceError(f"{name} holds another {target} than {kind} ties it to")
+            raise SourceError(f"{name} holds another {target} than its model ties it to")
     stored = embeddings_first(model, stored, transforms)
     assigned = assign(model, stored, transforms, name)
     notes += _left_out(name, model, assigned.left_out)
@@ -268,14 +257,15 @@ def _opened(name: str, folder: Path) -> Source:
 def _open_gguf(name: str, file: Path) -> Source:
     model, left_out = _gguf_skeleton(file)
     with one_sentence(file), no_progress_bar():
-        where = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
+        where = {"gguf_file": file.name, "local_files_only": True}
+        tokenizer = read_tokenizer(file.parent, **where)
         gguf_file.begin_as_stated(tokenizer, file)
         loaded, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.bfloat16,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
+            trust_remote_code=False,
             **where,
         )
         for missing in found["missing_keys"]:
@@ -292,16 +282,15 @@ def _open_gguf(name: str, file: Path) -> Source:
 def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
     """The model of a GGUF file without weights, and the names of tensors that it has no place for.
 
-    Made again only when the file has changed: a plan asks first, then the run. Raises SourceError
-    for a file that lacks some, and for experts, which are stored fused.
+    Made once, for a plan asks before the run. Raises SourceError for a file that lacks some, and
+    for experts, which are stored fused.
     """
-    status = file.stat()
-    model, left_out = _make_gguf_skeleton(file, status.st_size, status.st_mtime_ns)
+    model, left_out = _make_gguf_skeleton(file, file.stat().st_mtime_ns)
     return deepcopy(model), left_out
 
 
 @lru_cache(maxsize=1)
-def _make_gguf_skeleton(file: Path, size: int, changed: int) -> tuple[Any, tuple[str, ...]]:
+def _make_gguf_skeleton(file: Path, changed: int) -> tuple[Any, tuple[str, ...]]:
     with one_sentence(file):
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False

@@ -36,6 +36,7 @@ Ramp = Annotated[float, Field(strict=True, ge=0, le=1)]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 
+_LONGEST = 500  # characters of a value in a sentence
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
@@ -64,29 +65,39 @@ def settings(cls: type[T]) -> type[T]:
 def _sentence(cls: Any, error: ValidationError) -> str:
     """The first of the mistakes."""
     mistake = error.errors(include_url=False)[0]
-    kind, value = mistake["type"], mistake["input"]
+    kind, value = mistake["type"], _shown(mistake["input"])
     path: list[Any] = list(mistake["loc"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         owner, known = ".".join(map(str, path[:-1])), list(_hints(cls, path[:-1]))
         near = get_close_matches(str(path[-1]), known, 1)
         advice = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
-        return f"{f'{owner} has' if owner else 'there is'} no setting {path[-1]}; {advice}"
+        has = f"{owner} has" if owner else "there is"
+        return f"{has} no setting {str(path[-1])[:_LONGEST]}; {advice}"
     if kind in ("missing", "too_long", "too_short", "tuple_type"):
         path = [part for part in path if isinstance(part, str)]
         count = len(get_args(_hints(cls, path[:-1])[str(path[-1])]))
-        return f"{'.'.join(path)} takes {count} numbers, not {value!r}"
+        return f"{'.'.join(path)} takes {count} numbers, not {value}"
     name = ".".join(map(str, path))
     if kind == "dataclass_type":
-        return f"{name} takes settings of its own, not {value!r}"
+        return f"{name} takes settings of its own, not {value}"
     if kind.endswith("_type"):
         wanted = kind.removesuffix("_type").replace("string", "str")
-        return f"{name} takes a value of type {wanted}, not {value!r}"
+        return f"{name} takes a value of type {wanted}, not {value}"
     if kind == "value_error":
-        return f"{name}: {mistake['ctx']['error']}"
+        return f"{name}: {str(mistake['ctx']['error'])[:_LONGEST]}"
     if kind == "literal_error":
-        return f"{name} is {value!r}; it can be {mistake['ctx']['expected']}"
+        return f"{name} is {value}; it can be {mistake['ctx']['expected']}"
     finite = " and finite" if kind == "finite_number" else ""
-    return f"{name} is {value!r}; it must be {_range(cls, path)}{finite}"
+    return f"{name} is {value}; it must be {_range(cls, path)}{finite}"
+
+
+def _shown(value: Any) -> str:
+    """A value for people, who need not see all of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number without end"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _hints(cls: Any, path: list[Any]) -> dict[str, Any]:

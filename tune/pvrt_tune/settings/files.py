@@ -26,7 +26,7 @@ def from_file(path: Path, base: Recipe, report: Report = print) -> Recipe:
         content = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise RunError(f"cannot read {path} ({error.strerror}); give another --config") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a month 13, and deep lists
         raise RunError(
             f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}"
         ) from error

@@ -145,9 +145,12 @@ static void build8(const float *books, const float *x, int groups, int group, in
             }
 }
 
-/* Four codes sit in 16-bit fields of a word, already multiplied by the 32 bytes of an entry. */
+/* Four codes sit in 16-bit fields of a word, already multiplied by the 32 bytes of an entry. The
+ * "m" tells the compiler what is read. */
 #define ADD8(acc, offsets)                                                                         \
-    __asm__("vaddps (%1,%2), %0, %0" : "+x"(acc) : "r"(t), "r"((uint64_t)(uint16_t)(offsets)))
+    __asm__("vaddps (%1,%2), %0, %0"                                                               \
+            : "+x"(acc)                                                                            \
+            : "r"(t), "r"((uint64_t)(uint16_t)(offsets)), "m"(*(const float(*)[ENTRIES * LANES])t))
 
 static void lookup8(const uint8_t *codes, const uint8_t *next, const float *t8, int tables,
                     float *acc) {
@@ -233,7 +236,8 @@ static inline __attribute__((always_inline)) void rows4(
 #define FMA8(acc, xs, offsets, base)                                                               \
     __asm__("vfmadd231ps (%1,%2), %3, %0"                                                          \
             : "+x"(acc)                                                                            \
-            : "r"(base), "r"((uint64_t)(uint16_t)(offsets)), "x"(xs))
+            : "r"(base), "r"((uint64_t)(uint16_t)(offsets)), "x"(xs),                              \
+              "m"(*(const float(*)[ENTRIES * 8])(base)))
 
 static void rows4_2x8(const plain_weight *w, const float *books, const float *x, int64_t row,
                       float *y) {
@@ -312,6 +316,7 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
 
 #define MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
 #include "attention.h"
+#include "tiles.h"
 
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
@@ -371,6 +376,6 @@ static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
     return sum;
 }
 
-const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, 0, build, lookup, build8, lookup8, direct,
-                      decode, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
+const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, 0, 2, build, lookup, build8, lookup8, direct,
+                      decode, decode_tile, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
 #endif

@@ -29,6 +29,7 @@ static inline void table16(const float *book, const float *x, int group, __m512 
  * that is table_rounding. Sums of steps are exact. Rough tables are the same with one plane. */
 #define STEPS 65535.0f
 #define ROUGH_STEPS 255.0f
+#define SMALLEST_STEP 0x1p-126f /* its inverse is a number, and so is it */
 static inline __attribute__((always_inline)) void quantised(
     const float *books, const float *x, int groups, int group, int count, void *t, int planes) {
     float least[256], widest = 0, sum = 0; /* a block has at most 16 tables, or books (<= 64) */
@@ -45,7 +46,7 @@ static inline __attribute__((always_inline)) void quantised(
             least[k] = from, sum += from;
             if (to - from > widest) widest = to - from;
         }
-    const float scale = widest > 0 ? widest / steps : 1.0f;
+    const float step = widest / steps, scale = step > SMALLEST_STEP ? step : SMALLEST_STEP;
     const __m512 inverse = _mm512_set1_ps(1.0f / scale);
     uint8_t *out = t;
     x = block;
@@ -158,6 +159,11 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
     isa_avx2.decode(w, books, scale, y);
 }
 
+static void decode_tile(const uint8_t *codes, const float *books, int count, int group, int groups,
+                        int rows, const float *scales, void *y, size_t stride, int half) {
+    isa_avx2.decode_tile(codes, books, count, group, groups, rows, scales, y, stride, half);
+}
+
 static void attend(const float *queries, int64_t heads, const float *keys, const float *values,
                    int64_t count, int64_t dim, float scale, float *weights, float *y) {
     isa_avx2.attend(queries, heads, keys, values, count, dim, scale, weights, y);
@@ -180,7 +186,7 @@ static void gate(const float *x, const float *values, float *y, int64_t n) {
     isa_avx2.gate(x, values, y, n);
 }
 
-const isa isa_vbmi = {"avx512-vbmi", 2 * ENTRIES, 8, 0.5 / STEPS, build, lookup, build8, lookup8,
-                      direct, decode, attend, dot, dot_bytes, dot4, gate, build_rough,
+const isa isa_vbmi = {"avx512-vbmi", 2 * ENTRIES, 8, 0.5 / STEPS, 5, build, lookup, build8,
+                      lookup8, direct, decode, decode_tile, attend, dot, dot_bytes, dot4, gate, build_rough,
                       lookup_rough};
 #endif

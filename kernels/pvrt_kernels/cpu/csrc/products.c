@@ -92,6 +92,13 @@ static inline float finish(const product *io, float sum, int64_t i, float there)
 
 #define AHEAD 16 /* tiles between what is looked up and what is prefetched */
 
+/* Whether a block's tables of steps hold what they were made of: not infinity, nor what is near. */
+static int held(const char *scale_and_sum) {
+    float ends[2];
+    memcpy(ends, scale_and_sum, sizeof ends);
+    return fabsf(ends[0]) < INFINITY && fabsf(ends[1]) < INFINITY;
+}
+
 /* Tiles [first, last) of one token or of up to eight: visits every partition that has tiles there.
  * With rough tables (lanes 0, one token), returns how far a sum may be off. */
 static float tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_t token, int lanes) {
@@ -140,10 +147,15 @@ static float tiles_of(const tiled_job *work, int64_t first, int64_t last, int64_
                     memcpy(ends, room + ENTRIES * lookups, sizeof ends);
                     off += 0.5f * ends[0] * lookups;
                     size += fabsf(ends[1]) + 256 * ends[0] * lookups;
-                } else if (lanes == 1)
+                } else if (lanes == 1) {
                     kernels->build(books, x + (j + done) * w->group, now, (int)w->group,
                                    (int)w->books, room);
-                else
+                    if (extra && !held(room + table * lookups)) { /* fp32 tables do, from here on */
+                        tiled_job alone = *work;
+                        alone.product.tokens = token + 1;
+                        return tiles_of(&alone, from, last, token, LANES);
+                    }
+                } else
                     kernels->build8(books, x8 + (j + done) * w->group * LANES, now, (int)w->group,
                                     (int)w->books, (float *)room);
                 for (int64_t k = 0; k < to - from; k++) {
@@ -197,8 +209,7 @@ void tiled_part(const job *job, int64_t index) {
     const int64_t chunk = index / work->splits, split = index % work->splits;
     const int64_t tokens = work->product.tokens, group = work->weight->group;
     int64_t token = chunk * LANES;
-    /* A table for eight costs about three for one. */
-    const int eight = tokens - token > 2;
+    const int eight = tokens - token > kernels->few;
     const int64_t build = eight ? 2 * group : group / 2; /* measured */
     const int64_t from = cut_tiles(work->weight, split, work->splits, build);
     const int64_t to = cut_tiles(work->weight, split + 1, work->splits, build);
@@ -240,12 +251,22 @@ API void pvrt_tiled_linear(const tiled_weight *w, const float *x, const float *b
     run(&work.job, threads);
 }
 
+/* The first row of a share: in its part of the weight a multiple of four, because rows go in fours,
+ * which sum in another order than those left over. Nothing depends on the number of shares. */
+static int64_t cut_rows(const plain_weight *w, int64_t out, int64_t index, int64_t shares) {
+    const int64_t at = share(out, index, shares);
+    int64_t row = 0;
+    for (int64_t p = 0; p < w->parts && at < out; row += w->rows[p], p++)
+        if (at < row + w->rows[p]) return row + (at - row) / 4 * 4;
+    return out;
+}
+
 void plain_part(const job *job, int64_t index) {
     const plain_job *work = (const plain_job *)job;
     const plain_weight *w = work->weight;
     const product *io = &work->product;
-    const int64_t first = share(io->out, index, job->parts);
-    const int64_t stop = share(io->out, index + 1, job->parts);
+    const int64_t first = cut_rows(w, io->out, index, job->parts);
+    const int64_t stop = cut_rows(w, io->out, index + 1, job->parts);
     plain_weight local = *w;
     const size_t width = w->dtype == F32 ? 4 : 2;
     const int64_t entries = w->books * w->size * w->group;
