@@ -1,148 +1,58 @@
-"""Every decoder of transformers at toy size: does plan take it, is it tuned, does it load and run?
+"""Every decoder of transformers at toy size: is it planned, tuned, loaded and served?
 
-    python benchmarks/architectures.py [NAME ...]
+    python benchmarks/architectures.py [NAME ...] [--no-vllm]
 
-Random weights, real configuration classes, one process each. Results go to
-benchmarks/results/architectures.json, line by line; architectures that are there are left out
-unless they are named. What cannot be made small by itself has its settings in SPECIAL.
+Random weights, real configuration classes, one process each (small_models.py). A row of
+benchmarks/results/architectures.json says of an architecture:
+
+plan: takes, or refused in one sentence before anything is spent. tune: in codes, scheme 2x8g8.
+load_equal: in transformers, logits of codes are the decoded ones'. engine: greedy tokens of the
+embedded engine are the decoded model's. vllm: so are vLLM's on a CPU; empty where vLLM has no code
+of this architecture, or does not run the original on a CPU. grid: a scalar grid is tuned and
+loaded, or plan refuses it in one sentence. message: the sentences.
+
+Architectures that are recorded are left out unless they are named, so it can be stopped any time.
 """
 
+import argparse
 import importlib
 import json
 import multiprocessing
-import sys
+import os
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import results
 import torch
+from small_models import architectures, small_model
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the tests' fixtures
+from pvrt.errors import PvrtError
+from tests.fixtures.toy import toy_tokenizer
+from tests.fixtures.vllm_generate import ENVIRONMENT
 
-from tests.fixtures.decoders import DECODERS, REFUSED  # noqa: E402
-from tests.fixtures.toy import EXPERTS, VOCABULARY, random_model, toy_tokenizer  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
-SECONDS = 240
-#: Small values for what configurations call by these names, where they have them.
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "kv_channels": 16,
-    "attention_head_dim": 16,
-    "max_position_embeddings": 256,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "sliding_window": 16,
-    "layer_types": None,
-    "ffn_dim": 128,
-    "word_embed_proj_dim": 64,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 257,
-}
-SPECIAL: dict[str, dict[str, Any]] = {**EXPERTS, **DECODERS, **REFUSED}
-#: Encoders, and decoders of encoders, that transformers lists as language models as well.
-NO_DECODERS = frozenset(
-    [
-        "bart",
-        "bert",
-        "bert-generation",
-        "big_bird",
-        "bigbird_pegasus",
-        "blenderbot",
-        "blenderbot-small",
-        "camembert",
-        "cpmant",
-        "data2vec-text",
-        "electra",
-        "ernie",
-        "marian",
-        "mbart",
-        "megatron-bert",
-        "moshi",
-        "musicgen",
-        "musicgen_melody",
-        "mvp",
-        "pegasus",
-        "plbart",
-        "prophetnet",
-        "reformer",
-        "rembert",
-        "roberta",
-        "roberta-prelayernorm",
-        "roc_bert",
-        "roformer",
-        "trocr",
-        "whisper",
-        "xlm",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "xlnet",
-        "xmod",
-    ]
-)
+NAME = "architectures"
+SECONDS = 300
+STEPS = ("plan", "tune", "load_equal", "engine", "vllm", "grid")
+PROMPT = [256, *range(40, 60)]
+NEW_TOKENS = 8
+#: Distance to the highest logit, in standard deviations of the logits, that is a tie: packed
+#: products round what they multiply. A random token lacks about 3.
+TIE = 0.1
+Note = Callable[[str, Any], None]
 
 
-def architectures() -> list[str]:
-    """Model types of all decoders that transformers knows."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in NO_DECODERS]
+class Failed(Exception):
+    """A result that is there and wrong; its text says how."""
 
 
-def small_model(name: str) -> Any:
-    """A random model of an architecture."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if name in SPECIAL:
-        return random_model(AutoConfig.for_model(name, **{**_common(name), **SPECIAL[name]}))
-    usual = CONFIG_MAPPING[name]()
-    names = {**usual.to_dict(), **getattr(usual, "attribute_map", {})}
-    parts = ("text_config", "vision_config", "audio_config")
-    settings = {key: value for key, value in SMALL.items() if key in names}
-    for part in parts:
-        inner = getattr(usual, part, None)
-        if inner is not None:
-            own = inner.to_dict()
-            settings[part] = {key: value for key, value in SMALL.items() if key in own}
-    return random_model(AutoConfig.for_model(name, **settings))
-
-
-def _common(name: str) -> dict[str, Any]:
-    if name not in EXPERTS:
-        return {}
-    known = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-    return {key: SMALL[key] for key in (*known, "num_attention_heads", "num_key_value_heads")}
-
-
-def one(name: str, note: Any) -> None:
-    """Try an architecture; `note(key, value)` gets what comes out, step by step."""
+def one(name: str, note: Note, vllm: bool) -> None:
+    """Try an architecture; `note(step, value)` gets what comes out, step by step."""
     import pvrt
-    from pvrt.cli.bench import engine_speed
-    from pvrt.cli.shared import Dtype
-    from pvrt.errors import PvrtError
     from pvrt_tune.pipeline import tune
     from pvrt_tune.plan.on_machine import plan_here
     from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TuneJob
@@ -156,101 +66,245 @@ def one(name: str, note: Any) -> None:
         finetune=FinetuneSettings(epochs=1),
         training=None,
     )
-    tokens = torch.arange(24)[None] % 200
-
-    def logits(model: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            found: torch.Tensor = model(tokens, use_cache=False).logits.float()
-        return found
-
     with TemporaryDirectory() as folder:
-        root, step = Path(folder), "model"
-        try:
+        root = Path(folder)
+
+        def job(scheme: str) -> TuneJob:
+            made, text = replace(recipe, scheme=scheme), str(root / "text.txt")
+            return TuneJob(str(root / "dense"), root / scheme, made, text, "cpu")
+
+        with step("model", note, root) as done:
             small_model(name).save_pretrained(root / "dense")
             toy_tokenizer().save_pretrained(root / "dense")
             (root / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-
-            def job(scheme: str) -> TuneJob:
-                made = replace(recipe, scheme=scheme)
-                text = str(root / "text.txt")
-                return TuneJob(str(root / "dense"), root / scheme, made, text, "cpu")
-
-            step = "plan"
+        if not done:
+            return
+        with step("plan", note, root) as planned:
             plan_here(job("2x8g8"))
-            note(step, "takes")
-            step = "tune"
+            note("plan", "takes")
+        if not planned:
+            return
+        with step("tune", note, root) as tuned:
+            check_blocks(root / "dense")
             tune(job("2x8g8"), lambda line: None)
-            note(step, True)
-            step = "load_equal"
-            wanted = logits(pvrt.load(root / "2x8g8", dense=True, dtype=torch.float32))
-            gap = logits(pvrt.load(root / "2x8g8", dtype=torch.float32)) - wanted
-            note(step, bool(gap.abs().max() < 1e-3 * wanted.abs().max()))
-            step = "grid"
-            try:
-                plan_here(job("w4g16s"))
-            except PvrtError as error:
-                note(step, f"refused: {error}")
-            else:
-                tune(job("w4g16s"), lambda line: None)
-                wanted = logits(pvrt.load(root / "w4g16s", dtype=torch.float32))
-                note(step, bool(torch.isfinite(wanted).all()))
-            step = "engine"
-            engine_speed(root / "2x8g8", Dtype.auto, 8, 8, 1)
-            note(step, True)
-        except PvrtError as error:
-            note(step, "refused")
-            note("message", " ".join(str(error).replace(str(root), "").split()))
-        except Exception as error:
-            note(step, False)
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            note("message", f"{type(error).__name__} in {at.name}: {error}".split("\n")[0][:300])
+            note("tune", True)
+        if not tuned:
+            return
+        judge = None
+        with step("load_equal", note, root):
+            judge = pvrt.load(root / "2x8g8", dense=True, dtype=torch.float32)
+            wanted = logits(judge, PROMPT)
+            gap = logits(pvrt.load(root / "2x8g8", dtype=torch.float32), PROMPT) - wanted
+            if not gap.abs().max() < 1e-3 * wanted.abs().max():
+                raise Failed(f"logits differ by {gap.abs().max() / wanted.abs().max():.2g}")
+            note("load_equal", True)
+        with step("grid", note, root):
+            plan_here(job("w4g16s"))
+            tune(job("w4g16s"), lambda line: None)
+            check_finite(pvrt.load(root / "w4g16s", dtype=torch.float32))
+            note("grid", True)
+        if judge is None:
+            return
+        with step("engine", note, root):
+            check_tokens(judge, engine_tokens(root / "2x8g8"))
+            note("engine", True)
+        if vllm and in_vllm(judge):
+            with step("vllm", note, root):
+                tokens = vllm_tokens(root / "2x8g8", root / "dense", note)
+                if tokens is not None:
+                    check_tokens(judge, tokens)
+                    note("vllm", True)
 
 
-def _child(name: str, pipe: Any) -> None:
-    one(name, lambda key, value: pipe.send((key, value)))
+@contextmanager
+def step(name: str, note: Note, root: Path) -> Iterator[list[bool]]:
+    """A step whose failure ends itself only; yields what is empty unless it went through."""
+    went: list[bool] = [True]
+    try:
+        yield went
+    except PvrtError as error:
+        went.clear()
+        note(name, "refused")
+        note("message", f"{name}: " + " ".join(str(error).replace(f"{root}/", "").split()))
+    except Failed as error:
+        went.clear()
+        note(name, False)
+        note("message", f"{name}: {error}")
+    except Exception as error:
+        went.clear()
+        note(name, False)
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{Path(frame.filename).name}:{frame.lineno}"
+        first = str(error).strip().split("\n")[0]
+        note("message", f"{name}: {type(error).__name__} at {at}: {first}"[:300])
+        if os.environ.get("TRACE"):
+            traceback.print_exc()
+
+
+def logits(model: Any, tokens: list[int]) -> torch.Tensor:
+    """[length, vocabulary] of one row of tokens."""
+    with torch.inference_mode():
+        found: torch.Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+    return found
+
+
+def check_blocks(folder: Path) -> None:
+    """Raise Failed unless the blocks of a model, one after the other, compute what it does."""
+    from pvrt_tune.data.activations import Activations, in_memory
+    from pvrt_tune.data.source_model import load_source
+    from pvrt_tune.model_blocks import find_blocks, run_block
+    from pvrt_tune.model_calls import record_inputs, run_head
+
+    model = load_source(str(folder)).dense(torch.float32)
+    blocks = find_blocks(model)
+    tokens = torch.tensor([PROMPT, PROMPT[::-1]])
+    width = model.get_input_embeddings().weight.shape[1]
+    hidden = Activations(in_memory((*tokens.shape, width)), 1, "cpu")
+    with torch.no_grad():
+        arguments = record_inputs(model, blocks, tokens, 1, hidden)
+        for block, own in zip(blocks.blocks, arguments, strict=True):
+            for number, states in enumerate(hidden):
+                hidden[number] = run_block(block, states, own[number])
+        found = torch.cat(
+            [run_head(model, blocks, tokens[n : n + 1], states) for n, states in enumerate(hidden)]
+        )
+        wanted = model(tokens, use_cache=False).logits
+    if not (found - wanted).abs().max() < 1e-4 * wanted.abs().max():
+        raise Failed("the blocks, one after the other, do not compute what the model does")
+
+
+def check_finite(model: Any) -> None:
+    """Raise Failed for logits that are not finite."""
+    if not torch.isfinite(logits(model, PROMPT)).all():
+        raise Failed("logits are not finite")
+
+
+def check_tokens(judge: Any, tokens: list[int]) -> None:
+    """Raise Failed unless each token is the best of the judge's logits after those before."""
+    if tokens == generated(judge):  # MiniMax's own cache changes its logits
+        return
+    found = logits(judge, [*PROMPT, *tokens])[len(PROMPT) - 1 : -1]
+    chosen = found.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    short = float(((found.amax(1) - chosen) / found.std(1)).max())
+    if len(tokens) != NEW_TOKENS or not short <= TIE:
+        raise Failed(f"tokens are not the decoded model's ({short:.2g} standard deviations off)")
+
+
+def generated(judge: Any) -> list[int] | None:
+    """Greedy tokens of transformers; None where its `generate` does not run the model."""
+    try:
+        judge.generation_config.eos_token_id = None
+        with torch.inference_mode():
+            prompt = torch.tensor([PROMPT])
+            whole = judge.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+    except Exception:
+        return None
+    tokens: list[int] = whole[0, len(PROMPT) :].tolist()
+    return tokens
+
+
+def engine_tokens(folder: Path) -> list[int]:
+    """Greedy tokens of the embedded engine in float32."""
+    from pvrt_server.engine.engine import Engine
+    from pvrt_server.engine.sampling import SamplingParams
+    from pvrt_server.engine.sequences import TokenEvent
+    from pvrt_server.options import ServeOptions
+
+    params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    # Those without positions name no longest context.
+    options = ServeOptions.model_validate({"dtype": "float32", "max_model_len": 128})
+    with Engine.load(folder, options) as engine:
+        events = engine.generate(PROMPT, params)
+        return [event.token_id for event in events if isinstance(event, TokenEvent)]
+
+
+def in_vllm(model: Any) -> bool:
+    """Whether vLLM has code of its own for a model's class."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    return type(model).__name__ in ModelRegistry.get_supported_archs()
+
+
+def vllm_tokens(folder: Path, original: Path, note: Note) -> list[int] | None:
+    """Greedy tokens of vLLM in float32; None where it does not run the original here either."""
+    from tests.fixtures.vllm_generate import _generate
+
+    def answer(path: Path) -> dict[str, Any]:
+        job = {"folder": str(path), "packed": None, "engine": {"gpu_memory_utilization": 0.05},
+               "prompts": None, "rounds": 1, "lora": None}  # fmt: skip
+        return _generate(job, [PROMPT], NEW_TOKENS, 1)
+
+    found = answer(folder)
+    if "error" not in found:
+        tokens: list[int] = found["tokens"][0]
+        return tokens
+    if "error" in answer(original):
+        note("message", f"vllm does not run the original on a CPU: {found['error'][:160]}")
+        return None
+    raise Failed(found["error"].split("\n")[0][:300])
+
+
+def _child(name: str, pipe: Any, vllm: bool) -> None:
+    if not os.environ.get("TRACE"):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+    one(name, lambda key, value: pipe.send((key, value)), vllm)
     pipe.close()
+    os._exit(0)  # vLLM's threads do not end
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, vllm: bool) -> dict[str, Any]:
     """One architecture in a process of its own, which may die or hang."""
-    row: dict[str, Any] = {"architecture": name}
-    row |= dict.fromkeys(("plan", "tune", "load_equal", "engine", "vllm", "grid"))
-    row["message"] = ""
+    row: dict[str, Any] = {"architecture": name, **dict.fromkeys(STEPS)}
+    messages: list[str] = []
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(name, theirs))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_child, args=(name, theirs, vllm))
     process.start()
     theirs.close()
     process.join(SECONDS)
     if process.is_alive():
         process.kill()
-        row["message"] = f"not done after {SECONDS} s"
+        messages.append(f"not done after {SECONDS} s")
     try:
         while ours.poll():
             key, value = ours.recv()
-            row[key] = value
+            if key == "message":
+                messages.append(value)
+            else:
+                row[key] = value
     except EOFError:
         pass
-    return row
+    return {**row, "message": "; ".join(messages)}
 
 
 def main() -> None:
     """Run what is named, or what is not recorded yet."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--no-vllm", action="store_true")
+    arguments = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
     # Here, for children then have them: imports take longer than a toy model.
-    for module in ("pvrt.cli.bench", "pvrt_server.engine.engine", "pvrt_tune.pipeline"):
+    modules = ["pvrt_server.engine.engine", "pvrt_tune.pipeline", "compressed_tensors"]
+    if not arguments.no_vllm:
+        modules.append("vllm.entrypoints.llm")
+    for module in modules:
         importlib.import_module(module)
     import transformers
 
+    from pvrt_tune.plan import speed
+
     torch.set_num_threads(1)
+    speed.measure("cpu")
     transformers.logging.set_verbosity_error()
-    rows = {}
-    if RESULTS.exists():
-        rows = {row["architecture"]: row for row in json.loads(RESULTS.read_text())}
-    wanted = sys.argv[1:] or [name for name in architectures() if name not in rows]
-    for name in wanted:
-        rows[name] = run(name)
-        print(json.dumps(rows[name]), flush=True)
-        ordered = [rows[key] for key in sorted(rows)]
-        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
+    recorded = {row["architecture"] for row in results.load(NAME)}
+    for name in arguments.names or [name for name in architectures() if name not in recorded]:
+        row = run(name, not arguments.no_vllm)
+        print(json.dumps(row), flush=True)
+        rows = results.renewed(results.load(NAME), [row], "architecture")
+        results.store(NAME, sorted(rows, key=lambda row: str(row["architecture"])))
 
 
 if __name__ == "__main__":

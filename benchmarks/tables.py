@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import correlation, median
 from typing import Any
 
+import architecture_tables
 import gpu_tables
 import reliability_tables
 import tuning_tables
@@ -332,6 +333,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "allocation": allocation,
     "allocation:sensitivity": sensitivity,
     "pareto": pareto,
+    "architectures": architecture_tables.architectures,
     "plan": tuning_tables.plan,
     "fits": tuning_tables.fits,
     "pv_strategies": pv_strategies,

@@ -39,8 +39,15 @@ def _register_with_transformers() -> None:
     register()
 
 
+def _register_with_peft() -> None:
+    from pvrt.hf.peft import register
+
+    register()
+
+
 # The quantizer table is complete only once modeling_utils is: its imports go round in a circle.
 when_imported("transformers.modeling_utils", _register_with_transformers)
+when_imported("peft.tuners.lora.model", _register_with_peft)
 
 
 def load(

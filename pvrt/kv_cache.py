@@ -55,7 +55,7 @@ def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
     heads = getattr(text, "num_attention_heads", None)
     if heads is None:  # no attention at all
         return CacheShape(((0, None),) * count, longest)
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    width = _widest_head(text) or text.hidden_size // heads
     per_token = 2 * (getattr(text, "num_key_value_heads", None) or heads) * width * itemsize
     if getattr(text, "kv_lora_rank", None):
         per_token = (text.kv_lora_rank + text.qk_rope_head_dim) * itemsize
@@ -69,6 +69,14 @@ def cache_shape(config: Any, itemsize: int = 2) -> CacheShape:
         for kind in kinds
     )
     return CacheShape(layers, longest)
+
+
+def _widest_head(text: Any) -> int | None:
+    """The width of a head; where layers differ, transformers raises an error of its own kind when
+    the config is asked, and the widest counts.
+    """
+    layers = getattr(text, "per_layer_config", None) or [text]
+    return max((getattr(layer, "head_dim", None) or 0 for layer in layers), default=0) or None
 
 
 def _longest(text: Any) -> int:

@@ -34,7 +34,8 @@ def open_original(model: str, dtype: Dtype, device: str) -> "Side":
     from pvrt.tools.compare import Side
     from pvrt.tools.held_out import longest_context
     from pvrt.tools.sizes import Sizes
-    from pvrt_tune.data.source_model import load_source, locate
+    from pvrt_tune.data.locate import locate
+    from pvrt_tune.data.source_model import load_source
 
     source, place = load_source(model), locate(model)
     for line in source.notes:

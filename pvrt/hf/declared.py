@@ -15,6 +15,7 @@ from torch import nn
 from pvrt.errors import CheckpointError, PvrtError
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.folder import StoredModel, is_finite, read_json_object
+from pvrt.hf.model_class import auto_class
 
 _Made = TypeVar("_Made")
 _FLOATS = ("F16", "BF16", "F32", "F64")
@@ -96,18 +97,22 @@ def check_tensors(stored: StoredModel, config: Any) -> dict[str, torch.Size]:
     nothing is checked, where layers are quantised in a way that is not ours, or where transformers
     has no causal language model of the kind. Raises CheckpointError naming file and tensor.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
 
+    auto = auto_class(config)
     foreign = not stored.layers and stored.config.get("quantization_config")
-    if foreign or type(config) not in AutoModelForCausalLM._model_mapping:
+    if foreign or type(config) not in auto._model_mapping:
         return {}
     file = stored.path / CONFIG_FILE
     with torch.device("meta"):
-        model = read_with(file, AutoModelForCausalLM.from_config, config)
+        model = read_with(file, auto.from_config, config)
     shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    turned = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
     found = dict(_stored_shapes(stored))
     known = {name: _name_in(model, shapes, name) for name in found}
     for name, (part, shape) in found.items():
+        if part != name and known[name] in turned:  # a layer in codes is [out, in]
+            shape = shape[::-1]
         if (parameter := known[name]) is not None and shapes[parameter] != shape:
             raise CheckpointError(
                 f"{stored.tensors[part].file}: {part} makes a {_by(shape)} tensor, config.json "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -29,9 +30,10 @@ from pvrt.format.folder import LayerInfo, StoredModel, TensorInfo
 from pvrt.format.grid import is_packed, is_quantised, open_folder
 from pvrt.format.scheme import Scheme
 from pvrt.hf.declared import check_loaded, check_tensors, read_config_of, read_with
+from pvrt.hf.model_class import auto_class
 from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead
 from pvrt.modules.aqlm_layer import AQLMLayer, packs_on_arrival
-from pvrt.modules.experts import module_name, unfuse, without_fusing
+from pvrt.modules.experts import are_fused_in_files, module_name, unfuse, without_fusing
 from pvrt.modules.whole_model import decode_once, layer_in_codes, pack_model, quantized_layers
 from pvrt.versions import COMPRESSED_TENSORS
 
@@ -82,7 +84,8 @@ class PvrtHfQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is not
         tensors = read_headers(files)
         layers = find_layers(tensors, schemes)
         conversions = get_model_conversion_mapping(model)
-        if any(_EXPERT.search(name) for name in layers):
+        apart = tensors if are_fused_in_files(conversions) else layers
+        if any(_EXPERT.search(name) for name in apart):
             self._experts = unfuse(model, conversions)
         with torch.device("meta"):
             for layer in layers.values():
@@ -156,6 +159,8 @@ def _in_codes(
     found = (layer.out_features, layer.in_features)
     if isinstance(dense, nn.Linear):
         wanted = (dense.out_features, dense.in_features)
+    elif isinstance(dense, Conv1D):
+        wanted = (dense.nf, dense.nx)
     elif isinstance(dense, nn.Embedding):
         wanted = (dense.num_embeddings, dense.embedding_dim)
     else:
@@ -247,9 +252,6 @@ def load_model(
     path: str | Path | StoredModel, *, dense: bool = False, **kwargs: Any
 ) -> "PreTrainedModel":
     """See `pvrt.load`."""
-    # Not at the top: this module is imported while transformers itself is half imported.
-    from transformers import AutoModelForCausalLM
-
     register()
     stored = path if isinstance(path, StoredModel) else open_folder(path)
     folder, config = stored.path, stored.config
@@ -257,9 +259,9 @@ def load_model(
         _need_compressed_tensors(folder)
     kwargs = {"dtype": "auto", "config": None, **kwargs}
     kwargs["config"] = kwargs["config"] or read_config_of(stored)
-    shapes = check_tensors(stored, kwargs["config"])
+    shapes, auto = check_tensors(stored, kwargs["config"]), auto_class(kwargs["config"])
     model, report = read_with(
-        folder, AutoModelForCausalLM.from_pretrained, folder, output_loading_info=True, **kwargs
+        folder, auto.from_pretrained, folder, output_loading_info=True, **kwargs
     )
     problems = {
         "missing": report["missing_keys"],

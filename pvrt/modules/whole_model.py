@@ -4,11 +4,12 @@ from collections.abc import Collection
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pvrt.format.scheme import Scheme
 from pvrt.modules.aqlm_embedding import AQLMEmbedding, TiedHead, embedding_scale
 from pvrt.modules.aqlm_layer import AQLMLayer, pack
-from pvrt.modules.aqlm_linear import AQLMLinear
+from pvrt.modules.aqlm_linear import AQLMConv1D, AQLMLinear
 
 # Layers that transformers' decoders call one after the other with the same input.
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -26,6 +27,8 @@ def layer_in_codes(
     if isinstance(dense, nn.Linear):
         shape = dense.in_features, dense.out_features
         return AQLMLinear(*shape, scheme, bias, in_scales, dtype=dtype)
+    if isinstance(dense, Conv1D):
+        return AQLMConv1D(dense.nx, dense.nf, scheme, bias, in_scales, dtype=dtype)
     if isinstance(dense, nn.Embedding) and scheme.out_group_size == 1:
         scale, (rows, width) = embedding_scale(dense), dense.weight.shape
         if scale is not None:

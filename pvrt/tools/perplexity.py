@@ -97,6 +97,16 @@ def beginning(tokenizer: Any) -> list[int]:
 _LARGEST = 700.0
 
 
+def check_known(tokens: Tensor, config: Any) -> None:
+    """Raise DataError for tokens that the model of a transformers config has no row for."""
+    known, last = int(config.get_text_config().vocab_size), int(tokens.max())
+    if last >= known:
+        raise DataError(
+            f"the text has token {last}, and the model knows {known} tokens: its tokenizer belongs "
+            "to another model, or has tokens that the model was never given"
+        )
+
+
 def perplexity(
     model: Any,
     tokens: Tensor,
@@ -107,8 +117,10 @@ def perplexity(
 
     Every window is scored alone, all its tokens but the first, in float32 losses. `text` names the
     source in the result; `progress(done, total, perplexity so far)` is called after every window.
-    Raises RunError for a window whose loss is not finite, or too large for any perplexity.
+    Raises RunError for a window whose loss is not finite, or too large for any perplexity, and
+    DataError for tokens that the model does not know.
     """
+    check_known(tokens, model.config)
     total = 0.0
     with torch.inference_mode():
         for number, window in enumerate(tokens, 1):

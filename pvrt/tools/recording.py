@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pvrt.errors import SourceError
 from pvrt.kv_cache import cache_name
+from pvrt.tools.perplexity import check_known
 
 #: Receives (done, total) of windows and prompts.
 Progress = Callable[[int, int], None]
@@ -88,8 +89,9 @@ def record(
     """Run a model over windows [n, context] and continue every prompt; its blocks are let go.
 
     The model cannot be used afterwards. Raises SourceError for a model whose logits are not numbers
-    or do not follow from its final hidden states.
+    or do not follow from its final hidden states, DataError for tokens that it does not know.
     """
+    check_known(tokens, model.config)
     base, hidden = model.base_model, []
     if base is model:
         raise _unfollowed(model)

@@ -22,7 +22,7 @@ from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.scheme import Scheme
 from pvrt.vllm_plugin.context import Context
 from pvrt.vllm_plugin.layers import Layers, same_scheme
-from pvrt.vllm_plugin.versions import load_experts_with
+from pvrt.vllm_plugin.versions import load_experts_of_gpt_oss, load_experts_with
 from pvrt.vllm_plugin.weights import (
     checked,
     dense_in_quantised,
@@ -34,10 +34,22 @@ from pvrt.vllm_plugin.weights import (
 from pvrt_kernels.grouped import GroupedWeight, aqlm_grouped_linear, aqlm_pack_group
 
 _TENSOR = re.compile(r"(\d+)\.(\w+)\.(?:base_layer\.)?(\w+)")  # expert, projection, part
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+
+
+def _gated_with(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda gate, up: activation(gate) * up
+
+
+def _gated_as_in_gpt_oss(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": _gated_with(F.silu),
+    "gelu": _gated_with(F.gelu),
+    "gelu_tanh": _gated_with(lambda x: F.gelu(x, approximate="tanh")),
+    "swigluoai": _gated_as_in_gpt_oss,
 }
 _STACKS = ("w13", "w2")
 
@@ -46,9 +58,9 @@ _STACKS = ("w13", "w2")
 class _Load:
     """What the experts of one block expect from the checkpoint, and what has come so far.
 
-    `schemes` are those of w13 and w2. `projections` are the names of w1 (gate), w2 (down) and w3
-    (up) in files; `width` is that between them before the split over ranks. `done` counts experts
-    by their number in files.
+    `schemes` are those of w13 and w2; `biased` says whether both have biases. `projections` are the
+    names of w1 (gate), w2 (down) and w3 (up) in files; `width` is that between them before the
+    split over ranks. `done` counts experts by their number in files.
     """
 
     schemes: dict[str, Scheme]
@@ -58,7 +70,13 @@ class _Load:
     width: int
     rank: int
     ranks: int
+    biased: bool = False
     done: set[tuple[int, str, str]] = field(default_factory=set)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What every projection has."""
+        return (*PARTS, "bias") if self.biased else PARTS
 
     def scheme(self, shard: str) -> Scheme:
         """The scheme of w1, w2 or w3."""
@@ -67,10 +85,14 @@ class _Load:
     def shape(self, shard: str, part: str) -> tuple[int, ...]:
         """Shape in the checkpoint."""
         down = (self.hidden, self.width)
+        if part == "bias":
+            return (self.hidden if shard == "w2" else self.width,)
         return self.scheme(shard).part_shape(part, *(down if shard == "w2" else down[::-1]))
 
     def share(self, shard: str, part: str, tensor: Tensor) -> Tensor:
         """This rank's part of a tensor."""
+        if shard == "w2" and part == "bias":  # added once, before the sum over ranks
+            return tensor if self.rank == 0 else torch.zeros_like(tensor)
         if part == "codebooks" or (shard == "w2" and part == "scales"):
             return tensor
         return tensor.chunk(self.ranks, 1 if shard == "w2" else 0)[self.rank]
@@ -112,8 +134,10 @@ def _load_all(layer: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[str
     load: _Load = layer.aqlm_load
     shards = {name: shard for shard, name in load.projections.items()}
     for name, tensor in weights:
+        # As gpt-oss' mapper calls the bias of each expert.
+        name = name.replace(".w2_bias", f".{load.projections['w2']}.bias")
         match = _TENSOR.fullmatch(name)
-        if match is None or match[2] not in shards or match[3] not in PARTS:
+        if match is None or match[2] not in shards or match[3] not in load.parts:
             raise dense_in_quantised(f"{load.prefix}.{name.removesuffix('.weight')}")
         shard = shards[match[2]]
         parameter = f"{'w2' if shard == 'w2' else 'w13'}_{match[3]}"
@@ -128,9 +152,9 @@ def _check(layer: Any, load: _Load, width: int) -> None:
     """
     unknown = layer.activation.value not in _ACTIVATIONS
     limits = [getattr(layer, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta")]
-    if unknown or layer.moe_config.has_bias or any(limit is not None for limit in limits):
+    if unknown or any(limit is not None for limit in limits):
         raise ServeError(
-            f"{load.prefix}: pvrt runs gated experts without biases and clamps, with one of "
+            f"{load.prefix}: pvrt runs gated experts without clamps of their own, with one of "
             f"{', '.join(_ACTIVATIONS)}, and not with {layer.activation.value}; keep the experts "
             "dense (linear_weights_not_to_quantize)"
         )
@@ -201,9 +225,12 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
             width * parallel.tp_size,
             parallel.tp_rank,
             parallel.tp_size,
+            layer.moe_config.has_bias,
         )
         _check(layer, load, width)
         load_experts_with(layer, _load_all)
+        if type(layer).__name__.startswith("GptOss"):
+            load_experts_of_gpt_oss()
         loader = MethodType(_load, layer)
         shapes = {"w13": (2 * width, hidden_size), "w2": (hidden_size, width)}
         for stack, shape in shapes.items():
@@ -212,6 +239,9 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
                 sets = ((2,) if stack == "w13" else (1,)) if part == "codebooks" else ()
                 size = num_experts, *sets, *scheme.part_shape(part, *shape)
                 register_part(layer, f"{stack}_{part}", part, size, scheme, params_dtype, loader)
+            if load.biased:
+                size = num_experts, shape[0]
+                register_part(layer, f"{stack}_bias", "bias", size, scheme, params_dtype, loader)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: vLLM's own kernels are not used."""
@@ -227,12 +257,12 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
             f"{load.prefix}.{expert}.{name}.{part}"
             for expert in range(layer.global_num_experts)
             for shard, name in load.projections.items()
-            for part in PARTS
+            for part in load.parts
             if local(expert) >= 0 and (expert, shard, part) not in load.done
         ]
         scales = [getattr(layer, f"{stack}_scales") for stack in _STACKS]
         require_loaded(load.prefix, missing, bool(load.done), scales)
-        floats = [f"{stack}_{part}" for stack in _STACKS for part in PARTS[1:]]
+        floats = [f"{stack}_{part}" for stack in _STACKS for part in load.parts[1:]]
         require_finite(layer, load.prefix, floats)
         load.done.clear()
         width = load.width // load.ranks
@@ -272,15 +302,20 @@ class AQLMExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]  # vLLM is no
         rows = x.repeat_interleave(count, 0)
         if layer.apply_router_weight_on_input:
             rows = rows * topk_weights.reshape(-1, 1).to(x.dtype)
-        # Looked up anew: vLLM may have moved the parameters (offloading, sleep mode).
-        w13, w2 = (self._weight(layer, stack) for stack in _STACKS)
-        gate, up = aqlm_grouped_linear(rows, index, w13).chunk(2, -1)
-        inner = _ACTIVATIONS[layer.activation.value](gate) * up
-        outputs = aqlm_grouped_linear(inner, index, w2).view(x.shape[0], count, -1).float()
+        gate, up = self._product(layer, rows, index, "w13").chunk(2, -1)
+        inner = _ACTIVATIONS[layer.activation.value](gate, up)
+        outputs = self._product(layer, inner, index, "w2").view(x.shape[0], count, -1).float()
         if not layer.apply_router_weight_on_input:
             outputs = outputs * topk_weights.unsqueeze(-1)
         return outputs.sum(1).to(x.dtype)
 
-    def _weight(self, layer: Any, stack: str) -> GroupedWeight:
+    def _product(self, layer: Any, rows: Tensor, index: Tensor, stack: str) -> Tensor:
+        """Each row times its expert's weight, plus its bias; zero where the index is negative."""
         kernel, sizes, names = layer.aqlm_grouped[stack]
-        return GroupedWeight(kernel, tuple([getattr(layer, name) for name in names]), sizes)
+        # Looked up anew: vLLM may have moved the parameters (offloading, sleep mode).
+        weight = GroupedWeight(kernel, tuple([getattr(layer, name) for name in names]), sizes)
+        product = aqlm_grouped_linear(rows, index, weight)
+        if not layer.aqlm_load.biased:
+            return product
+        biases = getattr(layer, f"{stack}_bias")[index.clamp(min=0).long()]
+        return torch.where((index >= 0)[:, None], product + biases.to(product.dtype), product)

@@ -7,7 +7,7 @@ files over the compiled operators of 0.32.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType, MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,6 +83,42 @@ def load_experts_with(
     Until 0.31 vLLM takes every three-dimensional tensor, codes among them, for all experts in one.
     """
     layer.load_weights = MethodType(load, layer)
+
+
+def load_experts_of_gpt_oss() -> None:
+    """Let gpt-oss load experts that are apart: its own code knows fused ones only. Repeatable.
+
+    Each goes to the `load_weights` of its layer (`load_experts_with`).
+    """
+    from vllm.model_executor.models.gpt_oss import GptOssModel
+
+    original = GptOssModel.load_weights
+    if hasattr(original, "aqlm_gives"):
+        return
+
+    @functools.wraps(original)
+    def load_weights(self: Any, weights: Iterable[tuple[str, "Tensor"]]) -> set[str]:
+        layers = {
+            f"{name.partition('.experts')[0]}.experts": (name, module)
+            for name, module in self.named_modules()
+            if hasattr(module, "aqlm_load")
+        }
+        loaded: set[str] = set()
+
+        def others() -> Iterator[tuple[str, "Tensor"]]:
+            for name, tensor in weights:
+                before, _, rest = name.partition(".experts.")
+                if f"{before}.experts" in layers and rest[:1].isdigit():
+                    path, module = layers[f"{before}.experts"]
+                    loaded.update(f"{path}.{own}" for own in module.load_weights([(rest, tensor)]))
+                else:  # its mapper renames dense embeddings alone
+                    yield name.replace("embed_tokens.", "embedding."), tensor
+
+        found: set[str] = original(self, others())
+        return found | loaded
+
+    load_weights.aqlm_gives = True  # type: ignore[attr-defined]
+    GptOssModel.load_weights = load_weights
 
 
 def checkpoint_shapes(model: str, revision: str | None) -> dict[str, list[int]]:

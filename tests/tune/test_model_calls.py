@@ -79,7 +79,13 @@ def test_blocks_that_are_not_apart_are_refused_by_plan(tmp_path: Path, name: str
     ("name", "scheme", "sentence"),
     [
         ("qwen3_next", "w4g16", r"has experts, .* give --scheme w4g16s"),
-        ("falcon", "w4g16s", r"is a FalconLinear, .* give a --scheme of codebooks"),
+        (
+            "falcon",
+            "w4g16s",
+            r"reads the weights of linear layers, .* give a --scheme of codebooks",
+        ),
+        ("openai-gpt", "w4g16s", r"is a Conv1DLinear, .* give a --scheme of codebooks"),
+        ("gpt_oss", "w4g16s", r"experts that are stored fused .* give a --scheme of codebooks"),
     ],
 )
 def test_grids_that_would_not_load_are_refused_by_plan(

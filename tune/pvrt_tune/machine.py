@@ -1,8 +1,10 @@
 """What this machine has: free memory and disk; and giving memory back to it."""
 
 import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
@@ -55,7 +57,7 @@ def map_large_tensors() -> None:
     In its heap, tensors of one stage leave holes that those of the next do not fit: fine-tuning a
     block of a 0.3B model held twice the memory of its tensors.
     """
-    options = getattr(ctypes.CDLL(None), "mallopt", None)
+    options = _glibc("mallopt")
     if options is not None:
         options(_M_MMAP_THRESHOLD, 4 << 20)
 
@@ -66,7 +68,12 @@ def release_memory() -> None:
     glibc keeps what a stage freed in pieces, and the next stage asks for other sizes: without this
     a run's peak is the sum of its stages' instead of the largest.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)
     release_device_memory()
+
+
+def _glibc(name: str) -> Any:
+    """A function of the C library, where that is glibc."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -6,11 +6,13 @@ states; linear layers are found by module discovery, there is no list of archite
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pvrt.errors import RunError, SourceError
 from pvrt.format.folder import is_finite
@@ -32,17 +34,24 @@ class BlockList:
         return f"{self.name}.{index}."
 
 
+_ROUTERS = ("router", "gate")  # names of what decides beside a list of experts
+
+
 def find_blocks(model: nn.Module) -> BlockList:
     """The list of decoder blocks: of all ModuleLists, the one holding most linear weights.
 
-    Raises SourceError when the model has no list of blocks with linear layers.
+    Of a model that reads images as well, of those in its text part. Raises SourceError when the
+    model has no list of blocks with linear layers.
     """
+    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if isinstance(model, PreTrainedModel):
+        text = {id(module) for module in model.get_decoder().modules()}
+        lists = [(name, module) for name, module in lists if id(module) in text] or lists
     best, most = None, 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            weights = sum(linear.weight.numel() for _, linear in linears(module))
-            if weights > most:
-                best, most = BlockList(name, module), weights
+    for name, module in lists:
+        weights = sum(linear.weight.numel() for _, linear in linears(module))
+        if weights > most:
+            best, most = BlockList(name, module), weights
     if best is None:
         raise SourceError(f"{type(model).__name__} has no list of blocks with linear layers")
     return best
@@ -55,9 +64,11 @@ def linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """
     routers: set[int] = set()
     for _, parent in module.named_modules():
-        children = list(parent.children())
-        if any(isinstance(child, ExpertList) for child in children):
-            routers |= {id(child) for child in children if isinstance(child, nn.Linear)}
+        children = dict(parent.named_children())
+        if any(isinstance(child, ExpertList) for child in children.values()):
+            routers |= {id(child) for child in children.values() if isinstance(child, nn.Linear)}
+            deciding = (children[name] for name in _ROUTERS if name in children)
+            routers |= {id(part) for child in deciding for part in child.modules()}
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear) and id(child) not in routers:
             yield name, child
@@ -76,12 +87,23 @@ def divisible(module: nn.Module, scheme: Scheme | GridScheme) -> Iterator[tuple[
             yield name, linear
 
 
-def check_readers(blocks: BlockList, scheme: Scheme | GridScheme) -> None:
-    """Raise SourceError for layers whose grids transformers could not load."""
+def check_readers(model: Any, blocks: BlockList, scheme: Scheme | GridScheme) -> None:
+    """Raise SourceError for layers of a skeleton whose grids transformers could not load."""
     if not isinstance(scheme, GridScheme):
         return
+    if _reads_weights(model, blocks):
+        raise SourceError(
+            f"transformers cannot load {type(model).__name__} from grids: its code reads the "
+            "weights of linear layers, which grids do not have; give a --scheme of codebooks"
+        )
     for index, block in enumerate(blocks.blocks):
-        if not scheme.symmetric and any(isinstance(m, ExpertList) for m in block.modules()):
+        experts = [module for module in block.modules() if isinstance(module, ExpertList)]
+        if any(module.fused_in_files or module.identities for module in experts):
+            raise SourceError(
+                f"{blocks.prefix(index)} has experts that are stored fused or change nothing, "
+                "which transformers cannot load from grids; give a --scheme of codebooks"
+            )
+        if not scheme.symmetric and experts:
             raise SourceError(
                 f"{blocks.prefix(index)} has experts, which transformers cannot load from "
                 f"asymmetric grids; give --scheme {scheme}s or one of codebooks"
@@ -94,10 +116,42 @@ def check_readers(blocks: BlockList, scheme: Scheme | GridScheme) -> None:
                 )
 
 
+def _reads_weights(model: Any, blocks: BlockList) -> bool:
+    """Whether a model's class cannot initialise itself around linear layers without a weight."""
+    bare = deepcopy(model)
+    for _, linear in linears(bare.get_submodule(blocks.name)):
+        del linear.weight
+    try:
+        for module in bare.modules():
+            bare._init_weights(module)
+    except AttributeError as error:
+        return "weight" in str(error)
+    return False
+
+
+def _check_linear(blocks: BlockList) -> None:
+    """Raise SourceError for blocks that have most of their weights in no linear layers."""
+    weights = {
+        name: parameter
+        for name, parameter in blocks.blocks.named_parameters(prefix=blocks.name)
+        if parameter.dim() > 1
+    }
+    others = dict(weights)
+    for name, module in blocks.blocks.named_modules(prefix=blocks.name):
+        if isinstance(module, nn.Linear):
+            others.pop(f"{name}.weight", None)
+    if 2 * sum(p.numel() for p in others.values()) > sum(p.numel() for p in weights.values()):
+        largest = max(others, key=lambda name: others[name].numel())
+        raise SourceError(
+            f"most weights of the blocks are in no linear layers ({largest}, say), and pvrt "
+            "quantises those alone: it would leave nearly all of the model as it is"
+        )
+
+
 def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> list[str]:
     """Names of the linear layers that stay dense, for the scheme's groups do not divide them.
 
-    Raises SourceError when that are most of the weights.
+    Raises SourceError when that are most of the weights, or when most are in no linear layers.
     """
     every = [
         (f"{blocks.prefix(index)}{name}", linear)
@@ -109,6 +163,7 @@ def check_divisible(blocks: BlockList, scheme: Scheme | GridScheme) -> list[str]
         for name, linear in every
         if not scheme.divides(linear.out_features, linear.in_features)
     }
+    _check_linear(blocks)
     weights = sum(linear.weight.numel() for linear in dense.values())
     if 2 * weights > sum(linear.weight.numel() for _, linear in every):
         name, linear = next(iter(dense.items()))
@@ -141,8 +196,8 @@ def run_block(
     """Output hidden states in float32 of one block for one batch, with products in `compute`."""
     low = compute is torch.bfloat16
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=low):
-        output: Tensor | tuple[Tensor, ...] = block(hidden, **arguments)
-    return (output[0] if isinstance(output, tuple) else output).float()
+        output: Tensor | Sequence[Tensor] = block(hidden, **arguments)
+    return (output if isinstance(output, Tensor) else output[0]).float()
 
 
 def observe(

@@ -6,17 +6,18 @@ else they give their blocks, and in what they expect back.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from pvrt.errors import RunError, SourceError
 from pvrt_tune.data.activations import Activations
 from pvrt_tune.data.source_model import fill
-from pvrt_tune.model_blocks import BlockList
+from pvrt_tune.model_blocks import BlockList, find_blocks
 
 #: What blocks return: their hidden states, or a tuple that begins with them.
 _FORMS: tuple[Callable[[Tensor], Any], ...] = (
@@ -28,6 +29,7 @@ _FORMS: tuple[Callable[[Tensor], Any], ...] = (
 
 
 _NO_STATES = "they get no hidden states [batch, length, width], one after the other"
+_CHANGED = "the model changes their hidden states between them"
 
 
 class _Recorder(nn.Module):
@@ -131,9 +133,10 @@ def _form(model: Any, blocks: BlockList, tokens: Tensor) -> Callable[[Tensor], A
     another way.
     """
     reason = ""
-    some = tokens[:1, :2].to(model.get_input_embeddings().weight.device)
+    embeddings = model.get_input_embeddings()
+    some = tokens[:1, :2].to(embeddings.weight.device)
     for form in _FORMS:
-        with _standing_in(model, blocks, form, _LastRecorder) as recorders:
+        with _standing_in(model, blocks, form, _LastRecorder) as recorders, _told_apart(embeddings):
             try:
                 with torch.inference_mode():
                     model(input_ids=some, use_cache=False)
@@ -141,30 +144,125 @@ def _form(model: Any, blocks: BlockList, tokens: Tensor) -> Callable[[Tensor], A
                 calls = [call[0] for recorder in recorders for call in recorder.calls]
                 shapes = {part.shape if isinstance(part, Tensor) else None for part in calls}
                 once = all(len(recorder.calls) == 1 for recorder in recorders)
-                if once and shapes == {(*some.shape, calls[0].shape[-1])}:
-                    return form
+                width = getattr(model.config.get_text_config(), "hidden_size", None)
+                if once and shapes == {(*some.shape, width)}:
+                    if all(torch.equal(part, calls[0]) for part in calls):
+                        found = form
+                        break
+                    reason = _CHANGED
                 reason = reason or _NO_STATES
             except Exception as error:  # a model fails in its own ways on a form that it lacks
                 reason = reason or str(error).split("\n")[0]
-    raise SourceError(f"the blocks of {type(model).__name__} cannot be tuned one by one: {reason}")
+    else:
+        kind = type(model).__name__
+        raise SourceError(
+            f"the blocks of {kind} cannot be tuned one by one: {reason or _NO_STATES}"
+        )
+    return found
+
+
+def _not_apart(model: Any, reason: str) -> SourceError:
+    """The sentence about a model whose blocks are no blocks of their own."""
+    return SourceError(f"the blocks of {type(model).__name__} cannot be tuned one by one: {reason}")
+
+
+@contextmanager
+def _told_apart(embeddings: nn.Module) -> Iterator[None]:
+    """Embeddings that are not all zero, as those of a model without weights are."""
+
+    def numbered(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return torch.arange(output.numel(), device=output.device).view(output.shape).to(output) % 64
+
+    hook = embeddings.register_forward_hook(numbered)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class _Touched(Exception):
+    """Something looked into what it was only to pass on."""
+
+
+class _Sealed:
+    """Stands for what a block gets beside its hidden states: it may be handed on, nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise _Touched
+
+    def __getattr__(self, name: str) -> Any:
+        raise _Touched
+
+
+_SEALED = _Sealed()
+
+
+def _check_passes_one(model: Any, blocks: BlockList, some: Tensor) -> None:
+    """Raise SourceError where a block needs more of the one before than its hidden states.
+
+    The blocks must be on the meta device.
+    """
+    form = _form(model, blocks, some)
+    (hidden, named), *_ = _given(model, blocks, some, form)
+    output = form(hidden)
+    if not isinstance(output, tuple) or len(output) == 1:
+        return
+    # Nothing that a block does not return goes to the next one.
+    returned = _on_meta(blocks.blocks[0], hidden, named)
+    if not isinstance(returned, tuple | list) or len(returned) != len(output):
+        returned = [_SEALED] * len(output)
+    others = [None if own is None else _SEALED for own in returned[1:]]
+    calls = _given(model, blocks, some, lambda hidden: (hidden, *others))
+    for block, (hidden, named) in zip(blocks.blocks, calls, strict=False):
+        given = any(value is _SEALED for value in named.values())
+        if given and _on_meta(block, hidden, named) is _SEALED:
+            raise _not_apart(model, "they pass more on than hidden states")
+
+
+def _given(
+    model: Any, blocks: BlockList, some: Tensor, form: Callable[[Tensor], Any]
+) -> list[tuple[Tensor, dict[str, Any]]]:
+    """What each block is called with where the others return what `form` makes."""
+    with (
+        _standing_in(model, blocks, form, _LastRecorder) as recorders,
+        suppress(Exception),  # of a model that looks at what it then drops
+        torch.inference_mode(),
+    ):
+        model(input_ids=some, use_cache=False)
+    return [call for recorder in recorders for call in recorder.calls]
+
+
+def _on_meta(block: nn.Module, hidden: Tensor, named: dict[str, Any]) -> Any:
+    """What a block on the meta device returns: the seal where it touched it, None if it fails."""
+    try:
+        with torch.inference_mode():
+            own = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), named)
+            return block(hidden.to("meta"), **own)
+    except _Touched:
+        return _SEALED
+    except Exception:  # not all of a block can run without numbers
+        return None
 
 
 def check_calls(model: Any, blocks: BlockList) -> None:
     """Raise SourceError where a skeleton shows that its blocks cannot be tuned one by one."""
     for target, source in model.all_tied_weights_keys.items():
         if target.startswith(f"{blocks.name}."):
-            raise SourceError(
-                f"the blocks of {type(model).__name__} cannot be tuned one by one: they share "
-                f"weights ({target} is {source})"
-            )
+            raise _not_apart(model, f"they share weights ({target} is {source})")
+    for name, module in model.named_modules():
+        if type(module) is type(blocks.blocks[0]) and not name.startswith(f"{blocks.name}."):
+            where = f"{blocks.name}, and {name} outside it"
+            raise _not_apart(model, f"they are in more than one list ({where})")
     probe = deepcopy(model)
     outside = {
-        name: torch.zeros(tensor.shape, dtype=tensor.dtype)  # pages that nobody reads cost nothing
+        # Pages of zeros that nobody reads cost nothing; norms pass on what they get.
+        name: (torch.zeros if tensor.dim() > 1 else torch.ones)(tensor.shape, dtype=tensor.dtype)
         for name, tensor in model.state_dict().items()
         if not name.startswith(f"{blocks.name}.")
     }
     fill(probe, outside, "cpu")
-    _form(probe, blocks, torch.zeros(1, 2, dtype=torch.int64))
+    _check_passes_one(probe, find_blocks(probe), torch.zeros(1, 2, dtype=torch.int64))
 
 
 class _HeadReached(Exception):

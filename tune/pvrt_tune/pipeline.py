@@ -13,6 +13,7 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.tools.perplexity import check_known
 from pvrt_tune import parallel
 from pvrt_tune.allocate.stage import allocate
 from pvrt_tune.calibrate.adopt import Start, adopt, schemes_of, start_digest
@@ -159,9 +160,10 @@ def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | Non
         if clock.due():
             report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
 
-    return calibration_text.from_text(
-        job.data, source.tokenizer, _windows(recipe), progress, report
-    )
+    windows = _windows(recipe)
+    data = calibration_text.from_text(job.data, source.tokenizer, windows, progress, report)
+    check_known(data.tokens, source.model.config)
+    return data
 
 
 def _windows(recipe: Recipe) -> Windows:

@@ -12,6 +12,7 @@ _COPIED = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    "chat_template.json",
     "tokenizer.model",
     "LICENSE",
     "LICENSE.txt",

@@ -109,6 +109,8 @@ def _tensors(
 
     def newest(name: str, tensor: Tensor) -> tuple[str, Tensor]:
         newer = tuned[name].to(tensor.dtype) if name in tuned else tensor
+        if name in source.transposed:
+            newer = newer.T.contiguous()
         return source.published(name), newer
 
     brought = run.outside()

@@ -155,7 +155,9 @@ class CpuModel:
         shape = (layers, 2, self._kv_heads, min(capacity, self._limit), self._dim)
         # Mapped, not allocated: the system gives memory to those parts only that are written, and
         # has all of it back with the tensor, where malloc would keep it for others, as written.
-        mapped = mmap.mmap(-1, 4 * math.prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # (Windows always maps so, and has no names for it.)
+        flags = [getattr(mmap, name, 0) for name in ("MAP_PRIVATE", "MAP_ANONYMOUS")]
+        mapped = mmap.mmap(-1, 4 * math.prod(shape), *([sum(flags)] if all(flags) else []))
         return torch.frombuffer(mapped, dtype=torch.float32).view(shape)
 
     def _extend(self, state: _State, tokens: int) -> None:

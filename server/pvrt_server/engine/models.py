@@ -1,5 +1,7 @@
 """What the engine runs: any causal language model of transformers, behind one small interface."""
 
+import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 from pvrt.kv_cache import cache_name
 from pvrt.modules.whole_model import quantized_layers
+
+_log = logging.getLogger("pvrt_server")
 
 
 class State(Protocol):
@@ -103,8 +107,23 @@ def _part(cache: Any, row: int, places: slice) -> Kept:
     return [(layer.keys[part], layer.values[part]) for layer in cache.layers]
 
 
+#: Names of the cache among the arguments of models without attention.
+_STATES = ("cache_params", "state")
+_UNREAD = ()  # in the place of a cache that the model makes itself
+
+
+def _cache_argument(model: Any) -> str | None:
+    """Name of a model's cache among its arguments; None where it takes none."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in (cache_name(), *_STATES) if name in known), None)
+
+
 class TransformersModel:
-    """A model of transformers as it is."""
+    """A model of transformers as it is.
+
+    Some make a cache of their own kind at the first token. Of those without any, sequences are read
+    anew for every token.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -115,26 +134,49 @@ class TransformersModel:
         if not getattr(model.config, "tie_word_embeddings", False):
             self.bytes_per_token -= weight_bytes(model.get_input_embeddings())
         self._batch: Batch = NO_BATCH
+        self._argument = _cache_argument(model)
+        self._makes_cache = not model._supports_default_dynamic_cache()
+        if self._argument is None:
+            _log.warning(
+                "%s keeps nothing of what it has read: every token reads all before it again",
+                type(model).__name__,
+            )
 
     def start(self) -> Sequenced:
         """See LanguageModel."""
         # DynamicCache, not StaticCache: on CPU attention over a preallocated 2048 tokens costs
         # 180 ms per token for SmolLM2-135M where this costs 48 (float32, 2 cores).
-        return Sequenced(DynamicCache(config=self.model.config))
+        own = self._makes_cache or self._argument is None
+        return Sequenced(_UNREAD if own else DynamicCache(config=self.model.config))
 
     def read(self, state: Sequenced, tokens: Sequence[int], keep: int) -> Tensor:
         """See LanguageModel."""
         if state.cache is None:
             self._disband()
-        output = self.model(
-            input_ids=torch.tensor([tokens], device=self.device),
-            use_cache=True,
-            logits_to_keep=keep,
-            **{cache_name(): state.cache},
-        )
+        if self._argument is None:
+            output = self._read_anew(state, tokens)
+        else:
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=self.device),
+                use_cache=True,
+                logits_to_keep=keep,
+                **{self._argument: None if state.cache is _UNREAD else state.cache},
+            )
+            if not hasattr(output, self._argument):  # layers keep states of one sequence alone
+                self._argument = None
+                output = self._read_anew(state, tokens)
+            elif self._makes_cache:
+                state.cache = getattr(output, self._argument)
         state.length += len(tokens)
-        logits: Tensor = output.logits[0]
+        logits: Tensor = output.logits[0, -keep:]
         return logits.float()
+
+    def _read_anew(self, state: Sequenced, tokens: Sequence[int]) -> Any:
+        """The model's output for a whole sequence; its tokens are in the place of a cache."""
+        before = state.cache if isinstance(state.cache, tuple) else ()
+        state.cache = (*before, *tokens)
+        whole = torch.tensor([state.cache], device=self.device)
+        return self.model(input_ids=whole, use_cache=False)
 
     def step(
         self, states: Sequence[Sequenced], tokens: Sequence[int], argmax_only: bool = False
@@ -171,7 +213,9 @@ class TransformersModel:
 
     def _is_plain(self, state: Sequenced) -> bool:
         """Whether keys and values of all tokens are kept, and nothing else; batches are of such."""
-        return state.cache is None or all(type(x) is DynamicLayer for x in state.cache.layers)
+        if type(state.cache) is not DynamicCache:
+            return state.cache is None
+        return all(type(layer) is DynamicLayer for layer in state.cache.layers)
 
     def _kept(self, state: Sequenced, length: int) -> Kept:
         """Views of a sequence's first keys and values."""

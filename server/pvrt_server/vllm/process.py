@@ -196,7 +196,9 @@ def _follow(child: "subprocess.Popen[bytes]") -> tuple[int, bool]:
         told = True
         child.send_signal(number)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Windows has no terminal that hangs up.
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers: dict[int, Callable[[int, FrameType | None], object] | int | None] = {
         number: signal.signal(number, forward) for number in signals
     }

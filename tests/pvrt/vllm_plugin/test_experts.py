@@ -176,6 +176,45 @@ def test_ranks_of_expert_parallelism_add_up_too(isa: str) -> None:
     assert relative(total, mixture(given, x, ids, weights)) < tolerance()
 
 
+@pytest.mark.parametrize("places", [{"ranks": 2}, {"owned": [[0, 2], [1, 3]]}])
+def test_experts_of_gpt_oss_have_biases_and_an_activation_of_their_own(
+    isa: str, places: dict[str, Any]
+) -> None:
+    """The definition is transformers'; ranks add the bias of the down projection once."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+    given, (x, weights, ids) = sources(), routing()
+    generator = torch.Generator().manual_seed(5)
+    biases = {name: torch.randn(given[name].codes.shape[0], generator=generator) for name in given}
+    stored = {**tensors(given), **{f"{name}.bias": bias for name, bias in biases.items()}}
+    fused = GptOssExperts(
+        GptOssConfig(hidden_size=HIDDEN, intermediate_size=WIDTH, num_local_experts=EXPERTS)
+    )
+    with torch.no_grad():
+        for expert in range(EXPERTS):
+            w1, w2, w3 = (
+                aqlm_dequantize(own.codes, own.codebooks, own.scales)
+                for own in (given[f"{expert}.{name}"] for name in NAMES)
+            )
+            fused.gate_up_proj[expert, :, ::2], fused.gate_up_proj[expert, :, 1::2] = w1.T, w3.T
+            fused.gate_up_proj_bias[expert, ::2] = biases[f"{expert}.w1"]
+            fused.gate_up_proj_bias[expert, 1::2] = biases[f"{expert}.w3"]
+            fused.down_proj[expert], fused.down_proj_bias[expert] = w2.T, biases[f"{expert}.w2"]
+        expected = GptOssExperts.forward(fused, x, ids.long(), weights)
+    total = torch.zeros_like(x)
+    for number in range(2):
+        own: dict[str, Any] = {"rank": number, "ranks": 2} if "ranks" in places else {}
+        if "owned" in places:
+            own = {"owned": places["owned"][number]}
+        layer = Experts(**own)
+        layer.activation, layer.moe_config.has_bias = SimpleNamespace(value="swigluoai"), True
+        method, layer = made(layer)
+        assert {n for n, _ in layer.named_parameters()} == set(layer.load_weights(stored.items()))
+        method.process_weights_after_loading(layer)
+        total += method.apply(layer, x, weights, ids)
+    assert relative(total, expected) < tolerance()
+
+
 def test_a_weight_on_the_input_is_no_weight_on_the_output(isa: str) -> None:
     given, (x, weights, ids) = sources(), routing()
     method, layer = made(Experts())
@@ -220,8 +259,8 @@ def test_a_wrong_shape_is_refused_with_both_shapes() -> None:
 
 def test_experts_that_cannot_be_run_are_refused() -> None:
     layer = Experts()
-    layer.activation = SimpleNamespace(value="swigluoai")
-    with pytest.raises(ServeError, match=r"silu, gelu, gelu_tanh, and not with swigluoai"):
+    layer.activation = SimpleNamespace(value="swiglustep")
+    with pytest.raises(ServeError, match=r"silu, gelu, gelu_tanh, .*, and not with swiglustep"):
         made(layer)
     with pytest.raises(ServeError, match=r"leaves to each rank; try a smaller"):
         made(Experts(ranks=8))

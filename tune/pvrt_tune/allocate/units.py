@@ -108,7 +108,7 @@ def _together(block: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:
     its down projections another.
     """
     kinds = {
-        f"{name}.{index}.{projection}": f"{name}.{'down' if projection == module.names[2] else ''}"
+        f"{name}.{index}.{projection}": f"{name}.{'down' if projection == module.names[-1] else ''}"
         for name, module in block.named_modules()
         if isinstance(module, ExpertList)
         for index, _ in module.named_children()

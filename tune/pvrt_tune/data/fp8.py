@@ -16,6 +16,7 @@ from torch import Tensor
 from pvrt.errors import SourceError
 from pvrt_tune.data.stored_weights import StoredWeights
 
+NAME = "FP8"
 _KINDS = ("F8_E4M3", "F8_E5M2")
 _SUFFIXES = ("_scale_inv", "_scale")
 _OF_INPUTS = re.compile(r"\.(input|activation)_scale(_inv)?$")

@@ -10,7 +10,7 @@ import yaml
 from transformers.utils import cached_file
 
 from pvrt.errors import PvrtError
-from pvrt_tune.data.source_model import locate
+from pvrt_tune.data.locate import locate
 
 _CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

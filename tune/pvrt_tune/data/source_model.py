@@ -32,10 +32,13 @@ from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE, read_config, weight_files
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.folder import is_finite
 from pvrt.hf.declared import check_counts, read_tokenizer
+from pvrt.hf.model_class import auto_class
 from pvrt.hf.progress_bars import no_progress_bar
+from pvrt.modules.conv1d import conv1d_weights, straighten
 from pvrt.modules.experts import ExpertList, unfuse, without_fusing
-from pvrt_tune.data import fp8, gguf_file
-from pvrt_tune.data.hub import download, is_path
+from pvrt_tune.data import gguf_file
+from pvrt_tune.data.fused_experts import taken_apart
+from pvrt_tune.data.locate import locate, reader_of
 from pvrt_tune.data.sentences import one_sentence
 from pvrt_tune.data.stored_weights import (
     Assigned,
@@ -45,6 +48,7 @@ from pvrt_tune.data.stored_weights import (
     embeddings_first,
     untied,
 )
+from pvrt_tune.data.transposed import turned
 
 _MOST_LAYERS = 10_000  # of a model of which there is nothing but config.json
 _FURTHER = re.compile("nextn|mtp")  # in names of settings: layers that predict further tokens
@@ -56,7 +60,7 @@ class Source:
 
     model: the skeleton, parameters on the meta device (in the model's own floating type) and
     non-persistent buffers real. files: what the digest covers. notes: a line for each thing that
-    the user should know of what was opened.
+    the user should know of what was opened. transposed: weights that files hold transposed.
     """
 
     name: str
@@ -67,11 +71,21 @@ class Source:
     _stored: StoredWeights = field(repr=False)
     _transforms: list[Any] = field(repr=False)
     _assigned: Assigned = field(repr=False)
+    transposed: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:
         """Of config.json and all weight files, or of the .gguf file."""
         return digest_of(self.files)
+
+    @cached_property
+    def _made_of(self) -> dict[str, list[str]]:
+        """Tensors of the model by the key of files that they are made of; most keys have one."""
+        made: dict[str, list[str]] = {}
+        for name, keys in self._assigned.keys.items():
+            for key in keys:
+                made.setdefault(key, []).append(name)
+        return made
 
     def read(self, names: Iterable[str], device: str = "cpu") -> dict[str, Tensor]:
         """Tensors by their name in the model, in the model's own floating type.
@@ -88,7 +102,8 @@ class Source:
             device_map={"": device},
             weight_mapping=self._transforms,
         )
-        before = {name: _get(self.model, name) for name in names}
+        made = {name for key in keys for name in self._made_of[key]}
+        before = {name: _get(self.model, name) for name in made}
         try:
             with one_sentence(f"{names[0]} from {self.name}"), no_progress_bar():
                 convert_and_load_state_dict_in_model(
@@ -193,40 +208,6 @@ def load_skeleton(name: str) -> Any:
     return _skeleton(config, _dtype(config) or torch.bfloat16, path)[0]
 
 
-def locate(name: str, *, weights: bool = True) -> Path:
-    """The folder or .gguf file of a model; of a hub id, what is missing here is downloaded
-    (without weights: config.json only).
-
-    Raises SourceError when there is none, or when it is already quantised.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" or path.is_file():
-        return gguf_file.checked(path)
-    if path.is_dir():
-        gguf = sorted(path.glob("*.gguf"))
-        if not (path / CONFIG_FILE).exists() and len(gguf) == 1:
-            return gguf_file.checked(gguf[0])
-    elif is_path(name):
-        raise SourceError(f"{name} does not exist; give a model folder, a .gguf file or a hub id")
-    else:
-        path = download(name, weights)
-    if (path / "adapter_config.json").is_file() and not (path / CONFIG_FILE).exists():
-        raise SourceError(
-            f"{path} is an adapter; merge it into its base model (merge_and_unload of peft) first"
-        )
-    if any(path.glob("pytorch_model*.bin")) and not any(path.glob("*.safetensors")):
-        raise SourceError(
-            f"{path} has its weights in pytorch_model.bin, which can hold code; save them as "
-            "safetensors (save_pretrained of transformers)"
-        )
-    quantization = read_config(path).get("quantization_config")
-    described = quantization if isinstance(quantization, dict) else {}
-    if quantization and not fp8.reads(described):
-        method = described.get("quant_method", "unknown")
-        raise SourceError(f"{path} is already quantised ({method}); give the original, dense model")
-    return path
-
-
 def _open_folder(name: str, folder: Path) -> Source:
     opened = _opened(name, folder)
     with one_sentence(folder):
@@ -247,15 +228,21 @@ def _opened(name: str, folder: Path) -> Source:
         check_counts(said, len(stored.weights), folder / CONFIG_FILE)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if quantization:
-            stored = fp8.dequantised(stored, quantization)
+            reader = reader_of(quantization)
+            assert reader is not None  # or there would be no place for it
+            stored = reader.dequantised(stored, quantization)
             del config.quantization_config
-            notes.append(f"{name} is published in FP8: its weights are dequantised to bfloat16")
+            kind = reader.NAME
+            notes.append(f"{name} is published in {kind}: its weights are dequantised to bfloat16")
     dtype = _dtype(config) or stored.first_float()
     model, transforms = _skeleton(config, dtype, folder)
+    stored, transforms = taken_apart(model, stored, transforms)
+    transposed = conv1d_weights(model)
+    stored = turned(model, stored, transforms, transposed)
     if untied(model, stored, transforms):
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
-        model, transforms = _skeleton(config, dtype, folder)
+        model, _ = _skeleton(config, dtype, folder)
         notes.append(f"{name} holds an output head of its own, though its config ties it: kept")
         for target in untied(model, stored, transforms):
             raise SourceError(f"{name} holds another {target} than its model ties it to")
@@ -263,7 +250,8 @@ def _opened(name: str, folder: Path) -> Source:
     assigned = assign(model, stored, transforms, name)
     notes += _left_out(name, model, assigned.left_out)
     read = (folder / CONFIG_FILE, *files)
-    return Source(name, model, None, read, tuple(notes), stored, transforms, assigned)
+    lines = tuple(notes)
+    return Source(name, model, None, read, lines, stored, transforms, assigned, transposed)
 
 
 def _open_gguf(name: str, file: Path) -> Source:
@@ -284,10 +272,11 @@ def _open_gguf(name: str, file: Path) -> Source:
             raise SourceError(f"{file} holds nothing that transformers reads as {missing}")
         model.generation_config = loaded.generation_config
     weights = loaded.state_dict()
-    stored = StoredWeights(weights, dict.fromkeys(weights, file))
+    stored, transposed = StoredWeights(weights, dict.fromkeys(weights, file)), conv1d_weights(model)
+    stored = turned(model, stored, [], transposed)
     assigned = assign(model, stored, [], name)
     notes = tuple(_left_out(name, model, left_out))
-    return Source(name, model, tokenizer, (file,), notes, stored, [], assigned)
+    return Source(name, model, tokenizer, (file,), notes, stored, [], assigned, transposed)
 
 
 def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
@@ -336,10 +325,12 @@ def _skeleton(config: Any, dtype: torch.dtype, where: Path) -> tuple[Any, list[A
     config._attn_implementation = None  # of the machine that wrote it
     with one_sentence(where):
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            auto = auto_class(config)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         transforms = get_model_conversion_mapping(model)
         if unfuse(model, transforms):
             transforms = without_fusing(transforms)
+        straighten(model)
     return model.eval().requires_grad_(False), transforms
 
 

@@ -104,7 +104,7 @@ def assign(model: Any, stored: StoredWeights, transforms: Sequence[Any], name: s
     wanted, tied = model.state_dict(), model.all_tied_weights_keys
     keys: dict[str, list[str]] = {}
     plain = set()
-    for key, target, merged in _targets(model, stored, transforms):
+    for key, target, merged in targets(model, stored, transforms):
         keys.setdefault(target, []).append(key)
         if not merged:
             plain.add(target)
@@ -144,14 +144,20 @@ def assign(model: Any, stored: StoredWeights, transforms: Sequence[Any], name: s
     renamed = {
         target: own[target][0]
         for target in plain & own.keys()
-        if not target.endswith(own[target][0])  # the base model's prefix is no other name
+        if _has_own_name(own[target][0], target, transforms)
     }
     return Assigned(own, renamed, left_out)
 
 
+def _has_own_name(key: str, target: str, transforms: Sequence[Any]) -> bool:
+    """Whether files call a tensor otherwise than its model; the base model's prefix is no name."""
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    return rename_source_key(key, renamings, [])[0] != key or not target.endswith(key)
+
+
 def embeddings_first(model: Any, stored: StoredWeights, transforms: Sequence[Any]) -> StoredWeights:
     """The same tensors; one that files hold only as an output head is the embedding tied to it."""
-    first = {target: key for key, target, _ in _targets(model, stored, transforms)}
+    first = {target: key for key, target, _ in targets(model, stored, transforms)}
     for target, source in model.all_tied_weights_keys.items():
         if target in first and source not in first:
             stored = stored.renamed(first.pop(target), source)
@@ -161,7 +167,7 @@ def embeddings_first(model: Any, stored: StoredWeights, transforms: Sequence[Any
 
 def untied(model: Any, stored: StoredWeights, transforms: Sequence[Any]) -> list[str]:
     """Tensors that the model ties to others, and of which the files hold other numbers."""
-    first = {target: key for key, target, _ in _targets(model, stored, transforms)}
+    first = {target: key for key, target, _ in targets(model, stored, transforms)}
     return [
         target
         for target, source in model.all_tied_weights_keys.items()
@@ -169,7 +175,7 @@ def untied(model: Any, stored: StoredWeights, transforms: Sequence[Any]) -> list
     ]
 
 
-def _targets(
+def targets(
     model: Any, stored: StoredWeights, transforms: Sequence[Any]
 ) -> Iterator[tuple[str, str, bool]]:
     """(key, tensor of the model, whether it is only a part of that) of all stored tensors."""
@@ -181,6 +187,12 @@ def _targets(
             key, renamings, converters, model.base_model_prefix, wanted
         )
         yield key, target if target in wanted else key, merged is not None
+        # Some are several tensors of the model one behind the other, of which this is the first.
+        first, *others = next(
+            (c.target_patterns for c in converters if merged in c.source_patterns), [""]
+        )
+        for other in others:
+            yield key, target.replace(first, other), True
 
 
 def _dtype_name(weight: Any) -> str:

@@ -81,6 +81,11 @@ class GridLinear(nn.Module):
         steps = (groups.to(torch.int16) - zeros).to(self.scales.dtype)
         return (self.scales.unsqueeze(2) * steps).view(self.codes.shape)
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight, decoded anew: some models read it without a call."""
+        return self.dequantize()
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         return F.linear(x, self.dequantize(), self.bias)

@@ -7,7 +7,8 @@ from pvrt.device import default_device, is_here
 from pvrt.errors import RunError
 from pvrt.tools.held_out import longest_context
 from pvrt_tune.allocate.needs import needs, stand_in
-from pvrt_tune.data.source_model import load_skeleton, locate
+from pvrt_tune.data.locate import locate
+from pvrt_tune.data.source_model import load_skeleton
 from pvrt_tune.machine import Machine
 from pvrt_tune.model_blocks import check_divisible, check_readers, find_blocks
 from pvrt_tune.model_calls import check_calls
@@ -91,7 +92,7 @@ def _plan(request: Request, machine: Machine, rates: speed.Speed) -> Plan:
         )
     blocks, scheme = find_blocks(model), request.recipe.parsed_scheme
     check_calls(model, blocks)
-    check_readers(blocks, scheme)
+    check_readers(model, blocks, scheme)
     check_divisible(blocks, scheme)
     plan = plan_run(model, request, rates, machine)
     return plan if bits is None else _shared_out(plan, model, rates)
