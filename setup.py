@@ -19,7 +19,7 @@ SOURCES = (
     *("products.c", "rows.c", "decoder_program.c", "pv_step.c"),
     *("portable.c", "avx2.c", "avx512.c"),
 )
-HEADERS = ("cpu.h", "attention.h", "pv_step.h")
+HEADERS = ("cpu.h", "attention.h", "tiles.h", "pv_step.h")
 FLAGS = "-std=c11 -O3 -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 
 

@@ -7,6 +7,7 @@ engine is a process with its model loaded; in every round each in turn reads a p
 and then decodes greedily, while the others sleep. With one thread times are process CPU time, which
 other work on the machine barely disturbs, and the median counts; with two the best wall time.
 bandwidth_fraction: weights that a token reads, over what as many threads read from memory at best.
+isa: what this CPU has of the instruction sets of our kernels.
 Rows are stored after every answer, so a run that is stopped loses nothing.
 """
 
@@ -25,7 +26,7 @@ import cpu_shapes
 import machine
 import results
 
-KEY = ("model", "engine", "format", "threads")
+KEY = ("model", "engine", "format", "threads", "isa")
 PROMPT = 512
 ENGINES = {
     "pvrt": ["2x8g8", "1x16g8"],
@@ -49,7 +50,7 @@ class Ours:
         self.file_bytes = (path / "model.safetensors").stat().st_size
         model = pvrt.load(path, dtype=torch.float32)
         pack_model(model, torch.float32)
-        self.model = CpuModel(model)
+        self.model = CpuModel(model, rounds=True)  # as models published in 16 bits are served
         self.bytes_per_token = self.model.bytes_per_token
         self.state: Any = None
 
@@ -190,7 +191,9 @@ def measure(
                 "format": job[1],
                 "bits": round(facts["file_bytes"] * 8 / cpu_shapes.parameters(shape), 2),
                 "threads": threads,
+                "isa": _isa(),
                 "decode_tokens_per_s": round(rate, 2),
+                "prompt_tokens_per_s": round(PROMPT / first, 1),
                 "ttft_512_s": round(first, 3),
                 "bandwidth_fraction": round(rate * facts["bytes_per_token"] / bandwidth, 3),
                 "rounds": len(found),
@@ -208,6 +211,12 @@ def _line(process: "subprocess.Popen[str]") -> str:
     if not line:
         raise SystemExit(f"a worker ended with code {process.wait()}")
     return line
+
+
+def _isa() -> str:
+    from pvrt_kernels.cpu import library, products
+
+    return f"{library.instruction_set()}{' bf16' * products.multiplies_bfloat16()}"
 
 
 def _bandwidth(threads: int) -> float:

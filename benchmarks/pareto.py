@@ -119,26 +119,31 @@ class Work:
 
     def case(self, tool: str, method: str) -> Case:
         """What the tool is handed."""
-        place = self.place(tool, method)
-        return Case(self.model, self.gguf, data.need(data.WEB), place, place.parent)
+        place, earlier = self.place(tool, method), TOOLS[tool].before(method)
+        before = self.place(tool, earlier) if earlier else None
+        return Case(self.model, self.gguf, data.need(data.WEB), place, place.parent, before)
 
     def made(self, tool: str, method: str) -> bool:
         """Whether a row's weights are there."""
         return (self.place(tool, method) / "made.json").is_file()
 
     def make(self, tool: Tool, method: str) -> None:
-        """Run a tool, then keep its weights and facts."""
+        """Run a tool, then keep its weights and facts; seconds are those of all that it took."""
         from safetensors.torch import save_file
 
-        case = self.case(tool.name, method)
+        case, earlier, spent_before = self.case(tool.name, method), tool.before(method), {}
+        if earlier is not None:
+            if not self.made(tool.name, earlier):
+                self.make(tool, earlier)
+            spent_before = _read(self.place(tool.name, earlier) / "made.json")
         shutil.rmtree(case.out, ignore_errors=True)  # of a try that was stopped
         case.out.mkdir(parents=True)
         started, spent = time.monotonic(), machine.cpu_seconds()
         tool.make(case, method)
         facts = {
             "bytes": tool.size(case),
-            "seconds": round(time.monotonic() - started, 1),
-            "cpu_seconds": round(machine.cpu_seconds() - spent, 1),
+            "seconds": _total(spent_before, "seconds", time.monotonic() - started),
+            "cpu_seconds": _total(spent_before, "cpu_seconds", machine.cpu_seconds() - spent),
             **(about := machine.describe()),
             "versions": {**about["versions"], **tool.versions()},
         }
@@ -234,6 +239,10 @@ class Work:
         """Put the rows into results/pareto.json."""
         stored = results.renewed(results.load("pareto"), self.rows(), *KEY)
         results.store("pareto", stored)
+
+
+def _total(before: dict[str, Any], name: str, seconds: float) -> float:
+    return round(float(before.get(name, 0)) + seconds, 1)
 
 
 def _figure(found: dict[str, Any], part: str, name: str) -> float | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from pvrt.tools.perplexity import windows
 
 WINDOWS, LENGTH = 64, 512  # of the calibration text, where a tool takes a number; as pvrt does
-BITS = ("2", "2.5", "3", "4")  # of pvrt, over the whole file
+BITS = ("2", "2.5", "2.67", "3", "3.5", "4")  # of pvrt, over the whole file
 THREADS = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 NO_FIT = ("-fit", "off")  # of llama.cpp: do not try how much fits a GPU
 State = dict[str, Tensor]
@@ -34,7 +34,8 @@ class Case:
     """What a tool is handed.
 
     model: the original, bfloat16, as a folder; gguf: the same values; text: JSON lines to calibrate
-    on; out: an empty folder; shared: one that all methods of the tool have.
+    on; out: an empty folder; shared: one that all methods of the tool have; before: the folder of
+    the method that this one goes on from.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Case:
     text: Path
     out: Path
     shared: Path
+    before: Path | None = None
 
 
 class Tool(ABC):
@@ -54,6 +56,10 @@ class Tool(ABC):
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Of what does the work."""
+
+    def before(self, method: str) -> str | None:
+        """The method whose files this one goes on from, if any."""
+        return None
 
     @abstractmethod
     def make(self, case: Case, method: str) -> None:
@@ -238,23 +244,30 @@ class AutoRound(Tool):
 
 
 class Pvrt(Tool):
-    """`pvrt tune` as a user types it, on the same text."""
+    """`pvrt tune` as a user types it, on the same text: calibrated, and PV-tuned from there on."""
 
     name, files = "pvrt", "out/*.safetensors"
     options: ClassVar[dict[str, tuple[str, ...]]] = {
-        "2x8g8 quick, calibrated": ("--scheme", "2x8g8", "--effort", "quick", "--no-pv"),
-        "2x8g8 quick": ("--scheme", "2x8g8", "--effort", "quick"),
-        **{f"{bits} bits, calibrated": ("--bits", bits, "--no-pv") for bits in BITS},
+        "2x8g8": ("--scheme", "2x8g8"),
         **{f"{bits} bits": ("--bits", bits) for bits in BITS},
     }
-    methods = tuple(options)
+    methods = tuple(f"{name}, {stage}" for name in options for stage in ("calibrated", "tuned"))
 
     def versions(self) -> dict[str, str]:
         return {"pvrt": version("pvrt")}
 
+    def before(self, method: str) -> str | None:
+        asked, _, stage = method.partition(", ")
+        return f"{asked}, calibrated" if stage == "tuned" else None
+
     def make(self, case: Case, method: str) -> None:
-        text = ("--data", case.text, "--no-report")
-        run(*self._pvrt(), "tune", case.model, "-o", case.out / "out", *text, *self.options[method])
+        text = ("-o", case.out / "out", "--data", case.text, "--no-report")
+        if case.before is not None:
+            run(*self._pvrt(), "tune", case.before / "out", "--from", case.model, *text)
+            return
+        effort = ("--effort", "quick", "--no-pv")
+        asked = self.options[method.partition(", ")[0]]
+        run(*self._pvrt(), "tune", case.model, *text, *effort, *asked)
 
     def weights(self, case: Case) -> State:
         import pvrt

@@ -16,6 +16,7 @@ from typing import Any
 import clients
 import results
 import serving
+from clients.client import Where
 from tables import renew
 
 KEY = "conformance"
@@ -79,7 +80,7 @@ def rows(checkpoint: Path, engine: str, names: Sequence[str]) -> Iterator[dict[s
         served(folder, engine, *QUIET) as server,
     ):
         for client in names:
-            for row in clients.rows(client, clients.Where(server.url, "model", KEY)):
+            for row in clients.rows(client, Where(server.url, "model", KEY)):
                 yield {"engine": engine, **row}
 
 

@@ -229,11 +229,11 @@ def _ranks(values: Iterable[float]) -> list[int]:
 def cpu_decode(rows: list[Row]) -> str:
     """One line per model, engine, format and number of threads."""
     return formatted(
-        f"{rows[0]['machine']} | format | bits | threads | tokens/s | first token of 512, s | "
+        f"{rows[0]['machine']} | format | bits | CPU has | threads | tokens/s | prompt tokens/s | "
         "share of bandwidth",
-        "{model}, {engine} | {format} | {bits:.2f} | {threads} | {decode_tokens_per_s:.1f} | "
-        "{ttft_512_s:.2f} | {bandwidth_fraction:.2f}",
-        sorted(rows, key=lambda row: (row["model"], row["threads"])),
+        "{model}, {engine} | {format} | {bits:.2f} | {isa} | {threads} | "
+        "{decode_tokens_per_s:.1f} | {prompt_tokens_per_s:.0f} | {bandwidth_fraction:.2f}",
+        sorted(rows, key=lambda row: (row["model"], row["isa"], row["threads"])),
     )
 
 

@@ -1,4 +1,4 @@
-"""The torch.library ops `pvrt::aqlm_linear` and `pvrt::aqlm_dequantize`.
+"""The torch.library ops `pvrt::aqlm_linear`, `aqlm_dequantize` and `aqlm_parameter_grads`.
 
 Functional, no host sync, fresh outputs; fake implementations for torch.compile and meta tensors;
 autograd with respect to x, codebooks, scales and bias. The choice of kernel happens inside the op,
@@ -91,7 +91,8 @@ def _check(codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: li
         )
 
 
-def _parameter_grads(
+@torch.library.custom_op("pvrt::aqlm_parameter_grads", mutates_args=())
+def _parameter_grads_op(
     grad_weight: Tensor,
     codes: Tensor,
     codebooks: Tensor,
@@ -99,24 +100,42 @@ def _parameter_grads(
     partition_sizes: list[int],
 ) -> tuple[Tensor, Tensor]:
     """dL/dW [out, in] -> (dL/dcodebooks, dL/dscales); W is linear in each of the two."""
-    _, num_codebooks, size, out_group, g = codebooks.shape
-    blocks = reference.to_blocks(grad_weight.float(), out_group, g)
     book_grads, scale_grads = [], []
-    for part, rows in enumerate(reference.code_rows(partition_sizes, out_group)):
-        index = reference.entry_indices(codes[rows], size)
-        part_blocks = blocks[rows]
-        unscaled = reference.decode_unscaled(codes[rows], codebooks[part])
-        scale_grads.append((part_blocks * unscaled).sum(dim=(1, 2)))
-        scaled = part_blocks * scales[rows].float().reshape(-1, 1, 1)
-        flat = scaled.reshape(-1, out_group * g)
-        empty = flat.new_zeros(size, out_group * g)
-        per_book = [
-            empty.index_add(0, index[..., m].reshape(-1), flat) for m in range(num_codebooks)
-        ]
-        book_grads.append(torch.stack(per_book).reshape(codebooks.shape[1:]))
-    grad_codebooks = torch.stack(book_grads).to(codebooks.dtype)
+    for part, rows in enumerate(reference.code_rows(partition_sizes, codebooks.shape[3])):
+        outputs = slice(rows.start * codebooks.shape[3], rows.stop * codebooks.shape[3])
+        given = grad_weight[outputs], codes[rows], codebooks[part], scales[rows]
+        own = pv_step.parameter_gradients if pv_step.can_gather(*given[:3]) else _part_grads
+        books, part_scales = own(*given)
+        book_grads.append(books)
+        scale_grads.append(part_scales)
     grad_scales = torch.cat(scale_grads).reshape(scales.shape).to(scales.dtype)
-    return grad_codebooks, grad_scales
+    return torch.stack(book_grads).to(codebooks.dtype), grad_scales
+
+
+def _part_grads(
+    grad_weight: Tensor, codes: Tensor, codebooks: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same of one partition, by torch: codebooks [M, K, out_group, g]."""
+    num_codebooks, size, out_group, g = codebooks.shape
+    blocks = reference.to_blocks(grad_weight.float(), out_group, g)
+    index = reference.entry_indices(codes, size)
+    scale_grads = (blocks * reference.decode_unscaled(codes, codebooks)).sum(dim=(1, 2))
+    flat = (blocks * scales.float().reshape(-1, 1, 1)).reshape(-1, out_group * g)
+    empty = flat.new_zeros(size, out_group * g)
+    per_book = [empty.index_add(0, index[..., m].reshape(-1), flat) for m in range(num_codebooks)]
+    return torch.stack(per_book).reshape(codebooks.shape), scale_grads.view(scales.shape)
+
+
+@_parameter_grads_op.register_fake
+def _(
+    grad_weight: Tensor,
+    codes: Tensor,
+    codebooks: Tensor,
+    scales: Tensor,
+    partition_sizes: list[int],
+) -> tuple[Tensor, Tensor]:
+    _check(codes, codebooks, scales, partition_sizes)
+    return torch.empty_like(codebooks), torch.empty_like(scales)
 
 
 def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -126,7 +145,7 @@ def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     codes, codebooks, scales = ctx.saved_tensors
-    books, row_scales = _parameter_grads(grad, codes, codebooks, scales, ctx.partition_sizes)
+    books, row_scales = _parameter_grads_op(grad, codes, codebooks, scales, ctx.partition_sizes)
     return None, books, row_scales, None
 
 
@@ -146,7 +165,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = (flat @ weight.to(grad.dtype)).reshape(x.shape).to(x.dtype)
     if needs_books or needs_scales:
         grad_weight = flat.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)
-        grad_books, grad_scales = _parameter_grads(
+        grad_books, grad_scales = _parameter_grads_op(
             grad_weight, codes, codebooks, scales, ctx.partition_sizes
         )
     if needs_bias:
@@ -191,10 +210,7 @@ def aqlm_parameter_grads(
     """
     sets, sizes = _partitioned(codes, codebooks, None)
     _check(codes, sets, scales, sizes)
-    if pv_step.can_gather(grad_weight, codes, codebooks):
-        books, own = pv_step.parameter_gradients(grad_weight, codes, codebooks, scales)
-        return books, own.to(scales.dtype)
-    book_grads, scale_grads = _parameter_grads(grad_weight, codes, sets, scales, sizes)
+    book_grads, scale_grads = _parameter_grads_op(grad_weight, codes, sets, scales, sizes)
     return book_grads[0], scale_grads
 
 

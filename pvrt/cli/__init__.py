@@ -7,7 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import pvrt
-from pvrt.cli import bench, compare, doctor, inspect, plan, serve, tune
+from pvrt.cli import bench, chat, compare, doctor, inspect, plan, serve, tune
 from pvrt.cli import eval as evaluation
 from pvrt.cli.shared import EXIT_INTERRUPTED, EXIT_USAGE
 from pvrt.errors import PvrtError
@@ -28,6 +28,7 @@ app.command("compare")(compare.compare)
 app.command("inspect")(inspect.inspect)
 app.add_typer(bench.app, name="bench")
 app.command("serve", context_settings={"allow_extra_args": True})(serve.serve)
+app.command("chat")(chat.chat)
 app.command("doctor")(doctor.doctor)
 
 

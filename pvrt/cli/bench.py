@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from pvrt.cli.shared import AsJson, Checkpoint, Dtype, say
+from pvrt.errors import RunError
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,7 @@ class _BenchGroup(TyperGroup):
 app = typer.Typer(
     cls=_BenchGroup,
     no_args_is_help=True,
-    help="Measure a model, or (pvrt bench kernels) the kernels of this GPU.",
+    help="Measure a model, or (pvrt bench kernels) the kernels of this GPU or CPU.",
 )
 
 
@@ -109,11 +110,20 @@ def kernels(
     tune: Annotated[
         bool, typer.Option("--tune", help="Try all kernels; this card then uses the fastest.")
     ] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", help="This CPU's kernels, in every instruction set it has.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time of every layer's GPU kernel, against copying its codes and against a dense weight."""
-    from pvrt.tools.bench_kernels import run
+    from pvrt.tools import bench_cpu_kernels, bench_kernels
 
-    records = run(path, scheme, tune, (lambda line: None) if as_json else say)
+    tell = (lambda line: None) if as_json else say
+    if cpu and tune:
+        raise RunError("--tune is for a GPU: the CPU's kernels are chosen by the library")
+    if cpu:
+        records = bench_cpu_kernels.run(path, scheme, tell)
+    else:
+        records = bench_kernels.run(path, scheme, tune, tell)
     if as_json:
         print(json.dumps(records))

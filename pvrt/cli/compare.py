@@ -37,7 +37,7 @@ def compare(
         ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=3, help=f"Tokens per window. [default: {CONTEXT}]")
+        int | None, typer.Option(min=3, show_default=str(CONTEXT), help="Tokens per window.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="At most this many windows.")] = WINDOWS,
     prompt: Annotated[

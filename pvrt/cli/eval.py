@@ -26,7 +26,7 @@ def evaluate(
         typer.Option(help="A text file. Without it: the language reference of this Python."),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens per window. [default: 2048]")
+        int | None, typer.Option(min=2, show_default="2048", help="Tokens per window.")
     ] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="At most this many windows (default: all).")
@@ -53,7 +53,7 @@ def evaluate(
         int | None, typer.Option(min=0, help="Examples before each item (default: the task's).")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences of tasks at once. [default: 8]")
+        int | None, typer.Option(min=1, show_default="8", help="Sequences of tasks at once.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

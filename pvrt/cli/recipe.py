@@ -50,8 +50,9 @@ def beginning(model: str, original: str | None) -> tuple[str, Path | None]:
 Scheme = Annotated[
     str | None,
     typer.Option(
+        show_default="2x8g8",
         help="Codebooks x bits g group: 2x8g8 is 2 bits, 3x8g8 is 3; or a scalar grid: w4g128 "
-        "is 4 bits in groups of 128, w4g128s symmetric. [default: 2x8g8]"
+        "is 4 bits in groups of 128, w4g128s symmetric.",
     ),
 ]
 Bits = Annotated[

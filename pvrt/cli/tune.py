@@ -50,7 +50,7 @@ def tune(
     length: Length = None,
     keep_embeddings: KeepEmbeddings = False,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of everything random. [default: 0]")
+        int | None, typer.Option(show_default="0", help="Seed of everything random.")
     ] = None,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")

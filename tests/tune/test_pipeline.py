@@ -128,6 +128,18 @@ def test_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(blocks) == 2
 
 
+@pytest.mark.parametrize(("samples", "warned"), [(2, True), (4, False)])
+def test_too_few_tokens_are_warned_of(tmp_path: Path, samples: int, warned: bool) -> None:
+    """The toy has layers of 128 inputs. Blocks are told of in lines that do not wrap."""
+    dense_folder(tmp_path / "dense", "llama")
+    said: list[str] = []
+    recipe = replace(QUICK, samples=samples)
+    tune(TuneJob(str(tmp_path / "dense"), tmp_path / "out", recipe), said.append)
+    assert any("tokens calibrate" in line for line in said) == warned
+    blocks = [line for line in said if line.startswith("block ")]
+    assert len(blocks) == 2 and all(len(line) <= 120 for line in blocks)
+
+
 def test_block_finetuning_lowers_the_held_out_error(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "llama")
     recipe = replace(QUICK, scheme="1x4g8", samples=16, finetune=FinetuneSettings(epochs=4))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pvrt_kernels.cpu import library, products
+from pvrt_kernels.cpu import layouts, library
 from pvrt_kernels.packed import PackedWeight
 
 _NAMES = ("embed", "tiled", "plain", "dense", "attend", "gate", "screen", "decode", "screen_tiled")
@@ -102,9 +102,9 @@ class Program:
             self._add("embed", weight=weight, dtype=library.TYPES[weight.dtype], **fields)
             return
         packed = weight.tensors
-        assert isinstance(packed, products.CpuTiles | products.CpuWords), weight.kernel
+        assert isinstance(packed, layouts.CpuTiles | layouts.CpuWords), weight.kernel
         fields["inputs"] = self._vocabulary = packed.fp32_scales.shape[0]
-        view = products.plain_view(packed, weight.in_features)
+        view = layouts.plain_view(packed, weight.in_features)
         self._kept += [weight, view]
         columns = {} if in_scales is None else {"norm": in_scales}
         self._add("decode", weight=ctypes.addressof(view), **columns, **fields)
@@ -139,12 +139,12 @@ class Program:
             return
         view: library.TiledWeight | library.PlainWeight
         packed = weight.tensors
-        if isinstance(packed, products.CpuTiles):
-            kind, view = "tiled", products.tiled_view(packed, weight.in_features)
+        if isinstance(packed, layouts.CpuTiles):
+            kind, view = "tiled", layouts.tiled_view(packed, weight.in_features)
             self.bytes_read += packed.tables.nbytes
         else:
-            assert isinstance(packed, products.CpuWords), weight.kernel
-            kind, view = "plain", products.plain_view(packed, weight.in_features)
+            assert isinstance(packed, layouts.CpuWords), weight.kernel
+            kind, view = "plain", layouts.plain_view(packed, weight.in_features)
         self.bytes_read += packed.codes.nbytes + packed.fp32_scales.nbytes
         self._kept += [weight, view]
         self._add(kind, weight=ctypes.addressof(view), **fields)
@@ -213,10 +213,10 @@ class Program:
             screen.bytes, screen.bounds = scores.rows.data_ptr(), scores.bounds.data_ptr()
         elif (
             isinstance(weight, PackedWeight)
-            and isinstance(weight.tensors, products.CpuTiles)
+            and isinstance(weight.tensors, layouts.CpuTiles)
             and len(weight.partition_sizes) == 1
         ):
-            view = products.plain_view(weight.tensors, weight.in_features)
+            view = layouts.plain_view(weight.tensors, weight.in_features)
             self._kept.append(view)
             screen.kind, screen.plain = _KINDS["screen_tiled"], ctypes.addressof(view)
         self._tails = [exact, screen]

@@ -12,7 +12,8 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def library() -> Any:
     lib.pvrt_tiled_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
     lib.pvrt_plain_linear.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG, _LONG]
     lib.pvrt_decode_rows.argtypes = [_VOID, _VOID, _LONG, _LONG, _VOID, _LONG]
+    lib.pvrt_decode_tiles.argtypes = [_VOID, _VOID, _LONG, _LONG, _VOID, _LONG, _LONG]
     lib.pvrt_tile_codes.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_dense_linear.argtypes = [_VOID, _VOID, _VOID, _LONG, _LONG, _LONG, _LONG, _LONG]
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]
@@ -90,6 +92,7 @@ def library() -> Any:
         "tiled_linear",
         "plain_linear",
         "tile_codes",
+        "decode_tiles",
         "dense_linear",
         "run_program",
         "read_memory",
@@ -121,6 +124,28 @@ def instruction_set() -> str | None:
         return None
     name: bytes = lib.pvrt_isa_name()
     return name.decode()
+
+
+def usable_instruction_sets() -> list[str]:
+    """Those of this CPU and library, the best first; none without the library."""
+    lib, now = library(), instruction_set()
+    if lib is None or now is None:
+        return []
+    found = [name for name in INSTRUCTION_SETS if lib.pvrt_use_isa(name.encode()) is not None]
+    lib.pvrt_use_isa(now.encode())
+    return found
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Run the kernels of a usable instruction set, then those of before."""
+    now = instruction_set()
+    assert now is not None
+    library().pvrt_use_isa(name.encode())
+    try:
+        yield
+    finally:
+        library().pvrt_use_isa(now.encode())
 
 
 def table_rounding() -> float:

@@ -7,8 +7,9 @@ ones. All sums are fp32; `rounding.py` bounds the errors.
 
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,24 +17,37 @@ from torch.nn import functional as F
 
 from pvrt_kernels import reference
 from pvrt_kernels.cpu import library
-from pvrt_kernels.cpu.library import TYPES, PlainWeight, TiledWeight
+from pvrt_kernels.cpu.layouts import (
+    ENTRIES,
+    TILE,
+    CpuTiles,
+    CpuWords,
+    as_fp32,
+    pack_tiles,
+    pack_words,
+    plain_view,
+    plain_weight,
+    tiled_view,
+    unpack_tiles,
+    unpack_words,
+)
+from pvrt_kernels.cpu.library import TYPES, PlainWeight
 from pvrt_kernels.dispatch import Kernel, PackedKernel, Problem, registry
 
-_TILE, _ENTRIES = 64, 256
 # Rows decoded at a time for a dense product: 1 MiB of fp32 stays in the second-level cache.
 _PANEL_BYTES = 1 << 20
-# From this many tokens on, decoding rows once costs less than looking codes up for every token.
+# From this many tokens on, decoding rows of long codes once costs less than for every token.
 _MANY = 4
-# AMX multiplies bfloat16 so fast that decoding rows pays early.
-_MANY_WITH_AMX = 16
+# What one token costs per weight, in lookups: a dense product in fp32 and in bfloat16; and what
+# decoding costs once, per codebook. Measured on Zen 5, in shapes of 135M to 8B models.
+_DENSE, _DENSE_BF16, _DECODING = 0.8, 0.3, 6
+_FEWEST_DECODED = 16
+# Lookups of plain C take so many times as long.
+_PORTABLE = 8
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32).contiguous()
 
 
 def _supports(problem: Problem) -> bool:
@@ -46,37 +60,11 @@ def _supports(problem: Problem) -> bool:
 
 
 def _supports_tiles(problem: Problem) -> bool:
-    return _supports(problem) and problem.codebook_size <= _ENTRIES
+    return _supports(problem) and problem.codebook_size <= ENTRIES
 
 
 def _supports_words(problem: Problem) -> bool:
-    return _supports(problem) and problem.codebook_size > _ENTRIES
-
-
-def plain_weight(
-    codes: Tensor,
-    codebooks: Tensor,
-    scales: Tensor,
-    rows: Tensor,
-    in_features: int,
-    tiled: bool = False,
-) -> PlainWeight:
-    """The C view of a weight in the checkpoint's layout; valid as long as its tensors live."""
-    parts, books, size, _, group = codebooks.shape
-    return PlainWeight(
-        codes.data_ptr(),
-        codebooks.data_ptr(),
-        scales.data_ptr(),
-        rows.data_ptr(),
-        parts,
-        books,
-        group,
-        in_features // group,
-        size,
-        1 if tiled else codes.element_size(),
-        TYPES[codebooks.dtype],
-        tiled,
-    )
+    return _supports(problem) and problem.codebook_size > ENTRIES
 
 
 def _by_panels(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) -> Tensor:
@@ -101,7 +89,7 @@ def _linear(
     bias: Tensor | None,
     partition_sizes: list[int],
 ) -> Tensor:
-    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
+    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), as_fp32(scales)
     if books.dtype not in TYPES:
         return reference.linear(x, codes, codebooks, scales, bias, partition_sizes)
     rows = torch.tensor(partition_sizes)
@@ -110,8 +98,8 @@ def _linear(
 
 
 def _multiply_plain(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) -> Tensor:
-    flat = _fp32(x.reshape(-1, x.shape[-1]))
-    fp32_bias = None if bias is None else _fp32(bias)
+    flat = as_fp32(x.reshape(-1, x.shape[-1]))
+    fp32_bias = None if bias is None else as_fp32(bias)
     if flat.shape[0] >= _MANY:
         y = _by_panels(flat, weight, out, fp32_bias)
     else:
@@ -127,78 +115,18 @@ def _multiply_plain(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | Non
     return y.to(x.dtype).reshape(*x.shape[:-1], out)
 
 
-class CpuTiles(NamedTuple):
-    """A weight with codes of up to 8 bits, for table lookups; all contiguous, on the CPU.
-
-    codes uint8 in tiles (cpu.h), codebooks [P, M, 2^B, 1, g] and scales [out, 1, 1, 1] as given,
-    fp32_scales [out], rows [P] int64, tables [P, M, g, 256] fp32.
-    """
-
-    codes: Tensor
-    codebooks: Tensor
-    scales: Tensor
-    fp32_scales: Tensor
-    rows: Tensor
-    tables: Tensor
-
-
-class CpuWords(NamedTuple):
-    """A weight with codes of 9 to 16 bits, decoded codeword by codeword; contiguous, on the CPU.
-
-    codes [out, in/g, M] int16, the rest as in `CpuTiles`.
-    """
-
-    codes: Tensor
-    codebooks: Tensor
-    scales: Tensor
-    fp32_scales: Tensor
-    rows: Tensor
-
-
-def _pack_tiles(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> CpuTiles:
-    parts, books, size = codebooks.shape[:3]
-    rows = torch.tensor(partition_sizes)
-    tiles = sum(-(-n // _TILE) for n in partition_sizes)
-    packed = torch.empty(tiles * _TILE * codes.shape[1] * books, dtype=torch.uint8)
-    plain = codes.detach().to(torch.int8).contiguous()
-    library.library().pvrt_tile_codes(
-        plain.data_ptr(), packed.data_ptr(), rows.data_ptr(), parts, codes.shape[1], books, 0
-    )
-    entries = torch.arange(_ENTRIES) % size  # a stored byte v means v mod size
-    tables = codebooks.detach().float()[:, :, entries, 0].transpose(2, 3).contiguous()
-    given = codebooks.detach().clone().contiguous(), scales.detach().clone()
-    return CpuTiles(packed, *given, _fp32(scales).flatten(), rows, tables)
-
-
-def _unpack_tiles(packed: CpuTiles, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    parts, books, _, _, group = packed.codebooks.shape
-    out = packed.scales.shape[0]
-    codes = torch.empty(out, in_features // group, books, dtype=torch.int8)
-    library.library().pvrt_tile_codes(
-        codes.data_ptr(),
-        packed.codes.data_ptr(),
-        packed.rows.data_ptr(),
-        parts,
-        codes.shape[1],
-        books,
-        1,
-    )
-    return codes, packed.codebooks, packed.scales
-
-
 def _tiles_linear(
     x: Tensor, packed: CpuTiles, bias: Tensor | None, partition_sizes: list[int]
 ) -> Tensor:
     in_features, out = x.shape[-1], packed.fp32_scales.shape[0]
     flat = x.reshape(-1, in_features)
     tokens = flat.shape[0]
-    if tokens >= _MANY_WITH_AMX and x.dtype == torch.bfloat16 and has_amx():
-        y = _by_panels(flat.contiguous(), plain_view(packed, in_features), out, bias)
-        return y.reshape(*x.shape[:-1], out)
-    flat = _fp32(flat)
-    fp32_bias = None if bias is None else _fp32(bias)
+    dtype = torch.bfloat16 if may_round(x.dtype) else torch.float32
+    if _decoding_pays(tokens, packed, dtype):
+        y = _by_decoded_tiles(flat, packed, bias, partition_sizes, dtype)
+        return y.to(x.dtype).reshape(*x.shape[:-1], out)
+    flat = as_fp32(flat)
+    fp32_bias = None if bias is None else as_fp32(bias)
     y = torch.empty(tokens, out)
     library.library().pvrt_tiled_linear(
         ctypes.byref(tiled_view(packed, in_features)),
@@ -211,20 +139,54 @@ def _tiles_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], out)
 
 
-def _pack_words(
-    codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
-) -> CpuWords:
-    return CpuWords(
-        codes.detach().to(torch.int16, copy=True).contiguous(),
-        codebooks.detach().clone().contiguous(),
-        scales.detach().clone(),
-        _fp32(scales).flatten(),
-        torch.tensor(partition_sizes),
+def may_round(dtype: torch.dtype) -> bool:
+    """Whether inputs and decoded weights may be rounded to bfloat16 for many tokens of a type.
+
+    Where that is fast, and for fp32 only where torch was allowed the same
+    (torch.set_float32_matmul_precision("medium")).
+    """
+    allowed = dtype == torch.bfloat16 or (
+        dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
     )
+    return allowed and multiplies_bfloat16()
 
 
-def _unpack_words(packed: CpuWords, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-    return packed.codes, packed.codebooks, packed.scales
+def _decoding_pays(tokens: int, packed: CpuTiles, dtype: torch.dtype) -> bool:
+    """Whether decoding rows and a dense product cost less than lookups for every token."""
+    parts, books, group, _ = packed.tables.shape
+    if tokens < _FEWEST_DECODED or group % 4:
+        return False
+    # Tables of one input group serve all outputs of a partition.
+    lookups = books * (1 / group + ENTRIES * parts / packed.fp32_scales.shape[0])
+    lookups *= _PORTABLE if library.instruction_set() == "portable" else 1
+    dense = _DENSE_BF16 if dtype == torch.bfloat16 else _DENSE
+    return tokens * lookups > tokens * dense + _DECODING * books
+
+
+def _by_decoded_tiles(
+    x: Tensor,
+    packed: CpuTiles,
+    bias: Tensor | None,
+    partition_sizes: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """x [tokens, in] times tiles that are decoded in `dtype`, while they are in the cache; fp32."""
+    lib, threads, features = library.library(), torch.get_num_threads(), x.shape[1]
+    out, half = packed.fp32_scales.shape[0], dtype == torch.bfloat16
+    view, books = tiled_view(packed, features), packed.tables.mT.contiguous()
+    step = max(threads, _PANEL_BYTES // (TILE * features * dtype.itemsize))
+    panel = torch.empty(step * TILE, features, dtype=dtype)
+    x, y, row = x.to(dtype), torch.empty(x.shape[0], out), 0
+    sizes = [min(TILE, rows - done) for rows in partition_sizes for done in range(0, rows, TILE)]
+    for first in range(0, len(sizes), step):
+        tiles = sizes[first : first + step]
+        lib.pvrt_decode_tiles(
+            ctypes.byref(view), books.data_ptr(), first, len(tiles), panel.data_ptr(), half, threads
+        )
+        end = row + sum(tiles)
+        y[:, row:end] = F.linear(x, panel[: end - row])
+        row = end
+    return y if bias is None else y.add_(bias)
 
 
 def _words_linear(
@@ -232,33 +194,6 @@ def _words_linear(
 ) -> Tensor:
     weight = plain_view(packed, x.shape[-1])
     return _multiply_plain(x, weight, packed.fp32_scales.shape[0], bias)
-
-
-def tiled_view(packed: CpuTiles, in_features: int) -> TiledWeight:
-    """The C view of a packed weight; valid as long as its tensors live."""
-    parts, books, _, _, group = packed.codebooks.shape
-    return TiledWeight(
-        packed.codes.data_ptr(),
-        packed.tables.data_ptr(),
-        packed.fp32_scales.data_ptr(),
-        packed.rows.data_ptr(),
-        parts,
-        books,
-        group,
-        in_features // group,
-    )
-
-
-def plain_view(packed: CpuTiles | CpuWords, in_features: int) -> PlainWeight:
-    """The C view of a packed weight for decoding; valid as long as its tensors live."""
-    return plain_weight(
-        packed.codes,
-        packed.codebooks,
-        packed.fp32_scales,
-        packed.rows,
-        in_features,
-        isinstance(packed, CpuTiles),
-    )
 
 
 def _packed_dequantize(
@@ -295,7 +230,7 @@ def dequantize(
     codes: Tensor, codebooks: Tensor, scales: Tensor, partition_sizes: list[int]
 ) -> Tensor:
     """What `reference.dequantize` returns, to the bit."""
-    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), _fp32(scales)
+    codes, books, fp32_scales = codes.contiguous(), codebooks.contiguous(), as_fp32(scales)
     rows, in_features = torch.tensor(partition_sizes), codes.shape[1] * codebooks.shape[4]
     weight = plain_weight(codes, books, fp32_scales, rows, in_features)
     return _decoded(weight, len(codes), in_features).to(codebooks.dtype)
@@ -316,13 +251,29 @@ def _decoded(
     return y
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16, and an instruction set as new is in use."""
+    return library.instruction_set() == library.INSTRUCTION_SETS[0] and _has_bfloat16()
+
+
 @functools.cache
-def has_amx() -> bool:
-    """Whether torch's bfloat16 products run on Intel's matrix units here."""
+def _has_bfloat16() -> bool:
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        found = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return "amx_bf16" in found or "avx512_bf16" in found
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let products with many tokens round their factors to bfloat16, where that is faster."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -349,8 +300,8 @@ _PACKED = (
         "cpu-tiles",
         _supports_tiles,
         CpuTiles,
-        _pack_tiles,
-        _unpack_tiles,
+        pack_tiles,
+        unpack_tiles,
         _tiles_linear,
         _packed_dequantize,
         rows=_packed_rows,
@@ -359,8 +310,8 @@ _PACKED = (
         "cpu-words",
         _supports_words,
         CpuWords,
-        _pack_words,
-        _unpack_words,
+        pack_words,
+        unpack_words,
         _words_linear,
         _packed_dequantize,
         rows=_packed_rows,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pvrt_kernels.cpu import library, products
+from pvrt_kernels.cpu import layouts, library, products
 
 _VOID = ctypes.c_void_p
 _LONG = ctypes.c_int64
@@ -161,7 +161,7 @@ def parameter_gradients(
     # Names keep alive what the C view points to.
     kept = codes.contiguous(), codebooks.unsqueeze(0).contiguous(), scales.float().contiguous()
     rows = torch.tensor([len(codes)])
-    weight = products.plain_weight(*kept, rows, grad.shape[1])
+    weight = layouts.plain_weight(*kept, rows, grad.shape[1])
     library.library().pvrt_parameter_gradients(
         ctypes.byref(weight), grad.data_ptr(), books.data_ptr(), row_scales.data_ptr(), threads
     )

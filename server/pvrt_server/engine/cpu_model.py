@@ -2,14 +2,16 @@
 
 A token of a small model takes milliseconds, of which transformers' Python alone would take most.
 So decoding, of one sequence or of many at once, is a program of the C library
-(`pvrt_kernels.cpu.decoder_program`), over the same packed weights and the same caches. Everything
-is computed in float32; what is not quantised is kept in the 16 bits that the checkpoint has it in,
-which halves what a token reads and changes no result.
+(`pvrt_kernels.cpu.decoder_program`), over the same packed weights and the same caches. What is not
+quantised is kept in the 16 bits that the checkpoint has it in, which halves what a token reads and
+changes no result. Everything is computed in float32, but for the products of prompts of models
+whose authors chose 16 bits.
 """
 
 import math
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +69,13 @@ class CpuModel:
     """A Llama-like model, packed or dense, decoding up to `rows` sequences at once.
 
     `backend.runs_in_c` says which models these are. A dense one may be given in 16 bits: all sums
-    are in float32 in any case. Its layers are replaced.
+    are in float32 in any case. Its layers are replaced. rounds: products of prompts may round their
+    factors and results to bfloat16, where the CPU multiplies that.
     """
 
-    def __init__(self, model: Any, rows: int = 1) -> None:
+    def __init__(self, model: Any, rows: int = 1, *, rounds: bool = False) -> None:
         self.model = model
+        self._rounding = products.bfloat16_products if rounds else nullcontext
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         self.generation_config = model.generation_config
@@ -111,11 +115,12 @@ class CpuModel:
             return self.step([state], tokens)[:keep]
         self._extend(state, len(tokens))
         cache = Cache(layers=[_Layer(layer, state.length) for layer in state.cache])
-        output = self.model.model(
-            inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
-            use_cache=True,
-            **{cache_name(): cache},
-        )
+        with self._rounding():
+            output = self.model.model(
+                inputs_embeds=self.model.model.embed_tokens(torch.tensor([tokens])).float(),
+                use_cache=True,
+                **{cache_name(): cache},
+            )
         state.length += len(tokens)
         x = output.last_hidden_state[0, len(tokens) - keep :]
         return _product(x if self._head_scales is None else x * self._head_scales, self._head)
@@ -219,13 +224,15 @@ class _DenseLinear(nn.Module):
 
 
 def _product(x: Tensor, weight: PackedWeight | Tensor) -> Tensor:
-    """x [tokens, in] in float32 times a weight [out, in], packed or of 32 or 16 bits."""
+    """x [tokens, in] in float32 times a weight [out, in], packed or of 32 or 16 bits; float32."""
     if isinstance(weight, PackedWeight):
         return aqlm_packed_linear(x, weight)
     if x.shape[0] <= _FEW_ROWS:
         return products.dense_linear(x, weight)
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
+    if weight.dtype == torch.bfloat16 and products.may_round(x.dtype):
+        return F.linear(x.bfloat16(), weight).float()
     return torch.cat([F.linear(x, rows.float()) for rows in torch.split(weight, _WIDENED_ROWS)], -1)
 
 

@@ -86,7 +86,10 @@ def _load_model(
             stored.file_bytes() / 1e6,
         )
     if decision.in_c:
-        return CpuModel(model, options.sequences)
+        # What its author published in 16 bits needs no more in prompts.
+        published = stored.config.get("dtype") or stored.config.get("torch_dtype")
+        rounds = options.dtype == "auto" and published in ("bfloat16", "float16")
+        return CpuModel(model, options.sequences, rounds=rounds)
     if model.device.type == "cuda":
         record = cuda_graphs.recorder(model.device)
         return CapturedModel(model, record, decision.cache_tokens // 2)

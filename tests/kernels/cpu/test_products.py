@@ -14,44 +14,19 @@ import torch
 from torch import Tensor
 
 from pvrt.format.aqlm import QuantizedLayer
-from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_linear, has_fast_kernel, reference
+from pvrt_kernels.cpu import layouts, products, rounding
 from pvrt_kernels.cpu import library as cpu
-from pvrt_kernels.cpu import products, rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
-from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
+from pvrt_kernels.packed import aqlm_pack, aqlm_packed_linear
+from tests.fixtures.fused import exact, fused, packed
 from tests.fixtures.instruction_sets import SOURCES, compiled, natively, relative, using
-from tests.fixtures.toy import random_layer
 from tests.fixtures.turning import turning
 
 HERE = Path(__file__).parent
 SCHEMES = ["2x8g8", "1x8g8", "1x8g4", "4x8g8", "2x8g16", "1x7g8", "17x8g8", "1x16g8", "1x12g16"]
 PARTITIONS = [[200], [64, 40, 130]]
 needs_library = pytest.mark.skipif(cpu.library() is None, reason="the C library is not built")
-
-
-def fused(scheme: str, sizes: list[int], in_features: int, dtype: torch.dtype) -> QuantizedLayer:
-    """Several random layers as one, with a bias; codebooks [P, ...]."""
-    parts = [random_layer(Scheme.parse(scheme), n, in_features, seed=n, dtype=dtype) for n in sizes]
-    return QuantizedLayer(
-        torch.cat([part.codes for part in parts]),
-        torch.stack([part.codebooks for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.randn(sum(sizes)),
-    )
-
-
-def exact(layer: QuantizedLayer, sizes: list[int]) -> Tensor:
-    """The weight in float64."""
-    books, scales = layer.codebooks.float(), torch.ones_like(layer.scales).float()
-    weight = reference.dequantize(layer.codes, books, scales, sizes).double()
-    return weight * layer.scales.double().reshape(-1, 1)
-
-
-def packed(layer: QuantizedLayer, sizes: list[int]) -> PackedWeight:
-    weight = aqlm_pack(layer.codes, layer.codebooks, layer.scales, torch.float32, sizes)
-    assert weight is not None
-    return weight
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -71,24 +46,6 @@ def test_products_are_those_of_float64(isa: str, scheme: str) -> None:
     decoded = weight.dequantize()
     assert decoded.dtype == layer.codebooks.dtype
     assert relative(decoded, dense) < torch.finfo(decoded.dtype).eps
-
-
-@needs_library
-@pytest.mark.parametrize("tokens", [15, 16, 40])
-def test_many_tokens_take_decoded_rows_where_amx_multiplies_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, tokens: int
-) -> None:
-    """The path of a CPU with AMX; torch computes the same products without it."""
-    monkeypatch.setattr(products, "has_amx", lambda: True)
-    monkeypatch.setattr(products, "_PANEL_BYTES", 4 * 208 * 64)  # several panels, the last cut
-    sizes, layer = [64, 40, 130], fused("2x8g8", [64, 40, 130], 208, torch.bfloat16)
-    assert layer.bias is not None
-    weight = aqlm_pack(layer.codes, layer.codebooks, layer.scales, torch.bfloat16, sizes)
-    x = torch.randn(tokens, 208).bfloat16()
-    assert weight is not None
-    y = aqlm_packed_linear(x, weight, layer.bias.bfloat16())
-    expected = x.double() @ exact(layer, sizes).T + layer.bias.bfloat16().double()
-    assert y.dtype == torch.bfloat16 and relative(y, expected) < torch.finfo(torch.bfloat16).eps
 
 
 # What is hard on tables of 16 bits: one input sets the step of its block, results cancel, books are
@@ -189,7 +146,7 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
     padding = {1: (64 + 64 + 192) / sum(sizes), 2: 1.0}[layer.codes.element_size()]
     stored = weight.tensors
     assert isinstance(
-        stored, products.CpuTiles if layer.codes.element_size() == 1 else products.CpuWords
+        stored, layouts.CpuTiles if layer.codes.element_size() == 1 else layouts.CpuWords
     )
     assert stored.codes.nbytes == layer.codes.nbytes * padding
     assert stored.codes.data_ptr() != layer.codes.data_ptr()
@@ -199,7 +156,7 @@ def test_packing_gives_everything_back_and_costs_no_second_copy(scheme: str) -> 
 def test_short_codes_in_a_long_type_are_packed_as_short_ones() -> None:
     layer = fused("2x8g8", [40], 64, torch.float32)
     wide = aqlm_pack(layer.codes.short(), layer.codebooks, layer.scales, torch.float32, [40])
-    assert wide is not None and isinstance(wide.tensors, products.CpuTiles)
+    assert wide is not None and isinstance(wide.tensors, layouts.CpuTiles)
     x = torch.randn(2, 64)
     assert torch.equal(aqlm_packed_linear(x, wide), aqlm_packed_linear(x, packed(layer, [40])))
 

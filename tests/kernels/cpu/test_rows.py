@@ -11,8 +11,8 @@ from torch import Tensor
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import reference
+from pvrt_kernels.cpu import layouts, rounding
 from pvrt_kernels.cpu import library as cpu
-from pvrt_kernels.cpu import products, rounding
 from pvrt_kernels.cpu.decoder_program import Program, Rounded, Step
 from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_rows
 from tests.fixtures.instruction_sets import natively, relative, using
@@ -207,8 +207,8 @@ def test_the_library_itself_refuses_rows_that_are_not_there(
     first: int, count: int, rows: list[int] | None
 ) -> None:
     weight = packed(random_layer(Scheme.parse("2x8g4"), 50, 32))
-    assert isinstance(weight.tensors, products.CpuTiles)
-    view = products.plain_view(weight.tensors, 32)
+    assert isinstance(weight.tensors, layouts.CpuTiles)
+    view = layouts.plain_view(weight.tensors, 32)
     numbers, y = torch.tensor(rows or [0]), torch.full((64, 32), 7.0)
     given = numbers.data_ptr() if rows else None
     decode = cpu.library().pvrt_decode_rows

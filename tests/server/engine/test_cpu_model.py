@@ -11,7 +11,7 @@ from torch import Tensor
 import pvrt
 from pvrt.errors import ServeError
 from pvrt.modules.whole_model import pack_model, quantized_layers
-from pvrt_kernels.cpu import library, rounding
+from pvrt_kernels.cpu import library, products, rounding
 from pvrt_kernels.cpu.decoder_program import Rounded
 from pvrt_server.backend import runs_in_c
 from pvrt_server.engine import cpu_model
@@ -228,13 +228,39 @@ def test_models_that_are_not_quantised_run_in_it_as_they_are_stored(
 ) -> None:
     toy_model(architecture).to(dtype).save_pretrained(tmp_path)
     toy_tokenizer().save_pretrained(tmp_path)
-    with Engine.load(tmp_path) as engine:
+    with Engine.load(tmp_path, ServeOptions(dtype="float32")) as engine:
         model = engine._runtime.model
     assert isinstance(model, CpuModel)
     assert {p.dtype for p in model.model.parameters() if p.dim() == 2} == {dtype}
     reference = TransformersModel(pvrt.load(tmp_path, dtype=torch.float32))
     expected = logits_after(reference, 12)
     torch.testing.assert_close(logits_after(model, 12), expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "rounds"),
+    [
+        (torch.bfloat16, "auto", True),
+        (torch.bfloat16, "float32", False),
+        (torch.float32, "auto", False),
+    ],
+)
+def test_prompts_of_models_published_in_16_bits_may_be_rounded(
+    tmp_path: Path, stored: torch.dtype, asked: Any, rounds: bool
+) -> None:
+    """A prompt's logits are within bfloat16's error; torch's own setting stays as it was."""
+    write_toy(tmp_path, "llama", dtype=stored)
+    with Engine.load(tmp_path, ServeOptions(dtype=asked)) as engine:
+        model = engine._runtime.model
+    assert isinstance(model, CpuModel)
+    prompt = [5 + 3 * i for i in range(64)]
+    with torch.inference_mode():
+        found = model.read(model.start(), prompt, 1)
+        assert torch.get_float32_matmul_precision() == "highest"
+        exact = CpuModel(loaded(tmp_path)).read(model.start(), prompt, 1)
+    error = float((found - exact).norm() / exact.norm())
+    assert error < 2e-2
+    assert (error > 1e-5) == (rounds and products.multiplies_bfloat16())
 
 
 def test_more_sequences_than_the_program_runs_are_refused(toy: Path) -> None:

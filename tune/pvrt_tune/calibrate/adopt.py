@@ -15,7 +15,8 @@ from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt_tune.calibrate.ends import ends
-from pvrt_tune.data.source_model import Source, digest_of
+from pvrt_tune.data.source_model import Source
+from pvrt_tune.data.stored_weights import digest_of
 from pvrt_tune.model_blocks import BlockList, linears
 from pvrt_tune.run import ENDS, OUTSIDE, Run, block_piece
 

@@ -51,6 +51,7 @@ def calibrate(run: Run) -> None:
     tables = schemes_of_ends(run.source.model, run.recipe)
     if all(store.report(name) is not None for name in pieces + [ENDS] * bool(tables)):
         return
+    _warn_of_few_tokens(run)
     stream = _start(run)
     clock, again = Clock(count), Clock(count)
     for index in range(count):
@@ -193,11 +194,23 @@ def _compute(run: Run) -> torch.dtype:
     return compute_dtype(run.recipe.finetune.compute, run.device)
 
 
+def _warn_of_few_tokens(run: Run) -> None:
+    """Fewer tokens than a layer has inputs leave directions of its weight to chance."""
+    recipe, first = run.recipe, run.blocks.blocks[0]
+    tokens = recipe.samples * recipe.length
+    name, inputs = max(((n, layer.in_features) for n, layer in linears(first)), key=lambda x: x[1])
+    if tokens < inputs:
+        run.report(
+            f"only {tokens} tokens calibrate {name} of {inputs} inputs: expect poor quality; "
+            "raise --samples or --length"
+        )
+
+
 def _block_line(index: int, count: int, report: dict[str, Any], clock: Clock) -> str:
-    errors = "  ".join(f"{k.rpartition('.')[2]} {v:.4f}" for k, v in report["errors"].items())
+    worst, error = max(report["errors"].items(), key=lambda item: item[1])
     output = report["output_error"]
     return (
-        f"block {index + 1}/{count}  {errors}  output {output['before_finetune']:.5f} -> "
-        f"{output['after']:.5f}  codes moved {report['moved']:.1%}  {report['seconds']:.1f} s  "
-        f"{clock.eta()}"
+        f"block {index + 1}/{count}  worst layer {worst.rpartition('.')[2]} {error:.3f}  "
+        f"output {output['before_finetune']:.4f} -> {output['after']:.4f}  "
+        f"codes moved {report['moved']:.0%}  {report['seconds']:.0f} s  {clock.eta()}"
     )

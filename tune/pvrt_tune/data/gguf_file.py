@@ -45,12 +45,11 @@ def _header(path: Path) -> _Header:
     """The header of a file, read again only when the file has changed: a reader takes seconds for
     the vocabulary. Raises SourceError for a damaged file.
     """
-    status = path.stat()
-    return _read_header(path, status.st_size, status.st_mtime_ns)
+    return _read_header(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=1)
-def _read_header(path: Path, size: int, changed: int) -> _Header:
+def _read_header(path: Path, changed: int) -> _Header:
     try:
         from gguf import GGUFReader
     except ImportError as error:

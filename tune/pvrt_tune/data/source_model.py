@@ -6,7 +6,6 @@ own loading code, so that a model never has to fit in memory. Only a GGUF file i
 (in the model's 16-bit type, in host memory) when it is opened.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,6 +43,7 @@ from pvrt_tune.data.stored_weights import (
     Assigned,
     StoredWeights,
     assign,
+    digest_of,
     embeddings_first,
     untied,
 )
@@ -166,15 +166,6 @@ class Source:
         return model
 
 
-def digest_of(files: Iterable[Path]) -> str:
-    """SHA-256 of what `sha256sum FILES` prints."""
-    lines = ""
-    for file in files:
-        with file.open("rb") as handle:
-            lines += f"{hashlib.file_digest(handle, 'sha256').hexdigest()}  {file.name}\n"
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], device: str) -> None:
     """Put tensors in the place of a module's parameters, and its buffers on the device."""
     module.load_state_dict(tensors, strict=False, assign=True)
@@ -285,8 +276,7 @@ def _opened(name: str, folder: Path) -> Source:
         model, transforms = _skeleton(config, dtype, folder)
         notes.append(f"{name} holds an output head of its own, though its config ties it: kept")
         for target in untied(model, stored, transforms):
-            kind = type(model).__name__
-            raise SourceError(f"{name} holds another {target} than {kind} ties it to")
+            raise SourceError(f"{name} holds another {target} than its model ties it to")
     stored = embeddings_first(model, stored, transforms)
     assigned = assign(model, stored, transforms, name)
     notes += _left_out(name, model, assigned.left_out)
@@ -320,16 +310,15 @@ def _open_gguf(name: str, file: Path) -> Source:
 def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
     """The model of a GGUF file without weights, and the names of tensors that it has no place for.
 
-    Made again only when the file has changed: a plan asks first, then the run. Raises SourceError
-    for a file that lacks some, and for experts, which are stored fused.
+    Made once, for a plan asks before the run. Raises SourceError for a file that lacks some, and
+    for experts, which are stored fused.
     """
-    status = file.stat()
-    model, left_out = _make_gguf_skeleton(file, status.st_size, status.st_mtime_ns)
+    model, left_out = _make_gguf_skeleton(file, file.stat().st_mtime_ns)
     return deepcopy(model), left_out
 
 
 @lru_cache(maxsize=1)
-def _make_gguf_skeleton(file: Path, size: int, changed: int) -> tuple[Any, tuple[str, ...]]:
+def _make_gguf_skeleton(file: Path, changed: int) -> tuple[Any, tuple[str, ...]]:
     with _one_sentence(file):
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False

@@ -4,8 +4,9 @@ transformers makes up what files lack, drops what it has no place for, and takes
 for weights. Here all of that is an error or a note.
 """
 
+import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,12 @@ def _dtype_name(weight: Any) -> str:
     if isinstance(weight, Tensor):
         return next((name for name, kind in _FLOATS.items() if kind is weight.dtype), "other")
     return str(weight.get_dtype())
+
+
+def digest_of(files: Iterable[Path]) -> str:
+    """SHA-256 of what `sha256sum FILES` prints."""
+    lines = ""
+    for file in files:
+        with file.open("rb") as handle:
+            lines += f"{hashlib.file_digest(handle, 'sha256').hexdigest()}  {file.name}\n"
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -24,7 +24,9 @@ from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape, TableShape
 from pvrt_tune.store import unseen
 
-CHUNK_BYTES = 64 << 20
+#: Of logits, as if in float32: of those that a head computes at once, and of those that are made
+#: into a loss at once, which should stay in a processor's cache.
+CHUNK_BYTES, SLICE_BYTES = 64 << 20, 2 << 20
 #: Windows whose states of the original model are computed and kept together.
 TEACHER_CHUNK = 16
 #: Windows of these that the original model computes at once.
@@ -65,8 +67,16 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, width] -> [n, vocabulary] in float32."""
+        return self.bounded(self.product(hidden))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """hidden [n, width] -> h W^T + b [n, vocabulary] in the dtype of hidden."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        raw = F.linear(hidden, self.weight.to(hidden.dtype), bias).float()
+        return F.linear(hidden, self.weight.to(hidden.dtype), bias)
+
+    def bounded(self, product: Tensor) -> Tensor:
+        """h W^T + b -> logits in float32."""
+        raw = product.float()
         raw = raw if self.multiplier == 1.0 else raw * self.multiplier
         return raw if self.cap is None else torch.tanh(raw / self.cap) * self.cap
 
@@ -89,24 +99,26 @@ def decoded(table: AQLMLayer, dtype: torch.dtype | None = None) -> Tensor:
     shape = table.out_features, table.in_features
     weight = torch.empty(shape, dtype=dtype, device=codes.device)
     with torch.no_grad():
-        for rows, part in _parts(table):
-            weight[rows] = part
+        for rows in _slices(*shape):
+            weight[rows] = _part(table, rows)
     return weight
 
 
 def pull_back(table: AQLMLayer, grad: Tensor) -> None:
     """Add the gradient [vocabulary, width] of a decoded table to its codebooks and scales."""
-    for rows, part in _parts(table):
-        part.backward(grad[rows])  # type: ignore[no-untyped-call]
+    for rows in _slices(table.out_features, table.in_features):
+        _part(table, rows).backward(grad[rows])  # type: ignore[no-untyped-call]
 
 
-def _parts(table: AQLMLayer) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a table, decoded."""
-    count = max(1, CHUNK_BYTES // (4 * table.in_features))
-    for start in range(0, table.out_features, count):
-        rows = slice(start, start + count)
-        weight = aqlm_dequantize(table.codes[rows], table.codebooks, table.scales[rows])
-        yield rows, weight if table.in_scales is None else weight * table.in_scales
+def _part(table: AQLMLayer, rows: slice) -> Tensor:
+    weight = aqlm_dequantize(table.codes[rows], table.codebooks, table.scales[rows])
+    return weight if table.in_scales is None else weight * table.in_scales
+
+
+def _slices(count: int, width: int, most: int = CHUNK_BYTES) -> Iterator[slice]:
+    """Slices of `count` rows of `width` numbers, each of at most so many bytes in float32."""
+    step = max(1, most // (4 * width))
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def head_bytes(head: TableShape, itemsize: int) -> int:
@@ -184,24 +196,19 @@ class _ChunkedKL(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         total = hidden.new_zeros((), dtype=torch.float64)
-        rows = max(1, CHUNK_BYTES // (4 * len(weight)))
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            wanted = F.log_softmax(target_head.logits(target[part]), -1)
-            logits = head.logits(hidden[part])
-            given = F.log_softmax(logits, -1)
-            chance = wanted.exp()
-            total += (chance * wanted.sub_(given)).sum(dtype=torch.float64)
-            if grad_hidden is None and grad_weight is None and head.gradient is None:
-                continue
-            grad = head.pull_back(given.exp_().sub_(chance).div_(len(hidden)), logits)
-            grad = grad.to(hidden.dtype)
+        for part in _slices(len(hidden), len(weight)):
+            # The student's product becomes the gradient by itself, a slice at a time.
+            product, wanted = head.product(hidden[part]), target_head.product(target[part])
+            for rows in _slices(len(product), len(weight), SLICE_BYTES):
+                kl, grad = _kl(head, product[rows], target_head.bounded(wanted[rows]))
+                total += kl
+                product[rows] = grad.div_(len(hidden))
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ head.weight
+                torch.mm(product, head.weight, out=grad_hidden[part])
             if head.gradient is not None:
-                head.gradient.addmm_(grad.T.float(), hidden[part].float(), alpha=factor)
+                _add_product(head.gradient, product, hidden[part], factor)
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T.to(weight.dtype), hidden[part].to(weight.dtype))
+                _add_product(grad_weight, product, hidden[part])
         ctx.grads = grad_hidden, grad_weight
         return (total / len(hidden)).float()
 
@@ -213,13 +220,29 @@ class _ChunkedKL(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
+def _kl(head: Head, product: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """KL from logits `wanted` [n, vocabulary] to the student's, of its head's product, in sum over
+    tokens; and the gradient of that sum by the product, in float32.
+    """
+    wanted, logits = F.log_softmax(wanted, -1), head.bounded(product)
+    given, chance = F.log_softmax(logits, -1), wanted.exp()
+    kl = torch.dot(chance.flatten(), wanted.sub_(given).flatten())
+    return kl, head.pull_back(given.exp_().sub_(chance), logits)
+
+
+def _add_product(gradient: Tensor, grad: Tensor, hidden: Tensor, factor: float = 1.0) -> None:
+    """gradient [vocabulary, width] += factor grad^T hidden, a product in the type of these two."""
+    for rows in _slices(*gradient.shape):
+        gradient[rows].add_(grad[:, rows].T @ hidden, alpha=factor)
+
+
 def kl_loss(
     hidden: Tensor, head: Head, target: Tensor, target_head: Head, factor: float = 1.0
 ) -> Tensor:
     """KL(original || student) in nats, mean over tokens; differentiable by hidden and head weight.
 
     hidden [n, width] and `head` of the student; target [n, width'] and `target_head` of the
-    original, used in the dtype of hidden. Memory: a few chunks of at most 64 MiB of logits. The
+    original, used in the dtype of hidden. Memory: two chunks of at most 64 MiB of logits. The
     gradient of a decoded weight, times `factor`, is added to `head.gradient` here and now.
     """
     dtype = hidden.dtype
@@ -235,9 +258,11 @@ def kl_bytes(model: ModelShape, tokens: int, itemsize: int) -> int:
     the gradient of the head's weight.
     """
     rows = min(tokens, max(1, CHUNK_BYTES // (4 * model.vocabulary)))
-    # Of a chunk, in float32: both models' log-probabilities and logits of one, chances, and these
-    # times differences. Of all tokens: targets, and the gradient of the hidden states.
-    return 5 * 4 * rows * model.vocabulary + 2 * itemsize * tokens * model.width
+    # Of a chunk both models' products, and of a slice of them, in float32: both models' logits,
+    # log-probabilities and chances. Of all tokens: targets, and the gradient of hidden states.
+    chunk = 2 * itemsize * rows * model.vocabulary
+    chunk += 6 * min(SLICE_BYTES, 4 * rows * model.vocabulary)
+    return chunk + 2 * itemsize * tokens * model.width
 
 
 class Teacher:

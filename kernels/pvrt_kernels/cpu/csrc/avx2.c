@@ -312,6 +312,7 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
 
 #define MULTIPLY_ADD(a, b, sum) _mm256_fmadd_ps(a, b, sum)
 #include "attention.h"
+#include "tiles.h"
 
 static float dot(const float *a, const void *b, int64_t n, int64_t dtype) {
     __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0;
@@ -372,5 +373,5 @@ static float dot_bytes(const int16_t *a, const int8_t *b, int64_t n) {
 }
 
 const isa isa_avx2 = {"avx2", ENTRIES * 4, 0, 0, 2, build, lookup, build8, lookup8, direct,
-                      decode, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
+                      decode, decode_tile, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
 #endif

@@ -158,6 +158,11 @@ static void decode(const plain_weight *w, const void *books, float scale, float 
     isa_avx2.decode(w, books, scale, y);
 }
 
+static void decode_tile(const uint8_t *codes, const float *books, int count, int group, int groups,
+                        int rows, const float *scales, void *y, size_t stride, int half) {
+    isa_avx2.decode_tile(codes, books, count, group, groups, rows, scales, y, stride, half);
+}
+
 static void attend(const float *queries, int64_t heads, const float *keys, const float *values,
                    int64_t count, int64_t dim, float scale, float *weights, float *y) {
     isa_avx2.attend(queries, heads, keys, values, count, dim, scale, weights, y);
@@ -181,6 +186,7 @@ static void gate(const float *x, const float *values, float *y, int64_t n) {
 }
 
 const isa isa_vbmi = {"avx512-vbmi", 2 * ENTRIES, 8, 0.5 / STEPS, 5, build, lookup, build8,
-                      lookup8, direct, decode, attend, dot, dot_bytes, dot4, gate, build_rough,
+                      lookup8, direct, decode, decode_tile, attend, dot, dot_bytes, dot4, gate,
+                      build_rough,
                       lookup_rough};
 #endif

@@ -25,7 +25,11 @@ enum { F32 = 0, F16 = 1, BF16 = 2 };
 
 /* GNU C's own vectors */
 typedef float floats8 __attribute__((vector_size(32), aligned(4)));
+typedef float floats4 __attribute__((vector_size(16), aligned(4)));
+typedef int32_t ints4 __attribute__((vector_size(16)));
 typedef int32_t ints8 __attribute__((vector_size(32)));
+typedef int16_t shorts4 __attribute__((vector_size(8)));
+typedef int16_t shorts8 __attribute__((vector_size(16)));
 #define AT(p) (*(const floats8 *)(p))
 
 static inline float sum8(floats8 s) {
@@ -110,6 +114,11 @@ typedef struct {
                    int64_t count, float *y);
     /* One row, whose codes w->codes are, decoded and scaled. */
     void (*decode)(const plain_weight *w, const void *books, float scale, float *y);
+    /* Rows of one tile in one block of groups: codes [groups][count][TILE], fp32 books
+     * [count][ENTRIES][group], scales [rows]. Decoded and scaled into y, `stride` bytes a row, in
+     * fp32 or (half) bf16. */
+    void (*decode_tile)(const uint8_t *codes, const float *books, int count, int group, int groups,
+                        int rows, const float *scales, void *y, size_t stride, int half);
     /* y [heads][dim] = softmax(scale queries . keys) values; queries [heads][dim], keys, values
      * [count][dim]; weights [ATTEND_ROWS][count] is room for the softmax. */
     void (*attend)(const float *queries, int64_t heads, const float *keys, const float *values,

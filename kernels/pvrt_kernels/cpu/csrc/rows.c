@@ -65,6 +65,50 @@ API int64_t pvrt_decode_rows(const plain_weight *w, const int64_t *rows, int64_t
     return 0;
 }
 
+typedef struct {
+    job job; /* a part is a share of the tiles */
+    const tiled_weight *weight;
+    const float *books;
+    int64_t first, count; /* tiles */
+    char *y;
+    int64_t half;
+} panel_job;
+
+static void panel_part(const job *job, int64_t index) {
+    const panel_job *work = (const panel_job *)job;
+    const tiled_weight *w = work->weight;
+    const int64_t tiles = count_tiles(w->rows, w->parts), whole = block_groups(w->books);
+    const int64_t from = work->first + share(work->count, index, job->parts);
+    const int64_t to = work->first + share(work->count, index + 1, job->parts);
+    const size_t width = work->half ? 2 : 4, stride = w->groups * w->group * width;
+    int64_t tile = 0, row = 0, start = -1; /* start: the row that y begins with */
+    for (int64_t p = 0; p < w->parts; p++)
+        for (int64_t done = 0; done < w->rows[p]; done += TILE, tile++) {
+            const int64_t rows = w->rows[p] - done < TILE ? w->rows[p] - done : TILE;
+            if (tile == work->first) start = row;
+            for (int64_t j = 0; j < w->groups && tile >= from && tile < to; j += whole) {
+                const int64_t groups = w->groups - j < whole ? w->groups - j : whole;
+                kernels->decode_tile(w->codes + tiled_at(tiles, tile, 0, j, w->groups, w->books),
+                                     work->books + p * w->books * ENTRIES * w->group,
+                                     (int)w->books, (int)w->group, (int)groups, (int)rows,
+                                     w->scales + row,
+                                     work->y + (row - start) * stride + j * w->group * width,
+                                     stride, (int)work->half);
+            }
+            row += rows;
+        }
+}
+
+/* Rows of `count` tiles from tile `first` on, decoded and scaled: y [rows][in] in fp32, or in bf16 if
+ * `half`. books: fp32 [parts][books][ENTRIES][group]. The tiles must be there. */
+API void pvrt_decode_tiles(const tiled_weight *w, const float *books, int64_t first, int64_t count,
+                           void *y, int64_t half, int64_t threads) {
+    panel_job work = {.job = {.part = panel_part, .parts = threads < count ? threads : count},
+                      .weight = w, .books = books, .first = first, .count = count, .y = y,
+                      .half = half};
+    run(&work.job, threads);
+}
+
 /* Ask for large pages where weights will be written: reading them misses fewer translations. Only a
  * hint: its failure costs time. */
 API void pvrt_huge_pages(void *memory, int64_t bytes) {
