@@ -240,15 +240,16 @@ def cpu_decode(rows: list[Row]) -> str:
 
 
 def server_conformance(rows: list[Row]) -> str:
-    """One line per feature, one column per client: the engines that pass; – where it has no way to
-    ask."""
+    """One line per feature, one column per client: the engines that pass; – for no way to ask."""
     clients, engines = distinct(rows, "client"), distinct(rows, "engine")
 
     def cell(feature: str, client: str) -> str:
         tried = where(rows, feature=feature, client=client)
+        if tried and tried[0]["pass"] is None:
+            return "–"
         passed = [engine for engine in engines if where(tried, engine=engine, **{"pass": True})]
         said = "both" if len(passed) == len(engines) else ", ".join(passed) or "no"
-        return said if tried else "–"
+        return said if tried else ""
 
     names = distinct(rows, "feature")
     return table(("feature", *clients), ([n, *(cell(n, c) for c in clients)] for n in names))

@@ -25,13 +25,17 @@ CLIENTS: dict[str, type[Client]] = {
 
 
 def rows(name: str, where: Where) -> Iterator[dict[str, Any]]:
-    """One client's features: client with its version, feature, whether it passes, and what not."""
+    """One client's features: client with its version, feature, whether it passes, and what not.
+
+    pass is None for what the client has no way to ask for.
+    """
     client = CLIENTS[name](where)
     label = f"{name} {client.version()}"
     for feature, check in features(client):
-        row: dict[str, Any] = {"client": label, "feature": feature, "pass": True}
+        row: dict[str, Any] = {"client": label, "feature": feature, "pass": check and True}
         try:
-            check()
+            if check is not None:
+                check()
         except Exception as error:  # whatever a wrong answer leads to
             row |= {"pass": False, "problem": f"{type(error).__name__}: {error}"[:300]}
         yield row

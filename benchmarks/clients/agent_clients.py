@@ -21,8 +21,14 @@ class OpenAIAgents(Client):
     def _settings(self, options: dict[str, Any]) -> Any:
         import agents
 
-        own = ("temperature", "max_tokens", "top_p", "frequency_penalty", "tool_choice")
-        own += ("extra_body",)
+        own = (
+            "temperature",
+            "max_tokens",
+            "top_p",
+            "frequency_penalty",
+            "tool_choice",
+            "extra_body",
+        )
         known = {name: options.pop(name) for name in own if name in options}
         return agents.ModelSettings(**known, include_usage=True, extra_args=options or None)
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from clients.client import (
@@ -25,11 +26,11 @@ LONG: dict[str, Any] = {"max_tokens": 10**7}
 _FEATURES: list[tuple[str, tuple[str, ...], Callable[[Any], None]]] = []
 
 
-def features(client: Client) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What a client can be asked: names, and calls that raise where the answer is wrong."""
+def features(client: Client) -> Iterator[tuple[str, Callable[[], None] | None]]:
+    """All features: calls that raise where an answer is wrong, None for no way to ask."""
     for name, needs, check in _FEATURES:
-        if name not in client.lacks and all(getattr(client, need) for need in needs):
-            yield name, lambda check=check: check(client)  # type: ignore[misc]
+        asked = name not in client.lacks and all(getattr(client, need) for need in needs)
+        yield name, partial(check, client) if asked else None
 
 
 def expect(condition: object, problem: object = "not as expected") -> None:

@@ -93,7 +93,7 @@ class LangChain(Client):
         """See Client."""
         model = self._chats if api == "chat" else self._responses
         limited = model.model_copy(update={"max_tokens": 200})
-        return limited.with_structured_output(Weather).invoke("Paris?").model_dump()  # type: ignore[union-attr]
+        return limited.with_structured_output(Weather).invoke("Paris?").model_dump()
 
     def agent(self, api: str, stream: bool) -> str:
         """See Client: a tool of LangChain's, bound, called, and its result sent back."""

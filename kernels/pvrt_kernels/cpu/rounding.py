@@ -1,7 +1,7 @@
 """How far the CPU kernels may be from exact products: bounds that tests and users can rely on.
 
-The bounds are for inputs in fp32. A result of 16 bits is rounded to its type besides, and where many
-tokens may be rounded to bfloat16 (`products.may_round`), so are inputs and decoded weights.
+The bounds are for inputs in fp32. A result of 16 bits is rounded to its type besides. Where many
+tokens may be rounded to bfloat16 (`products.may_round`), inputs and decoded weights are too.
 
 All sums are fp32: an operation rounds by at most 2^-24 of its result. One kernel rounds more.
 avx512-vbmi looks up to five tokens up in tables of 16-bit steps. Tables go in blocks of 16 (or all

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from pvrt.errors import CheckpointError, SourceError
 from pvrt_tune.data import hub
-from pvrt_tune.data.source_model import load_skeleton, load_source, locate
+from pvrt_tune.data.locate import locate
+from pvrt_tune.data.source_model import load_skeleton, load_source
 from tests.fixtures.toy import ARCHITECTURES, toy_model, toy_tokenizer
 
 

@@ -187,6 +187,6 @@ static void gate(const float *x, const float *values, float *y, int64_t n) {
 }
 
 const isa isa_vbmi = {"avx512-vbmi", 2 * ENTRIES, 8, 0.5 / STEPS, 5, build, lookup, build8,
-                      lookup8, direct, decode, decode_tile, attend, dot, dot_bytes, dot4, gate, build_rough,
-                      lookup_rough};
+                      lookup8, direct, decode, decode_tile, attend, dot, dot_bytes, dot4, gate,
+                      build_rough, lookup_rough};
 #endif

@@ -95,5 +95,5 @@ static void dot4(const float *a, int64_t stride, const void *b, int64_t n, int64
     for (int k = 0; k < 4; k++) y[k] = dot(a + k * stride, b, n, dtype);
 }
 
-const isa isa_portable = {"portable", ENTRIES * 4, 0, 0, 2, build, lookup, build8, lookup8,
-                          direct, decode, decode_tile, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
+const isa isa_portable = {"portable", ENTRIES * 4, 0, 0, 2, build, lookup, build8, lookup8, direct,
+                          decode, decode_tile, attend, dot, dot_bytes, dot4, gate, NULL, NULL};
