@@ -460,6 +460,8 @@ def test_gguf_of_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "odd.gguf"
     writer = GGUFWriter(file, "an-architecture-nobody-knows")
     writer.add_block_count(1)
+    for name in ("blk.0.attn_norm", "token_embd"):
+        writer.add_tensor(f"{name}.weight", torch.ones(32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

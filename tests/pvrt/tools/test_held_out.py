@@ -88,5 +88,7 @@ def test_a_perplexity_that_is_no_number_is_an_error(logit: float) -> None:
         logits=torch.tensor([logit, 0.0]).expand(1, ids.shape[1], 2)
     )
     model.device, model.dtype = "cpu", torch.float32
+    sizes = SimpleNamespace(vocab_size=2)
+    model.config = SimpleNamespace(get_text_config=lambda: sizes)
     with pytest.raises(RunError, match=r"loss of window \d is "):
         perplexity(model, torch.tensor([[0, 0], [1, 1]]))

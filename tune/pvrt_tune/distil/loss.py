@@ -258,10 +258,10 @@ def kl_bytes(model: ModelShape, tokens: int, itemsize: int) -> int:
     the gradient of the head's weight.
     """
     rows = min(tokens, max(1, CHUNK_BYTES // (4 * model.vocabulary)))
-    # Of a chunk both models' products, and of a slice of them, in float32: both models' logits,
-    # log-probabilities and chances. Of all tokens: targets, and the gradient of hidden states.
+    # Of a chunk both models' products, and of a slice of them, in float32: log-probabilities of
+    # both models, chances, and one's logits. Of all tokens: targets, and hidden states' gradient.
     chunk = 2 * itemsize * rows * model.vocabulary
-    chunk += 6 * min(SLICE_BYTES, 4 * rows * model.vocabulary)
+    chunk += 4 * min(SLICE_BYTES, 4 * rows * model.vocabulary)
     return chunk + 2 * itemsize * tokens * model.width
 
 
