@@ -183,6 +183,8 @@ def gguf_fields(data: bytes) -> Iterator[tuple[int, str]]:
         at = text(at)
         yield at, "I"
         (dimensions,) = struct.unpack_from("<I", data, at)
+        if dimensions > len(data):
+            raise ValueError("no longer a GGUF header")
         for index in range(dimensions):
             yield at + 4 + 8 * index, "Q"
         at += 4 + 8 * dimensions
