@@ -109,10 +109,9 @@ def library() -> Any:
     lib.pvrt_use_threads(*torch_threads())
     wanted = os.environ.get("PVRT_CPU_ISA", "")
     if lib.pvrt_use_isa(wanted.encode()) is None:
-        usable = [name for name in INSTRUCTION_SETS if lib.pvrt_use_isa(name.encode())]
         raise ValueError(
             f"PVRT_CPU_ISA is {wanted!r}, which cannot be used here: "
-            f"unset it, or choose from {', '.join(usable)}"
+            f"unset it, or choose from {', '.join(_usable(lib))}"
         )
     return lib
 
@@ -131,9 +130,14 @@ def usable_instruction_sets() -> list[str]:
     lib, now = library(), instruction_set()
     if lib is None or now is None:
         return []
-    found = [name for name in INSTRUCTION_SETS if lib.pvrt_use_isa(name.encode()) is not None]
+    found = _usable(lib)
     lib.pvrt_use_isa(now.encode())
     return found
+
+
+def _usable(lib: Any) -> list[str]:
+    """Instruction sets that can be used, each tried: the last that can stays in use."""
+    return [name for name in INSTRUCTION_SETS if lib.pvrt_use_isa(name.encode()) is not None]
 
 
 @contextmanager

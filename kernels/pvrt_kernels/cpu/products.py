@@ -68,16 +68,17 @@ def _supports_words(problem: Problem) -> bool:
 
 
 def _by_panels(x: Tensor, weight: PlainWeight, out: int, bias: Tensor | None) -> Tensor:
-    """x [tokens, in] times rows that are decoded panel by panel, while they are in the cache."""
+    """x [tokens, in] times rows that are decoded panel by panel, while they are in the cache; all
+    fp32.
+    """
     lib, threads, features = library.library(), torch.get_num_threads(), x.shape[1]
     step = max(64, _PANEL_BYTES // (4 * features))
-    panel = torch.empty(min(step, out), features)
-    y = x.new_empty(x.shape[0], out)
+    panel, y = torch.empty(min(step, out), features), torch.empty(x.shape[0], out)
     for first in range(0, out, step):
         count = min(step, out - first)
         lib.pvrt_decode_rows(ctypes.byref(weight), None, first, count, panel.data_ptr(), threads)
-        part = None if bias is None else bias[first : first + count].to(x.dtype)
-        y[:, first : first + count] = F.linear(x, panel[:count].to(x.dtype), part)
+        part = None if bias is None else bias[first : first + count]
+        y[:, first : first + count] = F.linear(x, panel[:count], part)
     return y
 
 
