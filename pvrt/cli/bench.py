@@ -3,18 +3,14 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from pvrt.cli.engine import engine_speed
 from pvrt.cli.shared import AsJson, Checkpoint, Dtype, say
 from pvrt.errors import RunError
-
-if TYPE_CHECKING:
-    import torch
-
-    from pvrt.tools.bench_model import Speed
 
 
 class _BenchGroup(TyperGroup):
@@ -67,38 +63,6 @@ def model(
         )
     if speed.joules_per_token is not None:
         print(f"{speed.joules_per_token:.3g} J of the GPU per new token, prompts included")
-
-
-def engine_speed(
-    path: Path, dtype: Dtype, prompt_tokens: int, new_tokens: int, repeats: int
-) -> "tuple[Speed, int, torch.device]":
-    """Speed of the embedded engine on a folder, weights in bytes that a token reads, and where."""
-    import torch
-
-    from pvrt.hf.progress_bars import no_progress_bar
-    from pvrt.tools.bench_model import measure
-    from pvrt.tools.gpu_energy import energy_counter
-    from pvrt_server.engine.engine import Engine
-    from pvrt_server.engine.sampling import SamplingParams
-    from pvrt_server.engine.sequences import TokenEvent
-    from pvrt_server.options import ServeOptions
-
-    # The same prompt again and again, which must be read every time.
-    options = ServeOptions.model_validate({"dtype": dtype.value, "prefix_reuse": False})
-    with no_progress_bar():
-        loaded = Engine.load(path, options)
-    with loaded as engine:
-        prompt = [1 + i % 200 for i in range(prompt_tokens)]
-
-        def generate(prompt_ids: Any, count: int) -> Any:
-            params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-            events = engine.generate(prompt_ids, params)
-            return (event for event in events if isinstance(event, TokenEvent))
-
-        device = torch.device(engine.device)
-        energy = energy_counter(device)
-        speed = measure(generate, prompt, new_tokens, repeats, energy=energy)
-        return speed, engine.bytes_per_token, device
 
 
 @app.command("kernels")

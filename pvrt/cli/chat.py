@@ -5,11 +5,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pvrt.cli.engine import open_engine
 from pvrt.cli.shared import Checkpoint, Dtype, notice
 from pvrt.errors import RunError
 
@@ -35,7 +35,7 @@ def chat(
     """Talk to a model. Ctrl-C stops an answer, /new begins anew, /exit or Ctrl-D ends."""
     from pvrt_server.errors import RequestError
 
-    with _engine(path, dtype) as engine:
+    with open_engine(path, dtype) as engine:
         if engine.codec.template() is None:
             raise RunError(
                 f"{path} has no chat template; pvrt serve answers plain completions of it"
@@ -59,18 +59,6 @@ def chat(
                 notice(f"pvrt: {error}; /new begins anew")
                 continue
             messages = [*asked, {"role": "assistant", "content": answer}]
-
-
-@contextlib.contextmanager
-def _engine(path: Path, dtype: Dtype) -> "Iterator[Engine]":
-    from pvrt.hf.progress_bars import no_progress_bar
-    from pvrt_server.engine.engine import Engine
-    from pvrt_server.options import ServeOptions
-
-    with no_progress_bar():
-        loaded = Engine.load(path, ServeOptions.model_validate({"dtype": dtype.value}))
-    with loaded as engine:
-        yield engine
 
 
 def _lines() -> Iterator[str]:

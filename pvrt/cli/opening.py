@@ -122,7 +122,7 @@ def _check_room(name: str, weights: int, dtype: "torch.dtype | None", device: st
 
 def _speed(folder: Path) -> float | None:
     """Tokens per second of the embedded engine, None with a notice where it cannot run a folder."""
-    from pvrt.cli.bench import engine_speed
+    from pvrt.cli.engine import engine_speed
     from pvrt_tune.machine import release_memory
 
     release_memory()  # the engine asks for what is free, too

@@ -13,11 +13,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
-from pvrt.tools.bench_kernels import common_layers, fused_layers
+from pvrt.tools.bench_kernels import common_layers, fused_layers, random_layer, weight_copies
 from pvrt_kernels.cpu import library
 from pvrt_kernels.cpu.products import bfloat16_products, multiplies_bfloat16
 from pvrt_kernels.gpu.choose import Shape
@@ -25,6 +24,7 @@ from pvrt_kernels.packed import PackedWeight, aqlm_pack, aqlm_packed_linear
 
 TOKENS = (1, 2, 4, 8, 16, 32, 128, 512)
 _COLD_BYTES = 48 << 20  # more than the last-level cache that a core can fill
+_MOST_COPIES = 16
 _SECONDS = 0.2  # of repeats
 
 
@@ -69,28 +69,10 @@ def run(path: Path | None, scheme: str, say: Callable[[str], None]) -> list[Any]
 
 def _copies(shape: Shape) -> list[PackedWeight]:
     """A random weight, as often as it takes that none is still in the cache at its next turn."""
-    size, width = shape.size, shape.group
-    groups = shape.in_features // width
-    dtype = torch.int8 if size <= 256 else torch.int16
-    limits = torch.iinfo(dtype)
-    codes = (shape.out_features, groups, shape.num_codebooks)
-    weight = aqlm_pack(
-        torch.randint(limits.min, limits.max, codes, dtype=dtype),
-        torch.randn(shape.num_codebooks, size, 1, width).half(),
-        torch.rand(shape.out_features, 1, 1, 1).half(),
-        torch.float32,
-    )
+    codes, codebooks, scales = random_layer(shape, torch.float16, torch.device("cpu"))
+    weight = aqlm_pack(codes, codebooks, scales.view(-1, 1, 1, 1), torch.float32)
     assert weight is not None
-    own = max(1, sum(tensor.nbytes for tensor in weight.tensors))
-    number = max(1, min(16, -(-_COLD_BYTES // own)))
-    copied = (type(weight.tensors)(*map(Tensor.clone, weight.tensors)) for _ in range(number - 1))
-    return [
-        weight,
-        *(
-            PackedWeight(weight.kernel, tensors, weight.partition_sizes, weight.in_features)
-            for tensors in copied
-        ),
-    ]
+    return weight_copies(weight, _MOST_COPIES, _COLD_BYTES)
 
 
 def _times(weights: list[PackedWeight], bfloat16: bool) -> Iterator[float]:

@@ -87,25 +87,35 @@ def graph(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
     return captured.replay
 
 
-def random_packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> PackedWeight:
-    """A packed weight of one partition with uniformly random codes."""
+def random_layer(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, uniformly random, codebooks [M, 2^B, 1, g] and scales [out] of a layer."""
     scheme = Scheme.parse(shape.scheme)
     codes = torch.randint(
         0, shape.size, scheme.codes_shape(shape.out_features, shape.in_features), device=device
     )
-    codebooks = torch.randn(1, *scheme.codebooks_shape, dtype=dtype, device=device)
+    codebooks = torch.randn(scheme.codebooks_shape, dtype=dtype, device=device)
     scales = torch.full((shape.out_features,), shape.in_features**-0.5, dtype=dtype, device=device)
-    sizes = [shape.out_features]
-    tensors = launch.pack(codes.to(scheme.code_dtype), codebooks, scales, sizes)
+    return codes.to(scheme.code_dtype), codebooks, scales
+
+
+def random_packed(shape: Shape, dtype: torch.dtype, device: torch.device) -> PackedWeight:
+    """Such a layer packed for a GPU, as one partition."""
+    (codes, codebooks, scales), sizes = random_layer(shape, dtype, device), [shape.out_features]
+    tensors = launch.pack(codes, codebooks.unsqueeze(0), scales, sizes)
     return PackedWeight(launch.KERNEL.name, tensors, sizes, shape.in_features)
 
 
-def weight_copies(weight: PackedWeight, limit: int = 64) -> list[PackedWeight]:
-    """The weight and copies of it, larger together than an L2 cache."""
-    tensors = blocks_of(weight)
-    count = min(max(2, -(-COLD_BYTES // tensors.codes.nbytes)), limit)
+def weight_copies(
+    weight: PackedWeight, limit: int = 64, cache_bytes: int = COLD_BYTES
+) -> list[PackedWeight]:
+    """Copies of a weight, larger together than a cache."""
+    layout: Any = type(weight.tensors)
+    codes = weight.tensors[0]  # of every layout
+    count = min(max(2, -(-cache_bytes // codes.nbytes)), limit)
     return [
-        replace(weight, tensors=launch.GpuBlocks(*(tensor.clone() for tensor in tensors)))
+        replace(weight, tensors=layout(*(tensor.clone() for tensor in weight.tensors)))
         for _ in range(count)
     ]
 

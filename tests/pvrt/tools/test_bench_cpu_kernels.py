@@ -11,9 +11,16 @@ from pvrt_kernels.cpu.products import multiplies_bfloat16
 from tests.fixtures.command_line import run
 from tests.fixtures.toy import write_toy
 
-pytestmark = pytest.mark.skipif(library.library() is None, reason="the C library is not built")
+needs_library = pytest.mark.skipif(library.library() is None, reason="the C library is not built")
 
 
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "library", lambda: None)
+    done = run("bench", "kernels", "--cpu")
+    assert done.returncode == 2 and "install a C compiler" in done.stderr
+
+
+@needs_library
 def test_every_layer_is_timed_in_every_instruction_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -36,6 +43,7 @@ def test_every_layer_is_timed_in_every_instruction_set(
     assert all(record["microseconds"] > 0 for record in records)
 
 
+@needs_library
 def test_the_command_prints_json_and_refuses_tuning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
