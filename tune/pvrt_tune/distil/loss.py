@@ -195,14 +195,20 @@ class _ChunkedKL(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
+        trains = wants_hidden or wants_weight or head.gradient is not None
         total = hidden.new_zeros((), dtype=torch.float64)
         for part in _slices(len(hidden), len(weight)):
             # The student's product becomes the gradient by itself, a slice at a time.
-            product, wanted = head.product(hidden[part]), target_head.product(target[part])
+            product, aim = head.product(hidden[part]), target_head.product(target[part])
             for rows in _slices(len(product), len(weight), SLICE_BYTES):
-                kl, grad = _kl(head, product[rows], target_head.bounded(wanted[rows]))
-                total += kl
-                product[rows] = grad.div_(len(hidden))
+                logits = head.bounded(product[rows])
+                given = F.log_softmax(logits, -1)
+                wanted = F.log_softmax(target_head.bounded(aim[rows]), -1)
+                chance = wanted.exp()
+                total += torch.dot(chance.flatten(), wanted.sub_(given).flatten())
+                if trains:
+                    grad = given.exp_().sub_(chance).div_(len(hidden))
+                    product[rows] = head.pull_back(grad, logits)
             if grad_hidden is not None:
                 torch.mm(product, head.weight, out=grad_hidden[part])
             if head.gradient is not None:
@@ -218,16 +224,6 @@ class _ChunkedKL(torch.autograd.Function):
         kept, ctx.grads = ctx.grads, None
         scaled = (None if grad is None else grad.mul_(grads[0]) for grad in kept)
         return (*scaled, None, None, None)
-
-
-def _kl(head: Head, product: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """KL from logits `wanted` [n, vocabulary] to the student's, of its head's product, in sum over
-    tokens; and the gradient of that sum by the product, in float32.
-    """
-    wanted, logits = F.log_softmax(wanted, -1), head.bounded(product)
-    given, chance = F.log_softmax(logits, -1), wanted.exp()
-    kl = torch.dot(chance.flatten(), wanted.sub_(given).flatten())
-    return kl, head.pull_back(given.exp_().sub_(chance), logits)
 
 
 def _add_product(gradient: Tensor, grad: Tensor, hidden: Tensor, factor: float = 1.0) -> None:
