@@ -165,8 +165,8 @@ def test_block_tuning(
     measured = peak(place, make, work)
     streams = 2 * store_bytes((8, tokens // 4, shape.width)) * (place == CPU)
     predicted = block_tuning.peak_bytes(shape, recipe, tokens, 4, place)
-    # Gradients of codebooks take torch's way in the plan, and the C library's in most of these.
-    check(predicted, measured - streams - TABLES, most=1.85 if move_codes else 1.8)
+    # The plan counts a search of as many groups as may move, and few do here.
+    check(predicted, measured - streams - TABLES, most=1.85 if move_codes else 1.6)
 
 
 @pytest.fixture(scope="module")

@@ -239,7 +239,7 @@ def peak_bytes(model: ModelShape, recipe: Recipe, tokens: int, itemsize: int, de
     return max(
         _codes_bytes(replace(model, blocks=(block,), ends=()), recipe, tokens, itemsize, device)
         if settings.move_codes
-        else _floats_bytes(block, tokens)
+        else _floats_bytes(block, tokens, device)
         for block in set(model.blocks)
     )
 
@@ -259,13 +259,14 @@ def _codes_bytes(model: ModelShape, recipe: Recipe, tokens: int, itemsize: int, 
     return int(kept + max(4 * tokens * block.kept, step))
 
 
-def _floats_bytes(shape: BlockShape, tokens: int) -> int:
+def _floats_bytes(shape: BlockShape, tokens: int, device: str) -> int:
     """Peak for a block whose codes stay."""
     # Codes; floating numbers, two moments, and the best state.
     block = shape.codes + 4 * 4 * shape.floats
     # Autograd keeps weights on grids, and the steps that they are made of. Of one layer: decoded
-    # weight, its gradient, and what the gradients of codebooks take.
-    weights = 2 * 4 * shape.on_grids + 6 * 4 * shape.largest
+    # weight, its gradient, and what the gradients of codebooks take: in C they are summed up apart.
+    layer = 3 * shape.largest + 2 * shape.floats // len(shape.linears)
+    weights = 2 * 4 * shape.on_grids + 4 * (layer if device == "cpu" else 6 * shape.largest)
     # Gradients come meanwhile. Between passes there are these, and what Adam divides by or a new
     # best state.
     return int(block + 4 * shape.floats + max(weights + 4 * tokens * shape.kept, 4 * shape.floats))
