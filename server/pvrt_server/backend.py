@@ -158,8 +158,7 @@ def _grid_problem(opened: OpenedModel, machine: Machine) -> str | None:
 
 def _itemsize(opened: OpenedModel, backend: Backend, dtype: str) -> int:
     if dtype == "auto" and backend == "local":
-        config = opened.stored.config
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        dtype = opened.dtype
     return _ITEMSIZE.get(dtype, 2)  # vLLM computes 32-bit checkpoints in 16 bits
 
 

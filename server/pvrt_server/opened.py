@@ -25,6 +25,12 @@ class OpenedModel:
         return self.stored.path
 
     @property
+    def dtype(self) -> str:
+        """The type that config.json names, and so what its author trained or published it in."""
+        config = self.stored.config
+        return str(config.get("dtype") or config.get("torch_dtype") or "float32")
+
+    @property
     def chats(self) -> bool:
         """Whether conversations can be written for it: by its template, or by mistral-common."""
         mistral = (self.path / "tekken.json").is_file() and find_spec("mistral_common") is not None

@@ -87,8 +87,7 @@ def _load_model(
         )
     if decision.in_c:
         # What its author published in 16 bits needs no more in prompts.
-        published = stored.config.get("dtype") or stored.config.get("torch_dtype")
-        rounds = options.dtype == "auto" and published in ("bfloat16", "float16")
+        rounds = options.dtype == "auto" and opened.dtype in ("bfloat16", "float16")
         return CpuModel(model, options.sequences, rounds=rounds)
     if model.device.type == "cuda":
         record = cuda_graphs.recorder(model.device)
