@@ -12,14 +12,13 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from transformers import AutoConfig
 
 from pvrt.errors import PvrtError
 from pvrt.format.folder import MANIFEST_FILE
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.speed import measure
 from pvrt_tune.settings import FinetuneSettings, FitSettings, Recipe, TrainSettings, TuneJob
-from tests.fixtures.toy import random_model, toy_tokenizer
+from tests.fixtures.toy import small_llama, toy_tokenizer
 
 _FORK = multiprocessing.get_context("fork")
 RECIPE = Recipe(
@@ -37,19 +36,7 @@ REFUSED, BROKE = 3, 4
 
 def dense_model(folder: Path) -> None:
     """A model that takes less than a second to tune."""
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        bos_token_id=256,
-        eos_token_id=257,
-    )
-    random_model(config).save_pretrained(folder)
+    small_llama(tie_word_embeddings=True).save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig
 
 import pvrt
 from pvrt.format.aqlm import Checkpoint
@@ -30,7 +29,7 @@ from pvrt_tune.pv.optimizer import STRATEGIES
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from tests.fixtures import simulated_device
 from tests.fixtures.c_library import without_c_library
-from tests.fixtures.toy import random_model, toy_tokenizer
+from tests.fixtures.toy import small_llama, toy_tokenizer
 from tests.tune.test_pipeline import QUICK, silent
 
 LOOP = TrainSettings(
@@ -61,20 +60,7 @@ def small_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 model of two small blocks, with logits worth learning."""
     folder = tmp_path_factory.mktemp("device") / "dense"
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        bos_token_id=256,
-        eos_token_id=257,
-        tie_word_embeddings=False,
-    )
-    model = random_model(config)
+    model = small_llama(max_position_embeddings=128, tie_word_embeddings=False)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(8)
     model.save_pretrained(folder)

@@ -14,19 +14,13 @@ import pvrt
 from pvrt_tune.pipeline import tune
 from pvrt_tune.plan.on_machine import plan_here
 from pvrt_tune.settings import TuneJob
-from tests.fixtures.toy import VOCABULARY, random_model, toy_tokenizer
+from tests.fixtures.decoders import COMMON
+from tests.fixtures.toy import random_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK
 
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "pad_token_id": 257,
+# Where text ends is the whole model's to say.
+TEXT = {
+    name: value for name, value in COMMON.items() if name not in ("bos_token_id", "eos_token_id")
 }
 # Wider than the text part: the blocks to tune are not simply the largest list.
 VISION: dict[str, Any] = {

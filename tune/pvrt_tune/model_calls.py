@@ -147,18 +147,12 @@ def _form(model: Any, blocks: BlockList, tokens: Tensor) -> Callable[[Tensor], A
                 width = getattr(model.config.get_text_config(), "hidden_size", None)
                 if once and shapes == {(*some.shape, width)}:
                     if all(torch.equal(part, calls[0]) for part in calls):
-                        found = form
-                        break
+                        return form
                     reason = _CHANGED
                 reason = reason or _NO_STATES
             except Exception as error:  # a model fails in its own ways on a form that it lacks
                 reason = reason or str(error).split("\n")[0]
-    else:
-        kind = type(model).__name__
-        raise SourceError(
-            f"the blocks of {kind} cannot be tuned one by one: {reason or _NO_STATES}"
-        )
-    return found
+    raise _not_apart(model, reason or _NO_STATES)
 
 
 def _not_apart(model: Any, reason: str) -> SourceError:
