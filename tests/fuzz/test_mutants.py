@@ -58,7 +58,6 @@ class Harmful:
 
 
 def test_whatever_a_reader_does_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.fuzz.trials.SECONDS", 20)
     monkeypatch.setattr("tests.fuzz.trials.CPU_SECONDS", 4)
     counts = run(Harmful, range(8))
     assert counts.outcomes == {

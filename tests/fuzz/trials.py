@@ -4,9 +4,11 @@ A mutant is refused (one sentence, a PvrtError), accepted rightly, or a fault: a
 of the process, a hang, or accepted although it should not be.
 """
 
+import faulthandler
 import multiprocessing
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -113,6 +115,11 @@ def _over(results: Connection, pid: int | None) -> str | None:
 def _work(kind: Kind, seeds: list[int], work: Path, pipe: tuple[Connection, Connection]) -> None:
     theirs, results = pipe
     theirs.close()  # so that nothing can be sent once the parent is gone
+    # A signal ends it at once: handlers of the parent's libraries may wait for threads that a fork
+    # does not have.
+    faulthandler.disable()
+    for fatal in (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGABRT):
+        signal.signal(fatal, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.stdout = sys.stderr = open("/dev/null", "w")  # noqa: SIM115 (as long as the process)
