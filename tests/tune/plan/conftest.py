@@ -1,4 +1,4 @@
-"""Plans are made for machines that tests describe, on a disk that has room whatever this one has."""
+"""Plans are for machines that tests describe: their disk has room, whatever this one has."""
 
 import psutil  # type: ignore[import-untyped]
 import pytest
