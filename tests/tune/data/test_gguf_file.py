@@ -61,3 +61,24 @@ def test_what_the_model_has_no_place_for_is_told(tmp_path: Path) -> None:
     more = {"blk.2.attn_norm.weight": np.ones(64, np.float32)}
     (note,) = load_source(str(write_gguf(tmp_path / "a.gguf", more=more))).notes
     assert note.endswith("left out: blk.2.attn_norm.weight")
+
+
+def test_opening_parses_the_header_once_for_all_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    parsed: list[str] = []
+    parse = gguf.GGUFReader.__init__
+
+    def counted(self: gguf.GGUFReader, path: Path) -> None:
+        parsed.append(str(path))
+        parse(self, path)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    for number, file in enumerate(("a.gguf", "b.gguf"), 1):  # what is left of one is not taken
+        load_source(str(write_gguf(tmp_path / file)))
+        # Whether it is whole; the model without weights; tokenizer, config and weights.
+        assert len(parsed) == 3 * number
+        assert Path(parsed[-1]).name == file
+    assert isinstance(gguf.GGUFReader, type)
