@@ -337,6 +337,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "architectures": architecture_tables.architectures,
     "plan": tuning_tables.plan,
     "fits": tuning_tables.fits,
+    "fits:least": tuning_tables.least_machines,
     "pv_strategies": pv_strategies,
     "pv_step": pv_step,
     "kernels_aot": kernels_aot,
