@@ -63,6 +63,8 @@ def least_machines(rows: list[Row]) -> str:
             f"{row['hours']:.1f}",
         ]
 
-    first = [next(row for row in rows if row["model"] == model) for model in distinct(rows, "model")]
+    first = [
+        next(row for row in rows if row["model"] == model) for model in distinct(rows, "model")
+    ]
     head = ("predictions", "file", "card", "host memory", "disk", "hours")
     return table(head, map(line, first))

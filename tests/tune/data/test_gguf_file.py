@@ -11,13 +11,15 @@ import torch
 from pvrt.errors import SourceError
 from pvrt_tune.data.source_model import load_skeleton, load_source
 from tests.fixtures.gguf_model import ROWS, write_gguf
+from tests.fixtures.progress_bars import counted_bars
 
 OPENERS = (load_source, load_skeleton)
 
 
 def test_a_whole_file_is_read(tmp_path: Path) -> None:
-    source = load_source(str(write_gguf(tmp_path / "a.gguf")))
-    assert not source.notes
+    with counted_bars() as bars:
+        source = load_source(str(write_gguf(tmp_path / "a.gguf")))
+    assert not source.notes and not bars
     assert source.model.config.vocab_size == ROWS
     with torch.inference_mode():
         logits = source.dense(torch.float32)(torch.arange(8)[None]).logits
