@@ -1,4 +1,4 @@
-# make quickstart    a real model: compressed to 2 bits, measured, served and asked
+# make quickstart    a real model: compressed to 3 bits (BITS=2: to 2), measured, served and asked
 # make test          the whole test suite, the real vLLM engine on the CPU included, on all cores
 # make test-fast     without the tests that start vLLM or take seconds each: training, whole tuning
 #                    runs, kills and resumes, compilers, browsers, Triton's interpreter
@@ -21,12 +21,13 @@ LOCK   := .venv-lock
 # A file's tests stay in one process, for they share what its fixtures build.
 PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
+BITS    ?= 3
 MUTANTS ?= 10000
 
 .PHONY: quickstart test test-fast fuzz crash sanitize soak check doctor machines lock test-newest clean
 
 quickstart: $(VENV)/base.stamp
-	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python benchmarks/quickstart.py --bits $(BITS)
 
 test: $(VENV)/dev.stamp
 	$(BIN)/$(PYTEST)
