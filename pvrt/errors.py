@@ -14,7 +14,13 @@ class PvrtError(Exception):
 
 
 class CheckpointError(PvrtError):
-    """A checkpoint that cannot be trusted, or cannot be written."""
+    """A checkpoint that cannot be trusted, or cannot be written.
+
+    Its message is always one line: names in files may hold anything.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
 
 
 class SourceError(PvrtError):

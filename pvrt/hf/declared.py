@@ -19,6 +19,7 @@ from pvrt.hf.model_class import auto_class
 
 _Made = TypeVar("_Made")
 _FLOATS = ("F16", "BF16", "F32", "F64")
+_FLAGS = {"output_attentions", "output_hidden_states", "return_dict", "use_cache"}
 # Settings that transformers makes as many modules for, or list entries, as they say.
 _COUNTS = re.compile(r"(num_.*_|n_)?layers?")
 
@@ -51,6 +52,9 @@ def read_config_of(stored: StoredModel) -> Any:
 
     file = stored.path / CONFIG_FILE
     check_counts(stored.config, len(stored.tensors), file)
+    for name in _FLAGS & stored.config.keys():  # transformers meets them in the middle of a pass
+        if not isinstance(stored.config[name], bool | None):
+            raise CheckpointError(f"{file}: {name} must be true or false")
     if (generation := stored.path / "generation_config.json").exists():
         read_json_object(generation)  # transformers goes on without one that it cannot read
     return read_with(file, AutoConfig.from_pretrained, stored.path)

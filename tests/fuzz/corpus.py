@@ -16,6 +16,7 @@ FOUND: list[tuple[str, bytes]] = [
     ("config.json", b'{"model_type": "llama", "num_hidden_layers": 2147483648}'),
     ("config.json", b'{"model_type": "llama", "vocab_size": -5}'),
     ("config.json", b'{"model_type": "nobody-knows", "auto_map": {"AutoConfig": "code.Config"}}'),
+    ("config.json", b'{"model_type": "llama", "output_hidden_states": ["model"]}'),
     ("config.json", b'{"model_type": ["llama"]}'),
     ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}'),
     ("config.json", b'{"model_type": "llama", "quantization_config": {"quant_method": "aqlm"}}'),
@@ -66,6 +67,7 @@ FOUND: list[tuple[str, bytes]] = [
             b"x: 0o999999999999",
             b"samples: 0x" + b"f" * 5000,
             b"scheme: " + b"x" * 50_000,
+            b'pv: {strategy: "\\ud800x"}',
             b"? " + b"x" * 50_000,
         )
     ),
@@ -84,6 +86,7 @@ FOUND: list[tuple[str, bytes]] = [
         )
     ),
     (".run/fingerprint.json", b'{"recipe": {"pv": []}}'),
+    (".run/fingerprint.json", b'{"model": "' + b"9" * 5000 + b'"}'),
     (".run/fingerprint.json", b'{"recipe": {"training": 5}}'),
     (".run/fingerprint.json", b'{"recipe": 5, "versions": 7}'),
     (".run/journal.jsonl", b'{"event": "versions", "versions": 5}\n'),

@@ -97,6 +97,8 @@ def test_of_the_settings_of_steps_only_those_taken_are_recorded() -> None:
         ("pv: 3", "pv takes settings of its own"),
         ("{3: 4}", "there is no setting 3; it knows scheme, bits"),
         ("training: {3: 4}", "training has no setting 3; it knows windows"),
+        ('pv: {strategy: "\\ud800x"}', "pv.strategy is .*, which is no text"),
+        ('training: {states: "\\ud800x"}', "training.states is .*, which is no text"),
         ("training: {1: {2: 3}}", "training has no setting 1; it knows windows"),
     ],
 )

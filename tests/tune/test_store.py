@@ -1,6 +1,7 @@
 """A run's folder after a flipped bit, on a full disk, and with another process at work on it."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -95,6 +96,16 @@ def test_a_second_process_is_told_of_the_first(tmp_path: Path) -> None:
     opened(tmp_path, restart=True)  # and keeps its lock
     again = subprocess.run(other, capture_output=True, text=True, timeout=PATIENCE)
     assert again.stdout == done.stdout
+
+
+def test_settings_without_end_make_a_short_sentence(tmp_path: Path) -> None:
+    opened(tmp_path)
+    file = tmp_path / RUN_FOLDER / "fingerprint.json"
+    long = "9" * 5000
+    file.write_text(json.dumps({"a": long, long: 1, **{str(i): [long] for i in range(100)}}))
+    with pytest.raises(RunError, match="holds another run") as refused:
+        opened(tmp_path)
+    assert len(str(refused.value)) < 4000
 
 
 def test_a_process_that_died_holds_nothing(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from pvrt_tune.settings.files import is_old, renewed
 RUN_FOLDER = ".run"
 FINGERPRINT_FILE = "fingerprint.json"
 _JOURNAL = "journal.jsonl"
+_LONGEST, _MOST = 100, 15  # characters of a setting, and settings, that a sentence shows
 _STAGES = ("finetune", "training", "pv")  # whose settings a recipe holds
 
 
@@ -342,8 +343,14 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         if isinstance(before, dict) and isinstance(after, dict):
             found += _differences(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key} was {before!r}, now {after!r}")
-    return found
+            name = f"{prefix}{key}"[:_LONGEST]
+            found.append(f"{name} was {_shown(before)}, now {_shown(after)}")
+    return found[:_MOST]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _sha256(file: Path) -> str:

@@ -133,7 +133,10 @@ def _messages(items: Sequence[Item]) -> Iterator[Item]:
                     "tool_call_id": item.get("call_id"),
                 }
             case "reasoning":
-                texts = [part.get("text", "") for part in item.get("content") or ()]
+                parts = item.get("content") or []
+                if not isinstance(parts, list) or not all(isinstance(p, dict) for p in parts):
+                    raise RequestError(f"input[{place}].content must be a list of objects", "input")
+                texts = [str(part.get("text", "")) for part in parts]
                 said = said or _message("assistant", None)
                 said |= {"reasoning_content": "".join(texts)} if texts else {}
             case _:
@@ -153,14 +156,16 @@ def _choice(choice: str | Item | None) -> Any:
     if not isinstance(choice, dict):
         return choice
     if choice.get("type") == "allowed_tools":
-        named = [_choice(tool) for tool in choice.get("tools", ())]
+        tools = choice.get("tools")
+        named = [_choice(tool) for tool in tools] if isinstance(tools, list) else tools
         allowed = {"mode": choice.get("mode"), "tools": named}
         return {"type": "allowed_tools", "allowed_tools": allowed}
     return {"type": choice.get("type"), "function": {"name": choice.get("name")}}
 
 
-def _format(form: Item | None) -> Item | None:
-    if form is None or form.get("type") != "json_schema":
+def _format(form: Any) -> Any:
+    """Of the chat request; what is no object is left to its checks."""
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
         return form
     schema = {key: value for key, value in form.items() if key != "type"}
     return {"type": "json_schema", "json_schema": schema}

@@ -67,6 +67,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "tokens in words": {"vocab_size": "many"},
     "an architecture by number": {"architectures": 5},
     "no heads": {"num_attention_heads": 0},
+    "states by name": {"output_hidden_states": ["model"]},
     "a padding token that is not there": {"pad_token_id": 100_000},
     "an activation of no name": {"hidden_act": "nosuch"},
     "a type of no name": {"dtype": "float7"},
@@ -135,6 +136,20 @@ def test_a_config_that_is_not_the_weights_is_refused(
     file.write_text(json.dumps({**json.loads(file.read_text()), **CONFIGS[name]}))
     for said in refusals(tmp_path, verify=layout != "dense"):
         assert str(tmp_path) in said and "\n" not in said.strip()
+
+
+def test_names_of_two_lines_make_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path, "codes")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    mixed = dict.fromkeys(
+        ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size"), "mixed"
+    )
+    config["quantization_config"] |= {**mixed, "schemes": {"2x8g8": ["a\nb"]}}
+    file.write_text(json.dumps(config))
+    said = refusals(tmp_path)
+    assert any("a scheme for a\\nb" in each for each in said)
+    assert not any("\n" in each.strip() for each in said)
 
 
 @pytest.mark.parametrize("layout", ["codes", "ends", "grid", "dense"])

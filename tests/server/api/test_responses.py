@@ -228,6 +228,12 @@ def test_a_cut_answer_says_so(says: Server) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temprature": 3}, "temprature"),
         ({"tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": 5}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "tools": None}}, "tool_choice"),
+        ({"text": {"format": 5}}, "response_format"),
+        ({"text": {"format": [1]}}, "response_format"),
+        ({"input": [{"type": "reasoning", "content": 5}]}, "input"),
+        ({"input": [{"type": "reasoning", "content": [5]}]}, "input"),
     ],
 )
 def test_a_request_is_refused_by_the_name_of_its_field(

@@ -85,6 +85,8 @@ def _sentence(cls: Any, error: ValidationError) -> str:
         return f"{name} takes a value of type {wanted}, not {value}"
     if kind == "value_error":
         return f"{name}: {str(mistake['ctx']['error'])[:_LONGEST]}"
+    if kind == "string_unicode":
+        return f"{name} is {value}, which is no text"
     if kind == "literal_error":
         return f"{name} is {value}; it can be {mistake['ctx']['expected']}"
     finite = " and finite" if kind == "finite_number" else ""
