@@ -11,8 +11,8 @@ from pvrt.format.scheme import Scheme
 from pvrt_kernels.cpu import pv_step
 from pvrt_tune.fit.code_search import lowest, search_bytes, squared_distance
 
-# Partial sums kept from codebook to codebook.
-_BEAM = 8
+#: Partial sums kept from codebook to codebook.
+BEAM = 8
 # Values whose candidates are held at once.
 _AT_ONCE = 1 << 16
 
@@ -36,7 +36,7 @@ def search_codes(wanted: Tensor, codebooks: Tensor, count: int = 1) -> Tensor:
     present one (values a fifth of the root mean square away from it).
     """
     if pv_step.can_search(codebooks, count):
-        return pv_step.nearest_sums(wanted, codebooks, _BEAM, count)
+        return pv_step.nearest_sums(wanted, codebooks, BEAM, count)
     return torch.cat(
         [_beam_search(part, codebooks, count) for part in torch.split(wanted, _AT_ONCE)]
     )
@@ -50,12 +50,12 @@ def _beam_search(wanted: Tensor, codebooks: Tensor, count: int) -> Tensor:
         last = m == len(codebooks) - 1
         later = codebooks[m + 1 :].mean(1).sum(0)
         aims = (left - later).reshape(-1, g)
-        codewords = lowest(aims, *squared_distance(codebook), count if last else _BEAM)
+        codewords = lowest(aims, *squared_distance(codebook), count if last else BEAM)
         candidates = left.shape[1] * codewords.shape[1]
         left = (left.reshape(-1, 1, g) - codebook[codewords]).view(n, candidates, g)
         before = codes.repeat_interleave(codewords.shape[1], 1)
         codes = torch.cat([before, codewords.reshape(n, candidates, 1)], 2)
-        kept = min(count if last else _BEAM, candidates)
+        kept = min(count if last else BEAM, candidates)
         if not last and kept == candidates:  # all stay, in whatever order
             continue
         error = (left - later).square().sum(2)
@@ -70,6 +70,6 @@ def peak_bytes(groups: int, scheme: Scheme, device: str) -> int:
     size, g = scheme.codebook_size, scheme.in_group_size
     if device == "cpu" and size <= 256:  # in C: products of all codewords with each other
         return 4 * (scheme.num_codebooks * size) ** 2
-    at_once = min(groups, _AT_ONCE) * (1 if scheme.num_codebooks == 1 else _BEAM)
+    at_once = min(groups, _AT_ONCE) * (1 if scheme.num_codebooks == 1 else BEAM)
     # What is left of values, codewords, and their differences, for two candidates each.
     return search_bytes((at_once, g, size, 1), 0, device) + 4 * 2 * 3 * g * at_once
