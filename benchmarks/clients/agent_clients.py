@@ -27,6 +27,7 @@ class OpenAIAgents(Client):
             "top_p",
             "frequency_penalty",
             "tool_choice",
+            "parallel_tool_calls",
             "extra_body",
         )
         known = {name: options.pop(name) for name in own if name in options}
@@ -76,11 +77,15 @@ class OpenAIAgents(Client):
         return [Answer("" if calls else str(done.final_output), calls, None, total, id=last)]
 
     def _tool(self) -> Any:
+        """A tool that is there until it was called: small models would call it again and again."""
         import agents
 
-        @agents.function_tool  # type: ignore[untyped-decorator]
+        calls: list[str] = []
+
+        @agents.function_tool(is_enabled=lambda context, agent: not calls)  # type: ignore[untyped-decorator]
         def weather(city: City, warm: bool) -> str:
             """The weather of a city."""
+            calls.append(city)
             return f"rain in {city}"
 
         return weather
@@ -106,7 +111,8 @@ class OpenAIAgents(Client):
 
     def agent(self, api: str, stream: bool) -> str:
         """See Client: the first turn must call, the second answers in a form that ends."""
-        options = {"tool_choice": "required", "max_tokens": 200, "temperature": 0}
+        options = {"tool_choice": "required", "parallel_tool_calls": False}
+        options |= {"max_tokens": 200, "temperature": 0}
         given = {"tools": [self._tool()], "instructions": "Help.", "output_type": Weather}
         return str(asyncio.run(self._run("Hello", api, options, stream, **given)).final_output)
 

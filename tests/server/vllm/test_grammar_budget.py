@@ -3,13 +3,14 @@
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from pvrt_server.vllm.grammar_budget import GrammarBudget
+from pvrt_server.vllm.grammar_budget import GrammarBudget, grammars_of
 
 
 def pattern(letter: str) -> dict[str, Any]:
@@ -63,3 +64,48 @@ def test_a_schema_that_costs_too_much_does_not_reach_vllm(client: TestClient, fi
 def test_what_is_not_ours_to_judge_reaches_vllm_as_it_is(client: TestClient, body: bytes) -> None:
     answer = client.post("/", content=body)
     assert (answer.status_code, answer.content) == (200, body)
+
+
+CUT: Any = {"function": {"name": "f", "arguments": {"a": 1}}, "id": "c"}
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"tools": [], "tool_choice": "auto", "n": None}, {}),
+        ({"stream_options": {"include_usage": True}}, {}),
+        (
+            {"messages": [{"role": "user"}, {"tool_calls": [CUT]}]},
+            {
+                "messages": [
+                    {"role": "user"},
+                    {"tool_calls": [{**CUT, "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+                ]
+            },
+        ),
+    ],
+)
+def test_harmless_habits_do_not_reach_vllm(client: TestClient, given: Any, taken: Any) -> None:
+    answer = client.post("/", json={"model": "m", **given})
+    assert {"model": "m", **taken} == answer.json()
+
+
+@pytest.mark.parametrize("field", ["response_format", "structured_outputs", "text"])
+@pytest.mark.parametrize(
+    "of_pydantic",
+    [
+        {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+        {"type": "string", "format": "path"},
+        {"type": "string", "format": "ipvanyaddress"},
+        {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+        {"type": "string", "pattern": "^(?!a)b$"},
+    ],
+)
+def test_schemas_reach_vllm_without_what_its_grammars_refuse(
+    client: TestClient, field: str, of_pydantic: dict[str, Any]
+) -> None:
+    schema = {"type": "object", "properties": {"a": of_pydantic}, "required": ["a"]}
+    body = client.post("/", json=WAYS[field](schema)).json()
+    ((_, grammar),) = grammars_of(body)
+    assert body != WAYS[field](schema)
+    assert not LLMatcher.validate_grammar(grammar)
