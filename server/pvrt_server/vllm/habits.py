@@ -7,12 +7,22 @@ from typing import Any
 from llguidance import LLMatcher
 
 from pvrt_server.engine.grammar_check import check_grammar
-from pvrt_server.engine.json_schema import enforceable
+from pvrt_server.engine.json_schema import enforceable, mapped
 from pvrt_server.notices import say_once
 
 Json = dict[str, Any]
-#: llguidance, to which vLLM leaves what xgrammar does not know, reads this in a schema.
-_LENIENT = {"lenient": True, "coerce_one_of": True}
+# What xgrammar does not know, by vLLM's own list. vLLM would take llguidance for it, and then for
+# all that comes later, because it has one library for the life of its engine: calls of tools, which
+# need xgrammar, would be errors from then on.
+_UNKNOWN = frozenset(
+    {"multipleOf", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames"}
+)
+_FORMATS = frozenset(
+    {
+        *("email", "date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid"),
+        *("uri", "uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
+    }
+)
 
 
 def as_vllm_takes_it(request: Any) -> Any:
@@ -21,7 +31,10 @@ def as_vllm_takes_it(request: Any) -> Any:
     - `tools: []`, and its tool_choice
     - stream_options of what is no stream
     - arguments of earlier calls as an object, not as its text
-    - schemas with what no grammar can enforce: that is left to the model, and the log says so
+    - schemas with what its grammars cannot enforce: that is left to the model, and the log says so
+
+    Tools that must be called become strict, as they are on the embedded engine: vLLM promises no
+    arguments of their schema otherwise.
 
     Raises RequestError for a schema that costs too much.
     """
@@ -34,8 +47,11 @@ def as_vllm_takes_it(request: Any) -> Any:
 
 def _changes(request: Json) -> Iterator[tuple[str, Any]]:
     """Fields and their new values, None for fields that go."""
-    if request.get("tools") == []:
+    tools = request.get("tools")
+    if tools == []:
         yield from (("tools", None), ("tool_choice", None))
+    elif isinstance(tools, list) and request.get("tool_choice") not in (None, "auto", "none"):
+        yield "tools", [_strict(tool) for tool in tools]
     if request.get("stream_options") is not None and not request.get("stream"):
         yield "stream_options", None
     messages = request.get("messages")
@@ -49,6 +65,14 @@ def _changes(request: Json) -> Iterator[tuple[str, Any]]:
         given = request.get(field)
         if given != (known := _with_schema(given, path, field)):
             yield field, known
+
+
+def _strict(tool: Any) -> Any:
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(function := tool.get("function"), dict):
+        return {**tool, "function": {**function, "strict": function.get("strict", True)}}
+    return {**tool, "strict": tool.get("strict", True)} if "parameters" in tool else tool
 
 
 def _told(message: Any) -> Any:
@@ -74,23 +98,31 @@ def _with_schema(given: Any, path: tuple[str, ...], field: str) -> Any:
         known = _with_schema(inner, path[1:], field)
         return given if known is inner else {**given, path[0]: known}
     try:
-        problem = _problem(given, field)
-        if not problem:
-            return given
+        check_grammar(LLMatcher.grammar_from_json_schema(given), field)
         ready, notes = enforceable(given)
-        ready = {**ready, "x-guidance": _LENIENT}
-        if _problem(ready, field):
-            return given  # vLLM says what is wrong
+        ready = _for_xgrammar(ready, notes)
     except (ValueError, RecursionError):  # it is no schema
         return given
-    for note in notes or [" ".join(problem.split())]:
+    for note in notes:
         say_once(f"not enforced in {field}: {note}")
-    return ready
+    return ready if notes else given
 
 
-def _problem(schema: Json, field: str) -> str:
-    """Why llguidance refuses a schema, empty where it does not. Raises RequestError for one that
-    costs too much to find out."""
-    grammar = LLMatcher.grammar_from_json_schema(schema)
-    check_grammar(grammar, field)
-    return LLMatcher.validate_grammar(grammar)
+def _for_xgrammar(node: Json, notes: list[str]) -> Json:
+    """A schema without what vLLM refuses xgrammar."""
+    node = mapped(node, lambda part: _for_xgrammar(part, notes))
+    for key in [key for key in node if _is_refused(node, key)]:
+        notes.append(f"{key} {node.pop(key)!r}"[:200])
+    return node
+
+
+def _is_refused(node: Json, key: str) -> bool:
+    match key:
+        case "format":
+            return node[key] not in _FORMATS
+        case "minLength" | "maxLength":
+            return "pattern" in node or node.get("format") in _FORMATS
+        case "patternProperties":
+            return "properties" in node or len(node[key]) > 1
+        case _:
+            return key in _UNKNOWN

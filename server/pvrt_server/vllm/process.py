@@ -21,6 +21,7 @@ from pvrt_server.opened import OpenedModel
 from pvrt_server.options import GRACE_SECONDS, KEEP_ALIVE_SECONDS, ServeOptions
 from pvrt_server.vllm.chat_flags import chat_flags
 from pvrt_server.vllm.middleware import frontend_environment
+from pvrt_server.vllm.response_stores import STORE_VARIABLE
 from pvrt_server.vllm.startup_errors import TAIL_CHARACTERS, explain
 
 # vLLM reserves this share of a GPU; more leaves too little for graphs.
@@ -126,6 +127,7 @@ def vllm_environment(
     result = {
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
         "VLLM_LOGGING_LEVEL": options.log_level.upper(),
+        STORE_VARIABLE: "1",  # previous_response_id
         "VLLM_NO_USAGE_STATS": "1",  # nothing leaves this machine unasked
         **environment,
         SERVER_VARIABLE: str(os.getpid()),

@@ -1,16 +1,18 @@
 """Grammars before vLLM sees them, over a stand-in for it that says what it read."""
 
+import re
 from typing import Any
 
 import pytest
-from llguidance import LLMatcher
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from pvrt_server.vllm.grammar_budget import GrammarBudget, grammars_of
+from pvrt_server.capacity import installed_vllm
+from pvrt_server.vllm import habits
+from pvrt_server.vllm.grammar_budget import GrammarBudget
 
 
 def pattern(letter: str) -> dict[str, Any]:
@@ -90,22 +92,50 @@ def test_harmless_habits_do_not_reach_vllm(client: TestClient, given: Any, taken
     assert {"model": "m", **taken} == answer.json()
 
 
+PLAIN = {"type": "string"}
+
+
 @pytest.mark.parametrize("field", ["response_format", "structured_outputs", "text"])
 @pytest.mark.parametrize(
-    "of_pydantic",
+    ("given", "taken"),
     [
-        {"type": "array", "items": {"type": "string"}, "uniqueItems": True},
-        {"type": "string", "format": "path"},
-        {"type": "string", "format": "ipvanyaddress"},
-        {"oneOf": [{"type": "integer"}, {"type": "number"}]},
-        {"type": "string", "pattern": "^(?!a)b$"},
+        ({"type": "array", "items": PLAIN, "uniqueItems": True}, {"type": "array", "items": PLAIN}),
+        ({**PLAIN, "format": "path"}, PLAIN),
+        ({**PLAIN, "format": "multi-host-uri", "minLength": 1}, {**PLAIN, "minLength": 1}),
+        ({**PLAIN, "format": "uri", "minLength": 1}, {**PLAIN, "format": "uri"}),
+        ({**PLAIN, "pattern": "^(?!a)b$", "maxLength": 1}, {**PLAIN, "pattern": "^b$"}),
+        ({"type": "integer", "multipleOf": 5}, {"type": "integer"}),
+        ({"propertyNames": {"maxLength": 3}}, {}),
     ],
 )
-def test_schemas_reach_vllm_without_what_its_grammars_refuse(
-    client: TestClient, field: str, of_pydantic: dict[str, Any]
+def test_schemas_reach_vllm_without_what_xgrammar_does_not_know(
+    client: TestClient, field: str, given: dict[str, Any], taken: dict[str, Any]
 ) -> None:
-    schema = {"type": "object", "properties": {"a": of_pydantic}, "required": ["a"]}
-    body = client.post("/", json=WAYS[field](schema)).json()
-    ((_, grammar),) = grammars_of(body)
-    assert body != WAYS[field](schema)
-    assert not LLMatcher.validate_grammar(grammar)
+    whole = {"type": "object", "properties": {"a": given}, "additionalProperties": False}
+    body = client.post("/", json=WAYS[field](whole)).json()
+    assert body == WAYS[field]({**whole, "properties": {"a": taken}})
+    assert client.post("/", json=body).json() == body
+
+
+def test_tools_that_must_be_called_are_strict(client: TestClient) -> None:
+    tools = [{"type": "function", "function": {"name": n, "parameters": {}}} for n in "ab"]
+    flat = [{"type": "function", "name": "a", "parameters": {}}, {"type": "web_search"}]
+    tools[1]["function"]["strict"] = False
+    for choice, strict in ((None, []), ("auto", []), ("none", []), ("required", [True, False])):
+        body = client.post("/", json={"tools": tools, "tool_choice": choice}).json()
+        found = [tool["function"]["strict"] for tool in body["tools"] if choice == "required"]
+        assert found == strict
+        assert strict or body["tools"] == tools
+    body = client.post("/", json={"tools": flat, "tool_choice": {"name": "a"}}).json()
+    assert body["tools"] == [{**flat[0], "strict": True}, flat[1]]
+
+
+def test_what_xgrammar_does_not_know_is_what_vllm_says() -> None:
+    folder = installed_vllm()
+    if folder is None:
+        pytest.skip("vLLM is not installed")
+    said = (folder / "v1/structured_output/backend_xgrammar.py").read_text(encoding="utf-8")
+    formats = re.search(r"STRING_SUPPORTED_FORMATS = \{(.*?)\}", said, re.DOTALL)
+    assert formats is not None
+    assert set(re.findall(r'"(.*?)"', formats[1])) == habits._FORMATS
+    assert [key for key in habits._UNKNOWN if f'"{key}"' not in said] == []
