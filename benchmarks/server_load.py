@@ -165,7 +165,7 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
     """One server under so many streams."""
     with served(checkpoint, engine, *QUIET) as server:
         points: list[tuple[float, int]] = []
-        started = time.monotonic()
+        started, before = time.monotonic(), cpu_seconds(server.pid)
 
         async def run() -> Measured:
             async def watch() -> None:
@@ -180,7 +180,7 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
                 watcher.cancel()
 
         result = asyncio.run(run())
-        elapsed = time.monotonic() - started
+        elapsed, cpu = time.monotonic() - started, cpu_seconds(server.pid) - before
     return {
         "engine": engine,
         "streams": streams,
@@ -189,6 +189,7 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
         "errors": len(result.errors),
         "error_examples": sorted(set(result.errors))[:5],
         "tokens_per_second": round(result.tokens / elapsed, 1),
+        "tokens_per_cpu_second": round(result.tokens / cpu, 1),
         "ttft": percentiles(result.first),
         "itl": percentiles(result.between),
         "memory_bytes": [points[0][1], max(size for _, size in points), points[-1][1]],

@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 from server_conformance import served
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-QUESTION = "What is a river?"
+QUESTION = "Write a sentence about winter."
 DEVICES: dict[str, dict[str, Any]] = {
     "server-page.png": {"viewport": {"width": 1180, "height": 900}},
     "server-page-phone.png": {

@@ -26,7 +26,7 @@ def load(result: Row) -> str:
     growth = load["memory_bytes_per_minute"] / 1e6
     lines = (
         "requests, errors | {requests}, {errors}",
-        "tokens per second | {tokens_per_second:.1f}",
+        "tokens per second, per CPU second | {tokens_per_second:.1f}, {tokens_per_cpu_second:.1f}",
         "time to first token, p50 / p95 | {ttft[p50_ms]:.0f} / {ttft[p95_ms]:.0f} ms",
         "time between tokens, p50 / p95 | {itl[p50_ms]:.0f} / {itl[p95_ms]:.0f} ms",
         f"memory at the start, at most | {first:.2f}, {most:.2f} GB",
