@@ -40,6 +40,7 @@ def client() -> TestClient:
     return TestClient(GrammarBudget(app))
 
 
+@pytest.mark.usefixtures("short_check")
 @pytest.mark.parametrize("field", WAYS)
 def test_a_schema_that_costs_too_much_does_not_reach_vllm(client: TestClient, field: str) -> None:
     good = client.post("/", json=WAYS[field](GOOD))
