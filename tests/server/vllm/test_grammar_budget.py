@@ -119,8 +119,8 @@ def test_schemas_reach_vllm_without_what_xgrammar_does_not_know(
 
 
 def test_tools_that_must_be_called_are_strict(client: TestClient) -> None:
-    tools = [{"type": "function", "function": {"name": n, "parameters": {}}} for n in "ab"]
-    flat = [{"type": "function", "name": "a", "parameters": {}}, {"type": "web_search"}]
+    tools: Any = [{"type": "function", "function": {"name": n, "parameters": {}}} for n in "ab"]
+    flat: Any = [{"type": "function", "name": "a", "parameters": {}}, {"type": "web_search"}]
     tools[1]["function"]["strict"] = False
     for choice, strict in ((None, []), ("auto", []), ("none", []), ("required", [True, False])):
         body = client.post("/", json={"tools": tools, "tool_choice": choice}).json()
