@@ -59,6 +59,7 @@ def main() -> None:
                 "host_gb": host,
                 "text_given": given,
                 **{size: max(getattr(phase, size) for phase in plan.phases) for size in SIZES},
+                "file_bytes": plan.result.file_bytes,
                 "hours": plan.seconds / 3600,
                 "pv_hours": sum(p.seconds for p in plan.phases if p.name == "PV-Tuning") / 3600,
                 "choices": plan.request.recipe.choices,

@@ -36,7 +36,7 @@ def first_run(result: Row) -> str:
     reference = "Python language reference, perplexity @ 512, original and tuned"
     rows = {
         "python_reference": f"{reference} | {{0[original]:.2f}}, {{0[tuned]:.2f}}",
-        "file_bytes": "bytes of the file (269 MB in 16 bits) | {}",
+        "file_bytes": "bytes of the file (269 MB in 16 bits) | {:,}",
         "wikitext2_ppl_original": "WikiText-2 test perplexity @ 2048, original | {:.2f}",
         "wikitext2_ppl_2bit": "WikiText-2 test perplexity @ 2048, tuned | {:.2f}",
         "bits_per_weight_linears": "bits per weight, quantised linears | {:.3f}",
@@ -293,6 +293,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "architectures": architecture_tables.architectures,
     "plan": tuning_tables.plan,
     "fits": tuning_tables.fits,
+    "fits:least": tuning_tables.least_machines,
     "pv_strategies": pv_strategies,
     "pv_step": pv_step,
     "kernels_aot": kernels_aot,

@@ -34,7 +34,7 @@ def fits(rows: list[Row]) -> str:
         return ", ".join(word for word, holds in words.items() if holds) or "nothing"
 
     def line(row: Row) -> list[str]:
-        stage = "" if row["choices"] else ", calibration alone"
+        stage = "" if row["pv_hours"] else ", calibration alone"
         text = ", text given" if row["text_given"] else ""
         sizes = (f"{row[f'{part}_bytes'] / 1e9:.1f} GB" for part in ("device", "host", "disk"))
         return [
@@ -47,3 +47,24 @@ def fits(rows: list[Row]) -> str:
 
     head = ("predictions", "card; host memory", "chosen", "device", "host", "disk")
     return table((*head, "hours in all, of PV-Tuning"), map(line, rows))
+
+
+def least_machines(rows: list[Row]) -> str:
+    """One line per model: the first of its plans, which is on the smallest card."""
+
+    def line(row: Row) -> list[str]:
+        note = "" if row["pv_hours"] else ", calibration alone, text given"
+        return [
+            row["model"] + note,
+            f"{row['file_bytes'] / 1e9:.2f} GB",
+            f"{row['card']}, {row['card_gb']:g} GB",
+            f"{row['host_bytes'] / 1e9:.0f} GB",
+            f"{row['disk_bytes'] / 1e9:.0f} GB",
+            f"{row['hours']:.1f}",
+        ]
+
+    first = [
+        next(row for row in rows if row["model"] == model) for model in distinct(rows, "model")
+    ]
+    head = ("predictions", "file", "card", "host memory", "disk", "hours")
+    return table(head, map(line, first))

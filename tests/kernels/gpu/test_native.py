@@ -32,7 +32,7 @@ def on_cpu(folder: Path, name: str, defined: tuple[tuple[str, int], ...]) -> cty
     library = folder / ("_".join([name, *(str(value) for _, value in defined)]) + ".so")
     flags = [f"-D{constant}={value}" for constant, value in defined]
     flags += [f"-DKERNEL={name}", f'-DSOURCE="{name}.cu"']
-    command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", f"-I{SOURCES}"]
+    command = ["g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", "-pthread", f"-I{SOURCES}"]
     subprocess.run([*command, *flags, str(HERE / "native_on_cpu.cpp"), "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
@@ -48,23 +48,18 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
         ("2x8g8", [150], 136, HALF, 1, 1),
         ("2x8g8", [150, 133, 5], 392, BFLOAT, 1, 3),
         ("2x8g8", [150, 33], 392, HALF, 2, 2),
-        ("2x8g8", [150], 264, HALF, 3, 1),
         ("1x8g8", [150], 520, HALF, 1, 2),
         ("4x8g8", [150], 136, BFLOAT, 1, 1),
         ("2x7g16", [150], 784, HALF, 1, 2),
         ("1x8g32", [150], 3200, HALF, 1, 1),
         ("4x8g16", [150], 400, HALF, 2, 1),
         ("2x8g8", [150, 20], 520, HALF, 4, 2),
-        ("1x8g8", [150], 520, HALF, 4, 1),
         ("2x8g8", [150], 136, HALF, 5, 1),
         ("2x8g8", [150, 133, 5], 392, BFLOAT, 8, 3),
-        ("2x8g8", [75], 328, HALF, 9, 2),
-        ("2x8g8", [150, 20], 264, BFLOAT, 33, 2),
         ("2x8g8", [75], 520, HALF, 64, 4),
         ("1x8g8", [75], 520, HALF, 16, 2),
         ("4x8g8", [75], 136, BFLOAT, 12, 3),
         ("1x8g16", [75], 784, HALF, 9, 2),
-        ("2x7g16", [75], 400, BFLOAT, 17, 1),
         ("4x8g16", [75, 33], 400, HALF, 64, 3),
     ],
 )

@@ -11,13 +11,15 @@ import torch
 from pvrt.errors import SourceError
 from pvrt_tune.data.source_model import load_skeleton, load_source
 from tests.fixtures.gguf_model import ROWS, write_gguf
+from tests.fixtures.progress_bars import counted_bars
 
 OPENERS = (load_source, load_skeleton)
 
 
 def test_a_whole_file_is_read(tmp_path: Path) -> None:
-    source = load_source(str(write_gguf(tmp_path / "a.gguf")))
-    assert not source.notes
+    with counted_bars() as bars:
+        source = load_source(str(write_gguf(tmp_path / "a.gguf")))
+    assert not source.notes and not bars
     assert source.model.config.vocab_size == ROWS
     with torch.inference_mode():
         logits = source.dense(torch.float32)(torch.arange(8)[None]).logits
@@ -61,3 +63,24 @@ def test_what_the_model_has_no_place_for_is_told(tmp_path: Path) -> None:
     more = {"blk.2.attn_norm.weight": np.ones(64, np.float32)}
     (note,) = load_source(str(write_gguf(tmp_path / "a.gguf", more=more))).notes
     assert note.endswith("left out: blk.2.attn_norm.weight")
+
+
+def test_opening_parses_the_header_once_for_all_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gguf
+
+    parsed: list[str] = []
+    parse = gguf.GGUFReader.__init__
+
+    def counted(self: gguf.GGUFReader, path: Path) -> None:
+        parsed.append(str(path))
+        parse(self, path)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    for number, file in enumerate(("a.gguf", "b.gguf"), 1):  # what is left of one is not taken
+        load_source(str(write_gguf(tmp_path / file)))
+        # Whether it is whole; the model without weights; tokenizer, config and weights.
+        assert len(parsed) == 3 * number
+        assert Path(parsed[-1]).name == file
+    assert isinstance(gguf.GGUFReader, type)

@@ -122,12 +122,20 @@ ATTENTIVE = {"intermediate_size": 128}
 WIDE = {"intermediate_size": 1024}
 # The simulated device has no fused attention: there windows are short.
 BLOCKS = [(CPU, 64), (CPU, 512), (DEVICE, 32)]
+SHAPES = [{}, ATTENTIVE, WIDE]
+SCHEMES = ["2x8g8", "1x12g8", "w2g64"]
+# Every two of place, shape and scheme meet once.
+SQUARE = [
+    (*BLOCKS[row], SHAPES[column], SCHEMES[(row + column) % 3])
+    for row in range(3)
+    for column in range(3)
+]
 # Rotary tables of the longest windows here, which blocks share.
 TABLES = 2 * 4 * 128 * 32
 
 
 @pytest.mark.parametrize(("place", "tokens"), BLOCKS)
-@pytest.mark.parametrize("changes", [{}, ATTENTIVE, WIDE], ids=["usual", "attentive", "wide"])
+@pytest.mark.parametrize("changes", SHAPES, ids=["usual", "attentive", "wide"])
 def test_second_moments(place: str, tokens: int, changes: dict[str, Any]) -> None:
     shape = model_shape(toy(**changes), Recipe())
 
@@ -139,9 +147,7 @@ def test_second_moments(place: str, tokens: int, changes: dict[str, Any]) -> Non
     check(observe_bytes(shape.blocks[0], tokens, shape.width), measured - streams - TABLES)
 
 
-@pytest.mark.parametrize(("place", "tokens"), BLOCKS)
-@pytest.mark.parametrize("changes", [{}, ATTENTIVE, WIDE], ids=["usual", "attentive", "wide"])
-@pytest.mark.parametrize("scheme", ["2x8g8", "1x12g8", "w2g64"])
+@pytest.mark.parametrize(("place", "tokens", "changes", "scheme"), SQUARE)
 @pytest.mark.parametrize("move_codes", [True, False], ids=["codes", "floats"])
 def test_block_tuning(
     place: str, tokens: int, changes: dict[str, Any], scheme: str, move_codes: bool

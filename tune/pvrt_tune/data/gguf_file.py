@@ -3,10 +3,13 @@
 transformers reads neither: it makes up the tensors that a file lacks.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from pvrt.errors import SourceError
 from pvrt.tools.perplexity import beginning
@@ -32,6 +35,22 @@ def checked(path: Path) -> Path:
             "(llama-gguf-split --merge)"
         )
     return path
+
+
+@contextmanager
+def parsed_once() -> Iterator[None]:
+    """Within it a file's header is parsed once, and names of tensors are worked out once.
+
+    transformers parses the header for each of config, tokenizer and weights, which takes seconds
+    for the vocabulary, and works out all names again for every module of the model.
+    """
+    import gguf
+
+    with (
+        patch.object(gguf, "GGUFReader", lru_cache(maxsize=1)(gguf.GGUFReader)),
+        patch.object(gguf, "get_tensor_name_map", lru_cache(maxsize=1)(gguf.get_tensor_name_map)),
+    ):
+        yield
 
 
 @dataclass(frozen=True)

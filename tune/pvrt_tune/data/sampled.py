@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pvrt.errors import DataError
 from pvrt.kv_cache import cache_name, cache_shape
+from pvrt_tune.data.one_token import fast_for_one_token
 from pvrt_tune.data.text import CalibrationData, Windows
 
 # A chance is a multiple of one part in _CHANCES, a probability of one part in _PARTS.
@@ -73,7 +74,7 @@ def _sample(
     chances = torch.randint(_CHANCES, (rows, length), generator=generator).double() / _CHANCES
     chances, cache, steps = chances.to(model.device), None, [tokens.to(model.device)]
     broken = torch.tensor(False, device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_for_one_token():
         for done in range(tokens.shape[1], length):
             output = model(steps[-1], use_cache=True, **{cache_name(): cache})
             cache = output[cache_name()]

@@ -256,7 +256,7 @@ def _opened(name: str, folder: Path) -> Source:
 
 def _open_gguf(name: str, file: Path) -> Source:
     model, left_out = _gguf_skeleton(file)
-    with one_sentence(file), no_progress_bar():
+    with one_sentence(file), no_progress_bar(), gguf_file.parsed_once():
         where = {"gguf_file": file.name, "local_files_only": True}
         tokenizer = read_tokenizer(file.parent, **where)
         gguf_file.begin_as_stated(tokenizer, file)
@@ -291,7 +291,7 @@ def _gguf_skeleton(file: Path) -> tuple[Any, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def _make_gguf_skeleton(file: Path, changed: int) -> tuple[Any, tuple[str, ...]]:
-    with one_sentence(file):
+    with one_sentence(file), gguf_file.parsed_once():
         config = AutoConfig.from_pretrained(
             file.parent, gguf_file=file.name, trust_remote_code=False
         )

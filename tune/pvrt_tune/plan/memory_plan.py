@@ -163,8 +163,7 @@ class Planner:
     def sampling(self, *, stream: bool) -> Phase:
         """The whole model writes text, some windows at once."""
         windows = Windows(self.recipe.windows, self.recipe.length, self.recipe.seed)
-        # Most CPUs only emulate 16-bit products.
-        item = self.shape.itemsize if self.cuda else 4
+        item = self.shape.itemsize if self.cuda else compute_dtype("auto", "cpu").itemsize
         peak = sampled.peak_bytes(self.config, windows, self.original(stream), item)
         rows = sampled.rows_at_once(self.config, windows.count, windows.length)
         seconds = self.speed.sampling_seconds(self.shape, self.recipe, item, rows)
