@@ -114,7 +114,7 @@ def test_the_nearest_sum_is_chosen(scheme: str) -> None:
     fit.start()
     root = torch.linalg.cholesky(fit.moment[8:16, 8:16])
     wanted = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
-    value = fit._choose(1, wanted, root, [])
+    value = fit._choose(1, wanted, root, fit._exchange())
     assert torch.equal(value, fit._value(fit.codes[:, 1]))
     sums = torch.zeros(1, 8)
     for codebook in fit.codebooks:

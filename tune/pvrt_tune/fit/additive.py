@@ -24,15 +24,9 @@ from torch import Tensor
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
 from pvrt_tune.fit import nearest_sums
-from pvrt_tune.fit.code_search import (
-    Cells,
-    halve,
-    lowest,
-    search_bytes,
-    squared_distance,
-    weighted,
-)
+from pvrt_tune.fit.code_search import Cells, halve, lowest, search_bytes, weighted
 from pvrt_tune.fit.codebooks import cells_of, searched_together, starts
+from pvrt_tune.fit.exchange import CONTINUATIONS, Exchange, nearest_choices
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
 from pvrt_tune.fit.nearest_sums import search_codes, values_of
 from pvrt_tune.fit.objective import Objective, column_blocks, feedback_bytes
@@ -44,8 +38,6 @@ from pvrt_tune.settings import FitSettings
 _IMPORTANCE_POWER = 0.65
 # Share of a metric's mean diagonal that is added to it, so that it has a root.
 _SINGULAR = 1e-6
-# Of every joint choice in a beam, how many continuations compete for the next beam.
-_CONTINUATIONS = 2
 
 
 @dataclass(frozen=True)
@@ -179,14 +171,14 @@ class AdditiveFit:
         upper, order = self._feedback, self._order.tolist()
         roots = self._conditional
         target = self.weight[:, self._columns]
-        index = self._index()
+        exchange = self._exchange()
         for start, stop in self._column_blocks():
             carried = torch.zeros(len(target), stop - start, device=target.device)
             for first in range(start, stop, self.g):
                 group = slice(first, first + self.g)
                 root = roots[first // self.g]
                 wanted = (target[:, group] @ root) / self.scales
-                value = self._choose(order[first // self.g], wanted, root, index)
+                value = self._choose(order[first // self.g], wanted, root, exchange)
                 error = (target[:, group] - self.scales * value) @ root
                 carried[:, first - start : first - start + self.g] = error
                 later = slice(first + self.g, stop)
@@ -198,7 +190,7 @@ class AdditiveFit:
         product = self.residual() @ self.moment  # R = E H, kept exact while codes change
         roots, inverses = self._given_others
         blocks = self._column_blocks()
-        index = self._index()
+        exchange = self._exchange()
         for block in self._permutation(len(blocks)):
             start, stop = blocks[block]
             inside = slice(start, stop)
@@ -209,7 +201,7 @@ class AdditiveFit:
                 number = group.start // self.g
                 root, old = roots[number], self._value(self.codes[:, number])
                 wanted = (product[:, group] / self.scales) @ inverses[number].T + old @ root
-                new = self._choose(number, wanted, root, index)
+                new = self._choose(number, wanted, root, exchange)
                 change = self.scales * (new - old)
                 changes[:, local] = change
                 product[:, inside] -= change @ self.moment[group, inside]
@@ -221,14 +213,15 @@ class AdditiveFit:
         """Unscaled decoded value [..., g] of codes [..., M]."""
         return values_of(self.codebooks if codebooks is None else codebooks, codes)
 
-    def _index(self) -> list[Cells]:
-        """Cells of large codebooks, cut anew because codewords move; else nothing."""
-        if self.cells == 1:
-            return []
-        deviation = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
-        return [Cells(halve(codebook * deviation, self.cells)) for codebook in self.codebooks]
+    def _exchange(self) -> Exchange:
+        """With cells of large codebooks, cut anew because codewords move."""
+        cells: list[Cells | None] = [None] * len(self.codebooks)
+        if self.cells > 1:
+            deviation = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
+            cells = [Cells(halve(codebook * deviation, self.cells)) for codebook in self.codebooks]
+        return Exchange(self.settings.beam, self.settings.probes, cells)
 
-    def _choose(self, group: int, wanted: Tensor, root: Tensor, index: list[Cells]) -> Tensor:
+    def _choose(self, group: int, wanted: Tensor, root: Tensor, exchange: Exchange) -> Tensor:
         """Set the codes of one group so that the sum u of codewords minimises |u root - wanted|.
 
         wanted [out, g], root [g, g] of the metric. Never ends above the current codes. Returns the
@@ -238,37 +231,10 @@ class AdditiveFit:
         if searched_together(self.scheme):
             found = search_codes(wanted, books)
         else:
-            found = self._exchanged(current, wanted, books, index)
-        kept, _ = _nearest(torch.cat([current, found], 1), wanted, books, 1)
+            found = exchange.search(current, wanted, books, self._permutation(len(books)))
+        kept, _ = nearest_choices(torch.cat([current, found], 1), wanted, books, 1)
         self.codes[:, group] = kept[:, 0]
         return self._value(kept[:, 0])
-
-    def _exchanged(
-        self, codes: Tensor, wanted: Tensor, books: Tensor, index: list[Cells]
-    ) -> Tensor:
-        """Codes [out, 1, M] that are nearest when one codebook after the other is searched, from
-        codes [out, 1, M] on.
-
-        Visits the codebooks once in random order, keeping the `beam` best joint choices (arXiv
-        2401.06118, section 3.2).
-        """
-        value, visited = values_of(books, codes), self._permutation(len(books))
-        for m in visited:
-            left = (wanted.unsqueeze(1) - value + books[m][codes[..., m]]).flatten(0, 1)
-            count = 1 if m == visited[-1] else self.settings.beam
-            # From several choices on, the best continuations of each are enough.
-            each = count if codes.shape[1] == 1 else min(count, _CONTINUATIONS)
-            found = self._best(books[m], left, each, index[m] if index else None)
-            codes = codes.repeat_interleave(found.shape[1], 1)
-            codes[..., m] = found.reshape(len(wanted), -1)
-            codes, value = _nearest(codes, wanted, books, count)
-        return codes
-
-    def _best(self, book: Tensor, wanted: Tensor, count: int, cells: Cells | None) -> Tensor:
-        """The `count` codewords of a codebook nearest to every value, [n, count]."""
-        if cells is not None:
-            return cells.lowest(wanted, book, squared_distance, (self.settings.probes, count))
-        return lowest(wanted, *squared_distance(book), count)
 
     def fit_codebooks(self) -> None:
         """Conjugate gradients on the codebooks: the objective is quadratic in them."""
@@ -345,17 +311,6 @@ class AdditiveFit:
         return LayerFit(layer, self.relative_error())
 
 
-def _nearest(choices: Tensor, wanted: Tensor, books: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` joint choices of [out, n, M] nearest to values [out, g], and their sums."""
-    value = values_of(books, choices)
-    if choices.shape[1] <= count:
-        return choices, value
-    loss = (value - wanted.unsqueeze(1)).square().sum(2)
-    best = loss.topk(count, 1, largest=False).indices.unsqueeze(2)
-    kept = choices.gather(1, best.expand(-1, -1, choices.shape[2]))
-    return kept, value.gather(1, best.expand(-1, -1, value.shape[2]))
-
-
 def fit_layer(
     weight: Tensor,
     second_moment: Tensor,
@@ -390,7 +345,7 @@ def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, de
     # Joint choices of a group before the best are kept: what continues a beam, and the present one.
     beam = 1
     if not together and books > 1:
-        beam = settings.beam * (1 if books == 2 else _CONTINUATIONS)
+        beam = settings.beam * (1 if books == 2 else CONTINUATIONS)
     kept = max(1, min(beam, settings.beam))
 
     def search(queries: int, width: int) -> int:
