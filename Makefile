@@ -2,7 +2,7 @@
 # make test          the whole test suite, the real vLLM engine on the CPU included, on all cores
 # make test-fast     without the tests that start vLLM or take seconds each: training, whole tuning
 #                    runs, kills and resumes, compilers, browsers, Triton's interpreter
-# make check         format, lint, types, and the shape of the sources (benchmarks/structure.py)
+# make check         format, lint, types, the shape of the sources, and pages made from results
 # make fuzz          mutants of all that is read, from a random seed on (MUTANTS=n of each kind)
 # make crash         50 kills of runs and 200 full disks, bytes compared
 # make sanitize      the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer
@@ -53,6 +53,8 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python benchmarks/structure.py --check
+	$(BIN)/python benchmarks/tables.py --check
+	$(BIN)/python benchmarks/cli_reference.py --check
 
 doctor: $(VENV)/base.stamp
 	$(BIN)/pvrt doctor

@@ -248,7 +248,7 @@ class Pvrt(Tool):
 
     name, files = "pvrt", "out/*.safetensors"
     options: ClassVar[dict[str, tuple[str, ...]]] = {
-        "2x8g8": ("--scheme", "2x8g8"),
+        **{scheme: ("--scheme", scheme) for scheme in ("2x8g8", "3x8g8")},
         **{f"{bits} bits": ("--bits", bits) for bits in BITS},
     }
     methods = tuple(f"{name}, {stage}" for name in options for stage in ("calibrated", "tuned"))

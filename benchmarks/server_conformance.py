@@ -37,8 +37,17 @@ Call a tool as <tool_call>{"name": ..., "arguments": {...}}</tool_call>. Tools:
 {{ tool.function | tojson }}
 {%- endfor %}<|im_end|>
 {% endif %}
-{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
+{%- for message in messages %}
+{%- if message.role == "tool" %}<|im_start|>user
+<tool_response>{{ message.content }}</tool_response>
+{%- else %}<|im_start|>{{ message.role }}
+{{ message.content or "" }}
+{%- for call in message.tool_calls or [] %}
+<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>
+{%- endfor %}
+{%- endif %}<|im_end|>
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""

@@ -2,15 +2,22 @@
 
     python benchmarks/server_load.py CHECKPOINT [--dense FOLDER] [--engine local] [--seconds 300]
 
-First `--streams` clients stream completions from one server for `--seconds`: errors, time to first
-token, time between tokens, and the memory of the server's processes over time. Then, with --dense,
-tokens per second at 1, 4 and 16 requests at once of the embedded engine and of `transformers serve`
-on the same dense model, and of the embedded engine on CHECKPOINT, one after the other in this run.
-What is not measured (--seconds 0, or no --dense) stays as it was stored.
+Three parts, each of which can be left out and then stays as it was stored:
+
+--seconds: `--streams` clients stream completions from one server for so long. Errors, time to first
+token, time between tokens, and the memory of the server's processes over time.
+
+--prompt: a short request while a prompt of so many tokens is read. Its first token, and the time
+between the others.
+
+--repeats: tokens per second, and per CPU second of the server, at 1, 4 and 16 requests at once. Of
+the embedded engine on CHECKPOINT and, with --dense, on a dense model, and of `transformers serve`
+on that, one after the other.
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -126,6 +133,13 @@ def resident(pid: int) -> int:
     return total
 
 
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process and its children have taken."""
+    process = psutil.Process(pid)
+    times = [each.cpu_times() for each in [process, *process.children(recursive=True)]]
+    return float(sum(each.user + each.system for each in times))
+
+
 def slope(points: list[tuple[float, int]]) -> float:
     """Growth in bytes per minute by the Theil-Sen estimator over the second half of the points.
 
@@ -151,7 +165,7 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
     """One server under so many streams."""
     with served(checkpoint, engine, *QUIET) as server:
         points: list[tuple[float, int]] = []
-        started = time.monotonic()
+        started, before = time.monotonic(), cpu_seconds(server.pid)
 
         async def run() -> Measured:
             async def watch() -> None:
@@ -166,7 +180,7 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
                 watcher.cancel()
 
         result = asyncio.run(run())
-        elapsed = time.monotonic() - started
+        elapsed, cpu = time.monotonic() - started, cpu_seconds(server.pid) - before
     return {
         "engine": engine,
         "streams": streams,
@@ -175,11 +189,65 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
         "errors": len(result.errors),
         "error_examples": sorted(set(result.errors))[:5],
         "tokens_per_second": round(result.tokens / elapsed, 1),
+        "tokens_per_cpu_second": round(result.tokens / cpu, 1),
         "ttft": percentiles(result.first),
         "itl": percentiles(result.between),
         "memory_bytes": [points[0][1], max(size for _, size in points), points[-1][1]],
         "memory_bytes_per_minute": round(slope(points)),
     }
+
+
+async def timed(server: serving.Server, body: dict[str, Any]) -> list[tuple[float, float]]:
+    """(wall, CPU seconds of the server) from a streamed completion's start to each of its texts."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    started, before = time.perf_counter(), cpu_seconds(server.pid)
+    points = []
+    async with (
+        httpx.AsyncClient(base_url=server.url, headers=headers, timeout=600) as client,
+        client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response,
+    ):
+        async for line in response.aiter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0].get("text"):
+                points.append((time.perf_counter() - started, cpu_seconds(server.pid) - before))
+    return points
+
+
+def beside(checkpoint: Path, engine: str, prompt: int) -> dict[str, Any]:
+    """A short request alone, and while a long prompt is read: milliseconds, wall and CPU."""
+    chance = random.Random(0)
+    plain = {"model": "model", "temperature": 0, "ignore_eos": True}
+
+    def words(count: int) -> str:
+        return " ".join(chance.choices(WORDS, k=count))
+
+    async def short(server: serving.Server) -> dict[str, dict[str, float]]:
+        points = await timed(server, {**plain, "prompt": words(8), "max_tokens": 24})
+        gaps = [[b[i] - a[i] for a, b in itertools.pairwise(points)] for i in (0, 1)]
+        found = {
+            "first": points[0],
+            "gap_median": [statistics.median(each) for each in gaps],
+            "gap_most": [max(each) for each in gaps],
+        }
+        names = ("ms", "cpu_ms")
+        return {
+            key: {name: round(1000 * value, 1) for name, value in zip(names, pair, strict=True)}
+            for key, pair in found.items()
+        }
+
+    async def both(server: serving.Server) -> dict[str, Any]:
+        await short(server)  # compiles and allocates
+        alone = await short(server)
+        # Most words of this list are one token each.
+        long = timed(server, {**plain, "prompt": words(prompt), "max_tokens": 1})
+        reading = asyncio.create_task(long)
+        await asyncio.sleep(1)
+        company = await short(server)
+        under_way = not reading.done()
+        await reading
+        return {"prompt": prompt, "alone": alone, "beside": company, "under_way": under_way}
+
+    with served(checkpoint, engine, *QUIET) as server:
+        return {"engine": engine, **asyncio.run(both(server))}
 
 
 def transformers_serve(model: Path, *flags: str) -> AbstractContextManager[serving.Server]:
@@ -190,33 +258,70 @@ def transformers_serve(model: Path, *flags: str) -> AbstractContextManager[servi
     return serving.running([*command, "--device", "cpu", *flags, "--log-level", "error"], port)
 
 
-async def burst(url: str, model: str, at_once: int, number: int, tokenizer: Tokenizer) -> float:
-    """Tokens per second of so many greedy completions started together.
+async def burst(
+    server: serving.Server, model: str, at_once: int, number: int, tokenizer: Tokenizer
+) -> tuple[float, float]:
+    """Tokens per second, and per CPU second, of so many greedy completions started together.
 
     The tokens are those of the answers' texts, by the model's tokenizer: chunks may hold several.
     """
     done = Measured()
     headers = {"Authorization": f"Bearer {KEY}"}
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600) as client:
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=600) as client:
 
         def body(place: int) -> dict[str, Any]:
             prompt = " ".join(random.Random(1000 * number + place).choices(WORDS, k=30))
             fields = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
             return {**fields, "stream": True}
 
-        started = time.perf_counter()
+        started, before = time.perf_counter(), cpu_seconds(server.pid)
         await asyncio.gather(*(stream(client, body(place), done) for place in range(at_once)))
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, cpu_seconds(server.pid) - before
     if done.errors:
         raise RuntimeError(done.errors[0])
-    return sum(len(tokenizer.encode(text).ids) for text in done.texts) / seconds
+    tokens = sum(len(tokenizer.encode(text).ids) for text in done.texts)
+    return tokens / seconds, tokens / cpu
 
 
-def throughput(checkpoint: Path, dense: Path, repeats: int) -> list[dict[str, Any]]:
-    """Median tokens per second of three servers, one after the other on this machine."""
-    tokenizer = Tokenizer.from_file(str(dense / "tokenizer.json"))
+def throughput(checkpoint: Path, dense: Path | None, repeats: int) -> list[dict[str, Any]]:
+    """Median tokens per second of servers, one after the other on this machine."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     servers: dict[str, tuple[Callable[[], Any], str]] = {
         "pvrt, 2 bits": (lambda: served(checkpoint, "local", *QUIET), "model"),
+    }
+    if dense is not None:
+        servers |= peers(dense)
+    result: list[dict[str, Any]] = []
+    for name, (start, model) in servers.items():
+        rates: dict[int, list[tuple[float, float]]] = {at_once: [] for at_once in AT_ONCE}
+        problem = None
+        with start() as server:
+            try:
+                asyncio.run(burst(server, model, 1, 0, tokenizer))  # compiles and allocates
+                for number in range(1, repeats + 1):
+                    for at_once, values in rates.items():
+                        values.append(asyncio.run(burst(server, model, at_once, number, tokenizer)))
+                        wall, cpu = values[-1]
+                        print(f"{name:48} {at_once:3} at once {wall:8.1f} tokens/s, {cpu:8.1f} CPU")
+                        sys.stdout.flush()
+            except RuntimeError as error:  # a peer that breaks is a result, not our end
+                problem = str(error)
+                print(f"{name:48} {problem}", flush=True)
+        for at_once, values in rates.items():
+            row: dict[str, Any] = {"server": name, "at_once": at_once, "tokens_per_second": None}
+            if values and not problem:
+                wall, cpu = (
+                    round(statistics.median(each), 2) for each in zip(*values, strict=True)
+                )
+                row |= {"tokens_per_second": wall, "tokens_per_cpu_second": cpu}
+            said = {"repeats": len(values)} if problem is None else {"problem": problem}
+            result.append({**row, **said})
+    return result
+
+
+def peers(dense: Path) -> dict[str, tuple[Callable[[], Any], str]]:
+    """Servers of a dense model."""
+    return {
         "pvrt, dense": (lambda: served(dense, "local", *QUIET), "model"),
         "transformers serve, dense": (lambda: transformers_serve(dense), str(dense)),
         "transformers serve --continuous-batching, dense": (
@@ -224,29 +329,6 @@ def throughput(checkpoint: Path, dense: Path, repeats: int) -> list[dict[str, An
             str(dense),
         ),
     }
-    result: list[dict[str, Any]] = []
-    for name, (start, model) in servers.items():
-        rates: dict[int, list[float]] = {at_once: [] for at_once in AT_ONCE}
-        problem = None
-        with start() as server:
-            try:
-                asyncio.run(burst(server.url, model, 1, 0, tokenizer))  # compiles and allocates
-                for number in range(1, repeats + 1):
-                    for at_once, values in rates.items():
-                        values.append(
-                            asyncio.run(burst(server.url, model, at_once, number, tokenizer))
-                        )
-                        print(f"{name:48} {at_once:3} at once {values[-1]:8.1f} tokens/s")
-                        sys.stdout.flush()
-            except RuntimeError as error:  # a peer that breaks is a result, not our end
-                problem = str(error)
-                print(f"{name:48} {problem}", flush=True)
-        for at_once, values in rates.items():
-            rate = round(statistics.median(values), 2) if values and not problem else None
-            row = {"server": name, "at_once": at_once, "tokens_per_second": rate}
-            said = {"repeats": len(values)} if problem is None else {"problem": problem}
-            result.append({**row, **said})
-    return result
 
 
 def main() -> None:
@@ -257,6 +339,7 @@ def main() -> None:
     parser.add_argument("--engine", default="local", choices=["local", "vllm"])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=4000, help="tokens of the long prompt")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--note", default="", help="what else the machine was doing")
     arguments = parser.parse_args()
@@ -269,7 +352,10 @@ def main() -> None:
             arguments.checkpoint, arguments.engine, arguments.streams, arguments.seconds
         )
         print(json.dumps(measured["load"], indent=1), flush=True)
-    if arguments.dense is not None:
+    if arguments.prompt:
+        measured["beside"] = beside(arguments.checkpoint, arguments.engine, arguments.prompt)
+        print(json.dumps(measured["beside"], indent=1), flush=True)
+    if arguments.repeats:
         measured["throughput"] = throughput(
             arguments.checkpoint, arguments.dense, arguments.repeats
         )
@@ -278,7 +364,7 @@ def main() -> None:
         **about,
         "checkpoint": arguments.checkpoint.name,
         "runs": {**stored.get("runs", {}), **runs},
-        **{name: stored[name] for name in ("load", "throughput") if name in stored},
+        **{name: stored[name] for name in ("load", "beside", "throughput") if name in stored},
         **measured,
     }
     results.store("server_load", result)

@@ -16,6 +16,7 @@ from typing import Any
 import architecture_tables
 import gpu_tables
 import reliability_tables
+import server_tables
 import tuning_tables
 import vllm_tables
 from markdown_table import Row, distinct, formatted, table, where
@@ -239,51 +240,6 @@ def cpu_decode(rows: list[Row]) -> str:
     )
 
 
-def server_conformance(rows: list[Row]) -> str:
-    """One line per feature, one column per client: the engines that pass; – for no way to ask."""
-    clients, engines = distinct(rows, "client"), distinct(rows, "engine")
-
-    def cell(feature: str, client: str) -> str:
-        tried = where(rows, feature=feature, client=client)
-        if tried and tried[0]["pass"] is None:
-            return "–"
-        passed = [engine for engine in engines if where(tried, engine=engine, **{"pass": True})]
-        said = "both" if len(passed) == len(engines) else ", ".join(passed) or "no"
-        return said if tried else ""
-
-    names = distinct(rows, "feature")
-    return table(("feature", *clients), ([n, *(cell(n, c) for c in clients)] for n in names))
-
-
-def server_load(result: Row) -> str:
-    """The sustained load of one server."""
-    load = result["load"]
-    first, most, _ = (size / 1e9 for size in load["memory_bytes"])
-    growth = load["memory_bytes_per_minute"] / 1e6
-    lines = (
-        "requests, errors | {requests}, {errors}",
-        "tokens per second | {tokens_per_second:.1f}",
-        "time to first token, p50 / p95 | {ttft[p50_ms]:.0f} / {ttft[p95_ms]:.0f} ms",
-        "time between tokens, p50 / p95 | {itl[p50_ms]:.0f} / {itl[p95_ms]:.0f} ms",
-        f"memory at the start, at most | {first:.2f}, {most:.2f} GB",
-        f"growth of memory, second half | {growth:.1f} MB/min",
-    )
-    title = "{streams} streams for {seconds:.0f} s, {engine} engine".format(**load)
-    return table((f"{title}, {result['machine']}", ""), (line.format(**load) for line in lines))
-
-
-def server_throughput(result: Row) -> str:
-    """Tokens per second of each server, by requests at once."""
-    rows = result["throughput"]
-    counts = distinct(rows, "at_once")
-    lines = []
-    for server in distinct(rows, "server"):
-        rates = {row["at_once"]: row["tokens_per_second"] for row in where(rows, server=server)}
-        cells = (f"{rates[n]:.1f}" if rates[n] is not None else "broke" for n in counts)
-        lines.append([server, *cells])
-    return table(("tokens/s, requests at once", *counts), lines)
-
-
 def pareto(rows: list[Row]) -> str:
     """A table per model, one line per file, by size."""
     models = distinct(rows, "model")
@@ -344,9 +300,10 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "cpu_kernels": cpu_kernels,
     "cpu_decode": cpu_decode,
     "cpu_head": cpu_head,
-    "server_conformance": server_conformance,
-    "server_load": server_load,
-    "server_load:throughput": server_throughput,
+    "server_conformance": server_tables.conformance,
+    "server_load": server_tables.load,
+    "server_load:beside": server_tables.beside,
+    "server_load:throughput": server_tables.throughput,
     "gpu_nvidia_h100_80gb_hbm3:products": gpu_tables.products,
     "gpu_nvidia_h100_80gb_hbm3:steps": gpu_tables.steps,
     "gpu_nvidia_h100_80gb_hbm3:batches": gpu_tables.batches,

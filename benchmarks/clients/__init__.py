@@ -8,8 +8,10 @@ from clients.client import Client, Where
 from clients.features import features
 from clients.langchain_client import LangChain
 from clients.litellm_client import LiteLLM
-from clients.node_client import NodeOpenAI, VercelAI
+from clients.node_client import Node, NodeOpenAI, VercelAI
 from clients.openai_client import AsyncOpenAI, Instructor, OpenAI
+
+__all__ = ["CLIENTS", "Node", "rows"]
 
 CLIENTS: dict[str, type[Client]] = {
     "openai": OpenAI,

@@ -136,8 +136,8 @@ class ServeOptions(BaseModel):
         return self.served_model_name or folder.name
 
     def gives(self, *names: str) -> bool:
-        """Whether the flags for vLLM hold one of these."""
-        return any(_flag_name(flag) in names for flag in self.extra)
+        """Whether the flags for vLLM hold one of these, or a part of it (--flag.part)."""
+        return any(_flag_name(flag).partition(".")[0] in names for flag in self.extra)
 
     def changed(self, **values: Any) -> Self:
         """A copy with other values, checked as the first were."""

@@ -4,6 +4,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from pvrt_server.engine import grammar_check
 from pvrt_server.engine.engine import Engine
 from pvrt_server.self_test import Target
 from tests.fixtures.toy import write_toy
@@ -37,6 +38,12 @@ def says(toy: Path) -> Iterator[Server]:
     engine, _ = scripted_engine(toy, "one two three 😀 four")
     with serving(engine) as running:
         yield running
+
+
+@pytest.fixture
+def short_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars that cost too much are found out in one CPU second: tests hold many of them."""
+    monkeypatch.setattr(grammar_check, "_CPU_SECONDS", 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,9 @@
 """vLLM with our plugin and the embedded engine give the same answers over the same protocol."""
 
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from pvrt_server.self_test import Target, run_checks
@@ -90,3 +91,38 @@ def test_stop_strings_and_echoed_scores_agree(
 def test_vllm_passes_every_check_of_ours(vllm_server: Target) -> None:
     failed = {r.name: r.problem for r in run_checks(vllm_server) if r.problem is not None}
     assert failed == {}
+
+
+class Form(pydantic.BaseModel):
+    """What grammars do not know, beside what they do."""
+
+    place: str = pydantic.Field(max_length=5, json_schema_extra={"format": "path"})
+    kinds: set[Literal["a", "b"]] = pydantic.Field(max_length=2)
+
+
+def test_schemas_of_pydantic_are_followed_on_both(
+    vllm: openai.OpenAI, client: openai.OpenAI
+) -> None:
+    for who in (vllm, client):
+        answer = who.chat.completions.create(
+            model="toy",
+            messages=[{"role": "user", "content": "Hello"}],
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "form", "schema": Form.model_json_schema()},
+            },
+            max_tokens=200,
+            seed=1,
+        )
+        Form.model_validate_json(answer.choices[0].message.content or "")
+
+
+def test_conversations_go_on_on_both(vllm: openai.OpenAI, client: openai.OpenAI) -> None:
+    for who in (vllm, client):
+        create = who.responses.create
+        first = create(model="toy", input="Hello", max_output_tokens=16)
+        second = create(
+            model="toy", input="And?", previous_response_id=first.id, max_output_tokens=16
+        )
+        assert first.usage is not None and second.usage is not None
+        assert second.usage.input_tokens > first.usage.input_tokens

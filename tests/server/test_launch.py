@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -85,6 +86,18 @@ def environment(
     """What vLLM's process is given beside what the user set."""
     chosen = ServeOptions(**options)
     return vllm_environment(open_model(toy), chosen, decided or decision(), given or {})
+
+
+def test_vllm_has_one_library_for_grammars_and_json_on_one_line(toy: Path, tmp_path: Path) -> None:
+    flag = "--structured-outputs-config"
+    given = command(toy)
+    form = json.loads(given[given.index(flag) + 1])
+    assert form == {"backend": "xgrammar", "disable_any_whitespace": True}
+    for own in ((flag, "{}"), (f"{flag}.backend=outlines",)):
+        assert flag not in command(toy, extra=own)[: -len(own)]
+    shutil.copytree(toy, tmp_path / "mistral")
+    (tmp_path / "mistral" / "tekken.json").write_text("{}")
+    assert flag not in command(tmp_path / "mistral")
 
 
 def test_a_port_in_use_is_one_sentence_before_anything_is_loaded(toy: Path) -> None:

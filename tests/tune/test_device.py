@@ -95,7 +95,8 @@ def test_calibration_finds_what_it_finds_on_the_cpu(
         run(dense, tmp_path / place, recipe, place)
     blocks = [manifest(tmp_path / place)["blocks"] for place in ("cpu", device)]
     for ours, theirs in zip(*blocks, strict=True):
-        assert theirs["errors"] == pytest.approx(ours["errors"], rel=0.1)
+        # On a CPU sums that are nearly as near count as equal, and a toy's fit follows each choice.
+        assert theirs["errors"] == pytest.approx(ours["errors"], rel=0.2)
         # Large codebooks hold all of a toy's values: what is left there is rounding.
         assert theirs["output_error"] == pytest.approx(ours["output_error"], rel=0.1, abs=1e-5)
 

@@ -51,6 +51,13 @@ def compute_dtype(wanted: str, device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def host_dtype(itemsize: int) -> torch.dtype:
+    """What a CPU computes an original of numbers of `itemsize` bytes in: bfloat16 for 16 bits where
+    products of it are faster, else float32.
+    """
+    return compute_dtype("auto" if itemsize == 2 else "float32", "cpu")
+
+
 def map_large_tensors() -> None:
     """Have glibc map every allocation of 4 MiB and more on its own, as it does from 32 MiB on.
 

@@ -23,7 +23,7 @@ from pvrt_tune.data import text as calibration_text
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.distil.stage import pv_tune, tuned_tensors
-from pvrt_tune.machine import Machine, map_large_tensors, release_memory
+from pvrt_tune.machine import Machine, host_dtype, map_large_tensors, release_memory
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.model_card import discard
 from pvrt_tune.original import original
@@ -202,8 +202,7 @@ def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> Cali
             report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
     report(f"no --data given: sampling {recipe.windows} x {recipe.length} tokens from the model")
-    # Most CPUs only emulate 16-bit products.
-    dtype = torch.float32 if job.device == "cpu" else None
+    dtype = host_dtype(source.model.dtype.itemsize) if job.device == "cpu" else None
     model = original(source, dtype, job)
     data = sampled.from_model(model, _windows(recipe), progress)
     del model

@@ -21,7 +21,8 @@ _AT_ONCE = threading.Semaphore(2)  # threads that wait are not there for anythin
 # compiles it: that took no longer here.
 _CHECK = f"""
 import resource, sys
-resource.setrlimit(resource.RLIMIT_CPU, ({_CPU_SECONDS}, {_CPU_SECONDS}))
+seconds = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 resource.setrlimit(resource.RLIMIT_AS, ({_BYTES}, {_BYTES}))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 from llguidance import LLMatcher, LLTokenizer
@@ -51,7 +52,7 @@ def _problem(grammar: str) -> str | None:
         raise busy
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-c", _CHECK],
+            [sys.executable, "-P", "-c", _CHECK, str(_CPU_SECONDS)],
             input=grammar.encode(),
             capture_output=True,
             timeout=_SECONDS,

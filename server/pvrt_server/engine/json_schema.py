@@ -33,7 +33,7 @@ def enforceable(schema: Schema) -> tuple[Schema, list[str]]:
     open_objects = _joins(schema)
 
     def ready(node: Schema) -> Schema:
-        node = _with_names_listed(_mapped(node, ready), schema, notes)
+        node = _with_names_listed(mapped(node, ready), schema, notes)
         pattern = node.get("pattern")
         if isinstance(pattern, str) and (known := _enforceable_pattern(pattern)) != pattern:
             notes.append(f"the pattern {pattern} as a whole")
@@ -48,7 +48,7 @@ def enforceable(schema: Schema) -> tuple[Schema, list[str]]:
     return ready(schema), notes
 
 
-def _mapped(node: Schema, change: Callable[[Schema], Schema]) -> Schema:
+def mapped(node: Schema, change: Callable[[Schema], Schema]) -> Schema:
     """A schema whose direct parts are changed."""
     changed = dict(node)
     for key, value in node.items():
@@ -74,7 +74,7 @@ def _joins(schema: Schema) -> bool:
         found |= isinstance(branches, list) and len(branches) > 1
         found |= "properties" in node and any(key in node for key in _JOINING)
         found |= isinstance(branches, list) and "$ref" in node
-        return _mapped(node, look)
+        return mapped(node, look)
 
     look(schema)
     return found

@@ -1,4 +1,4 @@
-"""Grammars of requests to vLLM, compiled by a process that can be killed before vLLM compiles them.
+"""Requests as vLLM takes them, with grammars that a process which can be killed compiled before.
 
 vLLM does so where nothing ends it: one schema of a kilobyte stopped its engine for good. What
 llguidance compiles within its budget may still cost its other backends more.
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pvrt.errors import PvrtError
 from pvrt_server.api.exception_handlers import error_response
 from pvrt_server.engine.grammar_check import check_grammar
+from pvrt_server.vllm.habits import as_vllm_takes_it
 
 
 class GrammarBudget:
@@ -33,12 +34,13 @@ class GrammarBudget:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         try:
-            for field, grammar in grammars_of(body):
-                await asyncio.to_thread(check_grammar, grammar, field)
+            body = await asyncio.to_thread(_checked, body)
         except PvrtError as error:
             await error_response(error)(scope, receive, send)
             return
         read = iter([{"type": "http.request", "body": body, "more_body": False}])
+        others = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
+        scope = {**scope, "headers": [*others, (b"content-length", str(len(body)).encode())]}
 
         async def again() -> Message:
             return next(read, None) or await receive()
@@ -46,15 +48,23 @@ class GrammarBudget:
         await self._app(scope, again, send)
 
 
-def grammars_of(body: bytes) -> Iterator[tuple[str, str]]:
-    """The grammars of a request's body and the fields that they are in; none in what is no JSON.
+def _checked(body: bytes) -> bytes:
+    """A request's body as vLLM takes it; what is no JSON is vLLM's to refuse. Raises PvrtError."""
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    request = as_vllm_takes_it(given)
+    for field, grammar in grammars_of(request):
+        check_grammar(grammar, field)
+    return body if request is given else json.dumps(request).encode()
+
+
+def grammars_of(request: Any) -> Iterator[tuple[str, str]]:
+    """The grammars of a request and the fields that they are in.
 
     What is wrong with them is left to vLLM's own errors.
     """
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return
     ways = _get(request, "structured_outputs")
     for field, schema in {
         "response_format": _get(request, "response_format", "json_schema", "schema"),

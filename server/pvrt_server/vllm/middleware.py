@@ -20,6 +20,7 @@ from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 from pvrt_server.vllm.error_envelope import Envelope
 from pvrt_server.vllm.grammar_budget import GrammarBudget
+from pvrt_server.vllm.response_stores import ResponseStores
 from pvrt_server.web.page import Page, model_card
 
 _KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own, so that its check and ours agree
@@ -32,7 +33,8 @@ class Frontend:
 
     def __init__(self, app: ASGIApp) -> None:
         given = _given()
-        page = Page(Envelope(ModelCards(GrammarBudget(app))), given["card"])
+        inner = ModelCards(GrammarBudget(ResponseStores(app)))
+        page = Page(Envelope(inner), given["card"])
         key = os.environ.get(_KEY_VARIABLE) or None
         guarded = Auth(page, api_key=key, bounds=bounds())
         self._app = doorway(guarded, given["allowed_origins"])

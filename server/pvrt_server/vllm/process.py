@@ -21,12 +21,14 @@ from pvrt_server.opened import OpenedModel
 from pvrt_server.options import GRACE_SECONDS, KEEP_ALIVE_SECONDS, ServeOptions
 from pvrt_server.vllm.chat_flags import chat_flags
 from pvrt_server.vllm.middleware import frontend_environment
+from pvrt_server.vllm.response_stores import STORE_VARIABLE
 from pvrt_server.vllm.startup_errors import TAIL_CHARACTERS, explain
 
 # vLLM reserves this share of a GPU; more leaves too little for graphs.
 _MOST_OF_A_GPU = 0.92
 # Sequences of full length that the cache on a CPU has room for, memory allowing.
 _CPU_SEQUENCES = 4
+_GRAMMARS = "--structured-outputs-config"
 # Where the user says how much memory the cache gets, we do not.
 _MEMORY_FLAGS = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
 
@@ -106,8 +108,17 @@ def vllm_command(
     command += ["--sse-keep-alive-interval", f"{options.sse_keep_alive_seconds:g}"]
     command += ["--shutdown-timeout", str(int(GRACE_SECONDS))]
     command += chat
+    command += _grammar_flags(opened, options)
     command += _memory_flags(options, decision)
     return [*command, *options.extra]
+
+
+def _grammar_flags(opened: OpenedModel, options: ServeOptions) -> list[str]:
+    """One library for all grammars, see habits.py, and JSON on one line: small models write blanks
+    to the end wherever they may. Mistral's own tokenizer needs another library for its tools."""
+    if options.gives(_GRAMMARS) or (opened.path / "tekken.json").is_file():
+        return []
+    return [_GRAMMARS, '{"backend": "xgrammar", "disable_any_whitespace": true}']
 
 
 def _memory_flags(options: ServeOptions, decision: Decision) -> list[str]:
@@ -126,6 +137,7 @@ def vllm_environment(
     result = {
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
         "VLLM_LOGGING_LEVEL": options.log_level.upper(),
+        STORE_VARIABLE: "1",  # previous_response_id
         "VLLM_NO_USAGE_STATS": "1",  # nothing leaves this machine unasked
         **environment,
         SERVER_VARIABLE: str(os.getpid()),

@@ -50,19 +50,25 @@ const markdown = (() => {
       default: return element("p", token.raw);
     }
   };
-  const shown = (tokens) => tokens.filter(({ type }) => !["space", "def", "checkbox"].includes(type));
+  const hidden = ["space", "def", "checkbox"];
+  const shown = (tokens) => tokens.filter(({ type }) => !hidden.includes(type));
   const blocks = (tokens) => shown(tokens).map(block);
-  // Blocks that are as they were stay in place, and so does what is selected in them.
-  return (place, text) => {
-    const tokens = shown(marked.lexer(text, { breaks: true, gfm: true }));
-    if (!place.raws || place.childNodes.length !== place.raws.length) {
-      place.replaceChildren();
-      place.raws = [];
-    }
-    let same = 0;
-    while (same < tokens.length && tokens[same].raw === place.raws[same]) same += 1;
+  // Draw a text, whole or as far as it came. Blocks that are as they were stay in place, and so does
+  // what is selected in them. More text changes the last block alone: those before it are read again
+  // only when the text is whole, for the links that its end may name.
+  return (place, text, whole = true) => {
+    text = text.replace(/\r\n?/g, "\n");  // as marked counts it
+    const drawn = place.drawn?.length === place.childNodes.length ? place.drawn : [];
+    const kept = whole ? [] : drawn.slice(0, -1);
+    let end = kept.at(-1)?.end ?? 0;
+    const tokens = marked.lexer(text.slice(end), { breaks: true, gfm: true });
+    const read = tokens.map((token) => ({ token, raw: token.raw, end: end += token.raw.length }));
+    const all = [...kept, ...read.filter(({ token }) => !hidden.includes(token.type))];
+    let same = kept.length;
+    const named = tokens.some(({ type }) => type === "def");
+    while (!named && same < all.length && all[same].raw === drawn[same]?.raw) same += 1;
     while (place.childNodes.length > same) place.lastChild.remove();
-    place.append(...tokens.slice(same).map(block));
-    place.raws = tokens.map(({ raw }) => raw);
+    place.append(...all.slice(same).map(({ token }) => block(token)));
+    place.drawn = all.map(({ raw, end }) => ({ raw, end }));
   };
 })();

@@ -71,9 +71,25 @@ function actions(...all) {
 
 // What can be done with an answer once it is there.
 function offer(said, position) {
-  const all = [["Copy", () => navigator.clipboard.writeText(messages[position].content)]];
+  const all = [["Copy", () => copy(messages[position].content)]];
   if (chats) all.push(["Again", () => { rewind(position); answer(); }]);
   said.append(actions(...all));
+}
+
+// Into the clipboard. Browsers keep their own way of it from pages that came over plain HTTP from
+// another machine; there the old one works.
+async function copy(text) {
+  if (navigator.clipboard) {
+    await navigator.clipboard.writeText(text);
+  } else {
+    const field = add("textarea", "spoken");
+    field.value = text;
+    document.body.append(field);
+    field.select();
+    document.execCommand("copy");
+    field.remove();
+  }
+  $("spoken").textContent = "Copied";
 }
 
 // Take the conversation back to before a message.
@@ -88,8 +104,9 @@ function remind() {
   stored("messages", JSON.stringify(messages));
   const hint = chats ? "Ask something." : "This model has no chat template: it continues your text.";
   log.replaceChildren(...messages.length ? [] : [add("p", "empty", hint)]);
-  messages.forEach(({ role, content }, position) => {
+  messages.forEach(({ role, content, thought }, position) => {
     const said = show(role, content, position);
+    if (thought) think(said, thought, false);
     if (role === "assistant") offer(said, position);
   });
 }
@@ -132,7 +149,8 @@ function request(text) {
   if (!chats) return ["/v1/completions", { max_tokens: 128, ...body, prompt: text }];
   const system = $("system").value.trim();
   const opening = system ? [{ role: "system", content: system }] : [];
-  return ["/v1/chat/completions", { ...body, messages: [...opening, ...messages] }];
+  const said = messages.map(({ role, content }) => ({ role, content }));
+  return ["/v1/chat/completions", { ...body, messages: [...opening, ...said] }];
 }
 
 // The speed of an answer: time to its first token, then tokens per second after it.
@@ -152,8 +170,12 @@ function meter() {
       $("ttft").textContent = seconds(first - started);
       $("tokens").textContent = tokens;
       $("rate").textContent = rate() ? rate().toFixed(1) : "–";
-      const top = Math.max(...points, 1), step = 100 / Math.max(points.length - 1, 1);
-      $("line").setAttribute("d", (points.length ? points : [0]).map((y, x) => `${x ? "L" : "M"}${(x * step).toFixed(1)} ${(29 - 27 * y / top).toFixed(1)}`).join(""));
+      const stride = Math.ceil(points.length / 100) || 1;  // a line of 100 points at most
+      const drawn = Array.from({ length: Math.ceil(points.length / stride) }, (_, i) => points[i * stride]);
+      // Tokens that come at once are no speed: they end at the upper edge.
+      const usual = [...drawn].sort((a, b) => a - b)[drawn.length >> 1] ?? 0, step = 100 / Math.max(drawn.length - 1, 1);
+      const top = Math.max(Math.min(Math.max(...drawn, 1), 1.5 * usual), 1);
+      $("line").setAttribute("d", (drawn.length ? drawn : [0]).map((y, x) => `${x ? "L" : "M"}${(x * step).toFixed(1)} ${(29 - 27 * Math.min(y / top, 1)).toFixed(1)}`).join(""));
     },
     end(usage) {
       if (usage) tokens = usage.completion_tokens;
@@ -182,7 +204,7 @@ async function answer() {
   const draw = () => {
     drawing = 0;
     const follow = bottom(false);
-    if (text) markdown(place, text);
+    if (text) markdown(place, text, false);
     if (thought) think(said, thought, !text);
     follow();
   };
@@ -221,7 +243,7 @@ async function answer() {
     if (thought) think(said, thought, false);
     const cut = end === "length" ? ", cut off at the limit" : "";
     said.append(add("div", "figures", speed.end(usage) + cut));
-    conversation.push({ role: "assistant", content: text });
+    conversation.push({ role: "assistant", content: text, ...(thought && { thought }) });
     offer(said, conversation.length - 1);
     stored("messages", JSON.stringify(conversation));
     $("spoken").textContent = text;

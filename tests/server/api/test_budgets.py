@@ -81,6 +81,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("short_check")
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_schema_without_end_is_refused(target: Server, name: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMAS[name]}}

@@ -1,8 +1,14 @@
 """Schemas as pydantic and Zod write them: accepted, and as narrow as can be enforced."""
 
+import datetime
+import decimal
 import json
-from typing import Any
+import pathlib
+import shutil
+import subprocess
+from typing import Any, Literal
 
+import pydantic
 import pytest
 import torch
 
@@ -132,3 +138,29 @@ def test_what_is_not_enforced_is_told() -> None:
     assert ready["properties"]["x"]["pattern"] == "^a$"
     assert len(notes) == 2
     assert enforceable(in_object(PERSON))[1] == []
+
+
+def test_schemas_of_zod_and_pydantic_are_taken(compiler: GrammarCompiler) -> None:
+    class Everything(pydantic.BaseModel):
+        file: pathlib.Path
+        data: bytes
+        secret: pydantic.SecretStr
+        ip: pydantic.IPvAnyAddress
+        text: pydantic.Json[Any]
+        database: pydantic.PostgresDsn
+        tags: set[str]
+        price: decimal.Decimal
+        sizes: dict[Literal["a", "b"], int]
+        either: int | float
+        url: pydantic.HttpUrl
+        when: datetime.datetime | datetime.timedelta
+        pair: tuple[int, str]
+
+    schemas = {"pydantic": Everything.model_json_schema()}
+    node, folder = shutil.which("node"), pathlib.Path(__file__).parents[1] / "api" / "node"
+    if node is not None and (folder / "node_modules").is_dir():
+        done = subprocess.run([node, "zod.mjs"], cwd=folder, capture_output=True, check=True)
+        schemas |= json.loads(done.stdout)
+    assert not any("$defs" in schema for schema in schemas.values())
+    # In one: each grammar is checked by a process of its own.
+    compiler.json_schema({"type": "object", "properties": schemas}, "response_format")

@@ -1,5 +1,6 @@
 """Grammars before vLLM sees them, over a stand-in for it that says what it read."""
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from pvrt_server.capacity import installed_vllm
+from pvrt_server.vllm import habits
 from pvrt_server.vllm.grammar_budget import GrammarBudget
 
 
@@ -37,6 +40,7 @@ def client() -> TestClient:
     return TestClient(GrammarBudget(app))
 
 
+@pytest.mark.usefixtures("short_check")
 @pytest.mark.parametrize("field", WAYS)
 def test_a_schema_that_costs_too_much_does_not_reach_vllm(client: TestClient, field: str) -> None:
     good = client.post("/", json=WAYS[field](GOOD))
@@ -63,3 +67,76 @@ def test_a_schema_that_costs_too_much_does_not_reach_vllm(client: TestClient, fi
 def test_what_is_not_ours_to_judge_reaches_vllm_as_it_is(client: TestClient, body: bytes) -> None:
     answer = client.post("/", content=body)
     assert (answer.status_code, answer.content) == (200, body)
+
+
+CUT: Any = {"function": {"name": "f", "arguments": {"a": 1}}, "id": "c"}
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"tools": [], "tool_choice": "auto", "n": None}, {}),
+        ({"stream_options": {"include_usage": True}}, {}),
+        (
+            {"messages": [{"role": "user"}, {"tool_calls": [CUT]}]},
+            {
+                "messages": [
+                    {"role": "user"},
+                    {"tool_calls": [{**CUT, "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+                ]
+            },
+        ),
+    ],
+)
+def test_harmless_habits_do_not_reach_vllm(client: TestClient, given: Any, taken: Any) -> None:
+    answer = client.post("/", json={"model": "m", **given})
+    assert {"model": "m", **taken} == answer.json()
+
+
+PLAIN = {"type": "string"}
+
+
+@pytest.mark.parametrize("field", ["response_format", "structured_outputs", "text"])
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({"type": "array", "items": PLAIN, "uniqueItems": True}, {"type": "array", "items": PLAIN}),
+        ({**PLAIN, "format": "path"}, PLAIN),
+        ({**PLAIN, "format": "multi-host-uri", "minLength": 1}, {**PLAIN, "minLength": 1}),
+        ({**PLAIN, "format": "uri", "minLength": 1}, {**PLAIN, "format": "uri"}),
+        ({**PLAIN, "pattern": "^(?!a)b$", "maxLength": 1}, {**PLAIN, "pattern": "^b$"}),
+        ({"type": "integer", "multipleOf": 5}, {"type": "integer"}),
+        ({"propertyNames": {"maxLength": 3}}, {}),
+    ],
+)
+def test_schemas_reach_vllm_without_what_xgrammar_does_not_know(
+    client: TestClient, field: str, given: dict[str, Any], taken: dict[str, Any]
+) -> None:
+    whole = {"type": "object", "properties": {"a": given}, "additionalProperties": False}
+    body = client.post("/", json=WAYS[field](whole)).json()
+    assert body == WAYS[field]({**whole, "properties": {"a": taken}})
+    assert client.post("/", json=body).json() == body
+
+
+def test_tools_that_must_be_called_are_strict(client: TestClient) -> None:
+    tools: Any = [{"type": "function", "function": {"name": n, "parameters": {}}} for n in "ab"]
+    flat: Any = [{"type": "function", "name": "a", "parameters": {}}, {"type": "web_search"}]
+    tools[1]["function"]["strict"] = False
+    for choice, strict in ((None, []), ("auto", []), ("none", []), ("required", [True, False])):
+        body = client.post("/", json={"tools": tools, "tool_choice": choice}).json()
+        found = [tool["function"]["strict"] for tool in body["tools"] if choice == "required"]
+        assert found == strict
+        assert strict or body["tools"] == tools
+    body = client.post("/", json={"tools": flat, "tool_choice": {"name": "a"}}).json()
+    assert body["tools"] == [{**flat[0], "strict": True}, flat[1]]
+
+
+def test_what_xgrammar_does_not_know_is_what_vllm_says() -> None:
+    folder = installed_vllm()
+    if folder is None:
+        pytest.skip("vLLM is not installed")
+    said = (folder / "v1/structured_output/backend_xgrammar.py").read_text(encoding="utf-8")
+    formats = re.search(r"STRING_SUPPORTED_FORMATS = \{(.*?)\}", said, re.DOTALL)
+    assert formats is not None
+    assert set(re.findall(r'"(.*?)"', formats[1])) == habits._FORMATS
+    assert [key for key in habits._UNKNOWN if f'"{key}"' not in said] == []

@@ -27,10 +27,29 @@ def browser() -> Iterator[Any]:
         instance.close()
 
 
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1180, "height": 760}}
+PHONE: dict[str, Any] = {
+    "viewport": {"width": 390, "height": 800},
+    "device_scale_factor": 3,
+    "is_mobile": True,
+    "has_touch": True,
+}
+
+
 @pytest.fixture
 def tab(browser: Any) -> Iterator[Any]:
     """A fresh tab; whatever it complains of (a violated policy, a broken script) fails the test."""
-    context = browser.new_context(color_scheme="light", viewport={"width": 1180, "height": 760})
+    yield from watched(browser, DESKTOP)
+
+
+@pytest.fixture
+def phone(browser: Any) -> Iterator[Any]:
+    """The same on a phone."""
+    yield from watched(browser, PHONE)
+
+
+def watched(browser: Any, device: dict[str, Any]) -> Iterator[Any]:
+    context = browser.new_context(color_scheme="light", **device)
     page = context.new_page()
     page.set_default_timeout(PATIENCE * 1000)
     said: list[str] = []

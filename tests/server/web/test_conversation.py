@@ -1,5 +1,6 @@
 """What the page does with a conversation in a browser: Markdown, new chats, errors, reloads."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -195,15 +196,124 @@ def test_reasoning_is_folded_away(tab: Any, opened: Opener) -> None:
         assert tab.inner_text(".thought div") == "Hm."
 
 
-def test_on_a_phone_the_details_fill_the_width(tab: Any, says: Server) -> None:
-    tab.set_viewport_size({"width": 390, "height": 800})
+def test_reasoning_outlasts_a_reload_and_is_not_sent_back(tab: Any, opened: Opener) -> None:
+    bodies = bodies_of(tab)
+    with opened("Hm.\n</think>\n\nYes.", OPENS):
+        ask(tab, "Hello")
+        tab.wait_for_selector(".figures")
+        tab.reload()
+        tab.wait_for_selector("#card dd")
+        assert tab.text_content(".thought div") == "Hm."
+        ask(tab, "Again")
+        tab.wait_for_selector(".figures")
+    assert bodies[-1]["messages"][1] == {"role": "assistant", "content": "Yes."}
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_an_answer_is_copied_as_it_was_written(tab: Any, opened: Opener, secure: bool) -> None:
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    with opened("**Hi**\n\n- *a*"):
+        if not secure:  # as on a page that came over HTTP from another machine
+            tab.evaluate("window.read = () => reader.readText(); reader = navigator.clipboard")
+            tab.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        else:
+            tab.evaluate("window.read = () => navigator.clipboard.readText()")
+        ask(tab, "Hello")
+        tab.wait_for_selector(".figures")
+        tab.click("text=Copy")
+        tab.wait_for_function("document.getElementById('spoken').textContent === 'Copied'")
+        assert tab.evaluate("read()") == "**Hi**\n\n- *a*"
+
+
+def test_an_answer_is_announced_once_and_whole(tab: Any, opened: Opener) -> None:
+    with opened("one two three four"):
+        assert tab.get_attribute("#log", "aria-live") == "off"
+        tab.evaluate(
+            "said = []; new MutationObserver(() => said.push(spoken.textContent))"
+            ".observe(document.getElementById('spoken'), { childList: true })"
+        )
+        ask(tab, "Hello")
+        tab.wait_for_selector(".figures")
+        assert tab.evaluate("said") == ["one two three four"]
+
+
+GROWING = """(text) => {
+  const lexer = marked.lexer, grown = document.createElement("div");
+  let read = 0, first = null;
+  marked.lexer = (given, options) => { read += given.length; return lexer(given, options); };
+  for (let end = 0; end < text.length; end += 40) {
+    markdown(grown, text.slice(0, end), false);
+    first ??= grown.firstChild;
+  }
+  markdown(grown, text);
+  const kept = grown.firstChild === first, whole = document.createElement("div");
+  marked.lexer = lexer;
+  markdown(whole, text);
+  return { read, kept, same: grown.innerHTML === whole.innerHTML, length: whole.childNodes.length };
+}"""
+
+
+def test_a_growing_answer_is_not_read_again_from_its_start(tab: Any, says: Server) -> None:
+    """What is read is a multiple of the text's length, not of its square; and is drawn the same."""
+    text = f"{MARKDOWN}\nSee [it].\n\n".replace("<img", "\r\n<img") * 40 + "[it]: https://a.b\n"
     tab.goto(says.url)
-    tab.wait_for_selector("#card dd", state="attached")
-    ask(tab, "Hello")
-    tab.wait_for_selector(".figures")
-    tab.click("#panel")
-    box = tab.locator("#side").bounding_box()
+    tab.wait_for_selector("#card dd")
+    found = tab.evaluate(GROWING, text)
+    assert found["same"]
+    assert found["length"] > 200
+    assert found["read"] < 8 * len(text)
+    plain = tab.evaluate(GROWING, text[: text.rindex("[it]")])
+    assert plain["kept"]
+
+
+METER = """() => {
+  let now = 0;
+  performance.now = () => now;
+  const speed = meter(), path = () => document.getElementById("line").getAttribute("d");
+  for (let i = 0; i < 3; i++) speed.token();  // the first come at once
+  for (let i = 0; i < 1000; i++) { now += 90 + i % 20; speed.token(); }
+  return { path: path(), figures: speed.end({ completion_tokens: 1003 }) };
+}"""
+
+
+def test_the_chart_shows_how_fast_tokens_come_after_the_first(tab: Any, says: Server) -> None:
+    tab.goto(says.url)
+    tab.wait_for_selector("#card dd")
+    found = tab.evaluate(METER)
+    heights = [float(point.split()[1]) for point in re.split("[ML]", found["path"])[1:]]
+    assert 50 < len(heights) <= 101
+    assert max(heights[20:]) < 15  # of 30, from above: a spike would press the others to the floor
+    assert "10.1 tokens/s" in found["figures"]  # 1,000 tokens in 99.5 s, two at once
+
+
+def test_a_whole_conversation_on_a_phone(phone: Any, says: Server) -> None:
+    phone.goto(says.url)
+    phone.wait_for_selector("#card dd", state="attached")
+    width = "(() => { const pen = document.createElement('canvas').getContext('2d');"
+    width += "pen.font = getComputedStyle(document.getElementById('prompt')).font;"
+    width += "return pen.measureText(document.getElementById('prompt').placeholder).width; })()"
+    assert phone.evaluate(width) < phone.evaluate("document.getElementById('prompt').clientWidth")
+    wide = "| " + " | ".join(f"column {n}" for n in range(9)) + " |\n" + "|---" * 9 + "|\n"
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": wide + "x" * 200}]
+    phone.evaluate("said => sessionStorage.setItem('messages', JSON.stringify(said))", said)
+    phone.reload()
+    phone.wait_for_selector("#card dd", state="attached")
+    phone.fill("#prompt", "Hello")
+    phone.tap("#send")
+    phone.locator(".said.assistant .text", has_text="one two three 😀 four").wait_for()
+    phone.wait_for_selector(".figures")
+    assert phone.evaluate("document.documentElement.scrollWidth") <= 390
+    assert phone.locator(".wide").evaluate("box => box.scrollWidth > box.clientWidth")
+    phone.locator("text=Again").last.tap()
+    phone.wait_for_selector(".figures")
+    phone.tap("#panel")
+    box = phone.locator("#side").bounding_box()
     assert box["width"] == 390
     assert box["height"] > 600
-    tab.click("#panel")
-    assert tab.locator("#ask").bounding_box()["y"] < 800
+    assert "Max tokens" in phone.inner_text("#side")
+    phone.tap("#panel")
+    assert phone.locator("#ask").bounding_box()["y"] < 800
+    phone.locator("text=Edit").last.tap()
+    assert phone.input_value("#prompt") == "Hello"
+    phone.tap("#fresh")
+    assert phone.query_selector(".said") is None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pvrt.format.scheme import Scheme
 from pvrt_kernels import aqlm_dequantize
+from pvrt_tune.fit import additive
 from pvrt_tune.fit.additive import AdditiveFit, fit_layer
 from pvrt_tune.settings import FitSettings
 
@@ -98,7 +99,7 @@ def test_a_large_codebook_searched_in_two_levels_is_nearly_as_good() -> None:
 def test_a_wider_beam_finds_better_codes() -> None:
     errors = []
     for beam in (1, 4, 16):
-        fit = fit_of("3x6g8", replace(QUICK, beam=beam))
+        fit = fit_of("4x6g8", replace(QUICK, beam=beam))
         fit.start()
         for _ in range(3):
             fit.sweep()
@@ -106,16 +107,42 @@ def test_a_wider_beam_finds_better_codes() -> None:
     assert errors[2] < errors[1] < 0.98 * errors[0]
 
 
-def test_a_full_beam_chooses_the_best_pair_of_codes() -> None:
-    fit = fit_of("2x3g8", replace(QUICK, beam=8))
+@pytest.mark.parametrize("scheme", ["1x6g8", "2x3g8", "4x2g8"])
+def test_the_nearest_sum_is_chosen(scheme: str) -> None:
+    """Both searches see every sum of so few; an exchange from four codes on may miss some."""
+    fit = fit_of(scheme, replace(QUICK, beam=64))
     fit.start()
-    metric = fit.moment[8:16, 8:16]
-    z = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
-    fit._choose(1, z, metric, [])
-    pairs = fit.codebooks[0][:, None] + fit.codebooks[1]
-    scores = ((pairs @ metric) * pairs).sum(-1) - 2 * torch.einsum("og,abg->oab", z, pairs)
-    chosen = scores[torch.arange(48), fit.codes[:, 1, 0], fit.codes[:, 1, 1]]
-    assert torch.allclose(chosen, scores.flatten(1).amin(1), rtol=1e-4)
+    root = torch.linalg.cholesky(fit.moment[8:16, 8:16])
+    wanted = torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
+    value = fit._choose(1, wanted, root, fit._exchange())
+    assert torch.equal(value, fit._value(fit.codes[:, 1]))
+    sums = torch.zeros(1, 8)
+    for codebook in fit.codebooks:
+        sums = (sums[:, None] + codebook).flatten(0, 1)
+    best = (wanted[:, None] - sums @ root).square().sum(2).amin(1)
+    chosen = (wanted - value @ root).square().sum(1)
+    missed = (chosen - best) / best
+    assert missed.mean() < 0.1
+    assert scheme == "4x2g8" or missed.max() < 1e-4
+
+
+def test_codebooks_searched_together_end_lower_than_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And no choice is ever worse than the codes that are there."""
+    weight, moment = problem(out=256, in_features=64)
+    errors = []
+    for together in (True, False):
+        monkeypatch.setattr(additive, "searched_together", lambda scheme, how=together: how)
+        fit = AdditiveFit(weight, moment, Scheme.parse("3x5g8"), QUICK, torch.Generator())
+        fit.start()
+        fit.assign_with_feedback()
+        for _ in range(2):
+            before = fit.relative_error()
+            fit.sweep()
+            assert fit.relative_error() <= before * (1 + 1e-5)
+        errors.append(fit.relative_error())
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_the_codebook_fit_solves_the_normal_equations() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from pvrt_tune.fit import code_search
-from pvrt_tune.fit.code_search import Cells, halve, in_metric, lowest, row_minima, weighted
+from pvrt_tune.fit.code_search import Cells, halve, lowest, row_minima, squared_distance, weighted
 from pvrt_tune.fit.kmeans import Schedule, kmeans
 
 
@@ -19,11 +19,8 @@ def clustered(count: int, width: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("count", [1, 5])
 def test_a_small_codebook_is_searched_exactly(count: int) -> None:
     entries, queries = clustered(100, 8, 0), clustered(333, 8, 1)
-    mix = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
-    metric = mix @ mix.T
-    found = lowest(queries @ metric, *in_metric(metric)(entries), count)
-    difference = queries[:, None] - entries
-    distance = torch.einsum("nki,ij,nkj->nk", difference, metric, difference)
+    found = lowest(queries, *squared_distance(entries), count)
+    distance = (queries[:, None] - entries).square().sum(2)
     expected = distance.topk(count, largest=False).indices
     assert torch.equal(found.sort(1).values, expected.sort(1).values)
 
@@ -50,29 +47,24 @@ def test_halving_makes_equal_cells_of_close_points() -> None:
 def test_two_levels_find_almost_always_the_best_entry(size: int) -> None:
     """And what they find instead is hardly worse; with every cell probed they are exact."""
     entries, queries = clustered(size, 8, 0), clustered(500, 8, 1)
-    metric = torch.diag(torch.linspace(0.5, 2, 8))
-    score = in_metric(metric)
-    features = queries @ metric
-    exact = lowest(features, *score(entries))[:, 0]
+    exact = lowest(queries, *squared_distance(entries))[:, 0]
     cells = Cells(halve(entries, 1 << size.bit_length() // 2))
-    found = cells.lowest(features, entries, score, (8, 1))[:, 0]
+    found = cells.lowest(queries, entries, squared_distance, (8, 1))[:, 0]
 
     def distance(codes: Tensor) -> float:
-        difference = queries - entries[codes]
-        return float(((difference @ metric) * difference).sum())
+        return float((queries - entries[codes]).square().sum())
 
     assert (found == exact).float().mean() > 0.9
     assert distance(exact) <= distance(found) * (1 + 1e-4) < 1.03 * distance(exact)
-    every = cells.lowest(features, entries, score, (len(cells.members), 1))[:, 0]
+    every = cells.lowest(queries, entries, squared_distance, (len(cells.members), 1))[:, 0]
     assert distance(every) == pytest.approx(distance(exact), rel=1e-4)
 
 
 def test_several_entries_come_from_several_cells_best_included() -> None:
     entries, queries = clustered(4096, 8, 0), clustered(300, 8, 1)
-    score = in_metric(torch.eye(8))
     cells = Cells(halve(entries, 64))
-    one = cells.lowest(queries, entries, score, (8, 1))
-    four = cells.lowest(queries, entries, score, (8, 4))
+    one = cells.lowest(queries, entries, squared_distance, (8, 1))
+    four = cells.lowest(queries, entries, squared_distance, (8, 4))
     assert four.shape == (300, 4)
     assert bool((four == one).any(1).all())
     assert all(len(set(row)) == 4 for row in four.tolist())

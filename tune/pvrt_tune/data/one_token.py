@@ -25,16 +25,13 @@ def fast_for_one_token() -> Iterator[None]:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None = None,
-        scaling: float | None = None,
         **settings: Any,
     ) -> tuple[Tensor, None]:
         others = (attention_mask, settings.get("position_bias"), settings.get("cache"))
         plain = all(other is None for other in others)
         if plain and query.shape[2] == 1 and query.device.type == "cpu" and query.itemsize == 2:
-            return _attend(query, key, value, scaling), None
-        result: tuple[Tensor, None] = usual(
-            module, query, key, value, attention_mask, scaling=scaling, **settings
-        )
+            return _attend(query, key, value, settings.get("scaling")), None
+        result: tuple[Tensor, None] = usual(module, query, key, value, attention_mask, **settings)
         return result
 
     functions["sdpa"] = attend

@@ -20,21 +20,15 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.scheme import Scheme
-from pvrt_tune.fit.code_search import (
-    Cells,
-    ScoreRows,
-    halve,
-    in_metric,
-    lowest,
-    search_bytes,
-    weighted,
-)
-from pvrt_tune.fit.codebooks import cells_of, starts
+from pvrt_tune.fit import nearest_sums
+from pvrt_tune.fit.code_search import Cells, halve, lowest, search_bytes, weighted
+from pvrt_tune.fit.codebooks import cells_of, searched_together, starts
+from pvrt_tune.fit.exchange import CONTINUATIONS, Exchange, nearest_choices
 from pvrt_tune.fit.kmeans import Schedule, kmeans, summing_matrix
+from pvrt_tune.fit.nearest_sums import search_codes, values_of
 from pvrt_tune.fit.objective import Objective, column_blocks, feedback_bytes
 from pvrt_tune.settings import FitSettings
 
@@ -42,8 +36,8 @@ from pvrt_tune.settings import FitSettings
 # of every error, so high-variance channels matter less than the plain metric says: two layers of
 # SmolLM2 come to errors of 0.0077 and 0.0085, and with diag(H) itself to 0.0081 and 0.0094.
 _IMPORTANCE_POWER = 0.65
-# Of every joint choice in a beam, how many continuations compete for the next beam.
-_CONTINUATIONS = 2
+# Share of a metric's mean diagonal that is added to it, so that it has a root.
+_SINGULAR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -110,16 +104,26 @@ class AdditiveFit:
         return self.objective.feedback(self.settings.damping, self._columns)
 
     @cached_property
-    def _conditional(self) -> tuple[Tensor, Tensor]:
-        """Inverses of the factor's blocks at ordered groups, and the metrics that they make, both
-        [groups, g, g].
+    def _conditional(self) -> Tensor:
+        """Roots [groups, g, g] of the metrics of ordered groups: inverses of the factor's blocks.
 
-        A metric is the Schur complement of all later groups in H: the loss of a group's error once
-        those have made the best of it.
+        A metric is root @ root^T, the Schur complement of all later groups in H: the loss of a
+        group's error once those have made the best of it.
         """
         blocks = self._feedback.view(self.groups, self.g, self.groups, self.g).diagonal(0, 0, 2)
-        inverses = torch.linalg.inv(blocks.permute(2, 0, 1))
-        return inverses, inverses @ inverses.mT
+        roots: Tensor = torch.linalg.inv(blocks.permute(2, 0, 1))
+        return roots
+
+    @cached_property
+    def _given_others(self) -> tuple[Tensor, Tensor]:
+        """Roots of the metrics of groups as they are if all others stay, and their inverses."""
+        blocks = self.moment.view(self.groups, self.g, self.groups, self.g).diagonal(0, 0, 2)
+        metrics = blocks.permute(2, 0, 1).clone()
+        # Inputs of a group may be all zero, or depend on each other.
+        diagonal = metrics.diagonal(dim1=1, dim2=2)
+        diagonal += _SINGULAR * diagonal.mean(1, keepdim=True) + 1e-30
+        roots = torch.linalg.cholesky(metrics)
+        return roots, torch.linalg.inv(roots)
 
     # ---- start ----
 
@@ -155,7 +159,7 @@ class AdditiveFit:
 
     def importance(self) -> Tensor:
         """Weight of every input in the start's k-means, [groups, g]."""
-        metrics = self._conditional[1].diagonal(dim1=1, dim2=2)
+        metrics = self._conditional.square().sum(2)  # their diagonals
         importance = torch.empty_like(metrics)
         importance[self._order] = metrics.clamp_min(0).pow(_IMPORTANCE_POWER)
         return importance + 1e-6 * importance.mean()
@@ -165,17 +169,17 @@ class AdditiveFit:
     def assign_with_feedback(self) -> None:
         """Choose all codes group by group, carrying each group's error into the later groups."""
         upper, order = self._feedback, self._order.tolist()
-        inverses, metrics = self._conditional
+        roots = self._conditional
         target = self.weight[:, self._columns]
-        index = self._index()
+        exchange = self._exchange()
         for start, stop in self._column_blocks():
             carried = torch.zeros(len(target), stop - start, device=target.device)
             for first in range(start, stop, self.g):
                 group = slice(first, first + self.g)
-                inverse, metric = inverses[first // self.g], metrics[first // self.g]
-                z = (target[:, group] @ metric) / self.scales
-                value = self._choose(order[first // self.g], z, metric, index)
-                error = (target[:, group] - self.scales * value) @ inverse
+                root = roots[first // self.g]
+                wanted = (target[:, group] @ root) / self.scales
+                value = self._choose(order[first // self.g], wanted, root, exchange)
+                error = (target[:, group] - self.scales * value) @ root
                 carried[:, first - start : first - start + self.g] = error
                 later = slice(first + self.g, stop)
                 target[:, later] -= error @ upper[group, later]
@@ -184,8 +188,9 @@ class AdditiveFit:
     def sweep(self) -> None:
         """One pass over all groups: the best codes of a group given all others."""
         product = self.residual() @ self.moment  # R = E H, kept exact while codes change
+        roots, inverses = self._given_others
         blocks = self._column_blocks()
-        index = self._index()
+        exchange = self._exchange()
         for block in self._permutation(len(blocks)):
             start, stop = blocks[block]
             inside = slice(start, stop)
@@ -193,10 +198,10 @@ class AdditiveFit:
             for offset in self._permutation((stop - start) // self.g):
                 local = slice(offset * self.g, (offset + 1) * self.g)
                 group = slice(start + local.start, start + local.stop)
-                metric = self.moment[group, group]
-                old = self._value(self.codes[:, group.start // self.g])
-                z = product[:, group] / self.scales + old @ metric
-                new = self._choose(group.start // self.g, z, metric, index)
+                number = group.start // self.g
+                root, old = roots[number], self._value(self.codes[:, number])
+                wanted = (product[:, group] / self.scales) @ inverses[number].T + old @ root
+                new = self._choose(number, wanted, root, exchange)
                 change = self.scales * (new - old)
                 changes[:, local] = change
                 product[:, inside] -= change @ self.moment[group, inside]
@@ -206,61 +211,30 @@ class AdditiveFit:
 
     def _value(self, codes: Tensor, codebooks: Tensor | None = None) -> Tensor:
         """Unscaled decoded value [..., g] of codes [..., M]."""
-        codebooks = self.codebooks if codebooks is None else codebooks
-        total = F.embedding(codes[..., 0], codebooks[0])
-        for m in range(1, len(codebooks)):
-            total += F.embedding(codes[..., m], codebooks[m])
-        return total
+        return values_of(self.codebooks if codebooks is None else codebooks, codes)
 
-    def _index(self) -> list[Cells]:
-        """Cells of large codebooks, cut anew because codewords move; else nothing."""
-        if self.cells == 1:
-            return []
-        deviation = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
-        return [Cells(halve(codebook * deviation, self.cells)) for codebook in self.codebooks]
+    def _exchange(self) -> Exchange:
+        """With cells of large codebooks, cut anew because codewords move."""
+        cells: list[Cells | None] = [None] * len(self.codebooks)
+        if self.cells > 1:
+            deviation = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
+            cells = [Cells(halve(codebook * deviation, self.cells)) for codebook in self.codebooks]
+        return Exchange(self.settings.beam, self.settings.probes, cells)
 
-    def _choose(self, group: int, z: Tensor, metric: Tensor, index: list[Cells]) -> Tensor:
-        """Set the codes of one group to minimise u A u^T - 2 <u, z>, u the sum of codewords.
+    def _choose(self, group: int, wanted: Tensor, root: Tensor, exchange: Exchange) -> Tensor:
+        """Set the codes of one group so that the sum u of codewords minimises |u root - wanted|.
 
-        z [out, g], metric A [g, g]. Visits the codebooks once in random order, beginning with the
-        current codes and keeping the `beam` best joint choices (arXiv 2401.06118, section 3.2).
-        Never ends above the current codes. Returns the new u [out, g].
+        wanted [out, g], root [g, g] of the metric. Never ends above the current codes. Returns the
+        new u [out, g].
         """
-        score = in_metric(metric)
-        current = self.codes[:, group].unsqueeze(1)
-        choices, value = current, self._value(current)
-        visited = self._permutation(len(self.codebooks))
-        for m in visited:
-            others = value - self.codebooks[m][choices[..., m]]
-            left = (z.unsqueeze(1) - others @ metric).flatten(0, 1)
-            count = 1 if m == visited[-1] else self.settings.beam
-            # From several choices on, the best continuations of each are enough.
-            each = count if choices.shape[1] == 1 else min(count, _CONTINUATIONS)
-            found = self._best(m, left, score, each, index)
-            choices = choices.repeat_interleave(found.shape[1], 1)
-            choices[..., m] = found.reshape(len(z), -1)
-            choices, value = self._keep(choices, z, metric, count)
-        choices, value = self._keep(torch.cat([current, choices], 1), z, metric, 1)
-        self.codes[:, group] = choices[:, 0]
-        return value[:, 0]
-
-    def _best(self, m: int, z: Tensor, score: ScoreRows, count: int, index: list[Cells]) -> Tensor:
-        """The `count` best codewords of codebook m for every z, [n, count]."""
-        if index:
-            return index[m].lowest(z, self.codebooks[m], score, (self.settings.probes, count))
-        return lowest(z, *score(self.codebooks[m]), count)
-
-    def _keep(
-        self, choices: Tensor, z: Tensor, metric: Tensor, count: int
-    ) -> tuple[Tensor, Tensor]:
-        """The `count` best of joint choices [out, n, M], and their values [out, n, g]."""
-        value = self._value(choices)
-        if choices.shape[1] <= count:
-            return choices, value
-        loss = ((value @ metric - 2 * z.unsqueeze(1)) * value).sum(2)
-        best = loss.topk(count, 1, largest=False).indices.unsqueeze(2)
-        kept = choices.gather(1, best.expand(-1, -1, choices.shape[2]))
-        return kept, value.gather(1, best.expand(-1, -1, value.shape[2]))
+        books, current = self.codebooks @ root, self.codes[:, group].unsqueeze(1)
+        if searched_together(self.scheme):
+            found = search_codes(wanted, books)
+        else:
+            found = exchange.search(current, wanted, books, self._permutation(len(books)))
+        kept, _ = nearest_choices(torch.cat([current, found], 1), wanted, books, 1)
+        self.codes[:, group] = kept[:, 0]
+        return self._value(kept[:, 0])
 
     def fit_codebooks(self) -> None:
         """Conjugate gradients on the codebooks: the objective is quadratic in them."""
@@ -367,8 +341,11 @@ def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, de
     weight, moment = 4 * out * in_features, 4 * in_features**2
     books, g = scheme.num_codebooks, scheme.in_group_size
     groups, cells = out * in_features // g, cells_of(scheme)
+    together = searched_together(scheme)
     # Joint choices of a group before the best are kept: what continues a beam, and the present one.
-    beam = 0 if books == 1 else settings.beam * (1 if books == 2 else _CONTINUATIONS)
+    beam = 1
+    if not together and books > 1:
+        beam = settings.beam * (1 if books == 2 else CONTINUATIONS)
     kept = max(1, min(beam, settings.beam))
 
     def search(queries: int, width: int) -> int:
@@ -389,7 +366,10 @@ def peak_bytes(shape: tuple[int, int], scheme: Scheme, settings: FitSettings, de
         # A sweep: E H, changes and a product of these. Then a search for continuations: codes,
         # values, and what they leave twice. Or losses of all choices: codes twice, and three more
         # of the size of their values.
-        moment + 3 * weight + 4 * out * kept * (2 * books + 3 * g) + search(out * kept, g),
+        moment
+        + 3 * weight
+        + 4 * out * kept * (2 * books + 3 * g)
+        + (nearest_sums.peak_bytes(out, scheme, device) if together else search(out * kept, g)),
         moment + 3 * weight + 4 * out * (beam + 1) * (4 * books + 4 * g),
     )
     return state + max(peaks)

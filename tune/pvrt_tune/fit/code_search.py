@@ -1,7 +1,7 @@
 """Nearest-codeword search in codebooks: exact for small ones, in two levels for large ones.
 
 The score of a codeword c is linear in a feature vector of the query: <feature, row(c)> + offset(c).
-Both the metric of one group of inputs and k-means with a weight per coordinate have that form, so
+Both plain distance and k-means with a weight per coordinate have that form, so
 scoring is one product and a minimum over its rows, tile by tile: the [queries, codewords] matrix is
 never held. The code runs on the device of its arguments.
 """
@@ -23,9 +23,9 @@ _CHUNK = 32
 _MANY_ROWS = 1 << 14
 
 
-def in_metric(metric: Tensor) -> ScoreRows:
-    """Scores u A u^T - 2 <u, z> of codewords u; the feature is z [g], the metric A [g, g]."""
-    return lambda codewords: (-2 * codewords, ((codewords @ metric) * codewords).sum(-1))
+def squared_distance(codewords: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores |u|^2 - 2 <u, x> of codewords u; the feature is x."""
+    return -2 * codewords, codewords.square().sum(-1)
 
 
 def weighted(codewords: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from pvrt_tune.data.activations import store_bytes
 from pvrt_tune.data.text import Windows
 from pvrt_tune.distil import loss, trainer
 from pvrt_tune.fit import layer
-from pvrt_tune.machine import compute_dtype
+from pvrt_tune.machine import compute_dtype, host_dtype
 from pvrt_tune.model_blocks import batch_size, observe_bytes
 from pvrt_tune.plan.skeleton import Result, model_shape, result_of
 from pvrt_tune.plan.speed import Speed
@@ -163,8 +163,7 @@ class Planner:
     def sampling(self, *, stream: bool) -> Phase:
         """The whole model writes text, some windows at once."""
         windows = Windows(self.recipe.windows, self.recipe.length, self.recipe.seed)
-        # Most CPUs only emulate 16-bit products.
-        item = self.shape.itemsize if self.cuda else 4
+        item = self.shape.itemsize if self.cuda else host_dtype(self.shape.itemsize).itemsize
         peak = sampled.peak_bytes(self.config, windows, self.original(stream), item)
         rows = sampled.rows_at_once(self.config, windows.count, windows.length)
         seconds = self.speed.sampling_seconds(self.shape, self.recipe, item, rows)

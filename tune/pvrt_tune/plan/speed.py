@@ -11,8 +11,9 @@ from torch import nn
 
 from pvrt.format.scheme import GridScheme
 from pvrt_tune.distil.loss import windows_seen
-from pvrt_tune.fit.codebooks import codewords_scored
+from pvrt_tune.fit.codebooks import codewords_scored, searched_together
 from pvrt_tune.fit.layer import quantize_linear
+from pvrt_tune.fit.nearest_sums import BEAM
 from pvrt_tune.fit.table import FITTED_ON
 from pvrt_tune.machine import compute_dtype
 from pvrt_tune.model_blocks import batch_size
@@ -135,6 +136,9 @@ def fit_search(out: int, in_features: int, recipe: Recipe) -> float:
         return 100.0 * (settings.rounds + 2) * out * in_features
     codewords = codewords_scored(scheme, settings)
     beam = 1 + (settings.beam - 1) * (1 - 1 / scheme.num_codebooks)
+    if searched_together(scheme):
+        # Scores are computed once, and added up for every partial sum kept.
+        beam = 1 + BEAM * (scheme.num_codebooks - 1) / (2 * scheme.in_group_size)
     passes = 2 * settings.kmeans_iterations + beam * (settings.rounds + 1)
     return 2.0 * passes * scheme.num_codebooks * codewords * out * in_features
 

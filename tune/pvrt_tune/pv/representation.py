@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize, aqlm_parameter_grads
 from pvrt_tune.fit.grid import GridLinear
-from pvrt_tune.pv.code_search import new_codes, values_of
+from pvrt_tune.fit.nearest_sums import values_of
+from pvrt_tune.pv.code_search import new_codes
 from pvrt_tune.pv.search_bounds import SearchBounds
 
 

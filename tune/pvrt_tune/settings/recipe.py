@@ -30,10 +30,11 @@ Compute = Literal["auto", "float32", "bfloat16"]
 class FitSettings:
     """Effort of one layer's fit.
 
-    rounds: alternations of fit and sweep. beam: joint choices kept while the codes of a group are
-    chosen. probes: cells of a large codebook that a search looks into (see `Cells`). damping: share
-    of mean(diag H) added to the diagonal for the assignment's inverse only; the objective itself is
-    never damped. column_block: input features whose products with H are updated at once.
+    rounds: alternations of fit and sweep. beam: joint choices kept where codebooks are searched one
+    by one (four and more, and large ones). probes: cells of a large codebook that a search looks
+    into (see `Cells`). damping: share of mean(diag H) added to the diagonal for the assignment's
+    inverse only; the objective itself is never damped. column_block: input features whose products
+    with H are updated at once.
     """
 
     rounds: Repeats = 6
