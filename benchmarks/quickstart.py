@@ -21,7 +21,7 @@ import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION, RIGHT = "What is the capital of France?", "Paris"
-SAMPLES = 48  # windows of calibration text: enough for the answer, and no more
+RECIPE = ROOT / "benchmarks" / "quickstart.yaml"
 DISK_BYTES = 2 * 10**9  # the checkpoint, and the states that tuning keeps until it ends
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     started, out = time.monotonic(), arguments.out
     check_needs(out, arguments.port)
     model, scheme = str(smollm2()), f"{arguments.bits}x8g8"
-    effort = ("--effort", "quick", "--samples", str(SAMPLES), "--restart", "--no-report")
+    effort = ("--effort", "quick", "--config", str(RECIPE), "--restart", "--no-report")
     pvrt("tune", model, "-o", str(out), "--scheme", scheme, *effort)
     compared = pvrt("compare", model, str(out), "--prompt", QUESTION, "--json", capture=True)
     found = json.loads(compared)
