@@ -49,9 +49,11 @@ def _root(
 
 def main() -> NoReturn:
     """Run the command line; user errors are one sentence on stderr and exit code 2."""
-    # OpenMP's waiting threads spin by default: with one other busy process on 2 cores a sort took
-    # 280 ms instead of 4. Sleeping instead costs a few percent on an idle machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP's waiting threads spin long by default, which is ruinous on a busy machine: with one
+    # other process on 2 cores a sort took 280 ms instead of 4. Sleeping at once makes the fit of a
+    # layer take twice its time on an idle one. Spinning shortly does neither.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except PvrtError as error:
