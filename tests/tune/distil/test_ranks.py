@@ -150,7 +150,8 @@ def test_tables_in_codes_learn_on_several_ranks_what_they_do_on_one(
     alone = problem.trainer(of_few("float32"))
     before = {name: tensor.clone() for name, tensor in alone.tensors().items()}
     kls = on_ranks(problem, 2, "float32", tmp_path / "run")
-    assert kls == pytest.approx(course(alone), rel=1e-4)
+    # Losses and KLs fall to what rounding makes of them.
+    assert kls == pytest.approx(course(alone), rel=1e-4, abs=1e-8)
     ours, theirs = torch.load(tmp_path / "run" / "student.pt"), alone.tensors()
     heads = ["lm_head"] if architecture == "llama" else []
     for table in ("model.embed_tokens", *heads):
