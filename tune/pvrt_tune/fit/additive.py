@@ -161,7 +161,7 @@ class AdditiveFit:
         """Weight of every input in the start's k-means, [groups, g]."""
         metrics = self._conditional.square().sum(2)  # their diagonals
         importance = torch.empty_like(metrics)
-        importance[self._order] = metrics.clamp_min(0).pow(_IMPORTANCE_POWER)
+        importance[self._order] = metrics.pow(_IMPORTANCE_POWER)
         return importance + 1e-6 * importance.mean()
 
     # ---- codes ----
@@ -213,22 +213,28 @@ class AdditiveFit:
         """Unscaled decoded value [..., g] of codes [..., M]."""
         return values_of(self.codebooks if codebooks is None else codebooks, codes)
 
-    def _exchange(self) -> Exchange:
-        """With cells of large codebooks, cut anew because codewords move."""
+    def _exchange(self) -> Exchange | None:
+        """None where codes are searched together. Cells of large codebooks are cut anew, because
+        codewords move.
+        """
+        if searched_together(self.scheme):
+            return None
         cells: list[Cells | None] = [None] * len(self.codebooks)
         if self.cells > 1:
             deviation = self.moment.diagonal().view(self.groups, self.g).mean(0).sqrt()
             cells = [Cells(halve(codebook * deviation, self.cells)) for codebook in self.codebooks]
         return Exchange(self.settings.beam, self.settings.probes, cells)
 
-    def _choose(self, group: int, wanted: Tensor, root: Tensor, exchange: Exchange) -> Tensor:
+    def _choose(
+        self, group: int, wanted: Tensor, root: Tensor, exchange: Exchange | None
+    ) -> Tensor:
         """Set the codes of one group so that the sum u of codewords minimises |u root - wanted|.
 
         wanted [out, g], root [g, g] of the metric. Never ends above the current codes. Returns the
         new u [out, g].
         """
         books, current = self.codebooks @ root, self.codes[:, group].unsqueeze(1)
-        if searched_together(self.scheme):
+        if exchange is None:
             found = search_codes(wanted, books)
         else:
             found = exchange.search(current, wanted, books, self._permutation(len(books)))

@@ -5,9 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pvrt.format.scheme import Scheme
 from pvrt_kernels.cpu import pv_step
-from pvrt_tune.fit import nearest_sums
 from pvrt_tune.fit.nearest_sums import search_codes, values_of
 
 
@@ -65,8 +63,3 @@ def _draw(wanted: Tensor, sums: Tensor, order: Tensor, draws: Tensor) -> Tensor:
     along = ((wanted - first) * between).sum(1)
     chance = along / between.square().sum(1).clamp_min(1e-30)
     return torch.where(draws < chance, order[:, 1], order[:, 0])
-
-
-def peak_bytes(groups: int, scheme: Scheme, device: str) -> int:
-    """Peak of `new_codes` for so many groups, beyond its arguments."""
-    return nearest_sums.peak_bytes(groups, scheme, device)

@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from pvrt.format.scheme import Scheme
 from pvrt_tune import parallel
+from pvrt_tune.fit import nearest_sums
 from pvrt_tune.parallel import Rows
-from pvrt_tune.pv import code_search
 from pvrt_tune.pv.adam import Adam
 from pvrt_tune.pv.host_memory import slab_bytes
 from pvrt_tune.pv.latent import Latent
@@ -371,7 +371,7 @@ def step_bytes(model: ModelShape, recipe: Recipe, device: str) -> int:
     step = 4 * (2 + bool(settings.low_memory)) * largest
     search = 4 * 4 * searched * group_size
     if isinstance(scheme, Scheme):
-        search += code_search.peak_bytes(searched, scheme, device)
+        search += nearest_sums.peak_bytes(searched, scheme, device)
     return 4 * 3 * largest + max(step, search) + 4 * 4 * largest // group_size
 
 
