@@ -35,6 +35,7 @@ import psutil  # type: ignore[import-untyped]
 import results
 import serving
 from machine import describe
+from processes import cpu_seconds, family
 from server_conformance import KEY, served
 from tables import renew
 from tokenizers import Tokenizer
@@ -124,20 +125,12 @@ async def sustain(url: str, streams: int, seconds: float) -> Measured:
 def resident(pid: int) -> int:
     """Resident bytes of a process and its children."""
     total = 0
-    process = psutil.Process(pid)
-    for each in [process, *process.children(recursive=True)]:
+    for each in family(psutil.Process(pid)):
         try:
             total += each.memory_info().rss
         except psutil.Error:
             continue
     return total
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time that a process and its children have taken."""
-    process = psutil.Process(pid)
-    times = [each.cpu_times() for each in [process, *process.children(recursive=True)]]
-    return float(sum(each.user + each.system for each in times))
 
 
 def slope(points: list[tuple[float, int]]) -> float:
@@ -165,7 +158,8 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
     """One server under so many streams."""
     with served(checkpoint, engine, *QUIET) as server:
         points: list[tuple[float, int]] = []
-        started, before = time.monotonic(), cpu_seconds(server.pid)
+        process, started = psutil.Process(server.pid), time.monotonic()
+        before = cpu_seconds(process)
 
         async def run() -> Measured:
             async def watch() -> None:
@@ -180,7 +174,7 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
                 watcher.cancel()
 
         result = asyncio.run(run())
-        elapsed, cpu = time.monotonic() - started, cpu_seconds(server.pid) - before
+        elapsed, cpu = time.monotonic() - started, cpu_seconds(process) - before
     return {
         "engine": engine,
         "streams": streams,
@@ -200,15 +194,15 @@ def load(checkpoint: Path, engine: str, streams: int, seconds: float) -> dict[st
 async def timed(server: serving.Server, body: dict[str, Any]) -> list[tuple[float, float]]:
     """(wall, CPU seconds of the server) from a streamed completion's start to each of its texts."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    started, before = time.perf_counter(), cpu_seconds(server.pid)
-    points = []
+    process, started = psutil.Process(server.pid), time.perf_counter()
+    before, points = cpu_seconds(process), []
     async with (
         httpx.AsyncClient(base_url=server.url, headers=headers, timeout=600) as client,
         client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response,
     ):
         async for line in response.aiter_lines():
             if line.startswith("data: {") and json.loads(line[6:])["choices"][0].get("text"):
-                points.append((time.perf_counter() - started, cpu_seconds(server.pid) - before))
+                points.append((time.perf_counter() - started, cpu_seconds(process) - before))
     return points
 
 
@@ -274,9 +268,10 @@ async def burst(
             fields = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
             return {**fields, "stream": True}
 
-        started, before = time.perf_counter(), cpu_seconds(server.pid)
+        process, started = psutil.Process(server.pid), time.perf_counter()
+        before = cpu_seconds(process)
         await asyncio.gather(*(stream(client, body(place), done) for place in range(at_once)))
-        seconds, cpu = time.perf_counter() - started, cpu_seconds(server.pid) - before
+        seconds, cpu = time.perf_counter() - started, cpu_seconds(process) - before
     if done.errors:
         raise RuntimeError(done.errors[0])
     tokens = sum(len(tokenizer.encode(text).ids) for text in done.texts)

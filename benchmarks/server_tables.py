@@ -53,7 +53,7 @@ def throughput(result: Row) -> str:
 
 
 def beside(result: Row) -> str:
-    """A short request alone and beside a long prompt, with what issue 21 found."""
+    """A short request alone and beside a long prompt."""
     rows = result["beside"]
     names = {"first": "first token", "gap_median": "between tokens", "gap_most": "at most"}
 

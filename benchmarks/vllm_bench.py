@@ -24,6 +24,7 @@ import machine
 import psutil  # type: ignore[import-untyped]
 import results
 import serving
+from processes import cpu_seconds, family
 
 BENCHES = ("serve", "latency", "throughput")
 TOKENS, PROMPTS, AT_ONCE = 32, 8, 4
@@ -45,16 +46,6 @@ def environment(folder: Path) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_TARGET_DEVICE": "cpu",
     }
-
-
-def family(process: psutil.Process) -> list[psutil.Process]:
-    """A process and all that it started."""
-    return [process, *process.children(recursive=True)]
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    """Of all processes of a family, and of those that they waited for."""
-    return float(sum(sum(member.cpu_times()[:4]) for member in family(process)))
 
 
 def allocated_mib(process: psutil.Process) -> int:
