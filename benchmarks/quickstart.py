@@ -63,34 +63,19 @@ def pvrt(*arguments: str, capture: bool = False) -> str:
     return done.stdout or ""
 
 
-def ask(base_url: str, model: str) -> tuple[str, float]:
-    """One streamed chat answer. Returns the text and decoded tokens per second."""
+def ask(out: Path, port: int) -> str:
+    """What `pvrt serve` on the embedded engine answers to the official client."""
     from openai import OpenAI
 
-    client = OpenAI(base_url=base_url, api_key="none")
-    stream = client.chat.completions.create(
-        model=model,
-        messages=[{"role": "user", "content": QUESTION}],
-        max_tokens=48,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    text, first, tokens = "", 0.0, 0
-    for chunk in stream:
-        if chunk.choices and chunk.choices[0].delta.content:
-            first = first or time.perf_counter()
-            text += chunk.choices[0].delta.content
-        if chunk.usage is not None:
-            tokens = chunk.usage.completion_tokens
-    return text, (tokens - 1) / (time.perf_counter() - first)
-
-
-def ask_server(out: Path, port: int) -> tuple[str, float]:
-    """What `pvrt serve` on the embedded engine answers, and decoded tokens per second."""
     command = serving.pvrt(out, port, "local", "--log-level", "warning")
     with serving.running(command, port) as server:
-        return ask(f"{server.url}/v1", out.name)
+        answer = OpenAI(base_url=f"{server.url}/v1", api_key="none").chat.completions.create(
+            model=out.name,
+            messages=[{"role": "user", "content": QUESTION}],
+            max_tokens=48,
+            temperature=0,
+        )
+    return (answer.choices[0].message.content or "").strip()
 
 
 def summary(original: dict[str, Any], tuned: dict[str, Any]) -> str:
@@ -122,7 +107,7 @@ def main() -> None:
     compared = pvrt("compare", model, str(out), "--prompt", QUESTION, "--json", capture=True)
     found = json.loads(compared)
     original, (tuned,) = found["original"], found["models"]
-    answer, speed = ask_server(out, arguments.port)
+    answer = ask(out, arguments.port)
     bits = json.loads(pvrt("inspect", str(out), "--json", capture=True))
     figures = {
         "python_reference": {"original": original["perplexity"], "tuned": tuned["perplexity"]},
@@ -130,12 +115,12 @@ def main() -> None:
         "bits_per_weight_linears": bits["bits_per_weight_linears"],
         "bits_per_weight_file": bits["bits_per_weight_file"],
         "file_bytes": bits["file_bytes"],
-        "tokens_per_second": speed,
+        "tokens_per_second": tuned["tokens_per_second"],
         "seconds": time.monotonic() - started,
-        "answer": answer.strip(),
+        "answer": answer,
     }
     out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"\nasked:    {QUESTION}\nanswered: {figures['answer']}\n")
+    print(f"\nasked:    {QUESTION}\nanswered: {answer}\n")
     print(summary(original, tuned))
     print(f"\n{figures['seconds']:.0f} s in all")
     if RIGHT not in answer:
