@@ -211,7 +211,6 @@ def test_reasoning_outlasts_a_reload_and_is_not_sent_back(tab: Any, opened: Open
 
 @pytest.mark.parametrize("secure", [True, False])
 def test_an_answer_is_copied_as_it_was_written(tab: Any, opened: Opener, secure: bool) -> None:
-    tab.bring_to_front()  # a clipboard is for the page in front alone
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     with opened("**Hi**\n\n- *a*"):
         if not secure:  # as on a page that came over HTTP from another machine
@@ -222,7 +221,7 @@ def test_an_answer_is_copied_as_it_was_written(tab: Any, opened: Opener, secure:
         ask(tab, "Hello")
         tab.wait_for_selector(".figures")
         tab.click("text=Copy")
-        tab.wait_for_function("document.getElementById('spoken').textContent === 'Copied'")
+        tab.wait_for_selector("#spoken:text-is('Copied')", state="attached")
         assert tab.evaluate("read()") == "**Hi**\n\n- *a*"
 
 
