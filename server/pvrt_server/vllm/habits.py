@@ -1,13 +1,15 @@
 """Harmless habits of clients that vLLM answers with 400 and the embedded engine does not."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llguidance import LLMatcher
 
+from pvrt_server.api.requests import check_gap
 from pvrt_server.engine.grammar_check import check_grammar
 from pvrt_server.engine.json_schema import enforceable, mapped
+from pvrt_server.engine.text import TextCodec
 from pvrt_server.notices import say_once
 
 Json = dict[str, Any]
@@ -25,27 +27,30 @@ _FORMATS = frozenset(
 )
 
 
-def as_vllm_takes_it(request: Any) -> Any:
+def as_vllm_takes_it(request: Any, codec: Callable[[], TextCodec]) -> Any:
     """A request of the same meaning without what vLLM refuses; the same object where there is none.
 
     - `tools: []`, and its tool_choice
     - stream_options of what is no stream
     - arguments of earlier calls as an object, not as its text
     - schemas with what its grammars cannot enforce: that is left to the model, and the log says so
+    - a suffix, which vLLM knows of one model: it becomes token ids of the prompt. codec, the
+      model's tokenizer, is asked for then alone
 
     Tools that must be called become strict, as they are on the embedded engine: vLLM promises no
     arguments of their schema otherwise.
 
-    Raises RequestError for a schema that costs too much.
+    Raises RequestError for a schema that costs too much, and for a suffix that the model has no
+    tokens for.
     """
     if not isinstance(request, dict):
         return request
-    changes = dict(_changes(request))
+    changes = dict(_changes(request, codec))
     kept = {key: value for key, value in {**request, **changes}.items() if value is not None}
     return kept if changes else request
 
 
-def _changes(request: Json) -> Iterator[tuple[str, Any]]:
+def _changes(request: Json, codec: Callable[[], TextCodec]) -> Iterator[tuple[str, Any]]:
     """Fields and their new values, None for fields that go."""
     tools = request.get("tools")
     if tools == []:
@@ -54,6 +59,11 @@ def _changes(request: Json) -> Iterator[tuple[str, Any]]:
         yield "tools", [_strict(tool) for tool in tools]
     if request.get("stream_options") is not None and not request.get("stream"):
         yield "stream_options", None
+    if "prompt" in request and isinstance(suffix := request.get("suffix"), str):
+        yield "suffix", None
+        if suffix:
+            check_gap(prompt := request["prompt"], request.get("echo"))
+            yield "prompt", codec().encode_gap(prompt, suffix)
     messages = request.get("messages")
     if isinstance(messages, list) and messages != (told := [_told(m) for m in messages]):
         yield "messages", told

@@ -1,6 +1,7 @@
 """Grammars before vLLM sees them, over a stand-in for it that says what it read."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from pvrt_server.capacity import installed_vllm
+from pvrt_server.engine.loading import load_codec
 from pvrt_server.vllm import habits
 from pvrt_server.vllm.grammar_budget import GrammarBudget
 
@@ -31,13 +33,19 @@ WAYS: dict[str, Any] = {
 }
 
 
+MARKS = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
+
+
 @pytest.fixture(scope="module")
-def client() -> TestClient:
+def client(toy: Path) -> TestClient:
+    codec = load_codec(toy)
+    codec.tokenizer.add_tokens(MARKS)
+
     async def echo(request: Request) -> Response:
         return Response(await request.body())
 
     app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
-    return TestClient(GrammarBudget(app))
+    return TestClient(GrammarBudget(app, lambda: codec))
 
 
 @pytest.mark.usefixtures("short_check")
@@ -91,6 +99,29 @@ CUT: Any = {"function": {"name": "f", "arguments": {"a": 1}}, "id": "c"}
 def test_harmless_habits_do_not_reach_vllm(client: TestClient, given: Any, taken: Any) -> None:
     answer = client.post("/", json={"model": "m", **given})
     assert {"model": "m", **taken} == answer.json()
+
+
+def test_a_suffix_reaches_vllm_as_the_tokens_that_ask_for_the_middle(
+    toy: Path, client: TestClient
+) -> None:
+    codec = load_codec(toy)
+    codec.tokenizer.add_tokens(MARKS)
+    given = {"model": "m", "prompt": "def f(", "suffix": "return"}
+    taken = {"model": "m", "prompt": codec.encode_gap("def f(", "return")}
+    assert client.post("/", json=given).json() == taken
+    assert client.post("/", json={**given, "suffix": ""}).json() == {
+        "model": "m",
+        "prompt": "def f(",
+    }
+    for wrong in ({"prompt": [1, 2]}, {"prompt": ["a"]}, {"echo": True}):
+        refused = client.post("/", json={**given, **wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "suffix")
+
+
+def test_a_suffix_is_refused_where_the_model_has_no_tokens_for_it(toy: Path) -> None:
+    client = TestClient(GrammarBudget(Starlette(), lambda: load_codec(toy)))
+    refused = client.post("/", json={"prompt": "a", "suffix": "b"}).json()["error"]
+    assert (refused["param"], refused["code"]) == ("suffix", "unsupported_parameter")
 
 
 PLAIN = {"type": "string"}
