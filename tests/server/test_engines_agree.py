@@ -1,20 +1,13 @@
 """vLLM with our plugin and the embedded engine give the same answers over the same protocol."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import openai
 import pydantic
 import pytest
 
-from pvrt_server.engine.engine import Engine
-from pvrt_server.engine.loading import load_codec
 from pvrt_server.self_test import Target, run_checks
-from tests.fixtures.toy import write_toy
-from tests.server.running import PATIENCE, Server, serving, vllm_serving
+from tests.server.running import PATIENCE, Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 PROMPTS = ["Once upon a time", "def main():", "0, 1, 1, 2, 3, 5,", "x"]
@@ -133,66 +126,3 @@ def test_conversations_go_on_on_both(vllm: openai.OpenAI, client: openai.OpenAI)
         )
         assert first.usage is not None and second.usage is not None
         assert second.usage.input_tokens > first.usage.input_tokens
-
-
-MARKS = ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
-
-
-@pytest.fixture(scope="module")
-def code_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy checkpoint with tokens for gaps, and 512 tokens of context scaled as cards say."""
-    folder = tmp_path_factory.mktemp("code") / "toy"
-    write_toy(folder, "qwen3")
-    codec = load_codec(folder)
-    codec.tokenizer.add_tokens(MARKS)
-    codec.tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"] = {**YARN, "rope_theta": 10000.0}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def both(code_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Where the embedded engine and vLLM serve it, without any flag about its context."""
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with (
-        serving(Engine.load(code_model)) as ours,
-        vllm_serving(code_model, log, served_model_name="toy") as theirs,
-    ):
-        yield [ours.url, theirs.url]
-
-
-def completed(url: str, **body: Any) -> Any:
-    given = {"model": "toy", "temperature": 0, "max_tokens": 32, "logprobs": 0, **body}
-    answer = httpx.post(f"{url}/v1/completions", json=given, timeout=5 * PATIENCE)
-    return answer.json()
-
-
-def test_a_scaled_context_is_offered_and_read_alike(both: list[str]) -> None:
-    prompt = [(7 * place) % 256 for place in range(1900)]
-    for url in both:
-        (card,) = httpx.get(f"{url}/v1/models", timeout=PATIENCE).json()["data"][:1]
-        assert card["max_model_len"] == 2048
-        too_long = completed(url, prompt=[1] * 2100)
-        assert "2048" in too_long["error"]["message"]
-    ours, theirs = (completed(url, prompt=prompt)["choices"][0] for url in both)
-    assert ours["text"] == theirs["text"]
-    scores, expected = (choice["logprobs"]["token_logprobs"] for choice in (ours, theirs))
-    assert scores == pytest.approx(expected, abs=1e-3)
-
-
-def test_a_suffix_asks_both_for_the_same_middle(both: list[str]) -> None:
-    gap = {"prompt": "def f(x):\n    return ", "suffix": "\nprint(f(2))"}
-    ours, theirs = (completed(url, **gap) for url in both)
-    assert ours["choices"][0]["text"] == theirs["choices"][0]["text"]
-    plain = {**gap, "suffix": None}
-    assert completed(both[0], **plain)["choices"][0]["text"] != ours["choices"][0]["text"]
-    assert ours["usage"]["prompt_tokens"] == theirs["usage"]["prompt_tokens"]
-    assert (
-        ours["usage"]["prompt_tokens"] > completed(both[1], **plain)["usage"]["prompt_tokens"] + 3
-    )
-    for url in both:
-        refused = completed(url, prompt=[1, 2], suffix="b")["error"]
-        assert refused["param"] == "suffix"

@@ -6,6 +6,7 @@ from typing import Any
 
 from llguidance import LLMatcher
 
+from pvrt.errors import ServeError
 from pvrt_server.api.requests import check_gap
 from pvrt_server.engine.grammar_check import check_grammar
 from pvrt_server.engine.json_schema import enforceable, mapped
@@ -35,10 +36,11 @@ def as_vllm_takes_it(request: Any, codec: Callable[[], TextCodec]) -> Any:
     - arguments of earlier calls as an object, not as its text
     - schemas with what its grammars cannot enforce: that is left to the model, and the log says so
     - a suffix, which vLLM knows of one model: it becomes token ids of the prompt. codec, the
-      model's tokenizer, is asked for then alone
+      model's tokenizer, is asked for then, and for tools
 
     Tools that must be called become strict, as they are on the embedded engine: vLLM promises no
-    arguments of their schema otherwise.
+    arguments of their schema otherwise. Where the chat template refuses two calls in one message,
+    one call is asked for.
 
     Raises RequestError for a schema that costs too much, and for a suffix that the model has no
     tokens for.
@@ -55,8 +57,11 @@ def _changes(request: Json, codec: Callable[[], TextCodec]) -> Iterator[tuple[st
     tools = request.get("tools")
     if tools == []:
         yield from (("tools", None), ("tool_choice", None))
-    elif isinstance(tools, list) and request.get("tool_choice") not in (None, "auto", "none"):
-        yield "tools", [_strict(tool) for tool in tools]
+    elif isinstance(tools, list):
+        if request.get("tool_choice") not in (None, "auto", "none"):
+            yield "tools", [_strict(tool) for tool in tools]
+        if request.get("parallel_tool_calls") is not False and _takes_one_call(codec):
+            yield "parallel_tool_calls", False
     if request.get("stream_options") is not None and not request.get("stream"):
         yield "stream_options", None
     if "prompt" in request and isinstance(suffix := request.get("suffix"), str):
@@ -75,6 +80,13 @@ def _changes(request: Json, codec: Callable[[], TextCodec]) -> Iterator[tuple[st
         given = request.get(field)
         if given != (known := _with_schema(given, path, field)):
             yield field, known
+
+
+def _takes_one_call(codec: Callable[[], TextCodec]) -> bool:
+    try:
+        return codec().chat.one_call_a_turn
+    except ServeError:  # vLLM may know a way of its own
+        return False
 
 
 def _strict(tool: Any) -> Any:

@@ -15,6 +15,7 @@ from pvrt_server.capacity import installed_vllm
 from pvrt_server.engine.loading import load_codec
 from pvrt_server.vllm import habits
 from pvrt_server.vllm.grammar_budget import GrammarBudget
+from tests.server.api.test_tool_schemas import LLAMA3_TEMPLATE
 
 
 def pattern(letter: str) -> dict[str, Any]:
@@ -122,6 +123,22 @@ def test_a_suffix_is_refused_where_the_model_has_no_tokens_for_it(toy: Path) -> 
     client = TestClient(GrammarBudget(Starlette(), lambda: load_codec(toy)))
     refused = client.post("/", json={"prompt": "a", "suffix": "b"}).json()["error"]
     assert (refused["param"], refused["code"]) == ("suffix", "unsupported_parameter")
+
+
+def test_a_template_that_takes_one_call_a_turn_gets_one(toy: Path, client: TestClient) -> None:
+    tools = [{"type": "function", "function": {"name": "a"}}]
+
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    codec = load_codec(toy)
+    codec.tokenizer.chat_template = LLAMA3_TEMPLATE
+    app = Starlette(routes=[Route("/", echo, methods=["POST"])])
+    single = TestClient(GrammarBudget(app, lambda: codec))
+    for given in ({}, {"parallel_tool_calls": True}, {"parallel_tool_calls": False}):
+        body = {"tools": tools, **given}
+        assert single.post("/", json=body).json()["parallel_tool_calls"] is False
+        assert client.post("/", json=body).json() == body
 
 
 PLAIN = {"type": "string"}
