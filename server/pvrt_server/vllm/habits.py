@@ -8,6 +8,7 @@ from llguidance import LLMatcher
 
 from pvrt.errors import ServeError
 from pvrt_server.api.requests import check_gap
+from pvrt_server.engine.grammar import check_schema
 from pvrt_server.engine.grammar_check import check_grammar
 from pvrt_server.engine.json_schema import enforceable, mapped
 from pvrt_server.engine.text import TextCodec
@@ -42,8 +43,8 @@ def as_vllm_takes_it(request: Any, codec: Callable[[], TextCodec]) -> Any:
     arguments of their schema otherwise. Where the chat template refuses two calls in one message,
     one call is asked for.
 
-    Raises RequestError for a schema that costs too much, and for a suffix that the model has no
-    tokens for.
+    Raises RequestError for a schema that costs too much, for one of a tool that must be called and
+    cannot be held to, and for a suffix that the model has no tokens for.
     """
     if not isinstance(request, dict):
         return request
@@ -90,11 +91,17 @@ def _takes_one_call(codec: Callable[[], TextCodec]) -> bool:
 
 
 def _strict(tool: Any) -> Any:
+    """A tool whose arguments vLLM holds to its schema. That is checked here, where errors name the
+    tool; vLLM's own do not."""
     if not isinstance(tool, dict):
         return tool
-    if isinstance(function := tool.get("function"), dict):
-        return {**tool, "function": {**function, "strict": function.get("strict", True)}}
-    return {**tool, "strict": tool.get("strict", True)} if "parameters" in tool else tool
+    nested = isinstance(tool.get("function"), dict)
+    function = tool["function"] if nested else tool
+    if nested or "parameters" in tool:
+        if isinstance(parameters := function.get("parameters"), dict):
+            check_schema(parameters, "tools", f"tools: the schema of {function.get('name')!r}")
+        function = {**function, "strict": function.get("strict", True)}
+    return {**tool, "function": function} if nested else function
 
 
 def _told(message: Any) -> Any:

@@ -179,6 +179,21 @@ def test_tools_that_must_be_called_are_strict(client: TestClient) -> None:
     assert body["tools"] == [{**flat[0], "strict": True}, flat[1]]
 
 
+def test_a_schema_that_cannot_be_is_blamed_on_its_tool(client: TestClient) -> None:
+    wrong = {"name": "b", "parameters": {"properties": {"x": {"$ref": "#/$defs/P"}}}}
+    tools = [
+        {"type": "function", "function": f} for f in ({"name": "a", "parameters": GOOD}, wrong)
+    ]
+    flat = [{"type": "function", **wrong}]
+    for given in (tools, flat):
+        assert client.post("/", json={"tools": given}).json() == {"tools": given}
+        refused = client.post("/", json={"tools": given, "tool_choice": "required"})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "tools")
+        assert error["message"].startswith("tools: the schema of 'b' cannot be enforced: ")
+        assert "/$defs/P" in error["message"]
+
+
 def test_what_xgrammar_does_not_know_is_what_vllm_says() -> None:
     folder = installed_vllm()
     if folder is None:
