@@ -146,7 +146,7 @@ TOOL: Any = {"type": "function", "function": FUNCTION}
     "extra",
     [
         {"reasoning_effort": "low", "verbosity": "low", "include_reasoning": False},
-        {"cache_prompt": True, "keep_alive": "5m", "options": {"num_ctx": 4096}},
+        {"cache_prompt": True, "keep_alive": "5m", "num_ctx": 4096},
         {"thinking": {"type": "disabled"}, "add_generation_prompt": True},
         {"continue_final_message": False, "priority": 0, "request_id": "r", "cache_salt": "x"},
         {"repeat_penalty": 1.1, "suffix": "x", "num_ctx": 9, "user": "ann"},
