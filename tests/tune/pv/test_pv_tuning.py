@@ -579,25 +579,6 @@ def test_a_parameter_may_have_any_name(problem: Problem, name: str) -> None:
     assert optimizer.optimizer()[name].keys() == {"exp_avg", "exp_avg_sq"}
 
 
-@pytest.mark.parametrize("layer", [layer_of("2x4g8"), layer_of("2x8g8"), layer_of("3x8g8")])
-def test_a_layer_of_more_bits_takes_smaller_steps(layer: AQLMLinear) -> None:
-    share = {1.0: 1.0, 2.0: 1.0, 3.0: 0.5}[layer.scheme.code_bits]
-    representation, settings = represent(layer), PVSettings(clip_norm=1e9)
-    weight = torch.nn.Parameter(representation.decode())
-    norm = torch.nn.Parameter(torch.ones(8))
-    before, books = representation.decode(), representation.continuous()["codebooks"].clone()
-    optimizer = PVOptimizer({"layer": representation}, {"layer": weight}, {"norm": norm}, settings)
-    weight.grad, norm.grad = torch.randn_like(weight), torch.ones_like(norm)
-    optimizer.step(1.0, torch.Generator().manual_seed(0))
-    rate = share * settings.learning_rate
-    torch.testing.assert_close(norm.detach(), torch.full_like(norm, 1 - rate))
-    moved = (representation.continuous()["codebooks"] - books).abs().amax()
-    assert float(moved) == pytest.approx(rate * float(books.square().mean().sqrt()), rel=1e-3)
-    latent = optimizer.layers["layer"].tensors()["latent"]
-    away = float((latent - before).norm() / before.norm())
-    assert away == pytest.approx(share * settings.code_learning_rate, rel=0.05)
-
-
 @pytest.mark.slow
 def test_experts_without_tokens_have_gradients_too(tmp_path: Path) -> None:
     """Ranks could not sum the gradients of an expert that only some of them used."""

@@ -49,8 +49,8 @@ class FitSettings:
 
 @settings
 class FinetuneSettings:
-    """P and V steps on one block, of `STEP_TOKENS` tokens each. Where codes move, learning rates are
-    for 2 bits, as those of `PVSettings`.
+    """P and V steps on one block, of `STEP_TOKENS` tokens each. Where codes move, learning rates
+    are for 2 bits, as those of `PVSettings`.
 
     learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
     square. move_codes: codes move too, with latent weights that `code_learning_rate` is for (see
