@@ -21,6 +21,15 @@ def test_a_limit_counts_from_its_start() -> None:
     limit = TimeLimit(10.0, started=5.0)
     assert (limit.until(), limit.until(0.5)) == (15.0, 10.0)
     assert TimeLimit(10.0).started <= time.monotonic()
+    assert limit.over(1.0) and not TimeLimit(1e9).over(0.5)
+    none = TimeLimit()
+    assert none.until() is None and not none.over(0.0)
+
+
+def test_things_are_left_out_in_proportion() -> None:
+    limit = TimeLimit(10.0, share=0.25)
+    assert [limit.of(count, 2) for count in (100, 9, 4, 1)] == [25, 3, 2, 1]
+    assert TimeLimit().of(7, 2) == 7
 
 
 def test_text_is_written_in_parts_until_there_is_enough() -> None:
@@ -31,31 +40,46 @@ def test_text_is_written_in_parts_until_there_is_enough() -> None:
         return done >= 8
 
     written = from_model(model, Windows(24, 12, seed=0), enough=enough)
-    assert asked == [3, 6, 9]
-    assert written.tokens.shape == (9, 12)
+    assert asked == [4, 8]
+    assert written.tokens.shape == (8, 12)
     again = from_model(model, Windows(24, 12, seed=0), enough=lambda done: False)
-    assert torch.equal(again.tokens[:9], written.tokens)
+    assert torch.equal(again.tokens[:8], written.tokens)
     assert len(again) == 24
+
+
+FIT = replace(QUICK.fit, rounds=3, kmeans_iterations=20)
+LONG = replace(
+    QUICK,
+    samples=64,
+    length=256,
+    fit=FIT,
+    finetune=replace(QUICK.finetune, epochs=2),
+    training=TrainSettings(steps=4, batch=2, held_out=4, windows=64),
+)
 
 
 def test_no_time_at_all_still_gives_a_checkpoint(tmp_path: Path) -> None:
     dense_folder(tmp_path / "dense", "llama")
-    training = TrainSettings(steps=4, batch=2, held_out=4, windows=64)
-    fit = replace(QUICK.fit, rounds=3, kmeans_iterations=20)
-    finetune = replace(QUICK.finetune, epochs=2)
-    recipe = replace(QUICK, samples=64, length=256, fit=fit, finetune=finetune, training=training)
     out = tmp_path / "out"
     lines: list[str] = []
-    tune(TuneJob(str(tmp_path / "dense"), out, recipe, seconds=1e-3), lines.append)
+    tune(TuneJob(str(tmp_path / "dense"), out, LONG, seconds=1e-3), lines.append)
     said = "\n".join(lines)
-    assert "18 windows of text have to do" in said  # two eighths of 68: held-out ones, and 8 more
     assert "have time for 0% of their work" in said
-    assert "the time is short: blocks" in said
+    assert "12 of 68 windows of text have to do" in said  # held-out ones, and 8 more
     assert "the time is over" in said
+    assert torch.isfinite(pvrt.load(out)(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_blocks_that_take_too_long_see_less_text(tmp_path: Path) -> None:
+    dense_folder(tmp_path / "dense", "llama")
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("".join(chr(97 + i * i % 26) for i in range(80_000)))
+    lines: list[str] = []
+    job = TuneJob(str(tmp_path / "dense"), out, LONG, data=str(text), seconds=1e-3)
+    tune(job, lines.append)
+    assert "the time is short: blocks" in "\n".join(lines)
     journal = (out / ".run" / "journal.jsonl").read_text().splitlines()
-    pieces = [
-        event for event in map(json.loads, journal) if event.get("name", "").startswith("block")
-    ]
+    pieces = [piece for piece in map(json.loads, journal) if "block-" in piece.get("name", "")]
     windows = [piece["report"]["windows"] for piece in pieces]
-    assert windows == sorted(windows, reverse=True)
+    assert windows[0] == 64 and windows[-1] < 64
     assert torch.isfinite(pvrt.load(out)(torch.tensor([[1, 2, 3]])).logits).all()

@@ -1,6 +1,5 @@
 """The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,6 @@ from pvrt_tune.machine import Machine, host_dtype, map_large_tensors, release_me
 from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.model_card import discard
 from pvrt_tune.original import original
-from pvrt_tune.plan.memory_plan import Plan
 from pvrt_tune.plan.on_machine import plan_job
 from pvrt_tune.plan.report import misfits, summary
 from pvrt_tune.progress import Clock, Report
@@ -54,7 +52,7 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     calibrates while the others wait; then all tune together.
     """
     map_large_tensors()
-    limit = None if job.seconds is None else TimeLimit(job.seconds)
+    limit = TimeLimit(job.seconds)
     if not parallel.speaks():
         report = _silent
     with parallel.joined(job.device, report) as group:
@@ -69,7 +67,7 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
             report(f"{job.out} is already complete; --restart tunes it again")
         else:
             with parallel.held_signals():
-                _finish(run, group, None if limit is None else limit.until())
+                _finish(run, group, limit.until())
     return open_checkpoint(job.out)
 
 
@@ -77,10 +75,10 @@ def _silent(line: str) -> None:
     """Progress of all ranks but the first."""
 
 
-def _calibrated(job: TuneJob, report: Report, limit: TimeLimit | None) -> Run:
+def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
     """The run, up to a checkpoint that can be served."""
     check_output(job.out, resume=job.resume)
-    job, plan = _planned(job, report)
+    job, limit = _planned(job, report, limit)
     source = load_source(job.model)
     for note in source.notes:
         report(note)
@@ -100,9 +98,9 @@ def _calibrated(job: TuneJob, report: Report, limit: TimeLimit | None) -> Run:
         adopt(run, start)
     else:
         if job.recipe.bits is not None:
-            run = replace(run, schemes=allocate(_measured_in_time(run, plan.share)))
+            run = replace(run, schemes=allocate(_measured_in_time(run, limit)))
             release_memory()
-        calibrate(run, None if limit is None else limit.until(CALIBRATED), brief=plan.share < 1)
+        calibrate(run, limit.until(CALIBRATED), brief=limit.share < 1)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = store.calibrated and (job.out / CONFIG_FILE).exists()
     if job.recipe.training is not None and not served:
@@ -176,14 +174,14 @@ def _windows(recipe: Recipe) -> Windows:
     return Windows(recipe.windows, recipe.length, recipe.seed)
 
 
-def _measured_in_time(run: Run, share: float) -> Run:
-    """The run with this share of the windows to measure bits on."""
+def _measured_in_time(run: Run, limit: TimeLimit) -> Run:
+    """The run with as many windows to measure bits on as there is time for."""
     job, settings = run.settings, run.recipe.allocation
-    fewer = replace(settings, windows=max(1, int(share * settings.windows)))
+    fewer = replace(settings, windows=limit.of(settings.windows, 1))
     return replace(run, settings=replace(job, recipe=replace(job.recipe, allocation=fewer)))
 
 
-def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Plan]:
+def _planned(job: TuneJob, report: Report, limit: TimeLimit) -> tuple[TuneJob, TimeLimit]:
     """Say what the run will need, before any weight is read, and settle what is left open.
 
     Raises RunError when it does not fit here.
@@ -199,11 +197,12 @@ def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Plan]:
     if problems and not job.force:
         raise RunError("\n".join((*problems, "--force tries nevertheless")))
     recipe = job.recipe.with_choices(plan.request.recipe.choices)
-    return replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream), plan
+    job = replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream)
+    return job, replace(limit, share=plan.share)
 
 
 def _sampled(
-    job: TuneJob, source: Source, store: Store, report: Report, limit: TimeLimit | None
+    job: TuneJob, source: Source, store: Store, report: Report, limit: TimeLimit
 ) -> CalibrationData:
     """The model's own text, kept with the run: resuming must not depend on repeating it. Where time
     is short there are fewer windows, but some for every stage.
@@ -212,23 +211,23 @@ def _sampled(
     if saved is not None:
         return CalibrationData(saved.tensors["tokens"], saved.report["origin"])
     recipe = job.recipe
-    clock = Clock(recipe.length)
+    clock, least = Clock(recipe.length), recipe.calibration.start + _LEAST
+    wanted = replace(_windows(recipe), count=limit.of(recipe.windows, least))
 
     def progress(done: int, total: int) -> None:
         clock.done, clock.total = done, total
         if done == total or clock.due():
             report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
-    report(f"no --data given: sampling {recipe.windows} x {recipe.length} tokens from the model")
+    def enough(done: int) -> bool:
+        return done >= least and limit.over(SAMPLED)
+
+    report(f"no --data given: sampling {wanted.count} x {recipe.length} tokens from the model")
     dtype = host_dtype(source.model.dtype.itemsize) if job.device == "cpu" else None
     model = original(source, dtype, job)
-    enough = None
-    if limit is not None:
-        least, until = recipe.calibration.start + _LEAST, limit.until(SAMPLED)
-        enough = lambda done: done >= least and time.monotonic() > until  # noqa: E731
-    data = sampled.from_model(model, _windows(recipe), progress, enough)
+    data = sampled.from_model(model, wanted, progress, enough if limit.seconds else None)
     if len(data) < recipe.windows:
-        report(f"the time is short: {len(data)} windows of text have to do")
+        report(f"the time is short: {len(data)} of {recipe.windows} windows of text have to do")
     del model
     release_memory()
     store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})

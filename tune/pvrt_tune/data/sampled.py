@@ -26,14 +26,14 @@ def from_model(
 
     Each starts at the beginning-of-sequence token (or a random token where there is none) and
     follows the model's own distribution at temperature 1. `progress(done, total)` counts tokens
-    in rows of windows. With `enough` there are parts of an eighth, after each of which it is asked
-    whether so many windows are. Deterministic for one seed on one machine.
+    in rows of windows. With `enough` there are parts of an eighth, or of four windows, after each
+    of which it is asked whether so many windows are. Deterministic for one seed on one machine.
     """
     samples, length, seed = wanted.count, wanted.length, wanted.seed
     generator = torch.Generator().manual_seed(seed)
     rows = rows_at_once(model.config, samples, length)
     if enough is not None:
-        rows = min(rows, -(-samples // 8))
+        rows = min(rows, max(4, -(-samples // 8)))
     windows: list[Tensor] = []
     for start in range(0, samples, rows):
         done, total = start // rows * length, -(-samples // rows) * length
