@@ -37,14 +37,14 @@ def test_text_is_written_in_parts_until_there_is_enough() -> None:
 
     def enough(done: int) -> bool:
         asked.append(done)
-        return done >= 8
+        return done >= 20
 
-    written = from_model(model, Windows(24, 12, seed=0), enough=enough)
-    assert asked == [4, 8]
-    assert written.tokens.shape == (8, 12)
-    again = from_model(model, Windows(24, 12, seed=0), enough=lambda done: False)
-    assert torch.equal(again.tokens[:8], written.tokens)
-    assert len(again) == 24
+    written = from_model(model, Windows(40, 12, seed=0), enough=enough)
+    assert asked == [16, 32]
+    assert written.tokens.shape == (32, 12)
+    again = from_model(model, Windows(40, 12, seed=0), enough=lambda done: False)
+    assert torch.equal(again.tokens[:32], written.tokens)
+    assert len(again) == 40
 
 
 FIT = replace(QUICK.fit, rounds=3, kmeans_iterations=20)

@@ -14,6 +14,8 @@ from pvrt_tune.data.text import CalibrationData, Windows
 # A chance is a multiple of one part in _CHANCES, a probability of one part in _PARTS.
 _CHANCES = 1 << 48
 _PARTS = 1 << 40
+# Windows that are written together at least: fewer take hardly less time.
+_PART = 16
 
 
 def from_model(
@@ -26,14 +28,14 @@ def from_model(
 
     Each starts at the beginning-of-sequence token (or a random token where there is none) and
     follows the model's own distribution at temperature 1. `progress(done, total)` counts tokens
-    in rows of windows. With `enough` there are parts of an eighth, or of four windows, after each
+    in rows of windows. With `enough` there are parts of an eighth, or of 16 windows, after each
     of which it is asked whether so many windows are. Deterministic for one seed on one machine.
     """
     samples, length, seed = wanted.count, wanted.length, wanted.seed
     generator = torch.Generator().manual_seed(seed)
     rows = rows_at_once(model.config, samples, length)
     if enough is not None:
-        rows = min(rows, max(4, -(-samples // 8)))
+        rows = min(rows, max(_PART, -(-samples // 8)))
     windows: list[Tensor] = []
     for start in range(0, samples, rows):
         done, total = start // rows * length, -(-samples // rows) * length
