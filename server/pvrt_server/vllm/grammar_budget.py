@@ -6,7 +6,7 @@ llguidance compiles within its budget may still cost its other backends more.
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llguidance import LLMatcher
@@ -15,14 +15,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pvrt.errors import PvrtError
 from pvrt_server.api.exception_handlers import error_response
 from pvrt_server.engine.grammar_check import check_grammar
+from pvrt_server.engine.text import TextCodec
 from pvrt_server.vllm.habits import as_vllm_takes_it
 
 
 class GrammarBudget:
-    """ASGI middleware that answers 400 to requests whose grammars cost too much."""
+    """ASGI middleware that answers 400 to requests whose grammars cost too much.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    codec gives the model's tokenizer, for `habits`.
+    """
+
+    def __init__(self, app: ASGIApp, codec: Callable[[], TextCodec]) -> None:
+        self._app, self._codec = app, codec
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -34,7 +38,7 @@ class GrammarBudget:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         try:
-            body = await asyncio.to_thread(_checked, body)
+            body = await asyncio.to_thread(_checked, body, self._codec)
         except PvrtError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -48,13 +52,13 @@ class GrammarBudget:
         await self._app(scope, again, send)
 
 
-def _checked(body: bytes) -> bytes:
+def _checked(body: bytes, codec: Callable[[], TextCodec]) -> bytes:
     """A request's body as vLLM takes it; what is no JSON is vLLM's to refuse. Raises PvrtError."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
         return body
-    request = as_vllm_takes_it(given)
+    request = as_vllm_takes_it(given, codec)
     for field, grammar in grammars_of(request):
         check_grammar(grammar, field)
     return body if request is given else json.dumps(request).encode()
