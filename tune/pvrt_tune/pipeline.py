@@ -34,7 +34,7 @@ from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store, unseen
-from pvrt_tune.write_checkpoint import write
+from pvrt_tune.write_checkpoint import note_greedy, write
 
 #: What the first process tells the others: text, job, and schemes of layers (see `Run`).
 Known = tuple[CalibrationData, TuneJob, Mapping[str, Scheme | GridScheme]]
@@ -133,6 +133,7 @@ def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
             group.first(lambda: _write(run))
             raise
     group.first(lambda: _write(run))
+    group.first(lambda: note_greedy(run))
     if complete:
         group.first(lambda: run.store.finish({"blocks": len(run.blocks.blocks)}))
     else:
