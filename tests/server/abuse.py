@@ -19,6 +19,12 @@ MANY = 200_000
 HELLO = {"role": "user", "content": "a"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
+
+def _tool(number: int) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": {f"p{number}": {"type": "string"}}}
+    return {"type": "function", "function": {"name": f"f{number}", "parameters": parameters}}
+
+
 Request = tuple[str, dict[str, Any]]
 REFUSED: dict[str, Request] = {
     "numbers and a word": (COMPLETIONS, {"prompt": [*range(MANY), "a"]}),
@@ -42,6 +48,7 @@ REFUSED: dict[str, Request] = {
     "a long message": (CHAT, {"messages": [{"role": "user", "content": "a " * 2_500_000}]}),
     "parts of no kind": (CHAT, {"messages": [{"role": "user", "content": [1] * MANY}]}),
     "calls of no kind": (CHAT, {"messages": [{"role": "assistant", "tool_calls": [1] * MANY}]}),
+    "many tools": (CHAT, {"messages": [HELLO], "tools": [TOOL] * 20_000, "max_tokens": 2}),
     "tools of no kind": (CHAT, {"messages": [HELLO], "tools": [{}] * MANY}),
     "stops of no kind": (COMPLETIONS, {"prompt": "a", "stop": [1] * MANY}),
     "many stops": (COMPLETIONS, {"prompt": "a", "stop": ["x" * 50] * 3000}),
@@ -68,7 +75,10 @@ REFUSED: dict[str, Request] = {
 LARGE: dict[str, Request] = {
     "a long stop": (COMPLETIONS, {"prompt": "a", "stop": "x" * 1_000_000, "max_tokens": 2}),
     "many parts": (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}] * MANY}]}),
-    "many tools": (CHAT, {"messages": [HELLO], "tools": [TOOL] * 20_000, "max_tokens": 2}),
+    "tools of many kinds": (
+        CHAT,
+        {"messages": [HELLO], "tools": [_tool(i) for i in range(2000)], "max_tokens": 2},
+    ),
     "text to tokenize": (TOKENIZE, {"prompt": "a " * 500_000}),
     "tokens to read": ("/detokenize", {"tokens": [1] * 500_000}),
     "what a template is told": (
@@ -111,6 +121,12 @@ def _of_schema(name: str, schema: dict[str, Any]) -> Iterator[tuple[str, Request
     yield f"{name}: text", (RESPONSES, {"input": "a", "text": text})
     outputs = {"prompt": "a", "structured_outputs": {"json": schema}}
     yield f"{name}: vLLM's own", (COMPLETIONS, outputs)
+    tags = {
+        "type": "structural_tag",
+        "structures": [{"begin": "<a>", "schema": schema, "end": "</a>"}],
+        "triggers": ["<a>"],
+    }
+    yield f"{name}: tags", (CHAT, {"messages": [HELLO], "response_format": tags})
 
 
 #: Every schema in every place that a request has for one, and grammars of other kinds.

@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pvrt.errors import PvrtError
 from pvrt_server.api.exception_handlers import error_response
-from pvrt_server.engine.grammar_check import check_grammar
+from pvrt_server.engine.grammar_check import check_grammars
 from pvrt_server.vllm.habits import as_vllm_takes_it
+from pvrt_server.vllm.list_bounds import bound_lists
 
 
 class GrammarBudget:
@@ -34,7 +35,7 @@ class GrammarBudget:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         try:
-            body = await asyncio.to_thread(_checked, body)
+            body = await asyncio.to_thread(_checked, body, scope["path"])
         except PvrtError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -48,15 +49,15 @@ class GrammarBudget:
         await self._app(scope, again, send)
 
 
-def _checked(body: bytes) -> bytes:
+def _checked(body: bytes, path: str) -> bytes:
     """A request's body as vLLM takes it; what is no JSON is vLLM's to refuse. Raises PvrtError."""
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
         return body
+    bound_lists(given, path)
     request = as_vllm_takes_it(given)
-    for field, grammar in grammars_of(request):
-        check_grammar(grammar, field)
+    check_grammars(list(grammars_of(request)))
     return body if request is given else json.dumps(request).encode()
 
 
@@ -72,6 +73,15 @@ def grammars_of(request: Any) -> Iterator[tuple[str, str]]:
         "structured_outputs": _get(ways, "json"),
     }.items():
         yield from _of_schema(field, schema)
+    if isinstance(choice := _get(ways, "choice"), list):
+        yield from _of_schema("structured_outputs", {"enum": choice})
+    for field, tags in {
+        "response_format": _get(request, "response_format"),
+        "structured_outputs": _parsed(_get(ways, "structural_tag")),
+    }.items():
+        if _get(tags, "type") == "structural_tag":
+            for schema in _schemas_in(tags):
+                yield from _of_schema(field, schema)
     tools = _get(request, "tools")
     for tool in tools if isinstance(tools, list) else ():
         yield from _of_schema("tools", _get(tool, "function", "parameters"))
@@ -90,6 +100,26 @@ def _of_schema(field: str, schema: Any) -> Iterator[tuple[str, str]]:
             yield field, LLMatcher.grammar_from_json_schema(schema)
         except ValueError:
             return
+
+
+def _parsed(text: Any) -> Any:
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):
+        return None
+
+
+def _schemas_in(tags: Any) -> Iterator[Any]:
+    """The schemas between tags, which lie at any depth."""
+    if isinstance(tags, list):
+        for each in tags:
+            yield from _schemas_in(each)
+    elif isinstance(tags, dict):
+        for name, value in tags.items():
+            if name in ("schema", "json_schema"):
+                yield value
+            else:
+                yield from _schemas_in(value)
 
 
 def _get(value: Any, *path: str) -> Any:
