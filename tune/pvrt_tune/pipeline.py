@@ -1,6 +1,5 @@
 """The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,7 +33,11 @@ from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store, unseen
+from pvrt_tune.time_limit import CALIBRATED, SAMPLED, TimeLimit
 from pvrt_tune.write_checkpoint import note_greedy, write
+
+#: Windows that calibrate at least, however short the time is.
+_LEAST = 8
 
 #: What the first process tells the others: text, job, and schemes of layers (see `Run`).
 Known = tuple[CalibrationData, TuneJob, Mapping[str, Scheme | GridScheme]]
@@ -49,12 +52,12 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     calibrates while the others wait; then all tune together.
     """
     map_large_tensors()
-    deadline = None if job.seconds is None else time.monotonic() + job.seconds
+    limit = TimeLimit(job.seconds)
     if not parallel.speaks():
         report = _silent
     with parallel.joined(job.device, report) as group:
         job = replace(job, device=group.device)
-        run = group.first(lambda: _calibrated(job, report))
+        run = group.first(lambda: _calibrated(job, report, limit))
         # Read and chosen once: what another rank reads at the same name may be another text.
         mine = None if run is None else (run.data, run.settings, run.schemes)
         known: Known | None = parallel.agreed(mine)
@@ -64,7 +67,7 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
             report(f"{job.out} is already complete; --restart tunes it again")
         else:
             with parallel.held_signals():
-                _finish(run, group, deadline)
+                _finish(run, group, limit.until())
     return open_checkpoint(job.out)
 
 
@@ -72,10 +75,10 @@ def _silent(line: str) -> None:
     """Progress of all ranks but the first."""
 
 
-def _calibrated(job: TuneJob, report: Report) -> Run:
+def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
     """The run, up to a checkpoint that can be served."""
     check_output(job.out, resume=job.resume)
-    job = _planned(job, report)
+    job, limit = _planned(job, report, limit)
     source = load_source(job.model)
     for note in source.notes:
         report(note)
@@ -87,7 +90,7 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     if store.finished:
         return Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
     store.put("config.yaml", as_yaml(job.recipe).encode())
-    data = text or _sampled(job, source, store, report)
+    data = text or _sampled(job, source, store, report, limit)
     release_memory()  # of reading the model and its text
     run = Run(job, source, blocks, data, store, report)
     if start is not None:
@@ -95,9 +98,9 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
         adopt(run, start)
     else:
         if job.recipe.bits is not None:
-            run = replace(run, schemes=allocate(run))
+            run = replace(run, schemes=allocate(_measured_in_time(run, limit)))
             release_memory()
-        calibrate(run)
+        calibrate(run, limit.until(CALIBRATED), brief=limit.share < 1)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = store.calibrated and (job.out / CONFIG_FILE).exists()
     if job.recipe.training is not None and not served:
@@ -172,7 +175,14 @@ def _windows(recipe: Recipe) -> Windows:
     return Windows(recipe.windows, recipe.length, recipe.seed)
 
 
-def _planned(job: TuneJob, report: Report) -> TuneJob:
+def _measured_in_time(run: Run, limit: TimeLimit) -> Run:
+    """The run with as many windows to measure bits on as there is time for."""
+    job, settings = run.settings, run.recipe.allocation
+    fewer = replace(settings, windows=limit.of(settings.windows, 1))
+    return replace(run, settings=replace(job, recipe=replace(job.recipe, allocation=fewer)))
+
+
+def _planned(job: TuneJob, report: Report, limit: TimeLimit) -> tuple[TuneJob, TimeLimit]:
     """Say what the run will need, before any weight is read, and settle what is left open.
 
     Raises RunError when it does not fit here.
@@ -182,30 +192,43 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
     report(summary(plan))
     if plan.chosen is not None:
         report(plan.chosen)
+    if plan.share < 1:
+        report(f"stages before PV-Tuning have time for {plan.share:.0%} of their work: they cut it")
     problems = misfits(plan, machine)
     if problems and not job.force:
         raise RunError("\n".join((*problems, "--force tries nevertheless")))
     recipe = job.recipe.with_choices(plan.request.recipe.choices)
-    return replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream)
+    job = replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream)
+    return job, replace(limit, share=plan.share)
 
 
-def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> CalibrationData:
-    """The model's own text, kept with the run: resuming must not depend on repeating it."""
+def _sampled(
+    job: TuneJob, source: Source, store: Store, report: Report, limit: TimeLimit
+) -> CalibrationData:
+    """The model's own text, kept with the run: resuming must not depend on repeating it. Where time
+    is short there are fewer windows, but some for every stage.
+    """
     saved = store.load("calibration")
     if saved is not None:
         return CalibrationData(saved.tensors["tokens"], saved.report["origin"])
     recipe = job.recipe
-    clock = Clock(recipe.length)
+    clock, least = Clock(recipe.length), recipe.calibration.start + _LEAST
+    wanted = replace(_windows(recipe), count=limit.of(recipe.windows, least))
 
     def progress(done: int, total: int) -> None:
         clock.done, clock.total = done, total
         if done == total or clock.due():
             report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
-    report(f"no --data given: sampling {recipe.windows} x {recipe.length} tokens from the model")
+    def enough(done: int) -> bool:
+        return done >= least and limit.over(SAMPLED)
+
+    report(f"no --data given: sampling {wanted.count} x {recipe.length} tokens from the model")
     dtype = host_dtype(source.model.dtype.itemsize) if job.device == "cpu" else None
     model = original(source, dtype, job)
-    data = sampled.from_model(model, _windows(recipe), progress)
+    data = sampled.from_model(model, wanted, progress, enough if limit.seconds else None)
+    if len(data) < recipe.windows:
+        report(f"the time is short: {len(data)} of {recipe.windows} windows of text have to do")
     del model
     release_memory()
     store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})

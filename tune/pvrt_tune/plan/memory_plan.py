@@ -26,6 +26,7 @@ from pvrt_tune.plan.skeleton import Result, model_shape, result_of
 from pvrt_tune.plan.speed import Speed
 from pvrt_tune.pv import optimizer
 from pvrt_tune.settings import Recipe
+from pvrt_tune.time_limit import CALIBRATED
 
 #: Python with torch and transformers; each entry of the tokenizer's vocabulary with its merge; what
 #: reading a GGUF file leaves besides its tensors; on a GPU, CUDA's libraries.
@@ -57,7 +58,8 @@ class Plan:
     """Phases of a run in order, the result, and what serving it takes.
 
     request: with nothing left open. stream: as for `TuneJob`. chosen: a sentence on what was left
-    open, if not all of it is as usual.
+    open, if not all of it is as usual. share: of the time that stages before PV-Tuning want; a time
+    limit may leave them less.
     """
 
     request: "Request"
@@ -71,6 +73,7 @@ class Plan:
     result: Result
     cache: CacheShape
     basis: str
+    share: float = 1.0
 
     @property
     def seconds(self) -> float:
@@ -82,13 +85,20 @@ class Plan:
         return max(self.phases, key=lambda phase: int(getattr(phase, what)))
 
     def within(self, seconds: float) -> "Plan":
-        """The plan under a time limit, which shortens PV-Tuning and nothing else."""
-        pv = next((phase for phase in self.phases if phase.name == "PV-Tuning"), None)
-        if pv is None:
-            return self
-        left = max(0.0, seconds - (self.seconds - pv.seconds))
-        short = replace(pv, seconds=min(pv.seconds, left))
-        return replace(self, phases=tuple(short if p is pv else p for p in self.phases))
+        """The plan under a time limit, for which stages before PV-Tuning leave out what they must,
+        and PV-Tuning has what is left.
+        """
+        tuning = sum(phase.seconds for phase in self.phases if phase.name == "PV-Tuning")
+        before = self.seconds - tuning
+        share = min(1.0, CALIBRATED * seconds / before) if before and tuning else 1.0
+        left = max(0.0, seconds - share * before)
+
+        def shorter(phase: Phase) -> Phase:
+            if phase.name == "PV-Tuning":
+                return replace(phase, seconds=min(phase.seconds, left))
+            return replace(phase, seconds=share * phase.seconds)
+
+        return replace(self, phases=tuple(map(shorter, self.phases)), share=share)
 
 
 @dataclass(frozen=True)
