@@ -121,9 +121,8 @@ def ended(url: str, process: psutil.Process) -> Tried:
 
     members = processes.family(process)
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(8):
-            pool.submit(stream)
-        while not at_work(process):
+        streams = [pool.submit(stream) for _ in range(8)]
+        while not at_work(process) and not all(one.done() for one in streams):
             time.sleep(0.01)
 
         def stop() -> int:

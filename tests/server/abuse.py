@@ -133,13 +133,13 @@ def _of_schema(name: str, schema: dict[str, Any]) -> Iterator[tuple[str, Request
 GRAMMARS: dict[str, Request] = {
     **{key: each for name, schema in SCHEMAS.items() for key, each in _of_schema(name, schema)},
     **{
-        f"a grammar: {kind}": (COMPLETIONS, {"prompt": "a", "structured_outputs": {kind: text}})
-        for kind, text in (
-            ("regex", "(" * 200 + "a" + "{1,1000})" * 200),
-            ("regex", ".*a.{500}" * 50),
-            ("grammar", "start: " + "a " * 100_000 + '\na: "a"'),
-            ("grammar", "start: start"),
-            ("choice", ["a" * 100] * 50_000),
+        name: (COMPLETIONS, {"prompt": "a", "structured_outputs": {kind: grammar}})
+        for name, kind, grammar in (
+            ("a deep regex", "regex", "(" * 200 + "a" + "{1,1000})" * 200),
+            ("a wide regex", "regex", ".*a.{500}" * 50),
+            ("a long grammar", "grammar", "start: " + "a " * 100_000 + '\na: "a"'),
+            ("a grammar in itself", "grammar", "start: start"),
+            ("many choices", "choice", ["a" * 100] * 50_000),
         )
     },
 }
