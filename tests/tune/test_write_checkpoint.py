@@ -42,7 +42,7 @@ def test_a_run_leaves_greedy_tokens_that_inspect_finds_again(
     out = tmp_path / "out"
     tune(TuneJob(str(dense), out, replace(RECIPE, scheme=scheme)), lambda line: None)
     noted = manifest(out)["greedy"]
-    assert bytes(noted["prompt"]).decode() == deep.PROMPT  # the toy's tokens are bytes
+    assert toy_tokenizer().decode(noted["prompt"]) == deep.PROMPT
     assert len(noted["tokens"]) == deep.TOKENS
     assert deep.check_deep(open_checkpoint(out))["greedy_tokens"] == deep.TOKENS
     inspect = ["inspect", str(out), "--deep"]

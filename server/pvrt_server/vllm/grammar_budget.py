@@ -55,7 +55,7 @@ def _checked(body: bytes, path: str) -> bytes:
         given = json.loads(body)
     except (ValueError, RecursionError):
         return body
-    bound_lists(given, path)
+    bound_lists(given, path, len(body))
     request = as_vllm_takes_it(given)
     check_grammars(list(grammars_of(request)))
     return body if request is given else json.dumps(request).encode()

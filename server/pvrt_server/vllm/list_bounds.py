@@ -16,6 +16,8 @@ from pvrt_server.engine.sampling import MAX_STOPS
 
 #: Of messages, their parts, and tools.
 MOST_ITEMS = 4096
+#: Bytes of a body all of whose errors may be collected.
+SHORT = 10_000
 
 _Objects = Annotated[list[dict[str, Any]], Field(max_length=MOST_ITEMS)]
 _Words = Annotated[list[str], Field(max_length=MAX_STOPS)]
@@ -50,12 +52,18 @@ class _Responses(_Lists):
     input: str | _Objects
 
 
-def bound_lists(request: Any, path: str) -> None:
-    """Raise RequestError at the first item of a list that has no place there, or is one too many.
+def bound_lists(request: Any, path: str, size: int) -> None:
+    """Raise RequestError at the first item of a list that has no place there, or is one too many,
+    and for more answers than a request may ask for.
 
-    What else is wrong is left to vLLM's own errors.
+    What is wrong with bodies of a small size, in bytes, is left to vLLM's own errors.
     """
     if not isinstance(request, dict):
+        return
+    prompt, choices = request.get("prompt"), request.get("n")
+    several = isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt[:1])
+    check_sequences((len(prompt) if several else 1) * (choices if isinstance(choices, int) else 1))
+    if size <= SHORT:
         return
     form = _Responses if path.endswith("/responses") else _Lists
     try:
@@ -65,6 +73,3 @@ def bound_lists(request: Any, path: str) -> None:
         raise request_error(
             [{**each, "loc": ("body", *each["loc"])} for each in problems]
         ) from None
-    prompt, choices = request.get("prompt"), request.get("n")
-    several = isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt[:1])
-    check_sequences((len(prompt) if several else 1) * (choices if isinstance(choices, int) else 1))
