@@ -111,6 +111,15 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Nothing is wrong with these but their length.
+LONG_SCHEMAS: dict[str, dict[str, Any]] = {
+    "a long enum": {"enum": [f"{i:050d}" for i in range(15_000)]},
+    "many branches": {
+        "anyOf": [{"type": "object", "properties": {f"p{i}": {}}} for i in range(15_000)]
+    },
+}
+
+
 def _of_schema(name: str, schema: dict[str, Any]) -> Iterator[tuple[str, Request]]:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
@@ -131,7 +140,11 @@ def _of_schema(name: str, schema: dict[str, Any]) -> Iterator[tuple[str, Request
 
 #: Every schema in every place that a request has for one, and grammars of other kinds.
 GRAMMARS: dict[str, Request] = {
-    **{key: each for name, schema in SCHEMAS.items() for key, each in _of_schema(name, schema)},
+    **{
+        key: each
+        for name, schema in (SCHEMAS | LONG_SCHEMAS).items()
+        for key, each in _of_schema(name, schema)
+    },
     **{
         name: (COMPLETIONS, {"prompt": "a", "structured_outputs": {kind: grammar}})
         for name, kind, grammar in (

@@ -9,7 +9,7 @@ Operation = tuple[str, str]
 
 
 def try_operations(
-    url: str, wanted: set[Operation] | None, examples: int, headers: Mapping[str, str] | None = None
+    url: str, wanted: set[Operation] | None, examples: int, headers: Mapping[str, str]
 ) -> set[Operation]:
     """Call operations of a server, those wanted of all that it says to have, `examples` times each.
 

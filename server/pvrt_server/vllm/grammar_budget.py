@@ -6,7 +6,7 @@ llguidance compiles within its budget may still cost its other backends more.
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llguidance import LLMatcher
@@ -15,8 +15,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pvrt.errors import PvrtError
 from pvrt_server.api.exception_handlers import error_response
 from pvrt_server.engine.grammar_check import check_grammars
+from pvrt_server.errors import RequestError
 from pvrt_server.vllm.habits import as_vllm_takes_it
 from pvrt_server.vllm.list_bounds import bound_lists
+
+#: Characters of all grammars of a request that vLLM compiles, and of a regex or a grammar in words.
+#: The time of xgrammar grows by their square: a list of two thousand names takes two seconds, a
+#: rule of eight thousand words as many. OpenAI bounds the names of a schema by 120,000.
+LONGEST, LONGEST_TEXT = 100_000, 10_000
 
 
 class GrammarBudget:
@@ -57,8 +63,35 @@ def _checked(body: bytes, path: str) -> bytes:
         return body
     bound_lists(given, path, len(body))
     request = as_vllm_takes_it(given)
-    check_grammars(list(grammars_of(request)))
+    found = list(grammars_of(request))
+    _bound(found, tools=_must_be_called(request))
+    check_grammars(found)
     return body if request is given else json.dumps(request).encode()
+
+
+def _bound(grammars: Sequence[tuple[str, str]], tools: bool) -> None:
+    """Raise RequestError for grammars that are long for what vLLM compiles them with; tools says
+    whether it does so with those of tools.
+    """
+    compiled = [(field, len(grammar)) for field, grammar in grammars if tools or field != "tools"]
+    if (length := sum(size for _, size in compiled)) > LONGEST:
+        field = max(compiled, key=lambda each: each[1])[0]
+        raise RequestError(
+            f"{field} cannot be enforced: grammars of this request have {length} characters; the "
+            f"most is {LONGEST}",
+            field,
+        )
+
+
+def _must_be_called(request: Any) -> bool:
+    """Whether calls of tools are held to their schemas."""
+    if _get(request, "tool_choice") not in (None, "auto", "none"):
+        return True
+    tools = _get(request, "tools")
+    return any(
+        _get(tool, "strict") or _get(tool, "function", "strict")
+        for tool in (tools if isinstance(tools, list) else ())
+    )
 
 
 def grammars_of(request: Any) -> Iterator[tuple[str, str]]:
@@ -86,10 +119,18 @@ def grammars_of(request: Any) -> Iterator[tuple[str, str]]:
     for tool in tools if isinstance(tools, list) else ():
         yield from _of_schema("tools", _get(tool, "function", "parameters"))
         yield from _of_schema("tools", _get(tool, "parameters"))
-    if isinstance(regex := _get(ways, "regex"), str):
-        yield "structured_outputs", LLMatcher.grammar_from_regex(regex)
-    if isinstance(grammar := _get(ways, "grammar"), str):
-        yield "structured_outputs", LLMatcher.grammar_from_lark(grammar)
+    for kind, read in {
+        "regex": LLMatcher.grammar_from_regex,
+        "grammar": LLMatcher.grammar_from_lark,
+    }.items():
+        if isinstance(text := _get(ways, kind), str):
+            if len(text) > LONGEST_TEXT:
+                raise RequestError(
+                    f"structured_outputs.{kind} has {len(text)} characters; the most is "
+                    f"{LONGEST_TEXT}",
+                    "structured_outputs",
+                )
+            yield "structured_outputs", read(text)
 
 
 def _of_schema(field: str, schema: Any) -> Iterator[tuple[str, str]]:

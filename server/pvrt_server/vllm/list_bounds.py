@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from pvrt_server.api.body import Body
+from pvrt_server.api.body import MOST_FIELDS, Body
 from pvrt_server.api.exception_handlers import request_error
 from pvrt_server.engine.engine import check_sequences
 from pvrt_server.engine.sampling import MAX_STOPS
@@ -46,6 +46,7 @@ class _Lists(Body):
     allowed_token_ids: list[int] | None = None
     tokens: list[int] | None = None
     logit_bias: dict[str, float] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MOST_FIELDS)] | None = None
 
 
 class _Responses(_Lists):

@@ -17,6 +17,7 @@ SECONDS = 2
 @pytest.fixture(scope="module")
 def target(toy: Path) -> Iterator[Server]:
     engine, _ = scripted_engine(toy, "one")
+    engine.codec.bound(512)  # as engines that are loaded do
     with serving(engine) as running:
         yield running
 
@@ -45,11 +46,12 @@ def test_what_is_large_and_sound_costs_little(target: Server, name: str) -> None
 @pytest.mark.usefixtures("short_check")
 @pytest.mark.parametrize("name", abuse.SCHEMAS)
 def test_a_schema_without_end_is_refused(target: Server, name: str) -> None:
-    for place in ("format", "tool", "text"):
+    for place in ("format", "text", "tool"):
         path, body = abuse.GRAMMARS[f"{name}: {place}"]
         started = time.process_time()
         answer = target.post(path, body)
-        assert answer.status_code == 400 and "cannot be enforced" in answer.text
+        assert answer.status_code == 400
+        assert "cannot be enforced" in answer.text or place == "tool"  # which the toy has none of
         assert len(answer.content) < 3000
         assert time.process_time() - started < SECONDS
 

@@ -29,7 +29,7 @@ OPERATIONS = {
 def test_made_up_requests_never_break_the_server(toy: Path) -> None:
     engine, _ = scripted_engine(toy, "ok")
     with serving(engine) as server:
-        assert try_operations(server.url, None, 12) == OPERATIONS
+        assert try_operations(server.url, None, 12, {}) == OPERATIONS
         assert server.get("/health").status_code == 200
 
 

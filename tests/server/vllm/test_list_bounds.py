@@ -66,6 +66,23 @@ def test_many_schemas_have_one_budget(client: TestClient) -> None:
     assert client.post(abuse.CHAT, json=one).json() == one
 
 
+LONG = [*[f"a long enum: {place}" for place in ("format", "tool", "text")], "a long grammar"]
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_takes_xgrammar_minutes_is_refused_by_its_length(
+    client: TestClient, name: str
+) -> None:
+    path, body = abuse.GRAMMARS[name]
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400 and "the most is" in answer.text
+    if "tools" in body:  # which nothing is compiled for unless they must be called
+        free = {**body, "tool_choice": "auto"}
+        assert client.post(path, json=free).status_code == 200
+        tools = [{**each, "strict": True} for each in body["tools"]]
+        assert client.post(path, json={**free, "tools": tools}).status_code == 400
+
+
 SOUND: list[tuple[str, dict[str, Any]]] = [
     (abuse.COMPLETIONS, {"prompt": "a"}),
     (abuse.COMPLETIONS, {"prompt": [1, 2]}),
