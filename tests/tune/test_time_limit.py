@@ -12,7 +12,7 @@ from pvrt_tune.data.sampled import from_model
 from pvrt_tune.data.text import Windows
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import TrainSettings, TuneJob
-from pvrt_tune.time_limit import TimeLimit
+from pvrt_tune.time_limit import Cuts, TimeLimit, part
 from tests.fixtures.toy import toy_model
 from tests.tune.test_pipeline import QUICK, dense_folder
 
@@ -26,10 +26,12 @@ def test_a_limit_counts_from_its_start() -> None:
     assert none.until() is None and not none.over(0.0)
 
 
-def test_things_are_left_out_in_proportion() -> None:
-    limit = TimeLimit(10.0, share=0.25)
-    assert [limit.of(count, 2) for count in (100, 9, 4, 1)] == [25, 3, 2, 1]
-    assert TimeLimit().of(7, 2) == 7
+def test_cuts_are_what_there_is_time_for() -> None:
+    assert Cuts.of(100.0, work=60.0, text=20.0) == Cuts()
+    assert Cuts.of(100.0, work=240.0, text=20.0) == Cuts(work=0.25)
+    assert Cuts.of(100.0, work=240.0, text=80.0) == Cuts(work=0.25, text=0.25)
+    assert Cuts.of(100.0, work=0.0, text=0.0) == Cuts()
+    assert [part(count, 0.25, 2) for count in (100, 9, 4, 1)] == [25, 3, 2, 1]
 
 
 def test_text_is_written_in_parts_until_there_is_enough() -> None:
@@ -65,7 +67,7 @@ def test_no_time_at_all_still_gives_a_checkpoint(tmp_path: Path) -> None:
     tune(TuneJob(str(tmp_path / "dense"), out, LONG, seconds=1e-3), lines.append)
     said = "\n".join(lines)
     assert "have time for 0% of their work" in said
-    assert "12 of 68 windows of text have to do" in said  # held-out ones, and 8 more
+    assert "12 of 68 windows have to do" in said  # held-out ones, and 8 more
     assert "the time is over" in said
     assert torch.isfinite(pvrt.load(out)(torch.tensor([[1, 2, 3]])).logits).all()
 

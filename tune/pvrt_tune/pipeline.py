@@ -33,7 +33,7 @@ from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store, unseen
-from pvrt_tune.time_limit import CALIBRATED, SAMPLED, TimeLimit
+from pvrt_tune.time_limit import CALIBRATED, SAMPLED, Cuts, TimeLimit, part
 from pvrt_tune.write_checkpoint import note_greedy, write
 
 #: Windows that calibrate at least, however short the time is.
@@ -78,7 +78,7 @@ def _silent(line: str) -> None:
 def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
     """The run, up to a checkpoint that can be served."""
     check_output(job.out, resume=job.resume)
-    job, limit = _planned(job, report, limit)
+    job, cuts = _planned(job, report)
     source = load_source(job.model)
     for note in source.notes:
         report(note)
@@ -87,20 +87,21 @@ def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
     versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
     start = None if job.start is None else open_checkpoint(job.start)
     store = open_store(job, _fingerprint(job, source, text, start), versions, report)
+    run = Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
     if store.finished:
-        return Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
+        return run
     store.put("config.yaml", as_yaml(job.recipe).encode())
-    data = text or _sampled(job, source, store, report, limit)
+    if text is None:
+        run = replace(run, data=_sampled(run, limit, cuts.text))
     release_memory()  # of reading the model and its text
-    run = Run(job, source, blocks, data, store, report)
     if start is not None:
         run = replace(run, schemes=schemes_of(start, source, blocks))
         adopt(run, start)
     else:
         if job.recipe.bits is not None:
-            run = replace(run, schemes=allocate(_measured_in_time(run, limit)))
+            run = replace(run, schemes=allocate(_measured_in_time(run, cuts)))
             release_memory()
-        calibrate(run, limit.until(CALIBRATED), brief=limit.share < 1)
+        calibrate(run, limit.until(CALIBRATED), brief=cuts.work < 1)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = store.calibrated and (job.out / CONFIG_FILE).exists()
     if job.recipe.training is not None and not served:
@@ -175,14 +176,14 @@ def _windows(recipe: Recipe) -> Windows:
     return Windows(recipe.windows, recipe.length, recipe.seed)
 
 
-def _measured_in_time(run: Run, limit: TimeLimit) -> Run:
+def _measured_in_time(run: Run, cuts: Cuts) -> Run:
     """The run with as many windows to measure bits on as there is time for."""
     job, settings = run.settings, run.recipe.allocation
-    fewer = replace(settings, windows=limit.of(settings.windows, 1))
+    fewer = replace(settings, windows=part(settings.windows, cuts.work, 1))
     return replace(run, settings=replace(job, recipe=replace(job.recipe, allocation=fewer)))
 
 
-def _planned(job: TuneJob, report: Report, limit: TimeLimit) -> tuple[TuneJob, TimeLimit]:
+def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Cuts]:
     """Say what the run will need, before any weight is read, and settle what is left open.
 
     Raises RunError when it does not fit here.
@@ -192,46 +193,47 @@ def _planned(job: TuneJob, report: Report, limit: TimeLimit) -> tuple[TuneJob, T
     report(summary(plan))
     if plan.chosen is not None:
         report(plan.chosen)
-    if plan.share < 1:
-        report(f"stages before PV-Tuning have time for {plan.share:.0%} of their work: they cut it")
+    if plan.cuts.work < 1:
+        work = f"{plan.cuts.work:.0%}"
+        report(f"stages before PV-Tuning have time for {work} of their work: they cut it")
     problems = misfits(plan, machine)
     if problems and not job.force:
         raise RunError("\n".join((*problems, "--force tries nevertheless")))
     recipe = job.recipe.with_choices(plan.request.recipe.choices)
     job = replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream)
-    return job, replace(limit, share=plan.share)
+    return job, plan.cuts
 
 
-def _sampled(
-    job: TuneJob, source: Source, store: Store, report: Report, limit: TimeLimit
-) -> CalibrationData:
-    """The model's own text, kept with the run: resuming must not depend on repeating it. Where time
-    is short there are fewer windows, but some for every stage.
+def _sampled(run: Run, limit: TimeLimit, share: float) -> CalibrationData:
+    """The model's own text, kept with the run: resuming must not depend on repeating it.
+
+    share: of the recipe's windows that there is time for; some there are for every stage.
     """
-    saved = store.load("calibration")
+    saved = run.store.load("calibration")
     if saved is not None:
         return CalibrationData(saved.tensors["tokens"], saved.report["origin"])
-    recipe = job.recipe
+    recipe, source = run.recipe, run.source
     clock, least = Clock(recipe.length), recipe.calibration.start + _LEAST
-    wanted = replace(_windows(recipe), count=limit.of(recipe.windows, least))
+    wanted = replace(_windows(recipe), count=part(recipe.windows, share, least))
 
     def progress(done: int, total: int) -> None:
         clock.done, clock.total = done, total
         if done == total or clock.due():
-            report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
+            run.report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
     def enough(done: int) -> bool:
         return done >= least and limit.over(SAMPLED)
 
-    report(f"no --data given: sampling {wanted.count} x {recipe.length} tokens from the model")
-    dtype = host_dtype(source.model.dtype.itemsize) if job.device == "cpu" else None
-    model = original(source, dtype, job)
+    windows = f"{wanted.count} x {recipe.length} tokens"
+    run.report(f"no --data given: sampling {windows} from the model")
+    dtype = host_dtype(source.model.dtype.itemsize) if run.device == "cpu" else None
+    model = original(source, dtype, run.settings)
     data = sampled.from_model(model, wanted, progress, enough if limit.seconds else None)
     if len(data) < recipe.windows:
-        report(f"the time is short: {len(data)} of {recipe.windows} windows of text have to do")
+        run.report(f"the time is short: {len(data)} of {recipe.windows} windows have to do")
     del model
     release_memory()
-    store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
+    run.store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
     return data
 
 
