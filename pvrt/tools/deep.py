@@ -20,6 +20,7 @@ from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.memory import free_host_bytes
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt.modules.whole_model import pack_model
+from pvrt.tools.held_out import longest_context
 from pvrt_kernels import reference
 
 #: The key of pvrt.json, what the tokens answer, and how many there are.
@@ -71,12 +72,14 @@ def greedy(model: Any, tokenizer: Any, progress: Progress) -> dict[str, list[int
 
     No cache is used, and nothing that a generation_config says.
     """
-    known = range(_vocabulary(model))
+    known, room = range(_vocabulary(model)), _room(model)
     prompt = [int(token) for token in tokenizer(PROMPT).input_ids if token in known] or [0]
+    prompt = prompt[: max(1, room - TOKENS)]
     tokens: list[int] = []
-    for done in range(TOKENS):
+    count = min(TOKENS, room - len(prompt))
+    for done in range(count):
         tokens.append(int(_logits(model, prompt + tokens)[-1].argmax()))
-        progress(done + 1, TOKENS)
+        progress(done + 1, count)
     return {"prompt": prompt, "tokens": tokens}
 
 
@@ -88,7 +91,7 @@ def check_deep(stored: StoredModel) -> dict[str, Any]:
     model gives again; None where it holds none. Raises CheckpointError where they differ.
     """
     model = load_for_check(stored)
-    noted = _noted(stored, _vocabulary(model))
+    noted = _noted(stored, model)
     return {
         "layers": [_check_layer(stored, *each) for each in _chosen(stored, model)],
         "greedy_tokens": None if noted is None else _check_greedy(stored, model, *noted),
@@ -159,20 +162,22 @@ def _columns(groups: Tensor, scheme: GridScheme) -> Tensor:
     return groups.repeat_interleave(scheme.group_size, 1)
 
 
-def _noted(stored: StoredModel, vocabulary: int) -> tuple[list[int], list[int]] | None:
+def _noted(stored: StoredModel, model: Any) -> tuple[list[int], list[int]] | None:
     """Prompt and tokens of pvrt.json, which may hold anything; None where it has none."""
     file = stored.path / MANIFEST_FILE
     noted = read_json_object(file).get(GREEDY) if file.exists() else None
     if noted is None:
         return None
+    room, vocabulary = _room(model), _vocabulary(model)
     lists = [noted.get(key) if isinstance(noted, dict) else None for key in ("prompt", "tokens")]
     prompt, tokens = (
-        each if isinstance(each, list) and len(each) <= _MOST and _known(each, vocabulary) else []
+        each if isinstance(each, list) and len(each) < room and _known(each, vocabulary) else []
         for each in lists
     )
-    if not prompt or not tokens:
+    if not prompt or not tokens or len(prompt) + len(tokens) > room:
         raise CheckpointError(
-            f"{file}: {GREEDY} must hold prompt and tokens, each 1 to {_MOST} tokens of the model"
+            f"{file}: {GREEDY} must hold prompt and tokens, of the model's vocabulary and at least "
+            f"one of each, {room} in all at most"
         )
     return prompt, tokens
 
@@ -193,6 +198,11 @@ def _check_greedy(stored: StoredModel, model: Any, prompt: list[int], tokens: li
             f"has {tokens[at]}; run pvrt doctor, or copy or download the folder again"
         )
     return len(tokens)
+
+
+def _room(model: Any) -> int:
+    """Tokens that fit the model's context, and that a manifest may ask for."""
+    return min(longest_context(model.config) or _MOST, _MOST)
 
 
 def _vocabulary(model: Any) -> int:

@@ -14,6 +14,7 @@ from pvrt.format.config_block import quantization_config
 from pvrt.format.grid import GridLayer, grid_config, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.format.write import WriteOptions, add_to_manifest, write_checkpoint
+from pvrt.hf.declared import reason
 from pvrt.tools import deep
 from pvrt_tune.machine import release_memory
 from pvrt_tune.progress import Clock
@@ -96,8 +97,9 @@ def note_greedy(run: Run) -> None:
     try:
         model = deep.load_for_check(open_checkpoint(run.settings.out))
         found = deep.greedy(model, run.source.tokenizer, progress)
-    except (PvrtError, MemoryError) as error:
-        run.report(f"pvrt.json goes without greedy tokens: {error}")
+    except Exception as error:  # nothing here may cost a run its end
+        said = str(error) if isinstance(error, PvrtError) else reason(error)
+        run.report(f"pvrt.json goes without greedy tokens: {said}")
         return
     del model
     release_memory()

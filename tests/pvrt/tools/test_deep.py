@@ -58,6 +58,21 @@ def test_a_sound_folder_computes_what_it_was_written_with(tmp_path: Path, name: 
     open_checkpoint(tmp_path).verify()
 
 
+@pytest.mark.parametrize(("context", "lengths"), [(20, (4, 16)), (8, (1, 7)), (512, (16, 16))])
+def test_prompt_and_tokens_fit_the_context(
+    tmp_path: Path, context: int, lengths: tuple[int, int]
+) -> None:
+    write_toy(tmp_path)
+    file = tmp_path / "config.json"
+    config = {**json.loads(file.read_text()), "max_position_embeddings": context}
+    file.write_text(json.dumps(config))
+    stored = open_checkpoint(tmp_path)
+    found = deep.greedy(deep.load_for_check(stored), toy_tokenizer(), lambda at, of: None)
+    assert (len(found["prompt"]), len(found["tokens"])) == lengths
+    add_to_manifest(tmp_path, greedy=found)
+    assert deep.check_deep(stored)["greedy_tokens"] == lengths[1]
+
+
 def test_tokens_that_the_model_would_not_give_are_refused(tmp_path: Path) -> None:
     write_toy(tmp_path)
     found = note(tmp_path)
@@ -97,6 +112,7 @@ def test_a_kernel_that_computes_something_else_is_found(
         {"prompt": [384], "tokens": [1]},
         {"prompt": ["a"], "tokens": [1]},
         {"prompt": [1], "tokens": [1] * 1001},
+        {"prompt": [1] * 300, "tokens": [1] * 300},
     ],
 )
 def test_a_manifest_that_holds_no_tokens_there_is_refused(tmp_path: Path, noted: Any) -> None:
