@@ -7,6 +7,7 @@
 # make crash         50 kills of runs and 200 full disks, bytes compared
 # make sanitize      the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer
 # make soak          the embedded engine under 64 streams for half an hour
+# make docs          the documentation as a site, in site/
 # make doctor        what is missing or mismatched on this machine
 # make machines      run quickstart and tests, and record them as this machine's row
 # make lock          renew constraints.txt: the newest versions that fit together
@@ -24,7 +25,7 @@ PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-re
 BITS    ?= 3
 MUTANTS ?= 10000
 
-.PHONY: quickstart test test-fast fuzz crash sanitize soak check doctor machines lock test-newest clean
+.PHONY: quickstart test test-fast fuzz crash sanitize soak check docs doctor machines lock test-newest clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py --bits $(BITS)
@@ -55,6 +56,10 @@ check: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/structure.py --check
 	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/python benchmarks/cli_reference.py --check
+
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
 
 doctor: $(VENV)/base.stamp
 	$(BIN)/pvrt doctor
