@@ -59,7 +59,7 @@ check: $(VENV)/dev.stamp
 
 docs: $(VENV)/dev.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo "open site/index.html"
+	@echo "open site/index.html, or with its search: python3 -m http.server --directory site"
 
 doctor: $(VENV)/base.stamp
 	$(BIN)/pvrt doctor

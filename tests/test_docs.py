@@ -24,8 +24,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 @pages
 def test_every_command_that_a_page_shows_is_one(page: Path) -> None:
     for words in shown(page.read_text(encoding="utf-8")):
-        if not words[0].startswith("["):  # the usage lines of the command line's own page
-            check_command(words)
+        check_command(words)
 
 
 def test_a_command_that_is_none_is_found() -> None:
