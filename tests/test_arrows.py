@@ -35,6 +35,7 @@ ARROWS = {
         run, fit, pv <- calibrate
         run, side_files <- write_checkpoint
         data <- model_card <- pipeline
+        time_limit <- plan
         store, parallel <- shards <- distil
         calibrate, write_checkpoint <- distil, allocate <- plan <- pipeline <- __init__
     """,
