@@ -314,6 +314,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "vllm_bench": vllm_tables.bench,
     "vllm_experts": vllm_tables.experts,
     "reliability:mutants": reliability_tables.mutants,
+    "reliability:abuse": reliability_tables.abuse,
     "reliability:rest": reliability_tables.rest,
 }
 
