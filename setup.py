@@ -16,10 +16,10 @@ except ImportError:  # setuptools before 70.1
     from wheel.bdist_wheel import bdist_wheel
 
 SOURCES = (
-    *("products.c", "rows.c", "decoder_program.c", "pv_step.c"),
+    *("products.c", "rows.c", "decoder_program.c", "nearest.c", "pv_step.c"),
     *("portable.c", "avx2.c", "avx512.c"),
 )
-HEADERS = ("cpu.h", "attention.h", "tiles.h", "pv_step.h")
+HEADERS = ("cpu.h", "attention.h", "tiles.h", "nearest.h", "pv_step.h")
 FLAGS = "-std=c11 -O3 -fno-math-errno -fvisibility=hidden -Wall -Wextra -Wno-psabi"
 
 

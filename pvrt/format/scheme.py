@@ -54,6 +54,12 @@ class Scheme:
         return 1 << self.nbits_per_codebook
 
     @property
+    def code_bits(self) -> float:
+        """Bits of the codes of a weight, without codebooks and scales."""
+        weights = self.in_group_size * self.out_group_size
+        return self.num_codebooks * self.nbits_per_codebook / weights
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """Type of codes on disk: two's-complement wrap of an unsigned index."""
         return torch.int8 if self.nbits_per_codebook <= 8 else torch.int16

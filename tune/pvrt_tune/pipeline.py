@@ -1,6 +1,5 @@
 """The order of stages: open the model, calibrate block by block, PV-tune, write checkpoints."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -34,7 +33,11 @@ from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store, unseen
+from pvrt_tune.time_limit import CALIBRATED, SAMPLED, Cuts, TimeLimit, part
 from pvrt_tune.write_checkpoint import write
+
+#: Windows that calibrate at least, however short the time is.
+_LEAST = 8
 
 #: What the first process tells the others: text, job, and schemes of layers (see `Run`).
 Known = tuple[CalibrationData, TuneJob, Mapping[str, Scheme | GridScheme]]
@@ -49,12 +52,12 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
     calibrates while the others wait; then all tune together.
     """
     map_large_tensors()
-    deadline = None if job.seconds is None else time.monotonic() + job.seconds
+    limit = TimeLimit(job.seconds)
     if not parallel.speaks():
         report = _silent
     with parallel.joined(job.device, report) as group:
         job = replace(job, device=group.device)
-        run = group.first(lambda: _calibrated(job, report))
+        run = group.first(lambda: _calibrated(job, report, limit))
         # Read and chosen once: what another rank reads at the same name may be another text.
         mine = None if run is None else (run.data, run.settings, run.schemes)
         known: Known | None = parallel.agreed(mine)
@@ -64,7 +67,7 @@ def tune(job: TuneJob, report: Report = print) -> Checkpoint | GridCheckpoint:
             report(f"{job.out} is already complete; --restart tunes it again")
         else:
             with parallel.held_signals():
-                _finish(run, group, deadline)
+                _finish(run, group, limit.until())
     return open_checkpoint(job.out)
 
 
@@ -72,10 +75,10 @@ def _silent(line: str) -> None:
     """Progress of all ranks but the first."""
 
 
-def _calibrated(job: TuneJob, report: Report) -> Run:
+def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
     """The run, up to a checkpoint that can be served."""
     check_output(job.out, resume=job.resume)
-    job = _planned(job, report)
+    job, cuts = _planned(job, report)
     source = load_source(job.model)
     for note in source.notes:
         report(note)
@@ -84,20 +87,21 @@ def _calibrated(job: TuneJob, report: Report) -> Run:
     versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
     start = None if job.start is None else open_checkpoint(job.start)
     store = open_store(job, _fingerprint(job, source, text, start), versions, report)
+    run = Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
     if store.finished:
-        return Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
+        return run
     store.put("config.yaml", as_yaml(job.recipe).encode())
-    data = text or _sampled(job, source, store, report)
+    if text is None:
+        run = replace(run, data=_sampled(run, limit, cuts.text))
     release_memory()  # of reading the model and its text
-    run = Run(job, source, blocks, data, store, report)
     if start is not None:
         run = replace(run, schemes=schemes_of(start, source, blocks))
         adopt(run, start)
     else:
         if job.recipe.bits is not None:
-            run = replace(run, schemes=allocate(run))
+            run = replace(run, schemes=allocate(_measured_in_time(run, cuts)))
             release_memory()
-        calibrate(run)
+        calibrate(run, limit.until(CALIBRATED), brief=cuts.work < 1)
     # A checkpoint in OUT may be another run's, or its writing may have been cut short.
     served = store.calibrated and (job.out / CONFIG_FILE).exists()
     if job.recipe.training is not None and not served:
@@ -171,7 +175,14 @@ def _windows(recipe: Recipe) -> Windows:
     return Windows(recipe.windows, recipe.length, recipe.seed)
 
 
-def _planned(job: TuneJob, report: Report) -> TuneJob:
+def _measured_in_time(run: Run, cuts: Cuts) -> Run:
+    """The run with as many windows to measure bits on as there is time for."""
+    job, settings = run.settings, run.recipe.allocation
+    fewer = replace(settings, windows=part(settings.windows, cuts.work, 1))
+    return replace(run, settings=replace(job, recipe=replace(job.recipe, allocation=fewer)))
+
+
+def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Cuts]:
     """Say what the run will need, before any weight is read, and settle what is left open.
 
     Raises RunError when it does not fit here.
@@ -181,33 +192,47 @@ def _planned(job: TuneJob, report: Report) -> TuneJob:
     report(summary(plan))
     if plan.chosen is not None:
         report(plan.chosen)
+    if plan.cuts.work < 1:
+        work = f"{plan.cuts.work:.0%}"
+        report(f"stages before PV-Tuning have time for {work} of their work: they cut it")
     problems = misfits(plan, machine)
     if problems and not job.force:
         raise RunError("\n".join((*problems, "--force tries nevertheless")))
     recipe = job.recipe.with_choices(plan.request.recipe.choices)
-    return replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream)
+    job = replace(job, recipe=recipe, activations=plan.activations, stream=plan.stream)
+    return job, plan.cuts
 
 
-def _sampled(job: TuneJob, source: Source, store: Store, report: Report) -> CalibrationData:
-    """The model's own text, kept with the run: resuming must not depend on repeating it."""
-    saved = store.load("calibration")
+def _sampled(run: Run, limit: TimeLimit, share: float) -> CalibrationData:
+    """The model's own text, kept with the run: resuming must not depend on repeating it.
+
+    share: of the recipe's windows that there is time for; some there are for every stage.
+    """
+    saved = run.store.load("calibration")
     if saved is not None:
         return CalibrationData(saved.tensors["tokens"], saved.report["origin"])
-    recipe = job.recipe
-    clock = Clock(recipe.length)
+    recipe, source = run.recipe, run.source
+    clock, least = Clock(recipe.length), recipe.calibration.start + _LEAST
+    wanted = replace(_windows(recipe), count=part(recipe.windows, share, least))
 
     def progress(done: int, total: int) -> None:
         clock.done, clock.total = done, total
         if done == total or clock.due():
-            report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
+            run.report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
 
-    report(f"no --data given: sampling {recipe.windows} x {recipe.length} tokens from the model")
-    dtype = host_dtype(source.model.dtype.itemsize) if job.device == "cpu" else None
-    model = original(source, dtype, job)
-    data = sampled.from_model(model, _windows(recipe), progress)
+    def enough(done: int) -> bool:
+        return done >= least and limit.over(SAMPLED)
+
+    windows = f"{wanted.count} x {recipe.length} tokens"
+    run.report(f"no --data given: sampling {windows} from the model")
+    dtype = host_dtype(source.model.dtype.itemsize) if run.device == "cpu" else None
+    model = original(source, dtype, run.settings)
+    data = sampled.from_model(model, wanted, progress, enough if limit.seconds else None)
+    if len(data) < recipe.windows:
+        run.report(f"the time is short: {len(data)} of {recipe.windows} windows have to do")
     del model
     release_memory()
-    store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
+    run.store.save("calibration", {"tokens": data.tokens}, {"origin": data.origin})
     return data
 
 

@@ -84,6 +84,7 @@ def library() -> Any:
     lib.pvrt_read_memory.argtypes = [_VOID, _LONG, _VOID, _LONG]
     lib.pvrt_huge_pages.argtypes = [_VOID, _LONG]
     lib.pvrt_nearest_sums.argtypes = [_VOID, _VOID, _LONG, _LONG, _LONG, _VOID, _LONG]
+    lib.pvrt_lowest_scores.argtypes = [_VOID, _VOID, _LONG, _VOID, _LONG]
     lib.pvrt_parameter_gradients.argtypes = [_VOID, _VOID, _VOID, _VOID, _LONG]
     lib.pvrt_choose_codes.argtypes = [_VOID, _LONG, _LONG]
     lib.pvrt_latent_moment.argtypes = lib.pvrt_latent_step.argtypes = [_VOID, _LONG]
@@ -97,6 +98,7 @@ def library() -> Any:
         "run_program",
         "read_memory",
         "nearest_sums",
+        "lowest_scores",
         "choose_codes",
         "parameter_gradients",
         "latent_moment",

@@ -1,5 +1,5 @@
-"""What PV-Tuning asks of a CPU besides products: searches for sums of entries, gradients of
-codebooks and scales, and the step of a latent weight, in C.
+"""What PV-Tuning asks of a CPU besides products and searches (nearest.py): choice among codes,
+gradients of codebooks and scales, and the step of a latent weight, in C.
 
 They are small beside a step of training when they are compiled, and a third of it when they are
 not: see pv_step.c. Callers ask `can_...` first and do it in torch elsewhere.
@@ -15,19 +15,8 @@ from pvrt_kernels.cpu import layouts, library, products
 
 _VOID = ctypes.c_void_p
 _LONG = ctypes.c_int64
-# Bounds of pv_step.c.
-_MOST_BOOKS, _MOST_ENTRIES, _MOST_GROUP, _MOST_KEPT = 8, 256, 64, 8
 # Groups of one part of a latent's step: what it reads stays in a core's own cache.
 _PART = 512
-
-
-class _Sums(ctypes.Structure):
-    """`sums` of cpu.h."""
-
-    _fields_ = [
-        *((name, _VOID) for name in ("tables", "norms", "products", "later", "pull")),
-        *((name, _LONG) for name in ("books", "size", "group")),
-    ]
 
 
 class _Choice(ctypes.Structure):
@@ -48,44 +37,6 @@ class _LatentStep(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("beta", "rate")),
         *((name, _LONG) for name in ("group", "groups", "part_groups")),
     ]
-
-
-def can_search(books: Tensor, kept: int) -> bool:
-    """Whether `nearest_sums` takes books [M, K, g] and keeps so many sums; `choose` takes them if
-    it may keep two.
-    """
-    number, size, group = books.shape
-    return (
-        books.device.type == "cpu"
-        and number <= _MOST_BOOKS
-        and group <= _MOST_GROUP
-        and size <= _MOST_ENTRIES
-        and size % 8 == 0
-        and kept <= _MOST_KEPT
-        and library.library() is not None
-    )
-
-
-def nearest_sums(wanted: Tensor, books: Tensor, beam: int, count: int) -> Tensor:
-    """Codes [n, count, M] int64 of sums of entries near to the values wanted, nearest first.
-
-    wanted [n, g], books [M, K, g], both fp32. A beam search over the books in order: the `beam`
-    partial sums are kept that come nearest together with the means of the books to come. Distances
-    closer than 2^-15 of their squares count as equal.
-    """
-    sums, _kept = _searchable(books)
-    wanted = wanted.contiguous()
-    codes = torch.empty(len(wanted), count, len(books), dtype=torch.uint8)
-    library.library().pvrt_nearest_sums(
-        ctypes.byref(sums),
-        wanted.data_ptr(),
-        len(wanted),
-        beam,
-        count,
-        codes.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return codes.long()
 
 
 def choose(
@@ -118,25 +69,6 @@ def choose(
     choice = _Choice(**pointers, books=number, size=size, group=group)
     library.library().pvrt_choose_codes(ctypes.byref(choice), count, torch.get_num_threads())
     return named["codes"].long(), named["sums"], named["moves"], named["margins"]
-
-
-def _searchable(books: Tensor) -> tuple[_Sums, list[Tensor]]:
-    """Books [M, K, g] as the search reads them, and the tensors that must outlive it."""
-    number, size, group = books.shape
-    books = books.contiguous()
-    after = torch.stack([books[m + 1 :].mean(1).sum(0) for m in range(number)])
-    products = torch.empty(number, number, size, size)
-    for m in range(1, number):
-        products[:m, m] = 2 * books[:m] @ books[m].T
-    parts = {
-        "tables": books.mT.contiguous(),
-        "norms": books.square().sum(2),
-        "products": products,
-        "later": after,
-        "pull": torch.einsum("mg,ikg->mik", 2 * after, books).contiguous(),
-    }
-    pointers = {name: part.data_ptr() for name, part in parts.items()}
-    return _Sums(**pointers, books=number, size=size, group=group), list(parts.values())
 
 
 def can_gather(grad: Tensor, codes: Tensor, codebooks: Tensor) -> bool:

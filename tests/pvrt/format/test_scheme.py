@@ -21,6 +21,13 @@ def test_codes_of_more_than_eight_bits_take_two_bytes() -> None:
 
 
 @pytest.mark.parametrize(
+    ("scheme", "bits"), [("2x8g8", 2), ("1x16g16", 1), ("3x8g8", 3), ("1x4g8", 0.5), ("2x8g8o2", 1)]
+)
+def test_codes_alone_have_whole_bits(scheme: str, bits: float) -> None:
+    assert Scheme.parse(scheme).code_bits == bits
+
+
+@pytest.mark.parametrize(
     ("scheme", "bits"),
     # Averages over all linears of Llama-2-7B, as the papers quote them (AQLM table 1, PV table 2).
     [("2x8g8", 2.01), ("1x16g8", 2.29), ("1x15g8", 2.02), ("1x16g16", 1.58), ("2x12g8", 3.04)],

@@ -28,6 +28,7 @@ from pvrt_tune.settings import (
     TrainSettings,
     TuneJob,
 )
+from pvrt_tune.time_limit import CALIBRATED
 from tests.fixtures.shapes import LLAMA_8B, config_only
 from tests.fixtures.toy import toy_model, toy_tokenizer
 
@@ -156,7 +157,7 @@ def test_plan_makes_the_recipe_that_tune_would(tmp_path: Path) -> None:
     assert pv_seconds("--no-pv") is None
     assert pv_seconds("--effort", "quick") is None
     assert (pv_seconds() or 0) > 0
-    assert pv_seconds("--for", "1m") == 0  # calibration takes longer
+    assert pv_seconds("--for", "1m") == pytest.approx(24)  # calibration is cut to the rest
     assert (pv_seconds("--effort", "quick", "--for", "100h") or 0) > 0
 
 
@@ -228,18 +229,22 @@ def test_all_that_does_not_fit_is_named_at_once(tmp_path: Path) -> None:
     assert sum("of disk" in sentence for sentence in found) == 1
 
 
-def test_a_time_limit_shortens_pv_tuning_alone(tmp_path: Path) -> None:
+def test_a_time_limit_shortens_pv_tuning_and_then_what_is_before(tmp_path: Path) -> None:
     plan = plan_of(config_only(tmp_path / "8b", LLAMA_8B), recipe=EFFORTS["best"], device="cuda")
     *before, pv, last = plan.phases
     calibration = sum(phase.seconds for phase in (*before, last))
-    for limit, expected in (
-        (calibration + 60, 60),
-        (calibration / 2, 0),
-        (10 * plan.seconds, pv.seconds),
-    ):
+    enough = calibration / CALIBRATED
+    for limit in (enough, 10 * plan.seconds):
         shorter = plan.within(limit)
-        assert shorter.phases[-2].seconds == pytest.approx(expected)
+        assert shorter.cuts.work == pytest.approx(1)
+        assert shorter.phases[-2].seconds == pytest.approx(min(pv.seconds, limit - calibration))
+        assert shorter.seconds == pytest.approx(min(limit, plan.seconds))
         assert (*shorter.phases[:-2], shorter.phases[-1]) == (*before, last)
+    cut = plan.within(enough / 4)
+    assert cut.cuts.work == pytest.approx(0.25)
+    assert cut.seconds == pytest.approx(enough / 4)
+    assert cut.phases[0].seconds == pytest.approx(before[0].seconds / 4)
+    assert cut.phases[0].host_bytes == before[0].host_bytes
     none = plan_of(tmp_path / "8b", recipe=replace(EFFORTS["best"], training=None), device="cuda")
     assert none.within(1) == none
 

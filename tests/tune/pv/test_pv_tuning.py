@@ -17,7 +17,7 @@ from pvrt.errors import RunError
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.modules.aqlm_linear import AQLMLinear
 from pvrt_kernels import aqlm_dequantize
-from pvrt_kernels.cpu import pv_step
+from pvrt_kernels.cpu import nearest
 from pvrt_tune import parallel
 from pvrt_tune.data.sampled import from_model
 from pvrt_tune.data.text import CalibrationData, Windows
@@ -456,7 +456,7 @@ def test_proposals_in_c_and_in_torch_are_the_same(
     target[:20] = values[groups[:20]]
     draws = torch.rand(len(groups), generator=generator) if stochastic else None
     in_c = representation.nearest(target, groups, draws)
-    monkeypatch.setattr(pv_step, "can_search", lambda books, kept: False)
+    monkeypatch.setattr(nearest, "can_search", lambda books, kept: False)
     in_torch = representation.nearest(target, groups, draws)
     scaled = representation.scales.reshape(-1)[groups // (64 // representation.group_size)] != 0
     assert 0.1 < float(in_c.moves.float().mean()) < 0.95

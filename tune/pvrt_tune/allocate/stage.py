@@ -68,8 +68,7 @@ def problem(model: Any, blocks: BlockList, recipe: Recipe) -> tuple[list[Unit], 
 
 def _prior(unit: Unit) -> dict[Scheme, float]:
     """A quarter of the error for every bit, on every weight alike."""
-    rates = {s: s.num_codebooks * s.nbits_per_codebook / s.in_group_size for s in unit.schemes}
-    return {scheme: unit.weights * 4.0**-rate for scheme, rate in rates.items()}
+    return {scheme: unit.weights * 4.0**-scheme.code_bits for scheme in unit.schemes}
 
 
 def _costs(units: Sequence[Unit], found: Mapping[str, Measured]) -> list[dict[Scheme, float]]:

@@ -8,7 +8,7 @@ quantised ones go to the run folder, and only hidden states stay.
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from pvrt.errors import RunError
 from pvrt.modules.whole_model import decode_once
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
 from pvrt_tune.calibrate.ends import quantize_ends, schemes_of_ends, without_head
+from pvrt_tune.calibrate.pace import Pace
 from pvrt_tune.data.activations import Activations, in_memory, on_disk
 from pvrt_tune.data.source_model import fill
 from pvrt_tune.fit.layer import empty_like, quantize_linear
@@ -43,9 +44,18 @@ class Stream:
     targets: Activations
     arguments: list[list[dict[str, Any]]]
 
+    def keep(self, count: int) -> None:
+        """Forget all batches but the first ones."""
+        for states in (self.hidden, self.targets):
+            states.keep(count)
 
-def calibrate(run: Run) -> None:
-    """Quantise all blocks in order, then embedding and head: all of them pieces of the store."""
+
+def calibrate(run: Run, until: float | None = None, *, brief: bool = False) -> None:
+    """Quantise all blocks in order, then embedding and head: all of them pieces of the store.
+
+    until: by when blocks should be through (time.monotonic); brief: they are known to need more.
+    See `Pace` for what they leave out.
+    """
     count, store = len(run.blocks.blocks), run.store
     pieces = [block_piece(index) for index in range(count)]
     tables = schemes_of_ends(run.source.model, run.recipe)
@@ -54,8 +64,9 @@ def calibrate(run: Run) -> None:
     _warn_of_few_tokens(run)
     stream = _start(run)
     clock, again = Clock(count), Clock(count)
+    pace = Pace(until, len(stream.hidden), brief)
     for index in range(count):
-        dense = None
+        dense, started = None, time.monotonic()
         if run.recipe.targets == "original":
             dense = _dense(run, index)
             _advance(run, dense, stream.targets, stream.arguments[index])
@@ -67,7 +78,8 @@ def calibrate(run: Run) -> None:
             if again.due():
                 run.report(f"block {index + 1}/{count} is finished: its outputs are computed again")
         else:
-            block, block_report = _quantize_block(run, index, dense or _dense(run, index), stream)
+            now = replace(run, settings=replace(run.settings, recipe=pace.recipe(run.recipe)))
+            block, block_report = _quantize_block(now, index, dense or _dense(run, index), stream)
             store.save(block_piece(index), block.state_dict(), block_report)
             clock.done += 1
             run.report(_block_line(index, count, block_report, clock))
@@ -75,8 +87,12 @@ def calibrate(run: Run) -> None:
         if index + 1 < count or tables:
             decode_once(block.float())
             _advance(run, block, stream.hidden, stream.arguments[index])
+        if saved is None and pace.after(time.monotonic() - started, count - index - 1):
+            stream.keep(pace.batches)
+            run.report(_pace_line(pace, stream))
         del block, dense  # before the next one comes
     if tables and store.report(ENDS) is None:
+        run = replace(run, settings=replace(run.settings, recipe=pace.recipe(run.recipe)))
         quantize_ends(run, tables, stream.hidden)
 
 
@@ -151,6 +167,7 @@ def _quantize_block(
         "errors": errors,
         "output_error": {"before_finetune": tuned.before, "after": tuned.after},
         "moved": tuned.moved,
+        "windows": len(stream.hidden) * len(stream.hidden[0]),
         "seconds": time.monotonic() - started,
     }
     return _rounded(block, dtype), report
@@ -194,10 +211,14 @@ def _compute(run: Run) -> torch.dtype:
     return compute_dtype(run.recipe.finetune.compute, run.device)
 
 
+def _pace_line(pace: Pace, stream: Stream) -> str:
+    windows = pace.batches * len(stream.hidden[0])
+    return f"the time is short: blocks get the fits of effort quick and {windows} windows from here"
+
+
 def _warn_of_few_tokens(run: Run) -> None:
     """Fewer tokens than a layer has inputs leave directions of its weight to chance."""
-    recipe, first = run.recipe, run.blocks.blocks[0]
-    tokens = recipe.samples * recipe.length
+    tokens, first = run.data[run.recipe.calibration].tokens.numel(), run.blocks.blocks[0]
     name, inputs = max(((n, layer.in_features) for n, layer in linears(first)), key=lambda x: x[1])
     if tokens < inputs:
         run.report(

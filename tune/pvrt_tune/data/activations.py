@@ -22,6 +22,10 @@ class Activations:
         self._parts = torch.split(store, batch)
         self._device = device
 
+    def keep(self, count: int) -> None:
+        """Forget all batches but the first ones."""
+        self._parts = self._parts[:count]
+
     def __len__(self) -> int:
         """Number of batches."""
         return len(self._parts)

@@ -14,20 +14,28 @@ from pvrt_tune.data.text import CalibrationData, Windows
 # A chance is a multiple of one part in _CHANCES, a probability of one part in _PARTS.
 _CHANCES = 1 << 48
 _PARTS = 1 << 40
+# Windows that are written together at least: fewer take hardly less time.
+_PART = 16
 
 
 def from_model(
-    model: Any, wanted: Windows, progress: Callable[[int, int], None] | None = None
+    model: Any,
+    wanted: Windows,
+    progress: Callable[[int, int], None] | None = None,
+    enough: Callable[[int], bool] | None = None,
 ) -> CalibrationData:
     """Windows sampled from the model itself, for when no text is at hand.
 
     Each starts at the beginning-of-sequence token (or a random token where there is none) and
     follows the model's own distribution at temperature 1. `progress(done, total)` counts tokens
-    in rows of windows. Deterministic for one seed on one machine.
+    in rows of windows. With `enough` there are parts of an eighth, or of 16 windows, after each
+    of which it is asked whether so many windows are. Deterministic for one seed on one machine.
     """
     samples, length, seed = wanted.count, wanted.length, wanted.seed
     generator = torch.Generator().manual_seed(seed)
     rows = rows_at_once(model.config, samples, length)
+    if enough is not None:
+        rows = min(rows, max(_PART, -(-samples // 8)))
     windows: list[Tensor] = []
     for start in range(0, samples, rows):
         done, total = start // rows * length, -(-samples // rows) * length
@@ -37,6 +45,8 @@ def from_model(
                 progress(done + tokens, total)
 
         windows.append(_sample(model, min(rows, samples - start), length, generator, shown))
+        if enough is not None and enough(start + len(windows[-1])):
+            break
     return CalibrationData(torch.cat(windows), "sampled from the model")
 
 

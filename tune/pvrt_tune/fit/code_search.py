@@ -3,7 +3,7 @@
 The score of a codeword c is linear in a feature vector of the query: <feature, row(c)> + offset(c).
 Both plain distance and k-means with a weight per coordinate have that form, so
 scoring is one product and a minimum over its rows, tile by tile: the [queries, codewords] matrix is
-never held. The code runs on the device of its arguments.
+never held. The code runs on the device of its arguments; CPUs find one codeword among few in C.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from pvrt_kernels.cpu import nearest
 
 #: Rows [..., d] and offsets [...] that score codewords [..., g].
 ScoreRows = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -39,6 +41,8 @@ def lowest(features: Tensor, rows: Tensor, offset: Tensor, count: int = 1) -> Te
 
     features [n, d], rows [K, d], offset [K] -> [n, count] int64.
     """
+    if count == 1 and nearest.can_score(features, rows):
+        return nearest.lowest_scores(features, rows, offset).unsqueeze(1)
     columns = rows.T.contiguous()
     count = min(count, len(rows))
     found = []

@@ -1,6 +1,6 @@
 """The codewords, one of every codebook, whose sum is nearest to a value.
 
-On CPUs in C (pvrt_kernels/cpu/pv_step.py), elsewhere in torch.
+On CPUs in C (pvrt_kernels/cpu/nearest.py), elsewhere in torch.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pvrt.format.scheme import Scheme
-from pvrt_kernels.cpu import pv_step
+from pvrt_kernels.cpu import nearest
 from pvrt_tune.fit.code_search import lowest, search_bytes, squared_distance
 
 #: Partial sums kept from codebook to codebook.
@@ -35,8 +35,8 @@ def search_codes(wanted: Tensor, codebooks: Tensor, count: int = 1) -> Tensor:
     the values; exchanging one code at a time finds one in six of the sums that lie nearer than the
     present one (values a fifth of the root mean square away from it).
     """
-    if pv_step.can_search(codebooks, count):
-        return pv_step.nearest_sums(wanted, codebooks, BEAM, count)
+    if nearest.can_search(codebooks, count):
+        return nearest.nearest_sums(wanted, codebooks, BEAM, count)
     return torch.cat(
         [_beam_search(part, codebooks, count) for part in torch.split(wanted, _AT_ONCE)]
     )

@@ -8,7 +8,7 @@ top where there is room, and go when there is none.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from pvrt_tune.plan.skeleton import Result, model_shape, result_of
 from pvrt_tune.plan.speed import Speed
 from pvrt_tune.pv import optimizer
 from pvrt_tune.settings import Recipe
+from pvrt_tune.time_limit import Cuts
 
 #: Python with torch and transformers; each entry of the tokenizer's vocabulary with its merge; what
 #: reading a GGUF file leaves besides its tensors; on a GPU, CUDA's libraries.
@@ -39,6 +40,9 @@ CUDA_DEVICE_BYTES = 700_000_000
 DISK_SPEED = 3e8
 #: Bytes per second that are read from a disk which is fit for such a model.
 READ_SPEED = 2e9
+
+#: Phases by name that a time limit has its own rules for.
+SAMPLING, PV_TUNING = "sampling", "PV-Tuning"
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Plan:
     """Phases of a run in order, the result, and what serving it takes.
 
     request: with nothing left open. stream: as for `TuneJob`. chosen: a sentence on what was left
-    open, if not all of it is as usual.
+    open, if not all of it is as usual. cuts: what a time limit leaves out.
     """
 
     request: "Request"
@@ -71,6 +75,7 @@ class Plan:
     result: Result
     cache: CacheShape
     basis: str
+    cuts: Cuts = field(default_factory=Cuts)
 
     @property
     def seconds(self) -> float:
@@ -82,13 +87,22 @@ class Plan:
         return max(self.phases, key=lambda phase: int(getattr(phase, what)))
 
     def within(self, seconds: float) -> "Plan":
-        """The plan under a time limit, which shortens PV-Tuning and nothing else."""
-        pv = next((phase for phase in self.phases if phase.name == "PV-Tuning"), None)
-        if pv is None:
+        """The plan under a time limit, for which stages before PV-Tuning leave out what they must,
+        and PV-Tuning has what is left.
+        """
+        times = {phase.name: phase.seconds for phase in self.phases}
+        if PV_TUNING not in times:
             return self
-        left = max(0.0, seconds - (self.seconds - pv.seconds))
-        short = replace(pv, seconds=min(pv.seconds, left))
-        return replace(self, phases=tuple(short if p is pv else p for p in self.phases))
+        before = self.seconds - times[PV_TUNING]
+        cuts = Cuts.of(seconds, before, times.get(SAMPLING, 0.0))
+        left = max(0.0, seconds - cuts.work * before)
+
+        def shorter(phase: Phase) -> Phase:
+            if phase.name == PV_TUNING:
+                return replace(phase, seconds=min(phase.seconds, left))
+            return replace(phase, seconds=cuts.work * phase.seconds)
+
+        return replace(self, phases=tuple(map(shorter, self.phases)), cuts=cuts)
 
 
 @dataclass(frozen=True)
@@ -169,7 +183,7 @@ class Planner:
         seconds = self.speed.sampling_seconds(self.shape, self.recipe, item, rows)
         passes = windows.length * ceil(windows.count / rows)
         seconds += self.streaming_seconds(item, passes) * stream
-        return self.phase("sampling", peak, seconds)
+        return self.phase(SAMPLING, peak, seconds)
 
     def block_phases(self, activations: Literal["memory", "disk"]) -> Iterator[Phase]:
         """One pass over the blocks, as its three parts; each is the peak over all blocks. None
@@ -236,7 +250,7 @@ class Planner:
         if training.states == "host":
             host += optimizer.streamed_bytes(model, recipe.pv, item)
         peak = max(student + waiting, teacher)
-        return self.phase("PV-Tuning", peak, seconds, host=host, disk=disk)
+        return self.phase(PV_TUNING, peak, seconds, host=host, disk=disk)
 
     @property
     def compute_bytes(self) -> int:

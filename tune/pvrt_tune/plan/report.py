@@ -5,7 +5,7 @@ from typing import Any
 
 from pvrt.kv_cache import USABLE
 from pvrt_tune.machine import Machine
-from pvrt_tune.plan.memory_plan import Phase, Plan
+from pvrt_tune.plan.memory_plan import PV_TUNING, SAMPLING, Phase, Plan
 
 
 def misfits(plan: Plan, machine: Machine) -> list[str]:
@@ -32,13 +32,13 @@ def _advice(plan: Plan, phase: Phase, what: str) -> str:
     """What makes a phase need less, or the machine have more."""
     if what == "disk":
         return "free some, or give --out on another disk"
-    if phase.name == "sampling":
+    if phase.name == SAMPLING:
         return "give calibration text with --data, so that the model need not write it"
-    if phase.name == "PV-Tuning" and plan.hindrances:
+    if phase.name == PV_TUNING and plan.hindrances:
         if plan.request.resumed:
             return "this run has begun with other memory; --restart finds what fits"
         return f"leave {', '.join(plan.hindrances)} to the plan, which finds what fits"
-    if phase.name == "PV-Tuning":
+    if phase.name == PV_TUNING:
         return f"leave it out with --no-pv, or use a machine with more {what}"
     if plan.activations == "memory" and what == "host memory" and phase.name != "write":
         return "keep hidden states on disk with --activations disk, or lower --samples"

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pvrt_kernels.cpu import pv_step
+from pvrt_kernels.cpu import nearest, pv_step
 from pvrt_tune.fit.nearest_sums import search_codes, values_of
 
 
@@ -32,7 +32,7 @@ def new_codes(
     unbiased along the line between the two.
     """
     found = search_codes(wanted, codebooks, 2)
-    if pv_step.can_search(codebooks, 2):
+    if nearest.can_search(codebooks, 2):
         return Choice(*pv_step.choose(wanted, present, found, codebooks, draws))
     index = torch.cat([present.unsqueeze(1), found], 1)  # [n, candidates, M]
     sums = values_of(codebooks, index)

@@ -59,6 +59,15 @@ STRATEGIES: dict[StrategyName, Strategy] = {
 }
 
 
+def reach(bits: float) -> float:
+    """How long steps of a weight with codes of so many bits are, as a share of the settings' rates.
+
+    Those are for 2 bits. Every further bit halves the error of rounding, and that is how far a
+    weight has to go. Below 2 bits nothing longer was tried.
+    """
+    return min(1.0, float(2.0 ** (2 - bits)))
+
+
 #: Parts of a layer's optimizer state that every rank has whole; the others have a layer's rows.
 WHOLE_PARTS = {"moment_columns", "searched_books", "books_moved"}
 
@@ -87,7 +96,7 @@ class PVLayer:
     ) -> None:
         self.representation, self.weight, self.settings = representation, weight, settings
         self.strategy = STRATEGIES[settings.strategy]
-        self.groups = representation.groups
+        self.groups, self.reach = representation.groups, reach(representation.bits)
         # Groups of the whole layer that may change in a step.
         everywhere = float(parallel.total(torch.tensor(float(self.groups))))
         self._allowed = math.ceil(settings.fraction * everywhere)
@@ -119,7 +128,7 @@ class PVLayer:
         decoded = self.representation.decode()
         changed = decoded.new_zeros((), dtype=torch.int64)
         if self.latent is not None:
-            rate = self.settings.code_learning_rate * factor
+            rate = self.settings.code_learning_rate * self.reach * factor
             target, distance = self.latent.step(decoded, grad, rate, generator)
             changed = self._move_codes(decoded, target, distance, generator)
         self._renew(decoded)
@@ -202,12 +211,15 @@ class PVOptimizer:
             weight = weights[name]
             here = weight if isinstance(weight, StreamedWeight) else _local(weight)
             self.layers[name] = PVLayer(representation, here, settings)
+        reaches = [layer.reach for layer in self.layers.values()]
         self.continuous: dict[str, Tensor] = dict(dense)
+        shares = dict.fromkeys(dense, sum(reaches) / max(1, len(reaches)))
         # Held whole by every rank: shared codebooks, and what is not decoded.
         self.replicated, self.whole_dense = set(dense), sorted(dense)
         for name, layer in self.layers.items():
             for part, tensor in layer.representation.continuous().items():
                 self.continuous[f"{name}.{part}"] = tensor
+                shares[f"{name}.{part}"] = layer.reach
                 if part in layer.representation.shared():
                     self.replicated.add(f"{name}.{part}")
         squares = self._squares(self.continuous)
@@ -215,8 +227,8 @@ class PVOptimizer:
             {name: torch.tensor(float(t.numel())) for name, t in self.continuous.items()}
         )
         self.rates = {
-            name: settings.learning_rate * math.sqrt(squares[name] / max(counts[name], 1.0))
-            for name in self.continuous
+            name: settings.learning_rate * share * math.sqrt(squares[name] / max(counts[name], 1.0))
+            for name, share in shares.items()
         }
         rates = [self.rates[name] for name in self.continuous]
         self.adam = Adam(list(self.continuous.values()), rates, settings.betas)

@@ -37,10 +37,13 @@ class Proposal:
 
 
 class Representation(ABC):
-    """A quantised weight [rows, in]; groups are runs of `group_size` inputs, row by row."""
+    """A quantised weight [rows, in]; groups are runs of `group_size` inputs, row by row. bits: of
+    the codes of a weight.
+    """
 
     group_size: int
     groups: int
+    bits: float
 
     @abstractmethod
     def continuous(self) -> dict[str, Tensor]:
@@ -99,6 +102,7 @@ class AdditiveRepresentation(Representation):
         if layer.scheme.out_group_size != 1:
             raise ValueError(f"scheme {layer.scheme} spans output rows, which tuning cannot move")
         self.group_size = layer.scheme.in_group_size
+        self.bits = layer.scheme.code_bits
         self.codes = layer.codes.detach()[rows].clone()
         self.codebooks = layer.codebooks.detach().float().clone()
         self.scales = layer.scales.detach()[rows].float().clone()
@@ -165,6 +169,7 @@ class GridRepresentation(Representation):
     group_size = 1
 
     def __init__(self, layer: GridLinear, rows: slice = slice(None)) -> None:
+        self.bits = float(layer.scheme.bits)
         self.codes = layer.codes.detach()[rows].clone()
         self.groups = self.codes.numel()
         self.scales = layer.scales.detach()[rows].float().clone()

@@ -49,7 +49,8 @@ class FitSettings:
 
 @settings
 class FinetuneSettings:
-    """P and V steps on one block, of `STEP_TOKENS` tokens each.
+    """P and V steps on one block, of `STEP_TOKENS` tokens each. Where codes move, learning rates
+    are for 2 bits, as those of `PVSettings`.
 
     learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
     square. move_codes: codes move too, with latent weights that `code_learning_rate` is for (see
@@ -137,7 +138,8 @@ StrategyName = Literal[
 
 @settings
 class PVSettings:
-    """Hyperparameters of a step.
+    """Hyperparameters of a step. Learning rates are for codes of 2 bits; layers of more take
+    smaller steps (`reach` of the optimizer).
 
     learning_rate: relative; a step moves a continuous tensor by about this share of its root mean
     square. code_learning_rate: share of its norm that B moves per step (LAMB); steps that point

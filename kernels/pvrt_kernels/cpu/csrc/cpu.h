@@ -66,6 +66,12 @@ typedef struct {
     int64_t books, size, group;
 } sums;
 
+/* What scores entries: offset + x . column, for `size` entries and x of `length` numbers. */
+typedef struct {
+    const float *columns, *offsets; /* [length][size], [size] */
+    int64_t length, size;
+} scores;
+
 /* Values wanted for groups, the codes that they have, the two nearest sums found, and which of the
  * three they are to get: moves tells whether the codes are new, margins half of how much farther the
  * next sum is. With draws, numbers from [0, 1), the next sum is taken with the chance that makes
@@ -249,6 +255,23 @@ extern const isa isa_avx2, isa_vbmi;
 /* The first of `all` rows in a share of `parts` equal ones. */
 static inline int64_t share(int64_t all, int64_t index, int64_t parts) {
     return all * index / parts;
+}
+
+/* The end of the part of `size` things that begins at index * size, of `all`. */
+static inline int64_t part_end(int64_t index, int64_t size, int64_t all) {
+    return (index + 1) * size < all ? (index + 1) * size : all;
+}
+
+/* How many parts of `size` things, of which the last may be shorter, make `all`. */
+static inline int64_t part_count(int64_t size, int64_t all) { return (all + size - 1) / size; }
+
+/* Every instruction set on x86 but the portable one has AVX2. */
+static inline int has_avx2(void) {
+#ifdef PVRT_X86
+    return kernels != &isa_portable;
+#else
+    return 0;
+#endif
 }
 
 /* The i-th row to read of rows [from, to): from two places in turn, since memory delivers two

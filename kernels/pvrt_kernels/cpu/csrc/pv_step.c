@@ -1,21 +1,11 @@
-/* What PV-Tuning asks of additive codebooks on CPUs: the nearest sums of entries, and the gradients
- * of codebooks and scales. */
+/* What a step of PV-Tuning asks of additive codebooks on CPUs: choice among codes, gradients of
+ * codebooks and scales, and the step of a latent weight. */
 #include "cpu.h"
 
 #include <math.h>
 #include <string.h>
 
-#define MOST_KEPT 8  /* partial sums of a search */
-#define MOST_BOOKS 8
 #define MOST_GROUP 64
-
-/* A sum of entries of the first books: its codes, |x - sum|^2 - |x|^2, and the key by which it is
- * ranked: the bits of its squared distance, whose low 8 are the last code. */
-typedef struct {
-    float sum;
-    int32_t key;
-    uint8_t codes[MOST_BOOKS];
-} partial;
 
 typedef struct {
     const float *weight;
@@ -24,57 +14,27 @@ typedef struct {
 
 #define TINY 1e-12f /* added to the root of the moment */
 
-/* The end of the part of `size` things that begins at index * size, of `all`. */
-static inline int64_t part_end(int64_t index, int64_t size, int64_t all) {
-    return (index + 1) * size < all ? (index + 1) * size : all;
-}
-
-/* How many parts of `size` things, of which the last may be shorter, make `all`. */
-static inline int64_t part_count(int64_t size, int64_t all) { return (all + size - 1) / size; }
-
-/* Twice the products of entry `code` of book i with all entries of book m. */
-static inline const float *products(const sums *s, int64_t i, int64_t m, int64_t code) {
-    return s->products + ((i * s->books + m) * s->size + code) * s->size;
-}
-
 #ifdef PVRT_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #include <immintrin.h>
 #define NAME(f) f##_avx2
-#define LESSER(a, b) (ints8)_mm256_min_epi32((__m256i)(a), (__m256i)(b))
 #define ROOT(a) (floats8)_mm256_sqrt_ps((__m256)(a))
 #include "pv_step.h"
 #undef NAME
-#undef LESSER
 #undef ROOT
 #pragma GCC pop_options
 #endif
 
-static inline ints8 lesser(ints8 a, ints8 b) {
-    const ints8 less = a < b;
-    return (a & less) | (b & ~less);
-}
 static inline floats8 roots(floats8 a) {
     for (int l = 0; l < 8; l++) a[l] = sqrtf(a[l]);
     return a;
 }
 #define NAME(f) f##_portable
-#define LESSER(a, b) lesser(a, b)
 #define ROOT(a) roots(a)
 #include "pv_step.h"
 
-/* Every instruction set on x86 but the portable one has AVX2. */
-static int has_avx2(void) {
-#ifdef PVRT_X86
-    return kernels != &isa_portable;
-#else
-    return 0;
-#endif
-}
-
 #ifndef PVRT_X86
-#define search_avx2 search_portable
 #define choose_avx2 choose_portable
 #define gradient_avx2 gradient_portable
 #define moment_avx2 moment_portable
@@ -82,38 +42,6 @@ static int has_avx2(void) {
 #endif
 
 #define QUERIES 256 /* of one part */
-
-typedef struct {
-    job job;
-    const sums *books;
-    const float *x; /* [n][group] */
-    uint8_t *codes; /* [n][count][books] */
-    int64_t n, beam, count;
-} search_job;
-
-static void search_part(const job *job, int64_t index) {
-    const search_job *work = (const search_job *)job;
-    const sums *books = work->books;
-    const int64_t end = part_end(index, QUERIES, work->n);
-    const int fast = has_avx2();
-    for (int64_t i = index * QUERIES; i < end; i++) {
-        const float *x = work->x + i * books->group;
-        uint8_t *codes = work->codes + i * work->count * books->books;
-        if (fast) search_avx2(books, x, work->beam, work->count, codes);
-        else search_portable(books, x, work->beam, work->count, codes);
-    }
-}
-
-/* Codes [n][count][books] of sums of entries, one of every book, that are near to x [n][group],
- * nearest first. After every book the `beam` partial sums are kept that come nearest together with
- * the means of the later books. size: a multiple of 8, at most 256; beam and count: at most 8, and
- * count no more than there are sums that the last beam reaches. */
-API void pvrt_nearest_sums(const sums *books, const float *x, int64_t n, int64_t beam, int64_t count,
-                           uint8_t *codes, int64_t threads) {
-    search_job work = {.job = {.part = search_part, .parts = part_count(QUERIES, n)},
-                       .books = books, .x = x, .codes = codes, .n = n, .beam = beam, .count = count};
-    run(&work.job, threads);
-}
 
 typedef struct {
     job job;
