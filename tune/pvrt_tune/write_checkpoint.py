@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import pvrt
 from pvrt.format.atomic import as_json
 from pvrt.format.config_block import quantization_config
 from pvrt.format.grid import GridLayer, grid_config
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.format.write import WriteOptions, write_checkpoint
+from pvrt.version import __version__
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
@@ -52,7 +52,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
             {source.published(name): form for name, form in tables.items()},
         )
     manifest = {
-        "pvrt": pvrt.__version__,
+        "pvrt": __version__,
         "torch": torch.__version__,
         "versions": run.store.versions,
         "scheme": run.recipe.asked,
