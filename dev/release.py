@@ -20,10 +20,10 @@ PLATFORM = "manylinux_2_28"
 
 def version() -> str:
     """The version, from the one place where it stands."""
-    text = (ROOT / "pvrt" / "__init__.py").read_text(encoding="utf-8")
+    text = (ROOT / "pvrt" / "version.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     if found is None:
-        sys.exit("pvrt/__init__.py has no line with __version__")
+        sys.exit("pvrt/version.py has no line with __version__")
     return found[1]
 
 
@@ -41,10 +41,10 @@ def check(number: str, tag: str | None) -> None:
             f"like '## {number} - 2026-01-31'"
         )
     if tag not in (None, f"v{number}"):
-        sys.exit(f"the tag is {tag} and pvrt/__init__.py says {number}; change one of them")
+        sys.exit(f"the tag is {tag} and pvrt/version.py says {number}; change one of them")
     tagged = git("tag", "--list", f"v{number}")
     if tagged and git("rev-parse", f"{tagged}^{{commit}}") != git("rev-parse", "HEAD"):
-        sys.exit(f"{tagged} is the tag of another commit; raise the version in pvrt/__init__.py")
+        sys.exit(f"{tagged} is the tag of another commit; raise the version in pvrt/version.py")
 
 
 def git(*arguments: str) -> str:

@@ -20,12 +20,13 @@ ARROWS = {
         errors <- versions <- tools, hf, vllm_plugin, __init__
         errors <- device <- tools
         errors <- instruction_set <- cli
-        version, hf, tools <- api <- __init__
+        version, hf, tools, progress <- api <- __init__
         vllm_plugin, __init__ <- cli <- __main__
     """,
     "pvrt_tune": """
         parallel <- randomness <- calibrate
         progress <- settings, data, machine, parallel
+        time_limit <- plan
         shapes <- data <- model_blocks
         settings, lock, journal <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit

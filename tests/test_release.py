@@ -97,10 +97,10 @@ def test_the_wheel_of_the_sdist_has_our_packages_and_the_library(
 @pytest.fixture
 def release(tmp_path: Path) -> Path:
     """A repository that dev/release.py calls a release."""
-    for name in ("dev/release.py", "pvrt/__init__.py"):
+    for name in ("dev/release.py", "pvrt/version.py"):
         (tmp_path / name).parent.mkdir()
         shutil.copy(ROOT / name, tmp_path / name)
-    number = re.search(r'__version__ = "(.+)"', (ROOT / "pvrt/__init__.py").read_text())
+    number = re.search(r'__version__ = "(.+)"', (ROOT / "pvrt/version.py").read_text())
     assert number is not None
     log = f"# Changelog\n\n## Unreleased\n\n## {number[1]} - 2026-01-31\n\n- All.\n"
     (tmp_path / "CHANGELOG.md").write_text(log)

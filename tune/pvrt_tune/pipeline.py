@@ -11,6 +11,7 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.progress import PLAN, Event
 from pvrt.tools.perplexity import check_known
 from pvrt.version import __version__
 from pvrt_tune import parallel
@@ -27,7 +28,7 @@ from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.model_card import discard
 from pvrt_tune.original import original
 from pvrt_tune.plan.on_machine import plan_job
-from pvrt_tune.plan.report import misfits, summary
+from pvrt_tune.plan.report import misfits, stages, summary
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
@@ -162,7 +163,7 @@ def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | Non
     def progress(done: int, total: int) -> None:
         clock.done = done
         if clock.due():
-            report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
+            report(clock.event("reading", f"reading {job.data}: window {done}/{total}"))
 
     windows = _windows(recipe)
     data = calibration_text.from_text(job.data, source.tokenizer, windows, progress, report)
@@ -189,7 +190,7 @@ def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Cuts]:
     """
     machine = Machine.here(job.device, job.out)
     plan = plan_job(job, machine)
-    report(summary(plan))
+    report(Event(summary(plan), PLAN, stages=stages(plan), limit=job.seconds))
     if plan.chosen is not None:
         report(plan.chosen)
     if plan.cuts.work < 1:
@@ -218,7 +219,8 @@ def _sampled(run: Run, limit: TimeLimit, share: float) -> CalibrationData:
     def progress(done: int, total: int) -> None:
         clock.done, clock.total = done, total
         if done == total or clock.due():
-            run.report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
+            line = f"sampling calibration text: token {done}/{total}"
+            run.report(clock.event("sampling", line))
 
     def enough(done: int) -> bool:
         return done >= least and limit.over(SAMPLED)

@@ -47,6 +47,20 @@ def _advice(plan: Plan, phase: Phase, what: str) -> str:
     return f"free some, or use a machine with more {what}"
 
 
+#: Phases of calibration that go by turns, a block at a time, and are one stage to people.
+_CALIBRATION = ("block pass", "layer fit", "block fine-tune")
+
+
+def stages(plan: Plan) -> dict[str, float]:
+    """Seconds of each stage by the name that its lines of progress have, in order."""
+    found: dict[str, float] = {}
+    for phase in plan.phases:
+        name = "calibration" if phase.name in _CALIBRATION else phase.name
+        found[name] = found.get(name, 0.0) + phase.seconds
+    found.pop("write", None)  # it takes no time to speak of
+    return found
+
+
 def gigabytes(size: float) -> str:
     """A size for people, in powers of ten."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
