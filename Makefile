@@ -5,6 +5,7 @@
 # make check         format, lint, types, the shape of the sources, and pages made from results
 # make fuzz          mutants of all that is read, from a random seed on (MUTANTS=n of each kind)
 # make crash         50 kills of runs and 200 full disks, bytes compared
+# make abuse         hostile requests to both engines, and what they cost
 # make sanitize      the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer
 # make soak          the embedded engine under 64 streams for half an hour
 # make doctor        what is missing or mismatched on this machine
@@ -26,7 +27,7 @@ PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-re
 BITS    ?= 3
 MUTANTS ?= 10000
 
-.PHONY: quickstart test test-fast fuzz crash sanitize soak check doctor machines lock test-newest release clean
+.PHONY: quickstart test test-fast fuzz crash abuse sanitize soak check doctor machines lock test-newest release clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py --bits $(BITS)
@@ -43,6 +44,9 @@ fuzz: $(VENV)/dev.stamp
 crash: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/reliability.py kills --kills 50
 	$(BIN)/python benchmarks/reliability.py writes --writes 200
+
+abuse: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/abuse.py
 
 sanitize: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/sanitize.py

@@ -23,6 +23,21 @@ def _ran(found: Row) -> str:
     return f"{found['passed']} tests, {found['reports']} reports{f' ({sets})' if sets else ''}"
 
 
+def abuse(result: Row) -> str:
+    """One line per engine: hostile requests tried, what became of them, CPU seconds."""
+    head = ("engine", "tried", "answered", "refused", "median CPU s", "slowest", "failed")
+    lines = [
+        [
+            engine,
+            *(found[key] for key in ("tried", "answered", "refused", "median_cpu_seconds")),
+            f"{found['slowest'][1]} s: {found['slowest'][0]}",
+            "; ".join(name for name, *_ in found["failed"]) or "none",
+        ]
+        for engine, found in result.get("abuse", {}).items()
+    ]
+    return table(head, lines)
+
+
 def rest(result: Row) -> str:
     """Kills, full disks, the soak, sanitizers: what was done and what came of it."""
     lines: list[tuple[str, Any]] = []

@@ -40,6 +40,8 @@ from server_conformance import KEY, served
 from tables import renew
 from tokenizers import Tokenizer
 
+from pvrt.format.grid import open_folder
+
 WORDS = ("the", "river", "old", "tower", "light", "stone", "garden", "winter", "road", "voice")
 QUIET = ("--served-model-name", "model", "--log-level", "warning")
 AT_ONCE = (1, 4, 16)
@@ -282,7 +284,10 @@ def throughput(checkpoint: Path, dense: Path | None, repeats: int) -> list[dict[
     """Median tokens per second of servers, one after the other on this machine."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     servers: dict[str, tuple[Callable[[], Any], str]] = {
-        "pvrt, 2 bits": (lambda: served(checkpoint, "local", *QUIET), "model"),
+        f"pvrt, {open_folder(checkpoint).linear_bits_per_weight():.1f} bits": (
+            lambda: served(checkpoint, "local", *QUIET),
+            "model",
+        ),
     }
     if dense is not None:
         servers |= peers(dense)

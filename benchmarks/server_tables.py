@@ -19,6 +19,12 @@ def conformance(rows: list[Row]) -> str:
     return table(("feature", *clients), ([n, *(cell(n, c) for c in clients)] for n in names))
 
 
+def _place(result: Row, part: str) -> str:
+    """Where a part was measured, and what else went on there."""
+    note = result["runs"][part]["note"]
+    return f", {result['machine']}{note and ', ' + note}"
+
+
 def load(result: Row) -> str:
     """The sustained load of one server."""
     load = result["load"]
@@ -33,7 +39,7 @@ def load(result: Row) -> str:
         f"growth of memory, second half | {growth:.1f} MB/min",
     )
     title = "{streams} streams for {seconds:.0f} s, {engine} engine".format(**load)
-    return table((f"{title}, {result['machine']}", ""), (line.format(**load) for line in lines))
+    return table((title + _place(result, "load"), ""), (line.format(**load) for line in lines))
 
 
 def throughput(result: Row) -> str:
@@ -49,7 +55,8 @@ def throughput(result: Row) -> str:
     for server in distinct(rows, "server"):
         found = (where(rows, server=server, at_once=count)[0] for count in counts)
         lines.append([server, *map(cell, found)])
-    return table(("tokens/s / CPU s, requests at once", *counts), lines)
+    title = f"tokens/s / CPU s, requests at once{_place(result, 'throughput')}"
+    return table((title, *counts), lines)
 
 
 def beside(result: Row) -> str:
@@ -61,4 +68,5 @@ def beside(result: Row) -> str:
         return "{ms:.0f} / {cpu_ms:.0f}".format(**rows[when][what])
 
     lines = [[name, cell("alone", key), cell("beside", key)] for key, name in names.items()]
-    return table(("ms, wall / CPU", "alone", f"beside {rows['prompt']:,} tokens"), lines)
+    title = f"ms, wall / CPU{_place(result, 'beside')}"
+    return table((title, "alone", f"beside {rows['prompt']:,} tokens"), lines)

@@ -4,7 +4,8 @@
 
 `pvrt serve` serves a toy checkpoint. Every stream sends one request after the other, chosen at
 random: short and long prompts, streamed or not, tools that must be called, answers of a schema, and
-clients that leave in the middle. Writes the key `soak` of results/reliability.json.
+clients that leave in the middle. Whoever gets 429 comes again when it is told to, which is counted.
+Writes the key `soak` of results/reliability.json.
 """
 
 import argparse
@@ -66,6 +67,10 @@ class Load:
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self.client.post(path, json=body)
+        while answer.status_code == 429:  # as clients do that are told when to come again
+            self.asked["told to come again"] += 1
+            await asyncio.sleep(float(answer.headers["Retry-After"]))
+            answer = await self.client.post(path, json=body)
         assert answer.status_code == 200, f"{answer.status_code} {answer.text}"
         said: dict[str, Any] = answer.json()
         return said

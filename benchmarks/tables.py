@@ -292,6 +292,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "pareto": pareto,
     "architectures": architecture_tables.architectures,
     "plan": tuning_tables.plan,
+    "quality": tuning_tables.quality,
     "fits": tuning_tables.fits,
     "fits:least": tuning_tables.least_machines,
     "pv_strategies": pv_strategies,
@@ -314,6 +315,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "vllm_bench": vllm_tables.bench,
     "vllm_experts": vllm_tables.experts,
     "reliability:mutants": reliability_tables.mutants,
+    "reliability:abuse": reliability_tables.abuse,
     "reliability:rest": reliability_tables.rest,
 }
 

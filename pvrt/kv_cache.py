@@ -80,7 +80,7 @@ def _widest_head(text: Any) -> int | None:
 
 
 def _longest(text: Any) -> int:
-    """The longest context that a config's rotary embedding was scaled for, as vLLM counts it.
+    """The longest context that a config's rotary embedding was scaled for.
 
     `max_position_embeddings` often stays the original's where a card says to add a rope scaling.
     """

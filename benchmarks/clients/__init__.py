@@ -8,6 +8,7 @@ from clients.client import Client, Where
 from clients.features import features
 from clients.langchain_client import LangChain
 from clients.litellm_client import LiteLLM
+from clients.llm_client import LLM
 from clients.node_client import Node, NodeOpenAI, VercelAI
 from clients.openai_client import AsyncOpenAI, Instructor, OpenAI
 
@@ -21,6 +22,7 @@ CLIENTS: dict[str, type[Client]] = {
     "openai-agents": OpenAIAgents,
     "pydantic-ai": PydanticAI,
     "instructor": Instructor,
+    "llm": LLM,
     "npm openai": NodeOpenAI,
     "Vercel ai": VercelAI,
 }

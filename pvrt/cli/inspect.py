@@ -13,6 +13,14 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="Also read and check every tensor.")
     ] = False,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="As --verify, and compute: layers by this machine's kernels, and the greedy "
+            "tokens that pvrt.json holds.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Scheme, layers, true bits per weight, and which bytes are not quantised."""
@@ -20,10 +28,16 @@ def inspect(
     from pvrt.tools.report import as_text, describe
 
     opened = open_checkpoint(path)
-    if verify:
+    if verify or deep:
         from pvrt.hf.declared import check_tensors, read_config_of
 
         check_tensors(opened, read_config_of(opened))
         opened.verify()
     report = describe(opened)
-    print(json.dumps(report) if as_json else as_text(report))
+    lines = [as_text(report)]
+    if deep:
+        from pvrt.tools import deep as computed
+
+        report["deep"] = found = computed.check_deep(opened)
+        lines.append(computed.as_text(found))
+    print(json.dumps(report) if as_json else "\n".join(lines))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pvrt.errors import CheckpointError
 from pvrt.format.aqlm import INDEX_FILE, WEIGHTS_FILE
-from pvrt.format.atomic import as_json, sync, write_synced
+from pvrt.format.atomic import as_json, replace, sync, write_synced
 from pvrt.format.config_block import CONFIG_FILE
-from pvrt.format.folder import MANIFEST_FILE, tensor_sha256
+from pvrt.format.folder import MANIFEST_FILE, read_json_object, tensor_sha256
 
 FORMAT_VERSION = 1
 
@@ -60,12 +60,25 @@ def write_checkpoint(
             write_synced(staging / name, content)
         _commit(staging, folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot write the checkpoint to {folder} ({error}); free some space and run the same "
-            "command again"
-        ) from error
+        raise _refused(folder, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def add_to_manifest(folder: Path, **entries: Any) -> None:
+    """Add to what pvrt.json of a written checkpoint says. Raises CheckpointError as above."""
+    file = folder / MANIFEST_FILE
+    try:
+        replace(file, as_json({**read_json_object(file), **entries}))
+    except OSError as error:
+        raise _refused(folder, error) from error
+
+
+def _refused(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write the checkpoint to {folder} ({error}); free some space and run the same "
+        "command again"
+    )
 
 
 def _stage_shards(

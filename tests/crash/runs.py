@@ -96,6 +96,11 @@ class Process:
         return self.wait() == -9
 
     @property
+    def alive(self) -> bool:
+        """Whether it is at work."""
+        return self._child.is_alive()
+
+    @property
     def said(self) -> str:
         """The error that ended it."""
         return self.log.read_text() if self.log.exists() else ""

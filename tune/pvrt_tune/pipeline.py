@@ -35,7 +35,7 @@ from pvrt_tune.settings import Recipe, TuneJob
 from pvrt_tune.settings.files import as_yaml
 from pvrt_tune.store import RUN_FOLDER, Store, check_output, open_store, unseen
 from pvrt_tune.time_limit import CALIBRATED, SAMPLED, Cuts, TimeLimit, part
-from pvrt_tune.write_checkpoint import write
+from pvrt_tune.write_checkpoint import note_greedy, write
 
 #: Windows that calibrate at least, however short the time is.
 _LEAST = 8
@@ -138,6 +138,7 @@ def _finish(run: Run, group: parallel.Group, deadline: float | None) -> None:
             group.first(lambda: _write(run))
             raise
     group.first(lambda: _write(run))
+    group.first(lambda: note_greedy(run))
     if complete:
         group.first(lambda: run.store.finish({"blocks": len(run.blocks.blocks)}))
     else:

@@ -7,12 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvrt.errors import PvrtError
 from pvrt.format.atomic import as_json
 from pvrt.format.config_block import quantization_config
-from pvrt.format.grid import GridLayer, grid_config
+from pvrt.format.grid import GridLayer, grid_config, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
-from pvrt.format.write import WriteOptions, write_checkpoint
+from pvrt.format.write import WriteOptions, add_to_manifest, write_checkpoint
+from pvrt.hf.declared import reason
+from pvrt.tools import deep
 from pvrt.version import __version__
+from pvrt_tune.machine import release_memory
+from pvrt_tune.progress import Clock
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe
 from pvrt_tune.shapes import ModelShape
@@ -73,6 +78,32 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
     write_checkpoint(
         run.settings.out, config, tensors, WriteOptions(files=files, manifest=manifest)
     )
+
+
+def note_greedy(run: Run) -> None:
+    """Add the greedy tokens of the written checkpoint to its pvrt.json, for `inspect --deep`.
+
+    It is loaded as its users do. Where that cannot be here (too little memory, no package for
+    grids), the run says so and pvrt.json goes without.
+    """
+    clock = Clock(deep.TOKENS)
+
+    def progress(done: int, total: int) -> None:
+        clock.done = done
+        if clock.due():
+            run.report(clock.event("greedy tokens", f"greedy tokens for pvrt.json: {done}/{total}"))
+
+    release_memory()
+    try:
+        model = deep.load_for_check(open_checkpoint(run.settings.out))
+        found = deep.greedy(model, run.source.tokenizer, progress)
+    except Exception as error:  # nothing here may cost a run its end
+        said = str(error) if isinstance(error, PvrtError) else reason(error)
+        run.report(f"pvrt.json goes without greedy tokens: {said}")
+        return
+    del model
+    release_memory()
+    add_to_manifest(run.settings.out, **{deep.GREEDY: found})
 
 
 def peak_bytes(model: ModelShape, recipe: Recipe) -> int:

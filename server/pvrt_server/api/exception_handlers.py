@@ -93,23 +93,25 @@ async def _on_gone(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    problems = error.errors()
+    return error_response(request_error(error.errors()))
+
+
+def request_error(problems: Sequence[Any]) -> RequestError:
+    """What pydantic found wrong with a body, by its first problem; places begin with "body"."""
     first = problems[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         message = f"the body is not valid JSON: {reason} at character {first['loc'][-1]}"
-        return _response(400, message, "invalid_request_error", None, "invalid_json")
+        return RequestError(message, None, "invalid_json")
     param = _field(first["loc"])
     if param is None:
         message = "the body must be a JSON object, sent with Content-Type: application/json"
-        return _response(400, message, "invalid_request_error", None, "invalid_json")
+        return RequestError(message, None, "invalid_json")
     if first["type"] == "missing":
-        message, code = f"{param} is missing", "missing_required_parameter"
-    else:
-        # A union fails once per branch; all of them together say what is accepted.
-        said = [p["msg"] for p in problems if _field(p["loc"], 1) == _field(first["loc"], 1)]
-        message, code = f"{param}: {'; or '.join(dict.fromkeys(said))}", "invalid_type"
-    return _response(400, message, "invalid_request_error", param, code)
+        return RequestError(f"{param} is missing", param, "missing_required_parameter")
+    # A union fails once per branch; all of them together say what is accepted.
+    said = [p["msg"] for p in problems if _field(p["loc"], 1) == _field(first["loc"], 1)]
+    return RequestError(f"{param}: {'; or '.join(dict.fromkeys(said))}", param, "invalid_type")
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -157,6 +157,12 @@ class GenerateRequest(Body):
         return replace(defaults, **given, stop=stop, logit_bias=_token_keys(self.logit_bias))
 
 
+def check_gap(prompt: Any, echo: Any) -> None:
+    """Raise RequestError unless a suffix can follow this prompt."""
+    if echo or not isinstance(prompt, str):
+        raise RequestError("suffix needs one prompt as text, and no echo", "suffix")
+
+
 class CompletionRequest(GenerateRequest):
     """The body of POST /v1/completions."""
 
@@ -169,8 +175,8 @@ class CompletionRequest(GenerateRequest):
         """All prompts, as text or token ids. Raises RequestError when there is none."""
         if self.prompt == []:
             raise RequestError("prompt is an empty list", "prompt")
-        if self.suffix and (self.echo or not isinstance(self.prompt, str)):
-            raise RequestError("suffix needs one prompt as text, and no echo", "suffix")
+        if self.suffix:
+            check_gap(self.prompt, self.echo)
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         prompts = cast(Sequence[str | list[int]], [self.prompt] if one else self.prompt)
         check_sequences(len(prompts) * self.choices)  # before any of them is tokenised

@@ -48,6 +48,15 @@ def json_rule(schema: dict[str, Any], field: str) -> str:
     return f"%json {text}"
 
 
+def check_schema(schema: dict[str, Any], field: str, what: str) -> None:
+    """Raise RequestError, naming `field` and in words `what`, for a schema that no answer can be
+    held to."""
+    grammar = LLMatcher.grammar_from_lark(f"start: {json_rule(schema, what)}")
+    check_grammar(grammar, field)
+    if problem := LLMatcher.validate_grammar(grammar):
+        raise RequestError(f"{what} cannot be enforced: {_reason(problem)[1]}", field)
+
+
 def _reason(problem: str) -> tuple[int, str]:
     """The line of a grammar that llguidance refuses and why, without the grammar's own text."""
     told = re.sub(r"\n\s*\d+ \| .*", "", problem, flags=re.DOTALL)

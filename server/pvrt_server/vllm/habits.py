@@ -1,13 +1,17 @@
 """Harmless habits of clients that vLLM answers with 400 and the embedded engine does not."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llguidance import LLMatcher
 
+from pvrt.errors import ServeError
+from pvrt_server.api.requests import check_gap
+from pvrt_server.engine.grammar import check_schema
 from pvrt_server.engine.grammar_check import check_grammar
 from pvrt_server.engine.json_schema import enforceable, mapped
+from pvrt_server.engine.text import TextCodec
 from pvrt_server.notices import say_once
 
 Json = dict[str, Any]
@@ -25,35 +29,47 @@ _FORMATS = frozenset(
 )
 
 
-def as_vllm_takes_it(request: Any) -> Any:
+def as_vllm_takes_it(request: Any, codec: Callable[[], TextCodec]) -> Any:
     """A request of the same meaning without what vLLM refuses; the same object where there is none.
 
     - `tools: []`, and its tool_choice
     - stream_options of what is no stream
     - arguments of earlier calls as an object, not as its text
     - schemas with what its grammars cannot enforce: that is left to the model, and the log says so
+    - a suffix, which vLLM knows of one model: it becomes token ids of the prompt. codec, the
+      model's tokenizer, is asked for then, and for tools
 
     Tools that must be called become strict, as they are on the embedded engine: vLLM promises no
-    arguments of their schema otherwise.
+    arguments of their schema otherwise. Where the chat template refuses two calls in one message,
+    one call is asked for.
 
-    Raises RequestError for a schema that costs too much.
+    Raises RequestError for a schema that costs too much, for one of a tool that must be called and
+    cannot be held to, and for a suffix that the model has no tokens for.
     """
     if not isinstance(request, dict):
         return request
-    changes = dict(_changes(request))
+    changes = dict(_changes(request, codec))
     kept = {key: value for key, value in {**request, **changes}.items() if value is not None}
     return kept if changes else request
 
 
-def _changes(request: Json) -> Iterator[tuple[str, Any]]:
+def _changes(request: Json, codec: Callable[[], TextCodec]) -> Iterator[tuple[str, Any]]:
     """Fields and their new values, None for fields that go."""
     tools = request.get("tools")
     if tools == []:
         yield from (("tools", None), ("tool_choice", None))
-    elif isinstance(tools, list) and request.get("tool_choice") not in (None, "auto", "none"):
-        yield "tools", [_strict(tool) for tool in tools]
+    elif isinstance(tools, list):
+        if request.get("tool_choice") not in (None, "auto", "none"):
+            yield "tools", [_strict(tool) for tool in tools]
+        if request.get("parallel_tool_calls") is not False and _takes_one_call(codec):
+            yield "parallel_tool_calls", False
     if request.get("stream_options") is not None and not request.get("stream"):
         yield "stream_options", None
+    if "prompt" in request and isinstance(suffix := request.get("suffix"), str):
+        yield "suffix", None
+        if suffix:
+            check_gap(prompt := request["prompt"], request.get("echo"))
+            yield "prompt", codec().encode_gap(prompt, suffix)
     messages = request.get("messages")
     if isinstance(messages, list) and messages != (told := [_told(m) for m in messages]):
         yield "messages", told
@@ -67,12 +83,25 @@ def _changes(request: Json) -> Iterator[tuple[str, Any]]:
             yield field, known
 
 
+def _takes_one_call(codec: Callable[[], TextCodec]) -> bool:
+    try:
+        return codec().chat.one_call_a_turn
+    except ServeError:  # vLLM may know a way of its own
+        return False
+
+
 def _strict(tool: Any) -> Any:
+    """A tool whose arguments vLLM holds to its schema. That is checked here, where errors name the
+    tool; vLLM's own do not."""
     if not isinstance(tool, dict):
         return tool
-    if isinstance(function := tool.get("function"), dict):
-        return {**tool, "function": {**function, "strict": function.get("strict", True)}}
-    return {**tool, "strict": tool.get("strict", True)} if "parameters" in tool else tool
+    nested = isinstance(tool.get("function"), dict)
+    function = tool["function"] if nested else tool
+    if nested or "parameters" in tool:
+        if isinstance(parameters := function.get("parameters"), dict):
+            check_schema(parameters, "tools", f"tools: the schema of {function.get('name')!r}")
+        function = {**function, "strict": function.get("strict", True)}
+    return {**tool, "function": function} if nested else function
 
 
 def _told(message: Any) -> Any:

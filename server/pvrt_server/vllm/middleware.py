@@ -8,6 +8,8 @@ comes through the environment. `frontend_environment` writes it, `Frontend` read
 import json
 import os
 from dataclasses import asdict
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -16,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pvrt_server.api.auth import Auth, Bounds
 from pvrt_server.api.doorway import doorway
 from pvrt_server.api.responses import error_body
+from pvrt_server.engine.loading import load_codec
 from pvrt_server.opened import OpenedModel
 from pvrt_server.options import ServeOptions
 from pvrt_server.vllm.error_envelope import Envelope
@@ -33,7 +36,8 @@ class Frontend:
 
     def __init__(self, app: ASGIApp) -> None:
         given = _given()
-        inner = ModelCards(GrammarBudget(ResponseStores(app)))
+        codec = cache(partial(load_codec, Path(given["folder"])))
+        inner = ModelCards(GrammarBudget(ResponseStores(app), codec))
         page = Page(Envelope(inner), given["card"])
         key = os.environ.get(_KEY_VARIABLE) or None
         guarded = Auth(page, api_key=key, bounds=bounds())
@@ -47,6 +51,7 @@ class Frontend:
 def frontend_environment(opened: OpenedModel, options: ServeOptions) -> dict[str, str]:
     """The variables that `Frontend` reads in the process of vLLM's server."""
     given = {
+        "folder": str(opened.path),
         "card": model_card(opened),
         "bounds": asdict(Bounds.of(options)),
         "allowed_origins": options.origins,

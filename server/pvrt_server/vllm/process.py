@@ -98,7 +98,11 @@ def vllm_command(
         command += ["--disable-access-log-for-endpoints", "/health,/metrics,/pvrt/status"]
     command += ["--enable-tokenizer-info-endpoint"]
     command += ["--middleware", "pvrt_server.vllm.middleware.Frontend"]
-    if options.max_model_len is not None or capacity.max_model_len < capacity.wanted_len:
+    if (
+        options.max_model_len is not None
+        or capacity.max_model_len < capacity.wanted_len
+        or _is_stretched(opened, decision)
+    ):
         command += ["--max-model-len", str(capacity.max_model_len)]
     for flag, value in (
         ("--max-num-seqs", options.max_num_seqs),
@@ -111,6 +115,13 @@ def vllm_command(
     command += _grammar_flags(opened, options)
     command += _memory_flags(options, decision)
     return [*command, *options.extra]
+
+
+def _is_stretched(opened: OpenedModel, decision: Decision) -> bool:
+    """Whether the context is longer than the config states, because its rotations were scaled for
+    it. vLLM counts YaRN as stated already, and asks for consent to go beyond."""
+    stated = getattr(opened.config.get_text_config(), "max_position_embeddings", None)
+    return stated is not None and decision.capacity.max_model_len > stated
 
 
 def _grammar_flags(opened: OpenedModel, options: ServeOptions) -> list[str]:
@@ -148,6 +159,8 @@ def vllm_environment(
         full = _CPU_SEQUENCES * capacity.cache.bytes_for(capacity.max_model_len)
         wanted = min(full, capacity.cache_bytes)
         result.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(wanted / 2**30))))
+    if _is_stretched(opened, decision) and not options.gives("--max-model-len"):
+        result.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     plugins = result.get("VLLM_PLUGINS")
     if plugins is not None and "pvrt" not in plugins.split(","):
         # An allow-list without us would end in "unknown quantization method".

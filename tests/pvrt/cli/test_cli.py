@@ -113,6 +113,8 @@ def test_inspect_prints_true_bits_and_what_is_dense(folder: Path) -> None:
     text = run("inspect", str(folder), "--verify").stdout
     assert "2x8g8, " in text and "14 quantised layers" in text
     assert "model.embed_tokens.weight" in text
+    text = run("inspect", str(folder), "--deep").stdout
+    assert "decoded           model.layers." in text and "pvrt.json holds none" in text
     report = json.loads(run("inspect", str(folder), "--json").stdout)
     assert report["bits_per_weight_file"] > report["bits_per_weight_linears"] > 2
     assert report["dense_bytes"] < report["file_bytes"]

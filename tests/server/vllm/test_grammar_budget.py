@@ -1,6 +1,7 @@
 """Grammars before vLLM sees them, over a stand-in for it that says what it read."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from pvrt_server.capacity import installed_vllm
+from pvrt_server.engine.loading import load_codec
 from pvrt_server.vllm import habits
 from pvrt_server.vllm.grammar_budget import GrammarBudget
+from tests.server.api.test_tool_schemas import LLAMA3_TEMPLATE
 
 
 def pattern(letter: str) -> dict[str, Any]:
@@ -31,13 +34,19 @@ WAYS: dict[str, Any] = {
 }
 
 
+MARKS = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]
+
+
 @pytest.fixture(scope="module")
-def client() -> TestClient:
+def client(toy: Path) -> TestClient:
+    codec = load_codec(toy)
+    codec.tokenizer.add_tokens(MARKS)
+
     async def echo(request: Request) -> Response:
         return Response(await request.body())
 
     app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
-    return TestClient(GrammarBudget(app))
+    return TestClient(GrammarBudget(app, lambda: codec))
 
 
 @pytest.mark.usefixtures("short_check")
@@ -93,6 +102,45 @@ def test_harmless_habits_do_not_reach_vllm(client: TestClient, given: Any, taken
     assert {"model": "m", **taken} == answer.json()
 
 
+def test_a_suffix_reaches_vllm_as_the_tokens_that_ask_for_the_middle(
+    toy: Path, client: TestClient
+) -> None:
+    codec = load_codec(toy)
+    codec.tokenizer.add_tokens(MARKS)
+    given = {"model": "m", "prompt": "def f(", "suffix": "return"}
+    taken = {"model": "m", "prompt": codec.encode_gap("def f(", "return")}
+    assert client.post("/", json=given).json() == taken
+    assert client.post("/", json={**given, "suffix": ""}).json() == {
+        "model": "m",
+        "prompt": "def f(",
+    }
+    for wrong in ({"prompt": [1, 2]}, {"prompt": ["a"]}, {"echo": True}):
+        refused = client.post("/", json={**given, **wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "suffix")
+
+
+def test_a_suffix_is_refused_where_the_model_has_no_tokens_for_it(toy: Path) -> None:
+    client = TestClient(GrammarBudget(Starlette(), lambda: load_codec(toy)))
+    refused = client.post("/", json={"prompt": "a", "suffix": "b"}).json()["error"]
+    assert (refused["param"], refused["code"]) == ("suffix", "unsupported_parameter")
+
+
+def test_a_template_that_takes_one_call_a_turn_gets_one(toy: Path, client: TestClient) -> None:
+    tools = [{"type": "function", "function": {"name": "a"}}]
+
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    codec = load_codec(toy)
+    codec.tokenizer.chat_template = LLAMA3_TEMPLATE
+    app = Starlette(routes=[Route("/", echo, methods=["POST"])])
+    single = TestClient(GrammarBudget(app, lambda: codec))
+    for given in ({}, {"parallel_tool_calls": True}, {"parallel_tool_calls": False}):
+        body = {"tools": tools, **given}
+        assert single.post("/", json=body).json()["parallel_tool_calls"] is False
+        assert client.post("/", json=body).json() == body
+
+
 PLAIN = {"type": "string"}
 
 
@@ -129,6 +177,21 @@ def test_tools_that_must_be_called_are_strict(client: TestClient) -> None:
         assert strict or body["tools"] == tools
     body = client.post("/", json={"tools": flat, "tool_choice": {"name": "a"}}).json()
     assert body["tools"] == [{**flat[0], "strict": True}, flat[1]]
+
+
+def test_a_schema_that_cannot_be_is_blamed_on_its_tool(client: TestClient) -> None:
+    wrong = {"name": "b", "parameters": {"properties": {"x": {"$ref": "#/$defs/P"}}}}
+    tools = [
+        {"type": "function", "function": f} for f in ({"name": "a", "parameters": GOOD}, wrong)
+    ]
+    flat = [{"type": "function", **wrong}]
+    for given in (tools, flat):
+        assert client.post("/", json={"tools": given}).json() == {"tools": given}
+        refused = client.post("/", json={"tools": given, "tool_choice": "required"})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (400, "tools")
+        assert error["message"].startswith("tools: the schema of 'b' cannot be enforced: ")
+        assert "/$defs/P" in error["message"]
 
 
 def test_what_xgrammar_does_not_know_is_what_vllm_says() -> None:
