@@ -20,7 +20,8 @@ ARROWS = {
         errors <- versions <- tools, hf, vllm_plugin, __init__
         errors <- device <- tools
         errors <- instruction_set <- cli
-        version, hf, tools, progress <- api <- __init__
+        modules <- hf <- tools
+        version, progress, tools <- api <- __init__
         vllm_plugin, __init__ <- cli <- __main__
     """,
     "pvrt_tune": """

@@ -125,7 +125,10 @@ def test_every_source_file_and_module_that_a_page_names_is_there(page: Path) -> 
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"\b((?:[\w.-]+/)+[\w-]+\.(?:py|c|h|md|toml))\b", text):
         assert (page.parent / path).exists() or place_of(path), path
-    for dotted in set(re.findall(r"`(pvrt(?:_\w+)?(?:\.\w+)+)", text)) - {"pvrt.json"}:
+    for dotted in set(re.findall(r"`(pvrt(?:_\w+)?(?:\.\w+)+)", text)) - {
+        "pvrt.json",
+        "pvrt.service",
+    }:
         module, name = dotted.replace(".", "/"), ""
         while not place_of(f"{module}.py") and not place_of(module):
             module, _, last = module.rpartition("/")
