@@ -133,7 +133,7 @@ def tune(
         from pvrt_tune import parallel
 
         if parallel.speaks():
-            terminal(_stopped(out, terminal.course.stage))
+            terminal(stopped(out, terminal.course.stage))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     from pvrt_tune import parallel
 
@@ -145,7 +145,7 @@ def tune(
         terminal(f"next: pvrt serve {out}")
 
 
-def _stopped(out: Path, stage: str) -> str:
+def stopped(out: Path, stage: str) -> str:
     """What is left after Ctrl-C in a stage."""
     if stage == "sampling":
         return "stopped; the same command begins with the calibration text again. --data gives one."

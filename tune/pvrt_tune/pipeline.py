@@ -11,7 +11,7 @@ from pvrt.format.aqlm import Checkpoint
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
-from pvrt.progress import PLAN, Event
+from pvrt.progress import PLAN, WARNING, Event
 from pvrt.tools.perplexity import check_known
 from pvrt.version import __version__
 from pvrt_tune import parallel
@@ -28,7 +28,7 @@ from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.model_card import discard
 from pvrt_tune.original import original
 from pvrt_tune.plan.on_machine import plan_job
-from pvrt_tune.plan.report import misfits, stages, summary
+from pvrt_tune.plan.report import larger, misfits, stages, summary
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
@@ -194,6 +194,9 @@ def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Cuts]:
     report(Event(summary(plan), PLAN, stages=stages(plan), limit=job.seconds))
     if plan.chosen is not None:
         report(plan.chosen)
+    more = larger(plan)
+    if more is not None:
+        report(Event(more, WARNING))
     if plan.cuts.work < 1:
         work = f"{plan.cuts.work:.0%}"
         report(f"stages before PV-Tuning have time for {work} of their work: they cut it")

@@ -228,7 +228,7 @@ def test_options_that_make_no_sense_together_are_refused(
 def test_tasks_without_the_harness_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert "pip install 'pvrt[eval]'" in refused("eval", "MODEL", "--tasks", "piqa")
+    assert "pip install 'lm-eval" in refused("eval", "MODEL", "--tasks", "piqa")
 
 
 def test_text_and_tasks_are_measured_on_one_load(

@@ -6,12 +6,16 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pvrt
 from pvrt.cli.terminal import Course, Show, Terminal
+from pvrt.cli.tune import stopped
 from pvrt.progress import PLAN, WARNING, Event
 from tests.fixtures.command_line import Done, run
+from tests.fixtures.gguf_model import write_gguf
 from tests.fixtures.toy import small_llama, toy_tokenizer
 
 STAGES = {"sampling": 100.0, "calibration": 200.0, "PV-Tuning": 400.0}
@@ -132,3 +136,38 @@ def test_a_terminal_gets_a_bar_and_the_lines_above_it(dense: Path, tmp_path: Pat
     text = shown.decode()
     assert "phase 2 of 3: calibration" in text and "━" in text
     assert "block 2/2  " in text and "next: pvrt serve" in text
+
+
+def test_what_ctrl_c_leaves_depends_on_the_stage(tmp_path: Path) -> None:
+    assert "calibration text again" in stopped(tmp_path, "sampling")
+    assert f"what is finished is in {tmp_path}" in stopped(tmp_path, "calibration")
+
+
+def test_a_run_that_goes_on_says_after_which_block(dense: Path, tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def interrupt(line: str) -> None:
+        if line.startswith("block 1/"):
+            raise Enough
+
+    asked: dict[str, Any] = {"effort": "quick", "samples": 4, "length": 32, "report": False}
+    with pytest.raises(Enough):
+        pvrt.tune(dense, tmp_path / "out", on_progress=interrupt, **asked)
+    assert "going on after block 1/2" in tune(dense, tmp_path / "out").stdout.splitlines()
+
+
+@pytest.mark.parametrize("command", ["tune", "plan"])
+def test_text_that_is_not_there_costs_nothing(command: str, dense: Path, tmp_path: Path) -> None:
+    done = run(command, str(dense), "-o", str(tmp_path / "out"), "--data", "nowhere.txt")
+    assert done.returncode == 2 and "nowhere.txt does not exist" in done.stderr
+    assert not done.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_result_larger_than_its_source_is_warned_of(tmp_path: Path) -> None:
+    """A codebook of 16 bits alone takes more than a toy in float32."""
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "toy.gguf")
+    planned = run("plan", str(file), "--length", "64", "--scheme", "1x16g8").stdout
+    assert "the result takes" in planned and f"{file} only" in planned
+    assert "the result takes" not in run("plan", str(file), "--length", "64").stdout
