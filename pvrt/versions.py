@@ -66,9 +66,11 @@ def install(extra: str) -> str:
     """The command that installs what an extra of this package brings, from any index."""
     try:
         lines = metadata.requires("pvrt") or []
-    except metadata.PackageNotFoundError:  # the sources, not installed
-        return f"pip install -e '.[{extra}]'"
+    except metadata.PackageNotFoundError:
+        lines = []
     wanted = [Requirement(line) for line in lines if f'extra == "{extra}"' in line]
+    if not wanted:  # the sources, not installed, or older ones
+        return f"pip install -e '.[{extra}]'"
     return " ".join(["pip install", *(f"'{each.name}{each.specifier}'" for each in wanted)])
 
 

@@ -20,6 +20,7 @@ from pvrt_tune.calibrate.adopt import Start, adopt, schemes_of, start_digest
 from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
+from pvrt_tune.data.documents import check_named
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.distil.stage import pv_tune, tuned_tensors
@@ -79,6 +80,8 @@ def _silent(line: str) -> None:
 def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
     """The run, up to a checkpoint that can be served."""
     check_output(job.out, resume=job.resume)
+    if job.data is not None:
+        check_named(job.data)
     job, cuts = _planned(job, report)
     source = load_source(job.model)
     for note in source.notes:

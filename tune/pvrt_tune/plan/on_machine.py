@@ -7,7 +7,6 @@ from pvrt.device import default_device, is_here
 from pvrt.errors import RunError
 from pvrt.tools.held_out import longest_context
 from pvrt_tune.allocate.needs import needs, stand_in
-from pvrt_tune.data.documents import check_named
 from pvrt_tune.data.locate import locate
 from pvrt_tune.data.source_model import load_skeleton
 from pvrt_tune.machine import Machine
@@ -28,11 +27,8 @@ def plan_job(job: TuneJob, machine: Machine, rates: speed.Speed | None = None) -
     The model writes its text unless the job names some, or the run in `job.out` has kept what it
     wrote. What the recipe leaves open stays as that run has chosen it.
 
-    Raises SourceError for a model that cannot be read or a scheme that does not divide its layers,
-    and DataError for text that is not there.
+    Raises SourceError for a model that cannot be read or a scheme that does not divide its layers.
     """
-    if job.data is not None:
-        check_named(job.data)
     chosen = {} if job.restart else choices_of(job.out)
     request = Request(
         job.model,
