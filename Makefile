@@ -13,6 +13,7 @@
 # make machines      run quickstart and tests, and record them as this machine's row
 # make lock          renew constraints.txt: the newest versions that fit together
 # make test-newest   the suite on the newest of everything, in an environment of its own
+# make release       check that this tree is a release, and build what is uploaded into dist/
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -20,13 +21,14 @@ PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEWEST := .venv-newest
 NEWEST_TORCH ?= torch
 LOCK   := .venv-lock
+TOOLS  := .venv-release
 # A file's tests stay in one process, for they share what its fixtures build.
 PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 BITS    ?= 3
 MUTANTS ?= 10000
 
-.PHONY: quickstart test test-fast fuzz crash abuse sanitize soak check docs doctor machines lock test-newest clean
+.PHONY: quickstart test test-fast fuzz crash abuse sanitize soak check docs doctor machines lock test-newest release clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py --bits $(BITS)
@@ -94,8 +96,15 @@ test-newest:
 	$(NEWEST)/bin/pvrt doctor || true
 	$(NEWEST)/bin/$(PYTEST)
 
+# RELEASE=--unreleased builds whatever is here.
+release:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --upgrade pip
+	$(TOOLS)/bin/python -m pip install --quiet --group release
+	PATH="$$PWD/$(TOOLS)/bin:$$PATH" $(TOOLS)/bin/python dev/release.py $(RELEASE)
+
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOCK) runs
+	rm -rf $(VENV) $(NEWEST) $(LOCK) $(TOOLS) dist build runs
 
 # torch first and alone: a looser requirement of another package would choose a CUDA build.
 $(VENV)/base.stamp: pyproject.toml constraints.txt

@@ -21,12 +21,13 @@ ARROWS = {
         errors <- device <- tools
         errors <- instruction_set <- cli
         modules <- hf <- tools
-        version, tools <- api <- __init__
+        version, progress, tools <- api <- __init__
         vllm_plugin, __init__ <- cli <- __main__
     """,
     "pvrt_tune": """
         parallel <- randomness <- calibrate
         progress <- settings, data, machine, parallel
+        time_limit <- plan
         shapes <- data <- model_blocks
         settings, lock, journal <- store <- run
         settings, data, model_blocks, machine, parallel <- run, fit
@@ -36,7 +37,6 @@ ARROWS = {
         run, fit, pv <- calibrate
         run, side_files <- write_checkpoint
         data <- model_card <- pipeline
-        time_limit <- plan
         store, parallel <- shards <- distil
         calibrate, write_checkpoint <- distil, allocate <- plan <- pipeline <- __init__
     """,

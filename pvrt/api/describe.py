@@ -2,11 +2,13 @@
 
 import logging
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pvrt.api.arguments import as_command
 from pvrt.api.compare import CONTEXT, WINDOWS, compared, write_report
 from pvrt.api.lines import Tell
+from pvrt.progress import RESULT, Event
 
 if TYPE_CHECKING:
     from pvrt.tools.compare import Comparison
@@ -41,6 +43,7 @@ def _write(job: "TuneJob", command: str, tell: Tell) -> None:
     from pvrt.api.opening import Opener
     from pvrt.format.atomic import replace
     from pvrt.format.grid import open_checkpoint
+    from pvrt.tools.compare_text import as_text
     from pvrt.tools.held_out import HeldOut
     from pvrt_tune.data.provenance import Provenance
     from pvrt_tune.model_card import CARD_FILE, REPORT_FILE, model_card
@@ -57,4 +60,5 @@ def _write(job: "TuneJob", command: str, tell: Tell) -> None:
     text = HeldOut.read(None, None, CONTEXT, WINDOWS)
     found = compared(opener.original(job.model), [opener.folder(job.out)], text, tell)
     write_report(job.out / REPORT_FILE, found, f"Made by {command}, measured")
+    tell(Event(as_text(found, questions=1), RESULT, **asdict(found)))
     write_card(found)

@@ -1,12 +1,16 @@
 """The embedded engine for those that use it without a server."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pvrt.errors import RunError
 
 if TYPE_CHECKING:
     import torch
 
-    from pvrt.tools.bench_model import Speed
+    from pvrt.tools.bench_model import Case, Speed
     from pvrt_server.engine.engine import Engine
 
 
@@ -24,20 +28,29 @@ def open_engine(path: Path, dtype: str, **options: Any) -> "Engine":
         return Engine.load(path, asked)
 
 
-def engine_speed(
-    path: Path, dtype: str, prompt_tokens: int, new_tokens: int, repeats: int
-) -> "tuple[Speed, int, torch.device]":
-    """Speed of the embedded engine on a folder, weights in bytes that a token reads, and where."""
+@dataclass(frozen=True)
+class Measured:
+    """Speeds of an engine on a folder, weights in bytes that a token reads, and where."""
+
+    speeds: "list[Speed]"
+    bytes_per_token: int
+    device: "torch.device"
+
+
+def engine_speed(path: Path, dtype: str, tests: "Sequence[Case]", repeats: int) -> Measured:
+    """Every test on the embedded engine.
+
+    Raises what `open_engine` and `measure` raise, and RunError for tests that are too long.
+    """
     import torch
 
     from pvrt.tools.bench_model import measure
     from pvrt.tools.gpu_energy import energy_counter
     from pvrt_server.engine.sampling import SamplingParams
     from pvrt_server.engine.sequences import TokenEvent
+    from pvrt_server.errors import RequestError
 
-    # The same prompt again and again, which must be read every time.
-    with open_engine(path, dtype, prefix_reuse=False) as engine:
-        prompt = [1 + i % 200 for i in range(prompt_tokens)]
+    with open_engine(path, dtype) as engine:
 
         def generate(prompt_ids: Any, count: int) -> Any:
             params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
@@ -46,5 +59,8 @@ def engine_speed(
 
         device = torch.device(engine.device)
         energy = energy_counter(device)
-        speed = measure(generate, prompt, new_tokens, repeats, energy=energy)
-        return speed, engine.bytes_per_token, device
+        try:
+            speeds = [measure(generate, test, repeats, energy=energy) for test in tests]
+        except RequestError as error:
+            raise RunError(f"{path}: {error}") from error
+        return Measured(speeds, engine.bytes_per_token, device)

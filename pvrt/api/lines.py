@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+from pvrt.progress import Event
+
 #: Receives one line.
 Tell = Callable[[str], None]
 
@@ -27,7 +29,8 @@ def passes(tell: Tell) -> Callable[[str], Callable[..., None]]:
             if now - last > _EVERY_SECONDS or done == total:
                 shown = "" if figure is None else f"  {figure:.3f}"
                 left = (now - started) / done * (total - done)
-                tell(f"{what}: {done}/{total}{shown}  {left:.0f} s left")
+                line = f"{what}: {done}/{total}{shown}  {left:.0f} s left"
+                tell(Event(line, what, done, total, left))
                 last = now
 
         return show

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from pvrt.format.folder import StoredModel
     from pvrt.tools.compare import Side
 
-# Tokens of the prompt and of the answer, and runs, that a speed is measured on.
-_SPEED = (16, 32, 3)
+# Tokens of the answer and runs that a speed is measured on.
+_NEW, _RUNS = 32, 3
 
 
 @dataclass(frozen=True)
@@ -141,12 +141,13 @@ def _check_room(name: str, weights: int, dtype: "torch.dtype | None", device: st
 def _speed(folder: Path, tell: Tell) -> float | None:
     """Tokens per second of the embedded engine, None with a notice where it cannot run a folder."""
     from pvrt.api.engine import engine_speed
+    from pvrt.tools.bench_model import Case
     from pvrt_tune.machine import release_memory
 
     release_memory()  # the engine asks for what is free, too
     try:
-        speed, *_ = engine_speed(folder, "auto", *_SPEED)
+        measured = engine_speed(folder, "auto", [Case(new=_NEW)], _RUNS)
     except PvrtError as error:
         tell(f"{folder}: tokens per second cannot be measured: {error}")
         return None
-    return speed.decode_tokens_per_second
+    return measured.speeds[0].tokens_per_second

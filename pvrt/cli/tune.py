@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import pvrt
+from pvrt.cli.plan import plan
 from pvrt.cli.recipe import (
     PV,
     ActivationsOption,
@@ -23,7 +24,10 @@ from pvrt.cli.recipe import (
     Scheme,
     seconds,
 )
-from pvrt.cli.shared import EXIT_INTERRUPTED, say
+from pvrt.cli.shared import EXIT_INTERRUPTED
+from pvrt.cli.terminal import Terminal, chosen
+from pvrt.errors import RunError
+from pvrt.progress import RESULT, Event
 
 
 def tune(
@@ -66,44 +70,83 @@ def tune(
             help="Compare with the original at the end: report.html and README.md in OUT.",
         ),
     ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what pvrt plan says, and do nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings only.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print progress and result as JSON, a line each.")
+    ] = False,
 ) -> None:
     """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
     time = seconds(limit)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        checkpoint = pvrt.tune(
+    if resume and restart:
+        raise RunError("--resume and --restart exclude each other; give one of them")
+    if dry_run:
+        plan(
             model,
             out,
-            bits=bits,
+            original=original,
             scheme=scheme,
+            bits=bits,
             data=data,
-            minutes=None if time is None else time / 60,
-            on_progress=say,
             effort=effort,
             config=config,
-            original=original,
+            limit=limit,
             pv=pv,
             samples=samples,
             length=length,
             keep_embeddings=keep_embeddings,
-            seed=seed,
             device=device,
             activations=activations,
-            resume=resume,
-            restart=restart,
-            force=force,
-            report=report,
+            as_json=as_json,
         )
+        return
+    terminal = Terminal(chosen(as_json=as_json, quiet=quiet))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with terminal.live():
+            checkpoint = pvrt.tune(
+                model,
+                out,
+                bits=bits,
+                scheme=scheme,
+                data=data,
+                minutes=None if time is None else time / 60,
+                on_progress=terminal,
+                effort=effort,
+                config=config,
+                original=original,
+                pv=pv,
+                samples=samples,
+                length=length,
+                keep_embeddings=keep_embeddings,
+                seed=seed,
+                device=device,
+                activations=activations,
+                resume=resume,
+                restart=restart,
+                force=force,
+                report=report,
+            )
     except KeyboardInterrupt:
         from pvrt_tune import parallel
 
         if parallel.speaks():
-            say(f"stopped; what is finished is in {out}. The same command goes on from there.")
+            terminal(stopped(out, terminal.course.stage))
         raise typer.Exit(EXIT_INTERRUPTED) from None
     from pvrt_tune import parallel
 
     if parallel.speaks():
         from pvrt.tools.report import as_text, describe
 
-        print(as_text(describe(checkpoint), shown=3), flush=True)
-        print(f"next: pvrt serve {out}")
+        found = describe(checkpoint)
+        terminal(Event(as_text(found, shown=3), RESULT, **found))
+        terminal(f"next: pvrt serve {out}")
+
+
+def stopped(out: Path, stage: str) -> str:
+    """What is left after Ctrl-C in a stage."""
+    if stage == "sampling":
+        return "stopped; the same command begins with the calibration text again. --data gives one."
+    return f"stopped; what is finished is in {out}. The same command goes on from there."

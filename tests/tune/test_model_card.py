@@ -52,7 +52,7 @@ def test_tune_leaves_a_report_and_a_card_and_makes_them_once(dense: Path, tmp_pa
     front = front_matter(card)
     assert front["license"] == "other" and front["license_name"] == "toy-1"
     assert front["library_name"] == "transformers" and "base_model" not in front
-    assert f"scheme {Checkpoint.open(out).scheme_names}, " in card and "`pip install pvrt`" in card
+    assert f"scheme {Checkpoint.open(out).scheme_names}, " in card and "Install pvrt, then:" in card
     assert "| KL to the original, nats per token | noise floor 0.0" in card
     assert report.startswith("<!doctype html>") and "KL by position" in report
     written = (out / "report.html").stat().st_mtime_ns

@@ -91,7 +91,7 @@ def note_greedy(run: Run) -> None:
     def progress(done: int, total: int) -> None:
         clock.done = done
         if clock.due():
-            run.report(f"greedy tokens for pvrt.json: {done}/{total}  {clock.eta()}")
+            run.report(clock.event("greedy tokens", f"greedy tokens for pvrt.json: {done}/{total}"))
 
     release_memory()
     try:

@@ -50,7 +50,7 @@ def test_importing_pvrt_is_cheap() -> None:
 
 #: Arguments that are called otherwise than their options; what only one of the two has.
 NAMES = {
-    "tune": ({"original": "from", "minutes": "for"}, {"on_progress"}, set()),
+    "tune": ({"original": "from", "minutes": "for"}, {"on_progress"}, {"dry-run", "quiet", "json"}),
     "eval": ({"original": "kl"}, {"on_progress"}, {"json"}),
     "compare": ({"prompts": "prompt"}, {"on_progress"}, {"json"}),
 }
@@ -95,7 +95,7 @@ def test_tune_leaves_the_bytes_that_the_command_leaves(place: Path, tmp_path: Pa
     command = f"pvrt tune {dense} -o {ours} --config {config} --seed 3"
     assert f"```\n{command}\n```" in cards[0] and "## Figures" in cards[0]
     told = [
-        [line.partition("  codes moved")[0] for line in told if line.startswith("block ")]
+        [line.partition("  moved")[0] for line in told if line.startswith("block ")]
         for told in (lines, done.stdout.splitlines())
     ]
     assert told[0] == told[1] and len(told[0]) == 2  # they end with seconds

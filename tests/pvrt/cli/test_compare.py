@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import PvrtError
+from pvrt.versions import install
 from tests.fixtures.progress_bars import counted_bars
 from tests.fixtures.simulated_device import TOTAL_BYTES
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
@@ -228,7 +229,7 @@ def test_options_that_make_no_sense_together_are_refused(
 def test_tasks_without_the_harness_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert "pip install 'pvrt[eval]'" in refused("eval", "MODEL", "--tasks", "piqa")
+    assert install("eval") in refused("eval", "MODEL", "--tasks", "piqa")
 
 
 def test_text_and_tasks_are_measured_on_one_load(
