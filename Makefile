@@ -8,6 +8,7 @@
 # make abuse         hostile requests to both engines, and what they cost
 # make sanitize      the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer
 # make soak          the embedded engine under 64 streams for half an hour
+# make docs          the documentation as a site, in site/
 # make doctor        what is missing or mismatched on this machine
 # make machines      run quickstart and tests, and record them as this machine's row
 # make lock          renew constraints.txt: the newest versions that fit together
@@ -25,7 +26,7 @@ PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-re
 BITS    ?= 3
 MUTANTS ?= 10000
 
-.PHONY: quickstart test test-fast fuzz crash abuse sanitize soak check doctor machines lock test-newest clean
+.PHONY: quickstart test test-fast fuzz crash abuse sanitize soak check docs doctor machines lock test-newest clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py --bits $(BITS)
@@ -59,6 +60,10 @@ check: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/structure.py --check
 	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/python benchmarks/cli_reference.py --check
+
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or with its search: python3 -m http.server --directory site"
 
 doctor: $(VENV)/base.stamp
 	$(BIN)/pvrt doctor

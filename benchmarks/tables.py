@@ -292,6 +292,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "pareto": pareto,
     "architectures": architecture_tables.architectures,
     "plan": tuning_tables.plan,
+    "quality": tuning_tables.quality,
     "fits": tuning_tables.fits,
     "fits:least": tuning_tables.least_machines,
     "pv_strategies": pv_strategies,

@@ -68,3 +68,22 @@ def least_machines(rows: list[Row]) -> str:
     ]
     head = ("predictions", "file", "card", "host memory", "disk", "hours")
     return table(head, map(line, first))
+
+
+def quality(rows: list[Row]) -> str:
+    """One line per stage of a recipe: what it cost, and what it left."""
+
+    def line(row: Row) -> list[str]:
+        kept = (f"{row[f'{text}_ppl']:.1f}" for text in ("wikitext2", "c4"))
+        return [
+            f"{row['scheme']}, {row['recipe']}, {row['stage']}",
+            f"{row['cpu_seconds']:,}",
+            f"{row['tokens']:,}",
+            f"{row['heldout_kl']:.3f}",
+            *kept,
+        ]
+
+    first = rows[0]
+    originals = (f"{first[f'original_{text}_ppl']:.1f}" for text in ("wikitext2", "c4"))
+    head = (first["model"], "CPU seconds", "tokens", "held-out KL", "WikiText-2", "C4")
+    return table(head, [*map(line, rows), ["original", "", "", "", *originals]])

@@ -11,7 +11,11 @@ from clients.client import HELLO, Answer, Client, Where
 from clients.openai_client import Weather
 
 #: How the file names the three APIs.
-_KINDS = {"chat": {}, "completion": {"completion": True}, "responses": {"responses": True}}
+_KINDS: dict[str, dict[str, bool]] = {
+    "chat": {},
+    "completion": {"completion": True},
+    "responses": {"responses": True},
+}
 #: It has one answer to one prompt, keeps a conversation itself, and leaves tools to the model.
 _LACKS = frozenset(
     {
@@ -80,9 +84,11 @@ class LLM(Client):
         given = {**_turns(prompt), **self._given(options)}
         response = self._models[kind].prompt(stream=stream, **given)
         text, usage = "".join(response), response.usage()
-        (choice,) = response.response_json.get("choices", [{}])
+        # None for a streamed response that a limit cut: llm does not read response.incomplete.
+        whole = response.response_json or {}
+        (choice,) = whole.get("choices", [{}])
         total = (usage.input or 0) + (usage.output or 0)
-        finish = choice.get("finish_reason") or response.response_json.get("finish_reason")
+        finish = choice.get("finish_reason") or whole.get("finish_reason")
         return [Answer(text, finish=finish, total_tokens=total)]
 
     def chat(self, messages: Any, **options: Any) -> list[Answer]:

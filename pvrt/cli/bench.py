@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pvrt.cli.engine import engine_speed
-from pvrt.cli.shared import AsJson, Checkpoint, Dtype, say
+from pvrt.api.arguments import Dtype
+from pvrt.api.engine import engine_speed
+from pvrt.cli.shared import AsJson, Checkpoint, say
 from pvrt.errors import RunError
 
 
@@ -36,7 +37,7 @@ def model(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Runs after one warm-up.")] = 5,
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Tokens per second of the embedded engine, one request at a time (medians)."""

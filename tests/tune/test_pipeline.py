@@ -335,7 +335,7 @@ def test_other_versions_of_pvrt_and_torch_go_on_with_a_warning(
     here = {"pvrt": pvrt.__version__, "torch": torch.__version__}
     with monkeypatch.context() as before:
         before.setattr(torch, "__version__", "2.6.0")
-        before.setattr(pvrt, "__version__", "0.0.9")
+        before.setattr("pvrt_tune.pipeline.__version__", "0.0.9")
         with pytest.raises(Stopped):
             tune(job, stopping("block 1/"))
     lines: list[str] = []

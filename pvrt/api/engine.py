@@ -1,9 +1,7 @@
-"""The embedded engine for commands that use it without a server."""
+"""The embedded engine for those that use it without a server."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pvrt.cli.shared import Dtype
 
 if TYPE_CHECKING:
     import torch
@@ -12,7 +10,7 @@ if TYPE_CHECKING:
     from pvrt_server.engine.engine import Engine
 
 
-def open_engine(path: Path, dtype: Dtype, **options: Any) -> "Engine":
+def open_engine(path: Path, dtype: str, **options: Any) -> "Engine":
     """The embedded engine on a model folder; `options` are others of `ServeOptions`.
 
     Raises CheckpointError and ServeError.
@@ -21,13 +19,13 @@ def open_engine(path: Path, dtype: Dtype, **options: Any) -> "Engine":
     from pvrt_server.engine.engine import Engine
     from pvrt_server.options import ServeOptions
 
-    asked = ServeOptions.model_validate({"dtype": dtype.value, **options})
+    asked = ServeOptions.model_validate({"dtype": dtype, **options})
     with no_progress_bar():
         return Engine.load(path, asked)
 
 
 def engine_speed(
-    path: Path, dtype: Dtype, prompt_tokens: int, new_tokens: int, repeats: int
+    path: Path, dtype: str, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> "tuple[Speed, int, torch.device]":
     """Speed of the embedded engine on a folder, weights in bytes that a token reads, and where."""
     import torch
