@@ -182,9 +182,9 @@ def _windows(recipe: Recipe) -> Windows:
 
 def _measured_in_time(run: Run, cuts: Cuts) -> Run:
     """The run with as many windows to measure bits on as there is time for."""
-    job, settings = run.settings, run.recipe.allocation
+    settings = run.recipe.allocation
     fewer = replace(settings, windows=part(settings.windows, cuts.work, 1))
-    return replace(run, settings=replace(job, recipe=replace(job.recipe, allocation=fewer)))
+    return run.doing(replace(run.recipe, allocation=fewer))
 
 
 def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Cuts]:

@@ -34,6 +34,10 @@ class Run:
     report: Report
     schemes: Mapping[str, Scheme | GridScheme] = field(default_factory=dict)
 
+    def doing(self, recipe: Recipe) -> "Run":
+        """The run at work on another recipe, shorter say."""
+        return replace(self, settings=replace(self.settings, recipe=recipe))
+
     def recipe_of(self, name: str) -> Recipe:
         """The recipe with the scheme of one layer."""
         return replace(self.recipe, scheme=str(self.scheme_of(name)), bits=None)

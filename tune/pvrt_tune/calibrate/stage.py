@@ -8,7 +8,7 @@ quantised ones go to the run folder, and only hidden states stay.
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,8 +83,8 @@ def calibrate(run: Run, until: float | None = None, *, brief: bool = False) -> N
             if again.due():
                 run.report(f"block {index + 1}/{count} is finished: its outputs are computed again")
         else:
-            now = replace(run, settings=replace(run.settings, recipe=pace.recipe(run.recipe)))
-            block, block_report = _quantize_block(now, index, dense or _dense(run, index), stream)
+            now, block = run.doing(pace.recipe(run.recipe)), dense or _dense(run, index)
+            block, block_report = _quantize_block(now, index, block, stream)
             store.save(block_piece(index), block.state_dict(), block_report)
             clock.done += 1
             run.report(_block_line(index, count, block_report, clock))
@@ -97,8 +97,7 @@ def calibrate(run: Run, until: float | None = None, *, brief: bool = False) -> N
             run.report(_pace_line(pace, stream))
         del block, dense  # before the next one comes
     if tables and store.report(ENDS) is None:
-        run = replace(run, settings=replace(run.settings, recipe=pace.recipe(run.recipe)))
-        quantize_ends(run, tables, stream.hidden)
+        quantize_ends(run.doing(pace.recipe(run.recipe)), tables, stream.hidden)
 
 
 def _start(run: Run) -> Stream:
