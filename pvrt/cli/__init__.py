@@ -18,7 +18,6 @@ app = typer.Typer(
     help="Compress language models to two bits per weight, measure them and serve them.\n\n"
     "Start with: pvrt tune MODEL -o OUT, then pvrt serve OUT.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command("tune")(tune.tune)

@@ -1,16 +1,17 @@
 """`pvrt bench`: the speed of a model on this machine, or of the GPU's kernels."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from pvrt.cli.engine import engine_speed
-from pvrt.cli.shared import AsJson, Checkpoint, Dtype, say
+from pvrt.api.arguments import Dtype
+from pvrt.cli.shared import AsJson, say
 from pvrt.errors import RunError
+
+Form = Literal["md", "json", "csv"]
 
 
 class _BenchGroup(TyperGroup):
@@ -32,37 +33,72 @@ app = typer.Typer(
 
 @app.command("model")
 def model(
-    path: Checkpoint,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs after one warm-up.")] = 5,
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = Dtype.auto,
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of checkpoints or dense models.")
+    ],
+    prompt_tokens: Annotated[
+        str, typer.Option("--prompt-tokens", "-p", help="Lengths of prompts, with commas; 0: none.")
+    ] = "128",
+    new_tokens: Annotated[
+        str, typer.Option("--new-tokens", "-n", help="Lengths of answers, with commas; 0: none.")
+    ] = "64",
+    depth: Annotated[
+        str, typer.Option("--depth", "-d", help="Tokens that are there before, with commas.")
+    ] = "0",
+    repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, help="Runs of a test.")] = 5,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = "auto",
+    form: Annotated[Form, typer.Option("--output", "-o", help="Form of the table.")] = "md",
     as_json: AsJson = False,
 ) -> None:
-    """Tokens per second of the embedded engine, one request at a time (medians)."""
-    from pvrt.tools.bench_model import memory
+    """Tokens per second of the embedded engine, one request at a time: llama-bench's table.
 
-    speed, bytes_per_token, device = engine_speed(path, dtype, prompt_tokens, new_tokens, repeats)
-    read = memory(speed.decode_tokens_per_second, bytes_per_token, device)
-    if as_json:
-        more = {} if read is None else asdict(read)
-        print(json.dumps({"model": str(path), **asdict(speed), **more}))
-        return
-    low, high = speed.decode_spread
-    print(
-        f"{path}: prefill {speed.prefill_tokens_per_second:.1f} tokens/s (first token after "
-        f"{speed.ttft_seconds * 1000:.0f} ms for {prompt_tokens}), decode "
-        f"{speed.decode_tokens_per_second:.1f} tokens/s ({low:.1f} to {high:.1f}, "
-        f"{repeats} runs of {new_tokens})"
-    )
-    if read is not None:
-        print(
-            f"{read.bytes_per_token / 1e6:.0f} MB of weights per token: "
-            f"{read.bandwidth_fraction:.0%} of the {read.bytes_per_second / 1e9:.1f} GB/s that "
-            f"this {'machine reads from' if device.type == 'cpu' else 'GPU copies in its'} memory"
+    t/s is the median run, p10 and p90 are of runs; ms is the time to the first token (pp) or from
+    token to token (tg). memory is the share of this machine's bandwidth that reading the weights
+    takes.
+    """
+    import torch
+
+    from pvrt.api.engine import engine_speed
+    from pvrt.format.grid import open_folder
+    from pvrt.tools.bench_model import Case, memory
+    from pvrt.tools.bench_rows import as_text, row
+    from pvrt.tools.sizes import Sizes
+
+    prompts, answers = _counts("-p", prompt_tokens), _counts("-n", new_tokens)
+    tests = [
+        test
+        for before in _counts("-d", depth)
+        for test in (
+            *(Case(prompt=count, depth=before) for count in prompts if count),
+            *(Case(new=count, depth=before) for count in answers if count),
         )
-    if speed.joules_per_token is not None:
-        print(f"{speed.joules_per_token:.3g} J of the GPU per new token, prompts included")
+    ]
+    if not tests:
+        raise RunError("-p 0 -n 0 leaves nothing to measure")
+    sizes = {path: Sizes.of(open_folder(path)) for path in paths}  # all are read before one runs
+    rows = []
+    for path, size in sizes.items():
+        found = engine_speed(path, dtype, tests, repeats)
+        columns = {
+            "model": str(path),
+            "model_size": size.file_bytes,
+            "model_n_params": size.weights,
+            "backend": found.device.type.upper(),
+            "n_threads": torch.get_num_threads(),
+        }
+        for speed in found.speeds:
+            rate = speed.tokens_per_second
+            read = memory(rate, found.bytes_per_token, found.device) if speed.test.new else None
+            rows.append(row(columns, speed, read))
+    print(as_text(rows, "json" if as_json else form))
+
+
+def _counts(option: str, text: str) -> list[int]:
+    """Whole numbers between commas. Raises RunError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise RunError(f"{option} {text} is not a list of whole numbers like 128 or 128,512")
+    return [int(part) for part in parts]
 
 
 @app.command("kernels")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvrt.cli.engine import open_engine
-from pvrt.cli.shared import Checkpoint, Dtype, notice
+from pvrt.api.arguments import Dtype
+from pvrt.api.engine import open_engine
+from pvrt.cli.shared import Checkpoint, notice
 from pvrt.errors import RunError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def chat(
         int | None, typer.Option(min=1, help="Longest answer (default: what the context holds).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: float32 on a CPU.")] = "auto",
 ) -> None:
     """Talk to a model. Ctrl-C stops an answer, /new begins anew, /exit or Ctrl-D ends."""
     from pvrt_server.errors import RequestError

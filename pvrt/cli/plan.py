@@ -8,12 +8,10 @@ import typer
 
 from pvrt.cli.recipe import (
     PV,
-    Activations,
     ActivationsOption,
     Bits,
     Config,
     Data,
-    Effort,
     EffortOption,
     KeepEmbeddings,
     Length,
@@ -22,7 +20,7 @@ from pvrt.cli.recipe import (
     Original,
     Samples,
     Scheme,
-    beginning,
+    seconds,
 )
 from pvrt.cli.shared import EXIT_PROBLEM, AsJson, notice
 
@@ -36,7 +34,7 @@ def plan(
     scheme: Scheme = None,
     bits: Bits = None,
     data: Data = None,
-    effort: EffortOption = Effort.standard,
+    effort: EffortOption = "standard",
     config: Config = None,
     limit: Limit = None,
     pv: PV = True,
@@ -55,7 +53,7 @@ def plan(
     card: Annotated[
         str | None, typer.Option(help='Plan for a card by name, like "RTX 4090", not here or here.')
     ] = None,
-    activations: ActivationsOption = Activations.auto,
+    activations: ActivationsOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Say what tune would need and give: memory, disk, time, size. It reads config.json alone.
@@ -68,10 +66,11 @@ def plan(
     from pvrt_tune.settings.options import Changes, build
 
     embeddings = "keep" if keep_embeddings else None
-    model, start = beginning(model, original)
+    dense, start = (model, None) if original is None else (original, Path(model))
     changes = Changes(scheme, samples, length, None, pv, embeddings, bits, start)
-    recipe, seconds = build(effort.value, config, changes, limit, notice)
-    job = TuneJob(model, out, recipe, data, device, activations.value, seconds=seconds, start=start)
+    time = seconds(limit)
+    recipe = build(effort, config, changes, time, notice)
+    job = TuneJob(dense, out, recipe, data, device, activations, seconds=time, start=start)
     report, problems = plan_here(
         job, host_memory=host_memory, device_memory=device_memory, card=card
     )

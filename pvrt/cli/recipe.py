@@ -3,28 +3,12 @@
 None leaves a setting to `--config`, and then to the preset of `--effort`.
 """
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-
-class Effort(StrEnum):
-    """Presets of a recipe."""
-
-    quick = "quick"
-    standard = "standard"
-    best = "best"
-
-
-class Activations(StrEnum):
-    """Where hidden states are kept."""
-
-    auto = "auto"
-    memory = "memory"
-    disk = "disk"
-
+from pvrt.api.arguments import Activations, Effort
 
 Model = Annotated[
     str,
@@ -40,11 +24,6 @@ Original = Annotated[
         "codes.",
     ),
 ]
-
-
-def beginning(model: str, original: str | None) -> tuple[str, Path | None]:
-    """The dense model, and the checkpoint to begin with if MODEL is one (--from)."""
-    return (model, None) if original is None else (original, Path(model))
 
 
 Scheme = Annotated[
@@ -99,3 +78,10 @@ ActivationsOption = Annotated[
         "--activations", help="Where hidden states are kept; auto takes memory if they fit."
     ),
 ]
+
+
+def seconds(limit: str | None) -> float | None:
+    """The time of --for."""
+    from pvrt_tune.settings.options import seconds
+
+    return None if limit is None else seconds(limit)

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from pvrt.cli.shared import Checkpoint, Dtype
+from pvrt.api.arguments import Dtype
+from pvrt.cli.shared import Checkpoint
 
 
 class EngineChoice(StrEnum):
@@ -25,7 +26,7 @@ def serve(
         EngineChoice,
         typer.Option(help="auto is vLLM where it is installed and can run the folder."),
     ] = EngineChoice.auto,
-    dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Type to compute in.")] = "auto",
     max_model_len: Annotated[
         int | None,
         typer.Option(help="Longest prompt plus answer, in tokens (default: what fits)."),

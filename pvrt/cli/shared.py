@@ -1,7 +1,6 @@
 """What several commands share: arguments and options, exit codes, and a line for the reader."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,15 +9,6 @@ import typer
 EXIT_PROBLEM = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-
-
-class Dtype(StrEnum):
-    """Floating types to compute in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder.")]

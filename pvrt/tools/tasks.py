@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pvrt.errors import DataError
+from pvrt.versions import install
 
-INSTALL = "pip install 'pvrt[eval]'"
+INSTALL = install("eval")
 _SUFFIXES = (".yaml", ".yml")
 
 

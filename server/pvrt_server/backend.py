@@ -11,6 +11,7 @@ from pvrt.errors import ServeError
 from pvrt.format.grid import GridCheckpoint
 from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.kv_cache import CacheShape, cache_shape
+from pvrt.versions import install_vllm
 from pvrt_kernels.cpu import library
 from pvrt_kernels.cpu.decoder_program import MOST_ROWS
 from pvrt_server.capacity import Capacity, Machine, gigabytes, weight_bytes
@@ -128,9 +129,7 @@ def _backend(opened: OpenedModel, options: ServeOptions, machine: Machine) -> tu
         case "local":
             return "local", "--engine local asks for it"
         case "vllm" if machine.vllm is None:
-            raise ServeError(
-                "vLLM is not installed: pip install 'pvrt[vllm]', or use --engine local"
-            )
+            raise ServeError(f"vLLM is not installed: {install_vllm()}, or use --engine local")
         case "vllm" if problem is not None:
             raise ServeError(f"{problem}; use --engine local")
         case "vllm":

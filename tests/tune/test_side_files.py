@@ -1,16 +1,20 @@
 """What lies beside the weights: everything of the original, in words that older readers know."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
+from pvrt.errors import RunError
 from pvrt_server.templates import chat_template
 from pvrt_tune.pipeline import tune
 from pvrt_tune.settings import TuneJob
+from pvrt_tune.side_files import tokenizer_files
 from tests.fixtures.decoders import DECODERS
 from tests.fixtures.toy import CHAT_TEMPLATE, random_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK
@@ -73,3 +77,18 @@ def test_version_4_of_transformers_finds_what_it_knows(out: Path) -> None:
     assert not isinstance(tokenizer.get("extra_special_tokens"), list)
     special = toy_tokenizer().all_special_tokens
     assert AutoTokenizer.from_pretrained(out).all_special_tokens == special
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x/tokenizer_config.json"),
+        Exception("No space left on device (os error 28)"),  # tokenizers' own
+    ],
+)
+def test_a_full_disk_under_the_tokenizer_is_a_sentence(error: Exception) -> None:
+    tokenizer = Mock()
+    tokenizer.save_pretrained.side_effect = error
+    with pytest.raises(RunError, match=r"No space left on device.*TMPDIR") as refused:
+        tokenizer_files(tokenizer)
+    assert "\n" not in str(refused.value)

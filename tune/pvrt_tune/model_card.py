@@ -114,10 +114,10 @@ def _made(manifest: Mapping[str, Any]) -> str:
 
 def _use(stored: StoredModel) -> str:
     ours = is_aqlm(stored.config)
-    install = "pip install pvrt" if ours else COMPRESSED_TENSORS.remedy
+    install = "Install pvrt" if ours else f"`{COMPRESSED_TENSORS.remedy}`"
     first = "import pvrt  # teaches transformers the format\n" if ours else ""
     return (
-        f"## Use\n\n`{install}`, then:\n\n```python\n{first}"
+        f"## Use\n\n{install}, then:\n\n```python\n{first}"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(FOLDER)\n"
         "tokenizer = AutoTokenizer.from_pretrained(FOLDER)\n```\n\n"

@@ -6,19 +6,21 @@ from typing import Any
 
 import torch
 
-import pvrt
 from pvrt.errors import RunError
 from pvrt.format.aqlm import Checkpoint
 from pvrt.format.config_block import CONFIG_FILE
 from pvrt.format.grid import GridCheckpoint, open_checkpoint
 from pvrt.format.scheme import GridScheme, Scheme
+from pvrt.progress import PLAN, WARNING, Event
 from pvrt.tools.perplexity import check_known
+from pvrt.version import __version__
 from pvrt_tune import parallel
 from pvrt_tune.allocate.stage import allocate
 from pvrt_tune.calibrate.adopt import Start, adopt, schemes_of, start_digest
 from pvrt_tune.calibrate.stage import calibrate
 from pvrt_tune.data import sampled
 from pvrt_tune.data import text as calibration_text
+from pvrt_tune.data.documents import check_named
 from pvrt_tune.data.source_model import Source, load_source
 from pvrt_tune.data.text import CalibrationData, Windows
 from pvrt_tune.distil.stage import pv_tune, tuned_tensors
@@ -27,7 +29,7 @@ from pvrt_tune.model_blocks import find_blocks
 from pvrt_tune.model_card import discard
 from pvrt_tune.original import original
 from pvrt_tune.plan.on_machine import plan_job
-from pvrt_tune.plan.report import misfits, summary
+from pvrt_tune.plan.report import larger, misfits, stages, summary
 from pvrt_tune.progress import Clock, Report
 from pvrt_tune.run import Run
 from pvrt_tune.settings import Recipe, TuneJob
@@ -78,13 +80,15 @@ def _silent(line: str) -> None:
 def _calibrated(job: TuneJob, report: Report, limit: TimeLimit) -> Run:
     """The run, up to a checkpoint that can be served."""
     check_output(job.out, resume=job.resume)
+    if job.data is not None:
+        check_named(job.data)
     job, cuts = _planned(job, report)
     source = load_source(job.model)
     for note in source.notes:
         report(note)
     blocks = find_blocks(source.model)
     text = _text(job, source, report)
-    versions = {"pvrt": pvrt.__version__, "torch": torch.__version__}
+    versions = {"pvrt": __version__, "torch": torch.__version__}
     start = None if job.start is None else open_checkpoint(job.start)
     store = open_store(job, _fingerprint(job, source, text, start), versions, report)
     run = Run(job, source, blocks, text or CalibrationData(torch.empty(0), ""), store, report)
@@ -163,7 +167,7 @@ def _text(job: TuneJob, source: Source, report: Report) -> CalibrationData | Non
     def progress(done: int, total: int) -> None:
         clock.done = done
         if clock.due():
-            report(f"reading {job.data}: window {done}/{total}  {clock.eta()}")
+            report(clock.event("reading", f"reading {job.data}: window {done}/{total}"))
 
     windows = _windows(recipe)
     data = calibration_text.from_text(job.data, source.tokenizer, windows, progress, report)
@@ -190,9 +194,12 @@ def _planned(job: TuneJob, report: Report) -> tuple[TuneJob, Cuts]:
     """
     machine = Machine.here(job.device, job.out)
     plan = plan_job(job, machine)
-    report(summary(plan))
+    report(Event(summary(plan), PLAN, stages=stages(plan), limit=job.seconds))
     if plan.chosen is not None:
         report(plan.chosen)
+    more = larger(plan)
+    if more is not None:
+        report(Event(more, WARNING))
     if plan.cuts.work < 1:
         work = f"{plan.cuts.work:.0%}"
         report(f"stages before PV-Tuning have time for {work} of their work: they cut it")
@@ -219,7 +226,8 @@ def _sampled(run: Run, limit: TimeLimit, share: float) -> CalibrationData:
     def progress(done: int, total: int) -> None:
         clock.done, clock.total = done, total
         if done == total or clock.due():
-            run.report(f"sampling calibration text: token {done}/{total}  {clock.eta()}")
+            line = f"sampling calibration text: token {done}/{total}"
+            run.report(clock.event("sampling", line))
 
     def enough(done: int) -> bool:
         return done >= least and limit.over(SAMPLED)

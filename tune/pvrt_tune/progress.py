@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
-#: Receives one line of progress.
+from pvrt.progress import Event, clock_time
+
+#: Receives one line of progress, which may be an `Event`.
 Report = Callable[[str], None]
 
 
@@ -22,8 +25,18 @@ class Clock:
         self.last = now
         return True
 
-    def eta(self) -> str:
+    def left(self) -> float | None:
+        """Seconds to the end; None before anything is done."""
         if not self.done:
-            return "ETA unknown"
-        left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-        return f"ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+            return None
+        return (time.monotonic() - self.started) / self.done * (self.total - self.done)
+
+    def eta(self) -> str:
+        """The time left, for people."""
+        left = self.left()
+        return "ETA unknown" if left is None else f"ETA {clock_time(left)}"
+
+    def event(self, stage: str, text: str, **figures: Any) -> Event:
+        """A line about the stage that ends with the time left."""
+        line = f"{text}  {self.eta()}"
+        return Event(line, stage, self.done, self.total, self.left(), **figures)

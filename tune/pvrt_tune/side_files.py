@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
+from pvrt.errors import RunError
 from pvrt.format.atomic import as_json
+from pvrt.hf.declared import reason
 
 #: Of processors of images and sound, of converters, and of the law.
 _COPIED = (
@@ -44,11 +46,20 @@ def other_files(first: Path) -> dict[str, bytes]:
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """A tokenizer's files by their path in its folder; its class by the name that all know."""
-    with TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = (file for file in Path(folder).rglob("*") if file.is_file())
-        found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+    """A tokenizer's files by their path in its folder; its class by the name that all know.
+
+    Raises RunError where the folder for temporary files is full, or the tokenizer cannot be saved.
+    """
+    try:
+        with TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            files = (file for file in Path(folder).rglob("*") if file.is_file())
+            found = {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+    except Exception as error:  # tokenizers have none of their own
+        raise RunError(
+            f"the tokenizer cannot be written to {gettempdir()} ({reason(error)}); free some space "
+            "there, or name another folder in TMPDIR, and run the same command again"
+        ) from error
     config = json.loads(found["tokenizer_config.json"])
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

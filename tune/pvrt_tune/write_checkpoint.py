@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import pvrt
 from pvrt.errors import PvrtError
 from pvrt.format.atomic import as_json
 from pvrt.format.config_block import quantization_config
@@ -16,6 +15,7 @@ from pvrt.format.scheme import GridScheme, Scheme
 from pvrt.format.write import WriteOptions, add_to_manifest, write_checkpoint
 from pvrt.hf.declared import reason
 from pvrt.tools import deep
+from pvrt.version import __version__
 from pvrt_tune.machine import release_memory
 from pvrt_tune.progress import Clock
 from pvrt_tune.run import Run
@@ -57,7 +57,7 @@ def write(run: Run, tuned: Mapping[str, Tensor], tuning: Mapping[str, Any]) -> N
             {source.published(name): form for name, form in tables.items()},
         )
     manifest = {
-        "pvrt": pvrt.__version__,
+        "pvrt": __version__,
         "torch": torch.__version__,
         "versions": run.store.versions,
         "scheme": run.recipe.asked,
@@ -91,7 +91,7 @@ def note_greedy(run: Run) -> None:
     def progress(done: int, total: int) -> None:
         clock.done = done
         if clock.due():
-            run.report(f"greedy tokens for pvrt.json: {done}/{total}  {clock.eta()}")
+            run.report(clock.event("greedy tokens", f"greedy tokens for pvrt.json: {done}/{total}"))
 
     release_memory()
     try:

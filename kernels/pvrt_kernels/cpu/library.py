@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("libpvrt_cpu.so")
-REMEDY = "install a C compiler (apt-get install gcc) and pip install --force-reinstall pvrt"
+REMEDY = (
+    "install a C compiler (apt-get install gcc), then pvrt again (pip install --force-reinstall)"
+)
 INSTRUCTION_SETS = ("avx512-vbmi", "avx2", "portable")  # the best first, as the library chooses
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _VOID = ctypes.c_void_p

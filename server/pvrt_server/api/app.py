@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
-import pvrt
+from pvrt.version import __version__
 from pvrt_server.api.auth import Auth, Bounds
 from pvrt_server.api.chat import for_choice, prepare
 from pvrt_server.api.doorway import doorway
@@ -47,7 +47,7 @@ def create_app(engine: Engine, options: ServeOptions) -> FastAPI:
     # No /docs or /redoc: their pages load scripts from elsewhere, and this server works offline.
     app = FastAPI(
         title="pvrt",
-        version=pvrt.__version__,
+        version=__version__,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -106,7 +106,7 @@ class _Api:
         return JSONResponse({"status": "ok"})
 
     async def version(self) -> dict[str, str]:
-        return {"version": pvrt.__version__}
+        return {"version": __version__}
 
     async def metrics(self) -> Response:
         return Response(self._engine.metrics.expose(self._name), media_type=CONTENT_TYPE)

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-import pvrt
 from pvrt.errors import CheckpointError, ServeError
 from pvrt.format.grid import GridCheckpoint
 from pvrt.hf.declared import read_tokenizer
+from pvrt.hf.load import load
 from pvrt.modules.aqlm_layer import AQLMLayer
 from pvrt.modules.whole_model import decode_once, pack_model
 from pvrt_server.backend import Decision
@@ -68,7 +68,7 @@ def _load_model(
     stored = opened.stored
     # In C, weights that are not quantised need never be wider than they are stored.
     as_stored = decision.in_c and not stored.layers
-    model: Any = pvrt.load(
+    model: Any = load(
         stored,
         dense=isinstance(stored, GridCheckpoint),
         config=opened.config,

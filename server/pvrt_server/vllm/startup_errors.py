@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pvrt.versions import VLLM
+
 _SIGKILL, _SIGILL = 9, 4
 #: Most output is of no use here: causes stand near the end.
 TAIL_CHARACTERS = 100_000
@@ -145,7 +147,7 @@ CAUSES: Sequence[Cause] = (
         r"(?P<library>lib(?:cudart|cublas|cudnn|nccl)[\w.]*): cannot open shared object file|"
         r"undefined symbol: \S+",
         "the installed vLLM and torch were built for different versions of CUDA",
-        "pip install --force-reinstall 'pvrt[vllm]'",
+        f"pip install --force-reinstall '{VLLM.requirement}'",
     ),
     _cause(
         r"Failed to infer device type",

@@ -13,8 +13,8 @@ import psutil  # type: ignore[import-untyped]
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-import pvrt
 from pvrt.kv_cache import cache_shape
+from pvrt.version import __version__
 from pvrt_server.opened import OpenedModel
 
 _FILE = Path(__file__).with_name("page.html")
@@ -39,7 +39,7 @@ class Page:
                 return
             if scope["path"] == STATUS_PATH:
                 memory = await asyncio.to_thread(memory_in_use)
-                body = {"model": self._card, "memory": memory, "pvrt": pvrt.__version__}
+                body = {"model": self._card, "memory": memory, "pvrt": __version__}
                 await JSONResponse(body)(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one sentence on stderr, JSON on stdout."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -11,8 +12,8 @@ import pytest
 import typer
 
 import pvrt
+from pvrt.api.arguments import Activations, Effort
 from pvrt.cli import app
-from pvrt.cli.recipe import Activations, Effort
 from pvrt.lock import Comparison, compare
 from pvrt.tools import doctor
 from pvrt.tools.doctor import Finding, examine
@@ -53,16 +54,18 @@ def options(command: str) -> set[str]:
 
 
 def test_plan_takes_every_option_of_tune_that_a_plan_depends_on() -> None:
-    assert options("tune") - options("plan") == {"seed", "resume", "restart", "force", "report"}
-    assert options("plan") - options("tune") == {"host_memory", "device_memory", "card", "as_json"}
+    assert options("tune") - options("plan") == {
+        *("seed", "resume", "restart", "force", "report", "dry_run", "quiet")
+    }
+    assert options("plan") - options("tune") == {"host_memory", "device_memory", "card"}
 
 
 def test_the_choices_of_tune_are_those_of_its_settings() -> None:
     from pvrt_tune.settings import EFFORTS, TuneJob
 
-    assert {effort.value for effort in Effort} == EFFORTS.keys()
+    assert set(get_args(Effort)) == EFFORTS.keys()
     places = get_args(get_type_hints(TuneJob)["activations"])
-    assert {place.value for place in Activations} == set(places)
+    assert get_args(Activations) == places
 
 
 @pytest.mark.parametrize(
@@ -147,19 +150,55 @@ def test_eval_without_enough_text_says_so(folder: Path, tmp_path: Path) -> None:
     assert "the text has 5 tokens, one window needs 64" in done.stderr
 
 
-def test_bench_reports_both_phases(folder: Path) -> None:
-    arguments = ("--prompt-tokens", "16", "--new-tokens", "8", "--repeats", "2", "--json")
-    done = run("bench", str(folder), *arguments)
+def test_bench_measures_models_prompts_and_depths_in_one_call(folder: Path) -> None:
+    tests = ("-p", "16,32", "-n", "8", "-d", "0,32", "-r", "2")
+    done = run("bench", str(folder), *tests, "-o", "json")
     assert done.returncode == 0, done.stderr
-    speed = json.loads(done.stdout)
-    assert speed["prefill_tokens_per_second"] > 0
-    low, high = speed["decode_spread"]
-    assert low <= speed["decode_tokens_per_second"] <= high
-    found = speed["decode_tokens_per_second"] * speed["bytes_per_token"] / speed["bytes_per_second"]
-    assert speed["bandwidth_fraction"] == pytest.approx(found)
+    rows = json.loads(done.stdout)
+    names = ["pp16", "pp32", "tg8"]
+    assert [row["test"] for row in rows] == [*names, *(f"{name} @ d32" for name in names)]
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    assert stored / 2 < speed["bytes_per_token"] < stored
-    assert speed["bandwidth_fraction"] > 0  # of a toy, whose weights stay in the cache, maybe > 1
+    for row in rows:
+        low, high = row["tokens_per_second_p10"], row["tokens_per_second_p90"]
+        assert 0 < low <= row["tokens_per_second"] <= high
+        assert row["model_size"] == stored
+        if row["n_gen"]:
+            read = row["tokens_per_second"] * row["bytes_per_token"] / row["bytes_per_second"]
+            assert row["bandwidth_fraction"] == pytest.approx(read)
+            assert stored / 2 < row["bytes_per_token"] < stored
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("-p", "many"), "-p many is not a list of whole numbers"),
+        (("-p", "0", "-n", "0"), "leaves nothing to measure"),
+        (("-d", "100000"), "maximum context length"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_measured(
+    folder: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    done = run("bench", str(folder), *options)
+    assert done.returncode == 2 and sentence in done.stderr, done.stderr
+
+
+def test_bench_opens_all_models_before_it_measures_one(folder: Path) -> None:
+    done = run("bench", str(folder), "nowhere")
+    assert done.returncode == 2 and "nowhere is not a folder" in done.stderr
+    assert not done.stdout
+
+
+def test_shells_complete_commands_and_options() -> None:
+    """What typer's script for bash asks for."""
+    for words, completed in (("pvrt be", "bench"), ("pvrt tune --eff", "--effort")):
+        asked = {"_PVRT_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        asked["COMP_CWORD"] = str(len(words.split()) - 1)
+        code = "import sys; sys.argv = ['pvrt']; from pvrt.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+        )
+        assert completed in done.stdout.split(), done
 
 
 def test_doctor_finds_this_machine_sound_and_names_what_it_checked() -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from pvrt.cli import app
 from pvrt.errors import PvrtError
+from pvrt.versions import install
 from tests.fixtures.progress_bars import counted_bars
 from tests.fixtures.simulated_device import TOTAL_BYTES
 from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
@@ -155,7 +156,7 @@ def test_a_device_finds_what_the_cpu_finds(
 
     monkeypatch.setattr(module, "empty_cache", lambda self: emptied.append(True))
     monkeypatch.setattr(module, "mem_get_info", free)
-    monkeypatch.setattr("pvrt.cli.opening._speed", lambda folder: None)
+    monkeypatch.setattr("pvrt.api.opening._speed", lambda *asked: None)
     options = ("--text", place / "text.txt", *SMALL, "--new-tokens", 6, "--json")
     ours, theirs = (
         json.loads(run("compare", place / "dense", place / "grid", *options, *where).stdout)
@@ -228,7 +229,7 @@ def test_options_that_make_no_sense_together_are_refused(
 def test_tasks_without_the_harness_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert "pip install 'pvrt[eval]'" in refused("eval", "MODEL", "--tasks", "piqa")
+    assert install("eval") in refused("eval", "MODEL", "--tasks", "piqa")
 
 
 def test_text_and_tasks_are_measured_on_one_load(
@@ -246,7 +247,7 @@ def test_text_and_tasks_are_measured_on_one_load(
 
     loads: list[Any] = []
     monkeypatch.setattr("pvrt.tools.tasks.Harness", Tasks)
-    monkeypatch.setattr("pvrt.cli.opening._check_room", lambda *asked: loads.append(asked))
+    monkeypatch.setattr("pvrt.api.opening._check_room", lambda *asked: loads.append(asked))
     text = ("--text", place / "text.txt", *SMALL)
     done = run("eval", place / "codes", "--tasks", "piqa", *text, "--json")
     assert done.exit_code == 0, done.output

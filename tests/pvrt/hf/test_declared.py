@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pvrt
-from pvrt.cli import opening
-from pvrt.cli.shared import Dtype
+from pvrt.api.lines import silent
+from pvrt.api.opening import Opener
 from pvrt.errors import PvrtError
 from pvrt_server.engine.engine import Engine
 from pvrt_server.opened import open_model
@@ -194,7 +194,7 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(
     doors: list[Callable[[Path], object]] = [
         pvrt.load,
         Engine.load,
-        lambda path: opening.open_folder(path, Dtype.auto, "cpu"),
+        lambda path: Opener("cpu", None, silent).folder(path),
     ]
     for door in doors:
         with suppress(PvrtError):  # kinds that transformers knows need no code

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pvrt.versions import VLLM
 from pvrt_server.capacity import installed_vllm
 from pvrt_server.vllm.startup_errors import CAUSES, explain
 
@@ -157,7 +158,7 @@ PRINTED = [
         None,
         "",
         "different versions of CUDA",
-        "pip install --force-reinstall 'pvrt[vllm]'",
+        f"pip install --force-reinstall '{VLLM.requirement}'",
     ),
     (
         "RuntimeError: Failed to infer device type, please set the environment variable "

@@ -208,7 +208,8 @@ class _Measurement:
         self.clock.done += 1
         if self.clock.due():
             share = self.clock.done / self.clock.total
-            self.run.report(f"measuring what bits are worth: {share:.0%}  {self.clock.eta()}")
+            line = f"measuring what bits are worth: {share:.0%}"
+            self.run.report(self.clock.event("measuring bits", line))
         return run_block(block, hidden, arguments)
 
     def _noisy(self, block: nn.Module, index: int, states: _States) -> Iterator[tuple[str, Errors]]:

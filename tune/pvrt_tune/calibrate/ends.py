@@ -183,6 +183,6 @@ def _progress(run: Run, name: str) -> Callable[[int, int], None]:
     def progress(done: int, total: int) -> None:
         clock.done, clock.total = done, total
         if clock.due():
-            run.report(f"{name}: part {done}/{total}  {clock.eta()}")
+            run.report(clock.event("embedding fit", f"{name}: part {done}/{total}"))
 
     return progress

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pvrt.errors import RunError
 from pvrt.modules.whole_model import decode_once
+from pvrt.progress import WARNING, Event
 from pvrt_tune.calibrate.block_tuning import Examples, finetune_block
 from pvrt_tune.calibrate.ends import quantize_ends, schemes_of_ends, without_head
 from pvrt_tune.calibrate.pace import Pace
@@ -29,6 +30,9 @@ from pvrt_tune.progress import Clock
 from pvrt_tune.randomness import seeded
 from pvrt_tune.run import ENDS, Run, block_piece
 from pvrt_tune.shapes import ModelShape
+
+#: What a line about a block says.
+LEGEND = "block: worst layer and its error, output error before and after tuning, codes moved"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ def calibrate(run: Run, until: float | None = None, *, brief: bool = False) -> N
     if all(store.report(name) is not None for name in pieces + [ENDS] * bool(tables)):
         return
     _warn_of_few_tokens(run)
+    _begin(run, sum(store.report(name) is not None for name in pieces))
     stream = _start(run)
     clock, again = Clock(count), Clock(count)
     pace = Pace(until, len(stream.hidden), brief)
@@ -221,17 +226,24 @@ def _warn_of_few_tokens(run: Run) -> None:
     tokens, first = run.data[run.recipe.calibration].tokens.numel(), run.blocks.blocks[0]
     name, inputs = max(((n, layer.in_features) for n, layer in linears(first)), key=lambda x: x[1])
     if tokens < inputs:
-        run.report(
-            f"only {tokens} tokens calibrate {name} of {inputs} inputs: expect poor quality; "
-            "raise --samples or --length"
-        )
+        text = f"only {tokens} tokens calibrate {name} of {inputs} inputs: expect poor quality; "
+        run.report(Event(f"{text}raise --samples or --length", WARNING))
 
 
-def _block_line(index: int, count: int, report: dict[str, Any], clock: Clock) -> str:
+def _block_line(index: int, count: int, report: dict[str, Any], clock: Clock) -> Event:
+    """What LEGEND explains, in 80 to 100 columns."""
     worst, error = max(report["errors"].items(), key=lambda item: item[1])
     output = report["output_error"]
-    return (
-        f"block {index + 1}/{count}  worst layer {worst.rpartition('.')[2]} {error:.3f}  "
+    line = (
+        f"block {index + 1}/{count}  {worst.rpartition('.')[2]} {error:.3f}  "
         f"output {output['before_finetune']:.4f} -> {output['after']:.4f}  "
-        f"codes moved {report['moved']:.0%}  {report['seconds']:.0f} s  {clock.eta()}"
+        f"moved {report['moved']:.0%}  {report['seconds']:.0f} s  {clock.eta()}"
     )
+    return Event(line, "calibration", index + 1, count, clock.left(), **report)
+
+
+def _begin(run: Run, finished: int) -> None:
+    """Say what the lines of blocks mean, and where an earlier call has stopped."""
+    if finished:
+        run.report(f"going on after block {finished}/{len(run.blocks.blocks)}")
+    run.report(LEGEND)

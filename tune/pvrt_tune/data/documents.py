@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from pvrt.errors import DataError
 from pvrt.tools.perplexity import read_utf8
+from pvrt.versions import install
 from pvrt_tune.data.rows import FORMS, Document, document
 
 _PLAIN = (".txt", ".md", ".rst", ".raw", ".text")
@@ -43,6 +44,13 @@ class Found:
         return f"{spec}: {found}{skipped}"
 
 
+def check_named(spec: str) -> None:
+    """Raise DataError for a name that can only be a file's, and none is there."""
+    path = Path(spec).expanduser()
+    if not is_local(spec) and not spec.startswith("hf:") and path.suffix in _SUFFIXES:
+        raise DataError(f"{spec} does not exist; give a text file, a folder or a dataset name")
+
+
 def documents(spec: str, found: Found | None = None) -> Iterator[Document]:
     """Documents of a calibration spec in a fixed order (see `from_text`), noted in `found`.
 
@@ -59,9 +67,8 @@ def documents(spec: str, found: Found | None = None) -> Iterator[Document]:
                 raise DataError(f"{path} holds no text files ({known})")
         for file in files:
             yield from _file_documents(file, found)
-    elif not spec.startswith("hf:") and path.suffix in _SUFFIXES:
-        raise DataError(f"{spec} does not exist; give a text file, a folder or a dataset name")
     else:
+        check_named(spec)
         yield from _from_rows(_dataset_rows(spec.removeprefix("hf:")), f"dataset {spec}", found)
     if not found.forms:
         raise DataError(f"{found.first or spec + ' is empty'}; no row of {spec} can be used")
@@ -124,7 +131,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
     try:
         from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
     except ImportError as error:
-        raise DataError(f"{file}: reading it needs pip install 'pvrt[data]'") from error
+        raise DataError(f"{file}: reading it needs {install('data')}") from error
     try:
         for batch in ParquetFile(file).iter_batches():
             yield from batch.to_pylist()
@@ -154,7 +161,7 @@ def _dataset_rows(name: str) -> Iterator[Any]:
     except ImportError as error:
         raise DataError(
             f"{name} is no file or folder here, and reading it as a Hugging Face dataset needs "
-            "pip install 'pvrt[data]'"
+            f"{install('data')}"
         ) from error
     repository, _, split = name.partition(":")
     try:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 from pvrt.errors import SourceError
 from pvrt.tools.perplexity import beginning
+from pvrt.versions import install
 
 _BOS = "tokenizer.ggml.add_bos_token"
 _PARTS = "split.count"
@@ -73,9 +74,7 @@ def _read_header(path: Path, changed: int) -> _Header:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise SourceError(
-            "reading GGUF needs the gguf package: pip install 'pvrt[gguf]'"
-        ) from error
+        raise SourceError(f"reading GGUF needs the gguf package: {install('gguf')}") from error
     try:
         reader = GGUFReader(path)
     except Exception as error:  # it trusts every number of the file

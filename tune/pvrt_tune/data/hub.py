@@ -21,7 +21,7 @@ def is_path(name: str) -> bool:
 
 def download(name: str, weights: bool) -> Path:
     """The snapshot folder of a hub id."""
-    with one_sentence(name):
+    with one_sentence(f"{name}, which is no folder or file here,"):
         folder = Path(cached_file(name, CONFIG_FILE)).parent
         if weights:
             optional = {"_raise_exceptions_for_missing_entries": False}

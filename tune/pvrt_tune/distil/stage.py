@@ -108,7 +108,7 @@ def _progress(count: int, report: Report) -> Callable[[int, int], None]:
     def progress(done: int, total: int) -> None:
         clock.done = done
         if done == total or clock.due():
-            report(f"original model: window {done}/{total}  {clock.eta()}")
+            report(clock.event("original model", f"original model: window {done}/{total}"))
 
     return progress
 

@@ -1,6 +1,5 @@
 """The training loop of PV-Tuning: a student, its teacher, held-out text, and states on disk."""
 
-import math
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pvrt.progress import Event, clock_time
 from pvrt_tune import parallel, shards
 from pvrt_tune.data.text import CalibrationData
 from pvrt_tune.distil.loss import (
@@ -298,15 +298,15 @@ def _recompute_activations(model: Any) -> None:
     model.train()
 
 
-def _line(row: dict[str, float], steps: int, left: float | None, is_best: bool) -> str:
+def _line(row: dict[str, float], steps: int, left: float | None, is_best: bool) -> Event:
     text = f"PV step {row['step']:.0f}/{steps}  held-out KL {row['held_out_kl']:.4f}"
     if is_best:
         text += " (best)"
     if "train_kl" in row:
         text += (
-            f"  train {row['train_kl']:.4f}  codes changed {row['changed']:.4%}"
-            f"  {row['seconds']:.1f} s/step, V step {row['v_seconds'] / row['seconds']:.0%}"
+            f"  train {row['train_kl']:.4f}  changed {row['changed']:.4%}"
+            f"  {row['seconds']:.1f} s/step"
         )
-    if left is not None and math.isfinite(left):
-        text += f"  ETA {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-    return text
+    if left is not None:
+        text += f"  ETA {clock_time(left)}"
+    return Event(text, "PV-Tuning", int(row["step"]), steps, left, best=is_best, **row)

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pvrt.kv_cache import USABLE
+from pvrt_tune.data.locate import locate
 from pvrt_tune.machine import Machine
 from pvrt_tune.plan.memory_plan import PV_TUNING, SAMPLING, Phase, Plan
 
@@ -47,6 +48,33 @@ def _advice(plan: Plan, phase: Phase, what: str) -> str:
     return f"free some, or use a machine with more {what}"
 
 
+#: Phases of calibration that go by turns, a block at a time, and are one stage to people.
+_CALIBRATION = ("block pass", "layer fit", "block fine-tune")
+
+
+def stages(plan: Plan) -> dict[str, float]:
+    """Seconds of each stage by the name that its lines of progress have, in order."""
+    found: dict[str, float] = {}
+    for phase in plan.phases:
+        name = "calibration" if phase.name in _CALIBRATION else phase.name
+        found[name] = found.get(name, 0.0) + phase.seconds
+    found.pop("write", None)  # it takes no time to speak of
+    return found
+
+
+def larger(plan: Plan) -> str | None:
+    """A sentence where the result is larger than the GGUF file that it is made of."""
+    if not plan.request.gguf:
+        return None
+    size = locate(plan.request.model, weights=False).stat().st_size
+    if plan.result.file_bytes < size:
+        return None
+    return (
+        f"the result takes {gigabytes(plan.result.file_bytes)}, and {plan.request.model} only "
+        f"{gigabytes(size)}: give fewer --bits, or the model in 16 bits that the file was made of"
+    )
+
+
 def gigabytes(size: float) -> str:
     """A size for people, in powers of ten."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
@@ -74,6 +102,7 @@ def describe(plan: Plan, memory: int) -> dict[str, Any]:
         "stream": plan.stream,
         "choices": plan.request.recipe.choices,
         "chosen": plan.chosen,
+        "larger": larger(plan),
         "phases": [asdict(phase) for phase in plan.phases],
         "peak": {
             what: max(getattr(phase, what) for phase in plan.phases)
@@ -96,7 +125,7 @@ def as_text(report: dict[str, Any]) -> str:
     result, serving = report["result"], report["serving"]
     lines = [
         report["summary"],
-        *filter(None, [report["chosen"]]),
+        *filter(None, [report["chosen"], report["larger"]]),
         f"{report['model']}: {report['parameters'] / 1e9:.2f} billion weights in "
         f"{report['blocks']} blocks, scheme {report['scheme']} on {report['device']}",
         f"{'phase':16}{'device':>10}{'host':>10}{'disk':>10}{'time':>9}",

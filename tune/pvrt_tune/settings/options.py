@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, fields, replace
+from math import inf
 from pathlib import Path
 
 from pvrt.errors import RunError
@@ -31,14 +32,16 @@ def build(
     effort: str,
     config: Path | None,
     changes: Changes,
-    limit: str | None = None,
+    limit: float | None = None,
     report: Report = print,
-) -> tuple[Recipe, float | None]:
-    """The recipe, and the time limit in seconds.
+) -> Recipe:
+    """The recipe of a run, which may have a time limit in seconds.
 
     A limit asks for PV-Tuning at any effort. `report` gets notices about the file. Raises RunError
     with one sentence for what cannot be.
     """
+    if effort not in EFFORTS:
+        raise RunError(f"--effort is {effort!r}; it must be one of {', '.join(EFFORTS)}")
     if changes.bits is not None and changes.scheme is not None:
         raise RunError(
             "--bits chooses schemes layer by layer, --scheme is one for all; give either"
@@ -55,13 +58,15 @@ def build(
         raise RunError(f"--{error}") from error
     if changes.start is not None:
         recipe = replace(recipe, scheme=_scheme_of(changes.start, changes), bits=None)
+    if limit is not None and not 0 <= limit < inf:
+        raise RunError(f"--for is {limit:g} seconds, which no run can take")
     if limit is not None and not changes.pv:
         raise RunError("--for limits PV-Tuning, which --no-pv leaves out; give one of them")
     if limit is not None or changes.start is not None:
         recipe = replace(recipe, training=recipe.training or TrainSettings())
     elif not changes.pv:
         recipe = replace(recipe, training=None)
-    return recipe, None if limit is None else seconds(limit)
+    return recipe
 
 
 def _scheme_of(start: Path, changes: Changes) -> str:
