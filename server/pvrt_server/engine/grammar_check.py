@@ -50,11 +50,9 @@ def check_grammars(grammars: Sequence[tuple[str, str]]) -> None:
     field that it is of, that are too long, take too many CPU seconds in all, or let no answer
     follow; BusyError where the machine has no time to find out.
     """
-    length = 0
-    for field, grammar in grammars:
-        length += len(grammar)
-        if length > _LONGEST:
-            raise RequestError(f"{field} cannot be enforced: it is longer than a megabyte", field)
+    if sum(len(grammar) for _, grammar in grammars) > _LONGEST:
+        field, _ = max(grammars, key=lambda pair: len(pair[1]))
+        raise RequestError(f"{field} cannot be enforced: it is longer than a megabyte", field)
     if found := _problem(tuple(dict.fromkeys(grammar for _, grammar in grammars))):
         field = next(field for field, grammar in grammars if grammar == found[0])
         raise RequestError(f"{field} cannot be enforced: {found[1]}", field)
