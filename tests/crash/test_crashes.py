@@ -107,7 +107,8 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, years: int) -> None:
 @contextmanager
 def other_versions() -> Iterator[None]:
     """Inside, this process has other packages."""
-    with patch.object(torch, "__version__", "2.13.9"), patch.object(pvrt, "__version__", "0.1.9"):
+    ours = patch("pvrt_tune.pipeline.__version__", "0.1.9")
+    with patch.object(torch, "__version__", "2.13.9"), ours:
         yield
 
 

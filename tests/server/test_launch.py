@@ -141,7 +141,7 @@ def test_vllm_is_asked_for_by_name_only_where_it_is_installed(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ServeError, match=r"pip install 'pvrt\[vllm\]', or use --engine local"):
+    with pytest.raises(ServeError, match=r"pip install 'vllm.*', or use --engine local"):
         serve(toy, ServeOptions(engine="vllm"))
     with pytest.raises(ServeError, match="no option --x"):  # auto is the embedded engine then
         serve(toy, ServeOptions(extra=("--x",)))

@@ -69,7 +69,9 @@ def struck(dense: Path, out: Path, line: str, calls: int, number: str) -> int:
 
 def held_out_kls(lines: list[str]) -> list[float]:
     """What the progress lines say."""
-    return [float(text.split("held-out KL ")[1].split()[0]) for text in lines if " KL " in text]
+    return [
+        float(text.split("held-out KL ")[1].split()[0]) for text in lines if "held-out KL " in text
+    ]
 
 
 def test_the_stage_lowers_the_held_out_kl_and_says_so(whole: tuple[Path, list[str]]) -> None:
