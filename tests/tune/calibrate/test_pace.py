@@ -22,12 +22,12 @@ def test_without_a_limit_nothing_changes(now: list[float]) -> None:
 
 
 def test_fits_are_cut_first_and_then_text(now: list[float]) -> None:
-    pace = Pace(100.0, 32)
+    pace = Pace(100.0, 64)
     assert not pace.after(10.0, 10)  # ten blocks of ten seconds
     assert pace.after(10.1, 10)
-    assert pace == Pace(100.0, 32, brief=True)
+    assert pace == Pace(100.0, 64, brief=True)
     assert pace.after(20.0, 10)
-    assert pace.batches == 16
+    assert pace.batches == 32
     assert not pace.after(9.0, 10)
     now[0] = 200.0  # too late
     assert pace.after(1.0, 10)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 
 from pvrt_tune.settings import EFFORTS, Recipe
 
-#: Batches of hidden states that blocks have at least.
-LEAST = 4
+#: Batches of hidden states that blocks have at least: with fewer, fits take most of the time, and
+#: what they are fitted on says too little.
+LEAST = 16
 # How much of the text is left out at once, at most: one slow block says little.
 _CUT = 0.25
 
