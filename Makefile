@@ -1,11 +1,12 @@
 # make quickstart    a real model: compressed to 3 bits (BITS=2: to 2), measured, served and asked
-# make test          the whole test suite, the real vLLM engine on the CPU included, on all cores
+# make test          the test suite, the real vLLM engine on the CPU included, on all cores
 # make test-fast     without the tests that start vLLM or take seconds each: training, whole tuning
 #                    runs, kills and resumes, compilers, browsers, Triton's interpreter
 # make check         format, lint, types, the shape of the sources, and pages made from results
 # make fuzz          mutants of all that is read, from a random seed on (MUTANTS=n of each kind)
 # make crash         50 kills of runs and 200 full disks, bytes compared
-# make abuse         hostile requests to both engines, and what they cost
+# make abuse         hostile requests to both engines, and what they cost; vLLM's are tests, too, which
+#                    `make test` leaves out, for they take minutes
 # make sanitize      the kernels' tests under AddressSanitizer, UBSan and ThreadSanitizer
 # make soak          the embedded engine under 64 streams for half an hour
 # make docs          the documentation as a site, in site/
@@ -34,7 +35,7 @@ quickstart: $(VENV)/base.stamp
 	$(BIN)/python benchmarks/quickstart.py --bits $(BITS)
 
 test: $(VENV)/dev.stamp
-	$(BIN)/$(PYTEST)
+	$(BIN)/$(PYTEST) -m "not hostile"
 
 test-fast: $(VENV)/dev.stamp
 	$(BIN)/$(PYTEST) -m "not slow and not vllm"
@@ -47,6 +48,7 @@ crash: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/reliability.py writes --writes 200
 
 abuse: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m hostile
 	$(BIN)/python benchmarks/abuse.py
 
 sanitize: $(VENV)/dev.stamp

@@ -11,7 +11,7 @@ from tests.server import abuse
 from tests.server.made_up import try_operations
 from tests.server.running import PATIENCE
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.hostile]
 #: Those that clients know; vLLM has more, for its own tools.
 OPERATIONS = {
     ("POST", "/v1/completions"),
