@@ -38,7 +38,7 @@ def _model_package() -> str | None:
 
 
 def check_needs(out: Path, port: int) -> None:
-    """End with a sentence per problem before the ten minutes of work, not after them."""
+    """End with a sentence per problem before the work, not after it."""
     needs.check(
         "quickstart",
         [

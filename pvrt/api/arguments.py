@@ -38,6 +38,13 @@ def at_least(least: int, **options: int | None) -> None:
             raise RunError(f"--{option} is {value}; it must be at least {least}")
 
 
+def at_most_one(**given: bool) -> None:
+    """Raise RunError where several flags are given that exclude each other."""
+    if sum(given.values()) > 1:
+        flags = " and ".join(f"--{name}" for name, is_given in given.items() if is_given)
+        raise RunError(f"{flags} exclude each other; give one of them")
+
+
 def as_command(*words: object, **options: object) -> str:
     """The command of a call. Options are left out that are None or False; True has no value."""
     given = [str(word) for word in words]

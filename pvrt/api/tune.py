@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from pvrt.api.arguments import Activations, Effort, as_command, one_of
+from pvrt.api.arguments import Activations, Effort, as_command, at_most_one, one_of
 from pvrt.api.lines import Tell, silent
-from pvrt.errors import RunError
 
 if TYPE_CHECKING:
     from pvrt.format.aqlm import Checkpoint
@@ -75,9 +74,9 @@ def tune(
         RunError: An argument cannot be, the run does not fit here, or `out` holds another one.
         CheckpointError: The checkpoint cannot be written.
     """
+    one_of("effort", effort, get_args(Effort))
     one_of("activations", activations, get_args(Activations))
-    if resume and restart:
-        raise RunError("--resume and --restart exclude each other; give one of them")
+    at_most_one(resume=resume, restart=restart)
     from pvrt.api.describe import describe
     from pvrt.device import checked_device
     from pvrt_tune import parallel

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import pvrt
+from pvrt.api.arguments import at_most_one
 from pvrt.cli.plan import plan
 from pvrt.cli.recipe import (
     PV,
@@ -26,7 +27,6 @@ from pvrt.cli.recipe import (
 )
 from pvrt.cli.shared import EXIT_INTERRUPTED
 from pvrt.cli.terminal import Terminal, chosen
-from pvrt.errors import RunError
 from pvrt.progress import RESULT, Event
 
 
@@ -80,8 +80,7 @@ def tune(
 ) -> None:
     """Compress a model. Interrupt it at any time: the same command goes on where it stopped."""
     time = seconds(limit)
-    if resume and restart:
-        raise RunError("--resume and --restart exclude each other; give one of them")
+    at_most_one(resume=resume, restart=restart)  # of a dry run, too
     if dry_run:
         plan(
             model,

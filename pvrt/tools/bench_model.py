@@ -48,9 +48,8 @@ class Memory:
 
 @dataclass(frozen=True)
 class Speed:
-    """A test's runs. seconds: of every run. waits: until the first
-    token in a test of a prompt, else from each token to the next as they come. joules: for a token,
-    as a mean of all runs.
+    """A test's runs. seconds: of every run. waits: until the first token in a test of a prompt,
+    else from each token to the next as they come. joules_per_token: the mean of all runs.
     """
 
     test: Case

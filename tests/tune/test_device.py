@@ -29,6 +29,7 @@ from pvrt_tune.pv.optimizer import STRATEGIES
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from tests.fixtures import simulated_device
 from tests.fixtures.c_library import without_c_library
+from tests.fixtures.interrupted import interrupted_at
 from tests.fixtures.toy import small_llama, toy_tokenizer
 from tests.tune.test_pipeline import QUICK, silent
 
@@ -243,20 +244,10 @@ def test_nothing_of_a_run_stays_on_the_device(dense: Path, tmp_path: Path, devic
 def test_a_run_that_is_stopped_in_both_stages_ends_with_the_same_bytes(
     dense: Path, whole: tuple[Path, list[str]], tmp_path: Path, device: str
 ) -> None:
-    class Stop(Exception):
-        pass
-
-    def until(start: str) -> Any:
-        def report(line: str) -> None:
-            if line.startswith(start):
-                raise Stop
-
-        return report
-
     job = TuneJob(str(dense), tmp_path / "out", WHOLE, device=device)
     for line in ("block 1/2", "PV step 4/"):
-        with pytest.raises(Stop):
-            tune(job, until(line))
+        with interrupted_at(line) as tell:
+            tune(job, tell)
     tune(job, silent)
     assert weights(tmp_path / "out") == weights(whole[0])
 

@@ -17,7 +17,7 @@ from pvrt_server.api.exception_handlers import error_response
 from pvrt_server.engine.grammar_check import check_grammars
 from pvrt_server.engine.text import TextCodec
 from pvrt_server.errors import RequestError
-from pvrt_server.vllm.habits import as_vllm_takes_it
+from pvrt_server.vllm.habits import as_vllm_takes_it, must_call
 from pvrt_server.vllm.list_bounds import bound_lists
 
 #: Characters of all grammars of a request that vLLM compiles, and of a regex or a grammar in words.
@@ -68,7 +68,7 @@ def _checked(body: bytes, path: str, codec: Callable[[], TextCodec]) -> bytes:
     bound_lists(given, path, len(body))
     request = as_vllm_takes_it(given, codec)
     found = list(grammars_of(request))
-    _bound(found, tools=_must_be_called(request))
+    _bound(found, tools=_holds_calls(request))
     check_grammars(found)
     return body if request is given else json.dumps(request).encode()
 
@@ -87,12 +87,10 @@ def _bound(grammars: Sequence[tuple[str, str]], tools: bool) -> None:
         )
 
 
-def _must_be_called(request: Any) -> bool:
+def _holds_calls(request: Any) -> bool:
     """Whether calls of tools are held to their schemas."""
-    if _get(request, "tool_choice") not in (None, "auto", "none"):
-        return True
     tools = _get(request, "tools")
-    return any(
+    return (isinstance(request, dict) and must_call(request)) or any(
         _get(tool, "strict") or _get(tool, "function", "strict")
         for tool in (tools if isinstance(tools, list) else ())
     )

@@ -59,7 +59,7 @@ def _changes(request: Json, codec: Callable[[], TextCodec]) -> Iterator[tuple[st
     if tools == []:
         yield from (("tools", None), ("tool_choice", None))
     elif isinstance(tools, list):
-        if request.get("tool_choice") not in (None, "auto", "none"):
+        if must_call(request):
             yield "tools", [_strict(tool) for tool in tools]
         if request.get("parallel_tool_calls") is not False and _takes_one_call(codec):
             yield "parallel_tool_calls", False
@@ -81,6 +81,11 @@ def _changes(request: Json, codec: Callable[[], TextCodec]) -> Iterator[tuple[st
         given = request.get(field)
         if given != (known := _with_schema(given, path, field)):
             yield field, known
+
+
+def must_call(request: Json) -> bool:
+    """Whether the answer has to be a call of a tool."""
+    return request.get("tool_choice") not in (None, "auto", "none")
 
 
 def _takes_one_call(codec: Callable[[], TextCodec]) -> bool:

@@ -18,7 +18,8 @@ from pvrt.cli import app
 from pvrt.errors import PvrtError
 from pvrt_tune.settings.files import as_yaml
 from tests.fixtures.command_line import run
-from tests.fixtures.toy import toy_tokenizer, write_toy, write_toy_grid
+from tests.fixtures.interrupted import interrupted_at
+from tests.fixtures.toy import write_toys
 from tests.tune.test_pipeline import QUICK
 
 SMALL: dict[str, Any] = {"context": 48, "windows": 3}
@@ -27,11 +28,7 @@ SMALL: dict[str, Any] = {"context": 48, "windows": 3}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model, the same on a coarse grid, a text, and a recipe that takes a second."""
-    folder = tmp_path_factory.mktemp("api")
-    write_toy(folder / "codes", "llama-tied").save_pretrained(folder / "dense")
-    toy_tokenizer().save_pretrained(folder / "dense")
-    write_toy_grid(folder / "grid", "llama-tied", "w4g32")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    folder = write_toys(tmp_path_factory.mktemp("api"))
     (folder / "quick.yaml").write_text(as_yaml(QUICK))
     return folder
 
@@ -102,16 +99,9 @@ def test_tune_leaves_the_bytes_that_the_command_leaves(place: Path, tmp_path: Pa
 
 
 def test_a_call_that_is_interrupted_goes_on(place: Path, tmp_path: Path) -> None:
-    class Enough(Exception):
-        pass
-
-    def interrupt(line: str) -> None:
-        if line.startswith("block 1/"):
-            raise Enough
-
     asked: dict[str, Any] = {"config": place / "quick.yaml", "report": False}
-    with pytest.raises(Enough):
-        pvrt.tune(place / "dense", tmp_path / "out", on_progress=interrupt, **asked)
+    with interrupted_at("block 1/") as tell:
+        pvrt.tune(place / "dense", tmp_path / "out", on_progress=tell, **asked)
     lines: list[str] = []
     resumed = pvrt.tune(place / "dense", tmp_path / "out", on_progress=lines.append, **asked)
     assert not any(line.startswith("block 1/") for line in lines)

@@ -14,7 +14,7 @@ from pvrt.errors import PvrtError
 from pvrt.versions import install
 from tests.fixtures.progress_bars import counted_bars
 from tests.fixtures.simulated_device import TOTAL_BYTES
-from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toy_grid
+from tests.fixtures.toy import toy_model, toy_tokenizer, write_toy, write_toys
 
 SMALL = ("--context", "48", "--windows", "3")
 
@@ -32,13 +32,8 @@ def refused(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model, its exact copy in codes, and one on a coarse grid of the same shape."""
-    folder = tmp_path_factory.mktemp("compare")
-    write_toy(folder / "codes", "llama-tied").save_pretrained(folder / "dense")
-    toy_tokenizer().save_pretrained(folder / "dense")
-    write_toy_grid(folder / "grid", "llama-tied", "w4g32")
-    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    return folder
+    """Models to compare, and a text."""
+    return write_toys(tmp_path_factory.mktemp("compare"))
 
 
 def test_models_are_compared_in_every_form(place: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pvrt.cli.tune import stopped
 from pvrt.progress import PLAN, WARNING, Event
 from tests.fixtures.command_line import Done, run
 from tests.fixtures.gguf_model import write_gguf
+from tests.fixtures.interrupted import interrupted_at
 from tests.fixtures.toy import small_llama, toy_tokenizer
 
 STAGES = {"sampling": 100.0, "calibration": 200.0, "PV-Tuning": 400.0}
@@ -144,16 +145,9 @@ def test_what_ctrl_c_leaves_depends_on_the_stage(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_says_after_which_block(dense: Path, tmp_path: Path) -> None:
-    class Enough(Exception):
-        pass
-
-    def interrupt(line: str) -> None:
-        if line.startswith("block 1/"):
-            raise Enough
-
     asked: dict[str, Any] = {"effort": "quick", "samples": 4, "length": 32, "report": False}
-    with pytest.raises(Enough):
-        pvrt.tune(dense, tmp_path / "out", on_progress=interrupt, **asked)
+    with interrupted_at("block 1/") as tell:
+        pvrt.tune(dense, tmp_path / "out", on_progress=tell, **asked)
     assert "going on after block 1/2" in tune(dense, tmp_path / "out").stdout.splitlines()
 
 

@@ -4,7 +4,9 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.server import abuse
@@ -22,25 +24,27 @@ def target(toy: Path) -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize("name", abuse.REFUSED)
-def test_a_refusal_costs_no_more_than_its_first_reason(target: Server, name: str) -> None:
-    path, body = abuse.REFUSED[name]
+def posted(target: Server, path: str, body: Any) -> tuple[httpx.Response, float]:
+    """The answer, and CPU seconds of this process until it came."""
     content = json.dumps(body).encode()
     started = time.process_time()
     answer = target.post(path, content=content, headers={"Content-Type": "application/json"})
+    return answer, time.process_time() - started
+
+
+@pytest.mark.parametrize("name", abuse.REFUSED)
+def test_a_refusal_costs_no_more_than_its_first_reason(target: Server, name: str) -> None:
+    answer, seconds = posted(target, *abuse.REFUSED[name])
     assert answer.status_code in (400, 404), answer.text
     assert len(answer.content) < 3000
-    assert time.process_time() - started < SECONDS
+    assert seconds < SECONDS
 
 
 @pytest.mark.parametrize("name", abuse.LARGE)
 def test_what_is_large_and_sound_costs_little(target: Server, name: str) -> None:
-    path, body = abuse.LARGE[name]
-    content = json.dumps(body).encode()
-    started = time.process_time()
-    answer = target.post(path, content=content, headers={"Content-Type": "application/json"})
+    answer, seconds = posted(target, *abuse.LARGE[name])
     assert answer.status_code in (200, 400), answer.text
-    assert time.process_time() - started < abuse.CPU_SECONDS
+    assert seconds < abuse.CPU_SECONDS
 
 
 @pytest.mark.usefixtures("short_check")

@@ -26,6 +26,7 @@ from pvrt_tune.plan.on_machine import plan_here
 from pvrt_tune.plan.report import misfits
 from pvrt_tune.settings import EFFORTS, PVSettings, Recipe, TrainSettings, TuneJob
 from pvrt_tune.store import choices_of
+from tests.fixtures.interrupted import interrupted_at
 from tests.fixtures.shapes import LLAMA_8B, config_only, folder_of
 from tests.tune.test_device import LOOP, RECIPE, dense, small_measurements, weights
 
@@ -296,21 +297,17 @@ def pv_bytes(dense: Path, recipe: Recipe, device: str) -> int:
     return max(phase.device_bytes for phase in plan.phases if phase.name == "PV-Tuning")
 
 
-class Stop(Exception):
-    pass
-
-
 def stopped_in_pv_tuning(job: TuneJob) -> list[str]:
     """What a run reports until its second step of PV-Tuning, at which it is stopped."""
     lines: list[str] = []
 
-    def until(line: str) -> None:
-        lines.append(line)
-        if line.startswith("PV step 2/"):
-            raise Stop
+    with interrupted_at("PV step 2/") as tell:
 
-    with pytest.raises(Stop):
-        tune(job, until)
+        def report(line: str) -> None:
+            lines.append(line)
+            tell(line)
+
+        tune(job, report)
     return lines
 
 

@@ -34,6 +34,7 @@ from pvrt_tune.pv.representation import AdditiveRepresentation, GridRepresentati
 from pvrt_tune.settings import PVSettings, Recipe, StrategyName, TrainSettings, TuneJob
 from pvrt_tune.store import Store
 from tests.fixtures.c_library import without_c_library
+from tests.fixtures.interrupted import interrupted_at
 from tests.fixtures.toy import toy_model, toy_tokenizer
 from tests.tune.test_pipeline import QUICK
 
@@ -490,18 +491,11 @@ def test_ways_to_save_memory_change_nothing(problem: Problem) -> None:
 
 @pytest.mark.slow
 def test_a_resumed_trainer_goes_on_bit_for_bit(problem: Problem, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    def stop(line: str) -> None:
-        if line.startswith("PV step 16/"):
-            raise Stop
-
     settings = loop_with(evaluate_every=4)
     whole = problem.trainer(settings)
     whole.run(Store(tmp_path / "whole"), lambda line: None)
-    with pytest.raises(Stop):
-        problem.trainer(settings).run(Store(tmp_path / "stopped"), stop)
+    with interrupted_at("PV step 16/") as tell:
+        problem.trainer(settings).run(Store(tmp_path / "stopped"), tell)
     resumed = problem.trainer(settings)
     lines: list[str] = []
     resumed.run(Store(tmp_path / "stopped"), lines.append)

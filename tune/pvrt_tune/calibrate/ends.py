@@ -139,8 +139,8 @@ def head_moment(run: Run, hidden: Activations) -> Tensor:
     """Mean of x x^T [width, width] over what enters the output head."""
     source, blocks = run.source, run.blocks
     model = source.partial(without_head(run), run.device)
-    windows = len(hidden) * len(hidden[0])  # a time limit may have left some out
-    tokens = run.data[run.recipe.calibration].tokens[:windows]
+    # A time limit may have left some out.
+    tokens = run.data[run.recipe.calibration].tokens[: hidden.windows]
     total: Tensor | None = None
     count = 0
     for x in head_inputs(model, blocks, tokens, hidden):

@@ -94,7 +94,10 @@ def calibrate(run: Run, until: float | None = None, *, brief: bool = False) -> N
             _advance(run, block, stream.hidden, stream.arguments[index])
         if saved is None and pace.after(time.monotonic() - started, count - index - 1):
             stream.keep(pace.batches)
-            run.report(_pace_line(pace, stream))
+            run.report(
+                "the time is short: blocks get the fits of effort quick and "
+                f"{stream.hidden.windows} windows from here"
+            )
         del block, dense  # before the next one comes
     if tables and store.report(ENDS) is None:
         quantize_ends(run.doing(pace.recipe(run.recipe)), tables, stream.hidden)
@@ -171,7 +174,7 @@ def _quantize_block(
         "errors": errors,
         "output_error": {"before_finetune": tuned.before, "after": tuned.after},
         "moved": tuned.moved,
-        "windows": len(stream.hidden) * len(stream.hidden[0]),
+        "windows": stream.hidden.windows,
         "seconds": time.monotonic() - started,
     }
     return _rounded(block, dtype), report
@@ -213,11 +216,6 @@ def _advance(
 def _compute(run: Run) -> torch.dtype:
     """What passes compute products in."""
     return compute_dtype(run.recipe.finetune.compute, run.device)
-
-
-def _pace_line(pace: Pace, stream: Stream) -> str:
-    windows = pace.batches * len(stream.hidden[0])
-    return f"the time is short: blocks get the fits of effort quick and {windows} windows from here"
 
 
 def _warn_of_few_tokens(run: Run) -> None:

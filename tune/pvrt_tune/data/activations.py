@@ -22,6 +22,11 @@ class Activations:
         self._parts = torch.split(store, batch)
         self._device = device
 
+    @property
+    def windows(self) -> int:
+        """Number of windows in all batches."""
+        return sum(len(part) for part in self._parts)
+
     def keep(self, count: int) -> None:
         """Forget all batches but the first ones."""
         self._parts = self._parts[:count]

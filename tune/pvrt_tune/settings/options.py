@@ -40,8 +40,6 @@ def build(
     A limit asks for PV-Tuning at any effort. `report` gets notices about the file. Raises RunError
     with one sentence for what cannot be.
     """
-    if effort not in EFFORTS:
-        raise RunError(f"--effort is {effort!r}; it must be one of {', '.join(EFFORTS)}")
     if changes.bits is not None and changes.scheme is not None:
         raise RunError(
             "--bits chooses schemes layer by layer, --scheme is one for all; give either"
